@@ -1,0 +1,128 @@
+"""What flows through a training step: Batch -> Signal -> Rows -> Terms.
+
+Shape letters: B rows of a micro-batch, T tokens of a row, N supervised positions of the micro-batch
+(row-major order over ``labels_BT != IGNORE``), V vocabulary, D hidden size, K kept logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that is not supervised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch on one rank.
+
+    Attributes:
+        row_ids_B: int64, stable ids of the rows in the prepared data.
+        domains_B: int64, index of each row's domain.
+        ids_BT: int64 input tokens (after masking, for masked LMs), right-padded.
+        mask_BT: int64, 1 on real tokens and 0 on padding.
+        labels_BT: int64, aligned with the logits of the same position (already shifted for causal
+            LMs); ``IGNORE`` where the position is not supervised.
+        extra: further tensors by name, whose first axis is B or N as their maker says.
+    """
+
+    row_ids_B: Tensor
+    domains_B: Tensor
+    ids_BT: Tensor
+    mask_BT: Tensor
+    labels_BT: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def supervised_BT(self) -> Tensor:
+        """Bool, the positions that carry a label."""
+        return self.labels_BT != IGNORE
+
+    def supervised(self) -> Tensor:
+        """Number of supervised positions, a float64 scalar (exact beyond 2^24 in a sum over ranks)."""
+        return self.supervised_BT.sum().to(torch.float64)
+
+    @property
+    def labels_N(self) -> Tensor:
+        """The labels of the supervised positions, in Rows order."""
+        return self.labels_BT[self.supervised_BT]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with every tensor on ``device`` (asynchronous copies from pinned memory)."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name != "extra"
+        }
+        extra = {k: v.to(device, non_blocking=True) for k, v in self.extra.items()}
+        return replace(self, **moved, extra=extra)
+
+    def select(self, rows_S: Tensor) -> Batch:
+        """The sub-batch of the rows with the given indices (``extra`` is not carried)."""
+        return Batch(
+            row_ids_B=self.row_ids_B[rows_S],
+            domains_B=self.domains_B[rows_S],
+            ids_BT=self.ids_BT[rows_S],
+            mask_BT=self.mask_BT[rows_S],
+            labels_BT=self.labels_BT[rows_S],
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The supervised positions of a student's forward pass.
+
+    ``logits_NV`` is computed on first use and kept; a loss that fuses the head uses ``hidden_ND``
+    and ``head`` instead and never makes it.
+    """
+
+    hidden_ND: Tensor
+    head: Callable[[Tensor], Tensor]
+    labels_N: Tensor
+
+    @cached_property
+    def logits_NV(self) -> Tensor:
+        """Student logits [N, V] in the model's dtype, V its own (maybe padded) vocabulary."""
+        return self.head(self.hidden_ND)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A teacher's full logits [N, V'], V' the shared real vocabulary (no padding columns)."""
+
+    logits_NV: Tensor
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's K largest log-probabilities and the exact mass of everything else.
+
+    Attributes:
+        ids_NK: int64 token ids, by falling probability; -1 on unused slots.
+        logprobs_NK: fp32 log-probabilities at temperature 1 over the whole vocabulary; -inf on
+            unused slots.
+        tail_N: fp32, by temperature T: ``logsumexp(logprob_v / T)`` over the tokens v that are not
+            kept; -inf when all are kept. So ``q_v(T) = exp(logprob_v / T - lse(T))`` with
+            ``lse(T) = logaddexp(logsumexp(logprobs_NK / T), tail_N[T])``, and no tail mass is ever
+            computed as ``1 - sum``.
+    """
+
+    ids_NK: Tensor
+    logprobs_NK: Tensor
+    tail_N: Mapping[float, Tensor]
+
+
+Signal = Dense | TopK
+
+
+class Term(NamedTuple):
+    """A weighted loss term; the trainer divides ``weight * total`` by the global count."""
+
+    weight: float
+    total: Tensor  # a SUM over the positions of this micro-batch, fp32 scalar

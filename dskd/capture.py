@@ -1,0 +1,119 @@
+"""Capture a teacher's top-k logits over the training rows into a logit cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from dskd import dist
+from dskd.batch import Batch, Dense
+from dskd.data.blocks import Prepared
+from dskd.data.masking import CausalView, View
+from dskd.errors import ConfigError
+from dskd.log import say
+from dskd.logit_cache import Layout, describe
+from dskd.settings import CachedTeacher
+from dskd.store import Writer, is_complete
+from dskd.sweep import sweep
+from dskd.teacher import Live
+
+
+def capture(
+    cached: CachedTeacher,
+    model: Callable[[], nn.Module],
+    prepared: Prepared,
+    view: View,
+    folder: Path,
+    *,
+    fingerprints: Mapping[str, str],
+    device: torch.device,
+    domain: int | None = None,
+) -> None:
+    """Make the cache, go on with an interrupted one, or do nothing if it is complete (collective).
+
+    A complete cache is not verified here but when it is opened.
+
+    Args:
+        cached: the settings of the cache.
+        model: builds the frozen teacher; called only if there is something to capture.
+        prepared: the data; its training rows are captured.
+        view: masks them; its ``draws`` masks of each row are captured.
+        folder: the cache's folder.
+        fingerprints: of all that the logits depend on, by name; kept in the manifest.
+        device: where the teacher is.
+        domain: index of the only domain whose rows are captured; None: all rows.
+
+    Raises:
+        ConfigError: the settings do not fit the vocabulary or the view.
+        StoreError: the folder holds another cache, or cannot be written.
+        NonFiniteError: the teacher's logits are not finite.
+    """
+    rows = prepared.train
+    present_R = np.ones(len(rows), bool)
+    if domain is not None:
+        present_R = rows.domains_B(np.arange(len(rows))) == domain
+        if not present_R.any():
+            raise ConfigError(
+                f"teacher.domains.{prepared.domains[domain]}: no training row is of this domain"
+            )
+    if view.draws is None:
+        raise ConfigError("data.masking.draws: missing; a cache holds so many masks of each row")
+    layout = Layout(
+        k=cached.k,
+        vocabulary=len(prepared.tokenizer),
+        temperatures=tuple(float(t) for t in cached.temperatures),
+        values=cached.values,
+        block_size=rows.block_size,
+        masked=not isinstance(view, CausalView),
+        domain=None if domain is None else prepared.domains[domain],
+    )
+    spec = layout.spec(
+        rows=len(rows),
+        draws=view.draws,
+        rows_per_shard=cached.rows_per_shard,
+        fingerprints=fingerprints,
+    )
+    if dist.on_rank0(lambda: is_complete(folder, spec)):
+        say(f"cache: {folder} is complete")
+        return
+    live = Live(model(), layout.vocabulary)
+
+    def forward(batch: Batch) -> Dense:
+        return live(batch.to(device))
+
+    def score(batch: Batch, signal: Dense) -> dict[str, np.ndarray]:
+        return layout.encode(batch, signal.logits_NV)
+
+    with _bar() as report:
+        sweep(
+            forward,
+            rows,
+            view,
+            Writer(folder, spec),
+            micro_batch=cached.micro_batch,
+            score=score,
+            present_R=present_R,
+            progress=report,
+        )
+    about = describe(folder)
+    say(
+        f"cache: {folder} holds {about['positions']:,} positions, top {layout.k} of each in "
+        f"{about['bytes_per_position']} bytes"
+    )
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of rank 0, if its standard error is a terminal."""
+    console = Console(stderr=True)
+    disable = not (dist.rank() == 0 and console.is_terminal)
+    with Progress(console=console, disable=disable, transient=True) as bar:
+        task = bar.add_task("capturing logits")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,158 @@
+"""Training checkpoints that are whole or absent.
+
+A checkpoint is written under a hidden temporary name, every file is flushed and hashed, a manifest
+with sizes and hashes is added, and only then the folder gets its name ``step-00000100``. A kill at
+any moment leaves the previous checkpoint as the newest. On load every file is checked first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dskd import dist
+from dskd.errors import CheckpointError
+from dskd.files import file_hash, read_manifest, sync_folder, write_manifest
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".saving-"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on disk. ``state`` is the trainer's own; the rest says how it was sharded."""
+
+    folder: Path
+    step: int
+    world: int
+    stage: int
+    precision: str
+    eval_nll: float | None
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run; every method is called by all ranks.
+
+    Args:
+        folder: where they live, on a file system all nodes share.
+        keep: how many of the newest to keep; the best one is kept besides.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder
+        self._keep = keep
+
+    def clean(self) -> None:
+        """Remove what an interrupted save or conversion left behind."""
+        if dist.rank() == 0:
+            for leftover in self._folder.glob(".*-step-*"):
+                shutil.rmtree(leftover)
+        dist.barrier()
+
+    def begin(self, step: int) -> str:
+        """The temporary tag under :attr:`folder` that the engine writes into."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return f"{_TEMPORARY}{_name(step)}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints live."""
+        return self._folder
+
+    def commit(self, step: int, about: dict[str, Any]) -> None:
+        """Hash and flush what the engine wrote after :meth:`begin`, then give it its name.
+
+        ``about`` holds ``world``, ``stage``, ``precision``, ``eval_nll`` and ``state``.
+        """
+        dist.barrier()
+        temporary = self._folder / f"{_TEMPORARY}{_name(step)}"
+        names = sorted(_names(temporary))
+        mine = {name: _seal(temporary / name) for name in names[dist.rank() :: dist.world()]}
+        files = {k: v for part in dist.gather_objects(mine) for k, v in sorted(part.items())}
+        if dist.rank() == 0:
+            write_manifest(temporary / MANIFEST, {"step": step, **about, "files": files})
+            final = self._folder / _name(step)
+            if final.exists():  # taken again after a resume: the same content
+                shutil.rmtree(final)
+            temporary.rename(final)
+            sync_folder(self._folder)
+            self._prune()
+        dist.barrier()
+
+    def latest(self) -> Saved | None:
+        """The newest checkpoint, checked whole; None if there is none.
+
+        Raises:
+            CheckpointError: it is damaged; the message names the file and what can be done.
+        """
+        names = dist.broadcast_object(self._listed())
+        return self._open(names[-1]) if names else None
+
+    def best(self) -> Saved:
+        """The kept checkpoint with the lowest evaluation loss, the latest of equals, checked whole."""
+        return self._open(dist.broadcast_object(self._best_name()))
+
+    def _listed(self) -> list[str]:
+        return sorted(p.name for p in self._folder.glob("step-*") if p.is_dir())
+
+    def _best_name(self) -> str:
+        losses = {name: self._manifest(name)["eval_nll"] for name in reversed(self._listed())}
+        evaluated = {name: loss for name, loss in losses.items() if loss is not None}
+        return min(evaluated, key=evaluated.__getitem__) if evaluated else max(losses)
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        return read_manifest(self._folder / name / MANIFEST, CheckpointError)
+
+    def _open(self, name: str) -> Saved:
+        problem = manifest = None
+        try:
+            manifest = self._manifest(name)
+            self._verify(name, manifest["files"])
+        except CheckpointError as error:
+            problem = CheckpointError(
+                f"{error}; to go on from the checkpoint before it, delete {self._folder / name}"
+            )
+        dist.agree(problem)
+        assert manifest is not None
+        about = {k: manifest[k] for k in Saved.__dataclass_fields__ if k != "folder"}
+        return Saved(folder=self._folder / name, **about)
+
+    def _verify(self, name: str, files: dict[str, Any]) -> None:
+        """Check this rank's share of the files against the manifest."""
+        for file in sorted(files)[dist.rank() :: dist.world()]:
+            path = self._folder / name / file
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing")
+            if path.stat().st_size != files[file]["bytes"]:
+                raise CheckpointError(f"{path}: truncated or grown, its size is not as saved")
+            if file_hash(path) != files[file]["xxh3"]:
+                raise CheckpointError(f"{path}: damaged, its checksum is not as saved")
+
+    def _prune(self) -> None:
+        names = self._listed()
+        kept = {*names[-self._keep :], self._best_name()}
+        for name in names:
+            if name not in kept:
+                # Renamed first: a kill inside rmtree must not leave half a checkpoint with its name.
+                doomed = self._folder / f".dead-{name}"
+                (self._folder / name).rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _names(folder: Path) -> list[str]:
+    return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Flush a file to disk; its size and hash."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return {"bytes": path.stat().st_size, "xxh3": file_hash(path)}

@@ -1,0 +1,160 @@
+"""Checks across settings, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from dskd.errors import ConfigError
+from dskd.sections import line, nearest
+from dskd.settings import CachedTeacher, LiveTeacher, Model, RoutedTeacher, Run
+
+Problems = Iterator[tuple[str, str]]
+"""Dotted names of settings, and what is wrong with them."""
+
+
+class Method(Protocol):
+    """What the checks ask of a method; ``temperature`` only if it wants a teacher."""
+
+    kind: str
+    temperature: float
+
+    def wants_teacher(self) -> bool:
+        """Whether any step of the run uses a teacher."""
+        ...
+
+
+def cache_folder(run: Run, domain: str | None = None) -> Path:
+    """Where a run's cached teacher (``domain``'s, if routed) keeps its logits."""
+    teacher = run.teacher.domains[domain] if isinstance(run.teacher, RoutedTeacher) else run.teacher
+    if teacher.path is not None:
+        return teacher.path
+    return run.out / "cache" if domain is None else run.out / "cache" / domain
+
+
+def validate(run: Run, world: int, method: Method | None = None, prefix: str = "") -> None:
+    """Refuse settings that contradict each other.
+
+    Args:
+        run: the settings.
+        world: number of ranks.
+        method: the run's method object, for the checks that need it.
+        prefix: dotted name of the run in its recipe, put before the names in messages.
+
+    Raises:
+        ConfigError: every contradiction, one a line.
+    """
+    problems = [*_train(run, world), *_data(run), *_models(run), *_teachers(run)]
+    if method is not None:
+        problems += _method(run, method)
+    if problems:
+        above = (prefix,) if prefix else ()
+        raise ConfigError("\n".join(line("", (*above, place), text) for place, text in problems))
+
+
+def _train(run: Run, world: int) -> Problems:
+    train = run.train
+    step = train.micro_batch * world
+    if train.batch % step:
+        below, above = train.batch // step * step, -(-train.batch // step) * step
+        near = f"{below} or {above}" if below else str(above)
+        ranks = f"{world} rank" + "s" * (world > 1)
+        yield (
+            "train.batch",
+            f"{train.batch} is not a multiple of train.micro_batch {train.micro_batch} x {ranks}"
+            f" = {step}; the nearest that are: {near}",
+        )
+    if train.warmup > train.steps:
+        yield "train.warmup", f"{train.warmup} is more than train.steps {train.steps}"
+    if train.end_lr > train.lr:
+        yield "train.end_lr", f"{train.end_lr} is more than train.lr {train.lr}"
+
+
+def _data(run: Run) -> Problems:
+    masking = run.data.masking
+    if masking.keep + masking.random > 1:
+        yield (
+            "data.masking.keep",
+            f"{masking.keep} and data.masking.random {masking.random} together exceed 1",
+        )
+    if masking.whole_word and masking.sampler == "fairseq":
+        yield "data.masking.whole_word", "the fairseq sampler selects tokens, not words"
+
+
+def _models(run: Run) -> Problems:
+    for name, model in _named_models(run):
+        if model.path is None and "model_type" not in model.config:
+            yield (
+                f"{name}.config.model_type",
+                f"missing; name a model type to build at random, or set {name}.path",
+            )
+
+
+def _named_models(run: Run) -> Iterator[tuple[str, Model]]:
+    yield "model", run.model
+    for name, teacher in _each_teacher(run):
+        if teacher.model is not None:
+            yield f"{name}.model", teacher.model
+
+
+def _each_teacher(run: Run) -> Iterator[tuple[str, LiveTeacher | CachedTeacher]]:
+    """Name of the section and the teacher: every one of a routed teacher, or the only one."""
+    if isinstance(run.teacher, RoutedTeacher):
+        for domain, teacher in run.teacher.domains.items():
+            yield f"teacher.domains.{domain}", teacher
+    elif run.teacher is not None:
+        yield "teacher", run.teacher
+
+
+def _teachers(run: Run) -> Problems:
+    for name, teacher in _each_teacher(run):
+        if isinstance(teacher, CachedTeacher):
+            temperatures, use_k = teacher.temperatures, teacher.use_k
+            if len(set(temperatures)) < len(temperatures):
+                yield f"{name}.temperatures", f"{temperatures} has one twice"
+            if teacher.model is not None and use_k is not None and use_k > teacher.k:
+                yield f"{name}.use_k", f"{use_k} is more than {name}.k {teacher.k}"
+    if isinstance(run.teacher, RoutedTeacher):
+        yield from _routes(run, run.teacher)
+
+
+def _routes(run: Run, teacher: RoutedTeacher) -> Problems:
+    kinds = {domain: t.kind for domain, t in teacher.domains.items()}
+    if len(set(kinds.values())) > 1:
+        each = ", ".join(f"{domain} {kind}" for domain, kind in kinds.items())
+        yield "teacher.domains", f"all must be live or all cached, but: {each}"
+    domains = dict.fromkeys(source.domain for source in run.data.sources)
+    for domain in kinds:
+        if domain not in domains:
+            near = nearest(domain, domains)
+            yield f"teacher.domains.{domain}", f"no source has this domain{near}"
+    for domain in domains:
+        if domain not in kinds:
+            yield "teacher.domains", f"no teacher for the domain {domain!r} of data.sources"
+    folders: dict[Path, str] = {}
+    for domain, kind in kinds.items():
+        if kind == "cached":
+            other = folders.setdefault(cache_folder(run, domain), domain)
+            if other != domain:
+                yield f"teacher.domains.{domain}.path", f"the same folder as that of {other!r}"
+
+
+def _method(run: Run, method: Method) -> Problems:
+    if not method.wants_teacher():
+        return
+    if run.teacher is None:
+        yield "teacher", f"the method {method.kind} needs one"
+    caches = {n: t for n, t in _each_teacher(run) if isinstance(t, CachedTeacher)}
+    for name, teacher in caches.items():
+        if method.temperature not in teacher.temperatures:
+            stored = ", ".join(map(str, teacher.temperatures))
+            yield (
+                "method.temperature",
+                f"{method.temperature} is not in {name}.temperatures: {stored}",
+            )
+    if caches and run.data.objective == "masked" and run.data.masking.draws is None:
+        yield (
+            "data.masking.draws",
+            "missing; a cached teacher holds so many masks of each row (epoch e uses e % draws)",
+        )

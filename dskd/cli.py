@@ -1,0 +1,125 @@
+"""The ``dskd`` command. What is heavy is imported by the command that needs it.
+
+``dskd train`` runs one process; ``deepspeed --num_gpus N dskd/train.py`` takes the same arguments
+and runs N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dskd import __version__
+from dskd.errors import ConfigError, DskdError
+
+MENDABLE = 2
+_SETTINGS = "settings file and overrides: [FILE.yaml] [a.b=value ...]; none: the 20-step toy run"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command (default: the process's own arguments); returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except DskdError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return MENDABLE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dskd", description="Train language models that inherit what other models know."
+    )
+    parser.add_argument("--version", action="version", version=f"dskd {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    _with_settings(commands, "train", "carry out a run or recipe", until=None)
+    _with_settings(commands, "data", "prepare its rows only", until="data")
+    settings = _with_settings(commands, "settings", "print its resolved settings", until=None)
+    settings.set_defaults(run=_settings)
+
+    cache = commands.add_parser("cache", help="capture, check and describe logit caches")
+    caches = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _with_settings(caches, "capture", "capture a run's teacher logits", until="cache")
+    for name, about, run in (
+        ("verify", "check every byte of a cache", _cache_verify),
+        ("info", "say what a cache holds, and its size", _cache_info),
+    ):
+        command = caches.add_parser(name, help=about, description=about)
+        command.add_argument("path", type=Path, metavar="PATH", help="folder of the cache")
+        command.set_defaults(run=run)
+
+    report = commands.add_parser("report", help="table and report.html of finished runs")
+    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="run folders")
+    report.add_argument("--control", metavar="NAME", help="the run to measure the others against")
+    report.add_argument("--out", type=Path, default=Path(), help="where report.html goes")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _with_settings(
+    commands: argparse._SubParsersAction, name: str, about: str, until: str | None
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=about, description=about)
+    command.add_argument("words", nargs="*", metavar="FILE|a.b=value", help=_SETTINGS)
+    command.set_defaults(run=_train, until=until)
+    return command
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from dskd.train import main as train
+
+    until = [] if arguments.until is None else [f"until={arguments.until}"]
+    return train([*arguments.words, *until])
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    from dskd.config import SINGLE, dump, read, validate
+    from dskd.method import build_method
+
+    files = [word for word in arguments.words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"one settings file, not {len(files)}: {' '.join(files)}")
+    overrides = [word for word in arguments.words if "=" in word]
+    recipe = read(files[0] if files else None, overrides)
+    for name, run in recipe.runs.items():
+        method = build_method(run.method)
+        validate(run, 1, method, "" if name == SINGLE else f"runs.{name}")
+        whole = run.model_copy(update={"method": method.model_dump(mode="json")})
+        heading = "" if name == SINGLE else f"--- # {name}\n"
+        print(heading + dump(whole), end="")
+    return 0
+
+
+def _cache_verify(arguments: argparse.Namespace) -> int:
+    from dskd.logit_cache import verify
+
+    _show(verify(arguments.path))
+    print(f"{arguments.path}: whole")
+    return 0
+
+
+def _cache_info(arguments: argparse.Namespace) -> int:
+    from dskd.logit_cache import describe
+
+    _show(describe(arguments.path))
+    return 0
+
+
+def _show(values: dict[str, object]) -> None:
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dskd.report import print_table, write_report
+
+    runs = {folder.name: folder for folder in arguments.folders}
+    if len(runs) < len(arguments.folders):
+        raise ConfigError("report: two folders have the same name; the report tells runs by it")
+    print_table(runs, arguments.control)
+    print(write_report(runs, arguments.out, arguments.control))
+    return 0

@@ -1,0 +1,235 @@
+"""Settings from YAML and the command line: read, check, write, compare.
+
+A settings file holds one run (the sections of :class:`dskd.settings.Run`), or a recipe of several::
+
+    base: {out: runs/demo, data: {...}}    # what the runs share
+    runs:
+      teacher: {model: {...}}              # each is base with its own settings merged in
+      student: {teacher: {kind: live, model: {path: "run:teacher"}}}
+
+A run of a recipe writes to ``<base out>/<name>``. ``run:NAME`` stands for what an earlier run
+leaves: its export as the ``path`` of a model or tokenizer, its cache as that of a cached teacher.
+Overrides are ``a.b=value`` (all runs) and ``runs.NAME.a.b=value`` (one); the command line wins.
+Every mistake of a file is reported at once, by the dotted name that an override would use.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from dskd import tree as trees
+from dskd.checks import cache_folder, validate
+from dskd.errors import ConfigError
+from dskd.sections import Problem, build, line, nearest, parse, show, with_kinds
+from dskd.settings import CachedTeacher, RoutedTeacher, Run
+from dskd.tree import Place, Tree
+
+__all__ = ["SINGLE", "Recipe", "cache_folder", "differences", "dump", "parse", "read", "validate"]
+
+SINGLE = "run"
+"""Name of the only run of a file that is no recipe."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Runs by name, in the order in which they run, and the folder that holds them."""
+
+    out: Path
+    runs: dict[str, Run]
+
+
+def read(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a settings file (None: all defaults, the toy run) and lay the overrides on it.
+
+    Raises:
+        ConfigError: the file cannot be read, or every mistake in it, one a line.
+    """
+    where = "" if path is None else str(path)
+    content = {} if path is None else trees.load(Path(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: expected settings (name: value), found {show(content)}")
+    over = trees.overlay(overrides)
+    if "runs" in content or "base" in content:
+        return _read_recipe(content, over, where)
+    if "runs" in over:
+        name = where or "the toy run"
+        raise ConfigError(f"command line: runs: {name} is a single run, not a recipe of several")
+    reader = _Reader(where)
+    reader.run(SINGLE, content, over)
+    runs = reader.finish([SINGLE])
+    return Recipe(runs[SINGLE].out, runs)
+
+
+def dump(run: Run) -> str:
+    """The whole of a run's settings as YAML; :func:`read` gives the same run back."""
+    return trees.dump(run.model_dump(mode="json"))
+
+
+# Settings that say where, how fast or how far, but not what comes out.
+_FREE = re.compile(
+    r"(?:out|until|deepspeed|log_every|checkpoint\..*|evaluation\.(?:every|micro_batch)|data\.folder"
+    r"|train\.(?:micro_batch|compile|activation_checkpointing)"
+    r"|teacher\.(?:domains\.[^.]*\.)?(?:deepspeed|micro_batch|rows_per_shard))$"
+)
+
+
+def differences(a: Run, b: Run) -> list[str]:
+    """Settings in which two runs differ so that their results differ: ``name: a's value, now b's``.
+
+    Folders, geometry (``deepspeed``, micro-batches, ``compile``, activation checkpointing), the
+    last stage and the cadence of logs, checkpoints and evaluations are free.
+    """
+    return list(_changes(a.model_dump(mode="json"), b.model_dump(mode="json"), ""))
+
+
+def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
+    if _FREE.match(name) or old == new:
+        return
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind"):
+        for key in old | new:
+            inner = f"{name}.{key}" if name else key
+            yield from _changes(old.get(key), new.get(key), inner)
+    else:
+        yield f"{name}: {show(_kind_or_value(old))}, now {show(_kind_or_value(new))}"
+
+
+def _kind_or_value(value: Any) -> Any:
+    return value.get("kind", value) if isinstance(value, dict) else value
+
+
+def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
+    reader = _Reader(where)
+    base, runs = content.get("base") or {}, content.get("runs")
+    own_over = over.pop("runs", None) or {}
+    for key in [key for key in content if key not in ("base", "runs")]:
+        reader.add((key,), "a recipe has only base and runs at its top; does it belong into base?")
+    if not isinstance(base, dict) or not isinstance(runs, dict) or not runs:
+        raise ConfigError(line(where, (), "a recipe needs base: {...} and runs: {name: {...}}"))
+    if not isinstance(own_over, dict):
+        raise ConfigError("command line: runs: write runs.NAME.a.b=value")
+    for name in [name for name in own_over if name not in runs]:
+        reader.add(("runs", name), "no such run" + nearest(name, runs), over={"runs": own_over})
+    base = with_kinds(Run, base)
+    out = over.get("out", base.get("out", str(Run.model_fields["out"].default)))
+    for name, own in runs.items():
+        layers = (own or {}, own_over.get(name) or {})
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            reader.add(("runs", name), "the name of a run is made of letters, digits, _ and -")
+        if not all(isinstance(layer, dict) for layer in layers):
+            reader.add(("runs", name), "expected settings (name: value)")
+            continue
+        if any("out" in layer for layer in layers):
+            reader.add(
+                ("runs", name, "out"), "a run of a recipe writes to <out>/<name>; set base.out"
+            )
+        place = os.path.join(out, name) if isinstance(out, str) else out
+        reader.run(name, trees.merge(base, layers[0]), trees.merge(over, layers[1]), place)
+    built = reader.finish(runs)
+    return Recipe(Path(os.path.expanduser(out)), built)
+
+
+@dataclass
+class _Reader:
+    """Builds the runs of a file one after the other and gathers what is wrong with them."""
+
+    where: str
+    built: dict[str, Run | None] = field(default_factory=dict)
+    problems: dict[str, list[tuple[str, Place, str]]] = field(default_factory=dict)
+
+    def add(
+        self, place: Place, text: str, name: str = "", over: Mapping[str, Any] | None = None
+    ) -> None:
+        """Note a problem of the run ``name`` (none: of the file); ``over`` is its overlay."""
+        origin = "command line" if _covers(over or {}, place) else self.where
+        self.problems.setdefault(name, []).append((origin, place, text))
+
+    def run(self, name: str, tree: Tree, over: Tree, out: Any = None) -> None:
+        """Build the run ``name``, written to the folder ``out`` if that is given."""
+        tree = trees.merge(_with_defaults(Run(), with_kinds(Run, tree), over), over)
+        problems: list[Problem] = []
+        resolved = self._resolve(tree if out is None else tree | {"out": out}, (), problems)
+        run, more = build(Run, resolved)
+        for place, text in problems + more:
+            self.add(place, text, name, over)
+        self.built[name] = run
+
+    def finish(self, names: Iterable[str]) -> dict[str, Run]:
+        """The runs, if nothing is wrong; a problem that all runs share is told once."""
+        names = list(names)
+        lines = dict.fromkeys(line(*problem) for problem in self.problems.pop("", []))
+        for name, problems in self.problems.items():
+            for origin, place, text in problems:
+                shared = all((origin, place, text) in self.problems.get(n, []) for n in names)
+                above = () if shared else ("runs", name)
+                lines[line(origin, (*above, *place), text)] = None
+        if lines:
+            raise ConfigError("\n".join(lines))
+        return {name: run for name, run in self.built.items() if run is not None}
+
+    def _resolve(self, value: Any, place: Place, problems: list[Problem]) -> Any:
+        """``value`` with ``run:NAME`` and ``~/`` replaced by folders."""
+        if isinstance(value, dict):
+            return {k: self._resolve(v, (*place, k), problems) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._resolve(v, (*place, str(i)), problems) for i, v in enumerate(value)]
+        if not isinstance(value, str) or place[-1] not in ("path", "out", "folder", "deepspeed"):
+            return value
+        if value.startswith("run:") and place[-1] == "path" and "sources" not in place:
+            try:
+                value = self._left_by(value.removeprefix("run:"), place)
+            except ConfigError as problem:
+                problems.append((place, str(problem)))
+        return os.path.expanduser(value) if value.startswith("~/") else value
+
+    def _left_by(self, name: str, place: Place) -> str:
+        """The folder that the setting at ``place`` means by ``run:name``."""
+        if name not in self.built:
+            earlier = ", ".join(self.built) or "none"
+            near = nearest(name, self.built)
+            raise ConfigError(f"'run:{name}' names no earlier run{near}; earlier ones: {earlier}")
+        run = self.built[name]
+        if run is None:  # what is wrong with it is told already
+            return f"run:{name}"
+        if place[-2:-1] in (("model",), ("tokenizer",)):
+            return str(run.out / "export")
+        domain = place[2] if place[:2] == ("teacher", "domains") else None
+        teacher = run.teacher
+        if isinstance(teacher, RoutedTeacher):
+            teacher = teacher.domains.get(domain)
+        else:
+            domain = None
+        if not isinstance(teacher, CachedTeacher):
+            raise ConfigError(f"'run:{name}' has no cache, its teacher is not a cached one")
+        return str(cache_folder(run, domain))
+
+
+def _with_defaults(default: BaseModel, tree: Tree, over: Tree) -> Tree:
+    """``tree`` with the default of each free mapping that ``over`` reaches into and it leaves out,
+    so that ``method.temperature=3`` changes the toy's method and does not replace it."""
+    filled = dict(tree)
+    for name in over.keys() & type(default).model_fields.keys() - tree.keys():
+        inner = getattr(default, name)
+        if isinstance(inner, dict):
+            filled[name] = inner
+        elif isinstance(inner, BaseModel) and isinstance(over[name], dict):
+            filled[name] = _with_defaults(inner, {}, over[name])
+    return filled
+
+
+def _covers(over: Mapping[str, Any], place: Place) -> bool:
+    """Whether what is at ``place`` comes from the overlay."""
+    node: Any = over
+    for part in place:
+        if not isinstance(node, Mapping):
+            return True
+        if part not in node:
+            return False
+        node = node[part]
+    return True

@@ -1,0 +1,1 @@
+"""Text to rows: sources, tokenizers, packing, prepared folders, masking and the loader."""

@@ -1,0 +1,243 @@
+"""Building prepared rows: documents -> splits -> tokens -> rows -> files and a manifest.
+
+One stretch of text after the other is read, split, tokenized, packed and written, so memory does
+not grow with the corpus. ``blocks.py`` says what the files are and gives the folder its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
+
+from dskd.data import sources
+from dskd.data.packing import Encoder, Packer
+from dskd.data.vocabulary import (
+    load_tokenizer,
+    start_id,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from dskd.errors import DataError
+from dskd.files import file_hash, fingerprint, write_manifest
+from dskd.settings import Data, Source
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_CHUNK_CHARACTERS = 2_000_000  # of text in memory at a time
+_SPLITS = ("train", "validation")
+_FILES = ("ids", "offsets", "domains")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What all steps of one build share."""
+
+    data: Data
+    key: str
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    domains: list[str]
+    dtype: str
+
+
+class _SplitWriter:
+    """Appends rows to the three files of a split."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, start: int | None) -> None:
+        self.rows = 0
+        self.tokens = 0
+        self._dtype = dtype
+        self._prefix = np.array([] if start is None else [start], dtype=dtype)
+        self._files = {name: (folder / f"{split}.{name}").open("wb") for name in _FILES}
+        self._files["offsets"].write(np.zeros(1, dtype=np.int64).tobytes())
+
+    def write(self, rows: list[NDArray[np.int64]], domain: int) -> None:
+        if not rows:
+            return
+        pieces = [piece for row in rows for piece in (self._prefix, row.astype(self._dtype))]
+        ends = self.tokens + np.cumsum([len(row) + len(self._prefix) for row in rows])
+        self._files["ids"].write(np.concatenate(pieces).tobytes())
+        self._files["offsets"].write(ends.astype(np.int64).tobytes())
+        self._files["domains"].write(np.full(len(rows), domain, dtype=np.uint16).tobytes())
+        self.rows += len(rows)
+        self.tokens = int(ends[-1])
+
+    def close(self) -> None:
+        for stream in self._files.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+            stream.close()
+
+
+def build(
+    data: Data, tokenizer: PreTrainedTokenizerBase | None, key: str, folder: Path, bar: Progress
+) -> None:
+    """Fill ``folder`` with the rows, the tokenizer and the manifest.
+
+    Args:
+        data: the settings.
+        tokenizer: the tokenizer; None: train it on the training documents.
+        key: what the finished folder is named by; recorded.
+        folder: an empty folder.
+        bar: shows how far each source is read.
+
+    Raises:
+        DataError: there is less text than one row, or no row to validate on; see also
+            ``sources.documents``.
+    """
+    tokenizer = _trained_tokenizer(data, bar) if tokenizer is None else tokenizer
+    job = _Job(
+        data=data,
+        key=key,
+        folder=folder,
+        tokenizer=tokenizer,
+        domains=list(dict.fromkeys(source.domain for source, _ in _parts(data))),
+        dtype="uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32",
+    )
+    writers = _write_rows(job, bar)
+    _refuse_small(data, writers)
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    _write_manifest(job, writers)
+
+
+def _write_rows(job: _Job, bar: Progress) -> dict[str, _SplitWriter]:
+    data = job.data
+    encode = Encoder(data, job.tokenizer)
+    start = start_id(job.tokenizer, data.objective)
+    writers = {split: _SplitWriter(job.folder, split, job.dtype, start) for split in _SPLITS}
+    for source, split in _parts(data):
+        packers = {name: Packer(data.packing, encode.block) for name in _SPLITS}
+        domain = job.domains.index(source.domain)
+        for chunk in _chunks(source, split, data.validation_fraction, bar):
+            for name, texts in chunk.items():
+                writers[name].write(packers[name].add(encode(texts)), domain)
+        for name, packer in packers.items():
+            writers[name].write(packer.finish(), domain)
+    for writer in writers.values():
+        writer.close()
+    return writers
+
+
+def _trained_tokenizer(data: Data, bar: Progress) -> PreTrainedTokenizerBase:
+    task = bar.add_task("Training the tokenizer", total=None)
+    tokenizer = load_tokenizer(data, _training_texts(data))
+    bar.remove_task(task)
+    return tokenizer
+
+
+def _parts(data: Data) -> list[tuple[Source, str | None]]:
+    """Every source with the split it belongs to; None: decided for each document."""
+    if data.validation is None:
+        return [(source, None) for source in data.sources]
+    return [(source, "train") for source in data.sources] + [
+        (source, "validation") for source in data.validation
+    ]
+
+
+def _training_texts(data: Data) -> Iterator[str]:
+    """The training documents, the sources taking turns."""
+    turns = [_training_documents(source, data) for source in data.sources]
+    while turns:
+        for turn in list(turns):
+            text = next(turn, None)
+            if text is None:
+                turns.remove(turn)
+            else:
+                yield text
+
+
+def _training_documents(source: Source, data: Data) -> Iterator[str]:
+    for text in sources.documents(source):
+        if data.validation is not None or not _held_out(text, data.validation_fraction):
+            yield text
+
+
+def _held_out(text: str, fraction: float) -> bool:
+    """By a hash of the text: equal documents are on the same side, in every run."""
+    return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
+
+
+def _chunks(
+    source: Source, split: str | None, fraction: float, bar: Progress
+) -> Iterator[dict[str, list[str]]]:
+    """The documents by split, about ``_CHUNK_CHARACTERS`` at a time."""
+    task = bar.add_task(f"Tokenizing {source.domain}", total=sources.size(source))
+    chunk: dict[str, list[str]] = {name: [] for name in _SPLITS}
+    held = read = 0
+
+    def advance(amount: int) -> None:
+        nonlocal read
+        read += amount
+
+    for text in sources.documents(source, advance):
+        name = split or _SPLITS[_held_out(text, fraction)]
+        chunk[name].append(text)
+        held += len(text)
+        if held >= _CHUNK_CHARACTERS:
+            yield chunk
+            bar.update(task, completed=read)
+            chunk = {name: [] for name in _SPLITS}
+            held = 0
+    yield chunk
+    bar.remove_task(task)
+
+
+def _refuse_small(data: Data, writers: dict[str, _SplitWriter]) -> None:
+    tokens = writers["train"].tokens
+    if tokens < data.block_size:
+        raise DataError(
+            f"data.sources: {tokens} tokens to train on are shorter than one row "
+            f"(data.block_size: {data.block_size})"
+        )
+    if not writers["validation"].rows:
+        raise DataError(
+            "data.validation_fraction: no document was held out, so there are no validation rows; "
+            "raise it, give data.validation, or use a corpus of more documents"
+        )
+
+
+def _write_manifest(job: _Job, writers: dict[str, _SplitWriter]) -> None:
+    paths = sorted(path for path in job.folder.rglob("*") if path.is_file())
+    files = {
+        path.relative_to(job.folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "xxh3": file_hash(path),
+        }
+        for path in paths
+    }
+    written_in = {
+        "block_size": job.data.block_size,
+        "dtype": job.dtype,
+        "domains": job.domains,
+        "tokenizer": tokenizer_fingerprint(job.tokenizer),
+    }
+    splits = {
+        split: {
+            "rows": writer.rows,
+            "tokens": writer.tokens,
+            "fingerprint": fingerprint(
+                {"files": [files[f"{split}.{name}"]["xxh3"] for name in _FILES], **written_in}
+            ),
+        }
+        for split, writer in writers.items()
+    }
+    content = {
+        "kind": "rows",
+        "format": FORMAT,
+        "key": job.key,
+        "fingerprint": fingerprint(splits),
+        "settings": job.data.model_dump(mode="json", exclude={"folder", "masking"}),
+        "pad": job.tokenizer.pad_token_id,
+        **written_in,
+        "splits": splits,
+        "files": files,
+    }
+    write_manifest(job.folder / MANIFEST, content)

@@ -1,0 +1,195 @@
+"""Packing: documents become sentences of tokens, and these become rows of at most ``block`` tokens.
+
+The cuts are pure functions from sizes to ``(begin, end)`` token slices, as fairseq's
+TokenBlockDataset makes them (Liu et al. 2019, section 4.2: FULL-SENTENCES and DOC-SENTENCES).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from dskd.data.vocabulary import encoder, end_id, start_id
+from dskd.settings import Data
+
+Slice = tuple[int, int]
+
+
+def complete(sizes: Iterable[int], block: int) -> list[Slice]:
+    """Whole sentences, greedily, until the next would not fit; documents are crossed.
+
+    A sentence longer than ``block`` becomes a row of its own (:func:`cut` leaves none).
+    """
+    slices: list[Slice] = []
+    begin = end = 0
+    for size in sizes:
+        if end > begin and end - begin + size > block:
+            slices.append((begin, end))
+            begin = end
+        end += size
+    if end > begin:
+        slices.append((begin, end))
+    return slices
+
+
+def complete_doc(
+    sizes: Sequence[int], block: int, separators: Sequence[bool] | None = None
+) -> list[Slice]:
+    """As :func:`complete`, and a row ends with its document; rows of one token are dropped.
+
+    Args:
+        sizes: tokens of each sentence or document separator.
+        block: most tokens of a row.
+        separators: which entries separate documents (they go into no row); None: those of size 1,
+            as in the original, where a lone end token stands between documents.
+    """
+    if separators is None:
+        separators = [size == 1 for size in sizes]
+    slices: list[Slice] = []
+    begin = end = 0
+    for size, separator in zip(sizes, separators, strict=True):
+        if separator or end - begin + size > block:
+            if end - begin > 1:
+                slices.append((begin, end))
+            begin = end
+        end += size
+        if separator:
+            begin = end
+    if end - begin > 1:
+        slices.append((begin, end))
+    return slices
+
+
+def contiguous(total: int, block: int) -> list[Slice]:
+    """One stream of ``total`` tokens, cut every ``block``; the last row may be shorter."""
+    return [(begin, min(begin + block, total)) for begin in range(0, total, block)]
+
+
+def cut(sizes: Iterable[int], block: int) -> list[int]:
+    """``sizes`` with every one above ``block`` cut into full pieces and a rest of at least two
+    tokens (one token would look like a document separator)."""
+    pieces: list[int] = []
+    for size in sizes:
+        if size <= block:
+            pieces.append(size)
+            continue
+        full, rest = divmod(size, block)
+        pieces += [block] * full
+        if rest == 1:
+            pieces[-1] -= 1
+            rest = 2
+        if rest:
+            pieces.append(rest)
+    return pieces
+
+
+class Items(NamedTuple):
+    """A stretch of text as tokens: sentences and document separators, one behind the other.
+
+    A separator is one token long for masked LMs and empty for causal ones.
+    """
+
+    ids: NDArray[np.int64]
+    sizes: list[int]
+    separators: list[bool]
+
+
+class Encoder:
+    """Documents to items, in the form the objective asks for.
+
+    Masked: a sentence is a line without the space around it, and ends with the end token; a lone
+    end token follows each document, as the original's blank lines became. Causal: a sentence is a
+    line with its line ends (the whole document if the packing is contiguous), and only a document's
+    last one ends with the end token. A sentence above ``block`` tokens is cut; no token is lost.
+
+    Attributes:
+        block: most tokens of a row besides its start token.
+    """
+
+    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._backend = encoder(tokenizer)
+        self._end = end_id(tokenizer, data.objective)
+        self._masked = data.objective == "masked"
+        self._whole = data.packing == "contiguous"
+        self.block = data.block_size - (start_id(tokenizer, data.objective) is not None)
+
+    def __call__(self, texts: list[str]) -> Items:
+        """The items of the documents; the tokenizer's own threads share the work."""
+        documents = [self._sentences(text) for text in texts]
+        flat = [sentence for document in documents for sentence in document]
+        encoded = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+        items = Items([], [], [])
+        for document in documents:
+            found = [tokens for _ in document if (tokens := next(encoded).ids)]
+            if found:
+                self._append(items, found)
+        return Items(np.array(items.ids, dtype=np.int64), items.sizes, items.separators)
+
+    def _sentences(self, text: str) -> list[str]:
+        if self._masked:
+            return [sentence for line in text.splitlines() if (sentence := line.strip())]
+        return [text] if self._whole else re.findall(r"[^\n]*\n+|[^\n]+", text)
+
+    def _append(self, items: Items, sentences: list[list[int]]) -> None:
+        """Add one document to ``items``, whose ids are still a list."""
+        for number, tokens in enumerate(sentences, 1):
+            ends = self._masked or number == len(sentences)
+            items.ids.extend(tokens + [self._end] * ends)
+            pieces = cut([len(tokens) + ends], self.block)
+            items.sizes.extend(pieces)
+            items.separators.extend([False] * len(pieces))
+        items.ids.extend([self._end] * self._masked)
+        items.sizes.append(int(self._masked))
+        items.separators.append(True)
+
+
+class Packer:
+    """Packs one domain's text stretch by stretch, with the result of packing it in one go.
+
+    Args:
+        packing: ``complete``, ``complete_doc`` or ``contiguous``.
+        block: most tokens of a row.
+    """
+
+    def __init__(self, packing: str, block: int) -> None:
+        self._packing = packing
+        self._block = block
+        self._open = Items(np.empty(0, dtype=np.int64), [], [])
+
+    def add(self, items: Items) -> list[NDArray[np.int64]]:
+        """The rows that are certain after ``items``, which must end with a document."""
+        items = Items(
+            np.concatenate([self._open.ids, items.ids]),
+            self._open.sizes + items.sizes,
+            self._open.separators + items.separators,
+        )
+        slices = self._slices(items)
+        begin = len(items.ids)
+        if self._packing != "complete_doc" and slices:  # the last row may still grow
+            begin = slices.pop()[0]
+        self._open = _from(items, begin)
+        return [items.ids[a:b] for a, b in slices]
+
+    def finish(self) -> list[NDArray[np.int64]]:
+        """The row that was still open, if any."""
+        return [self._open.ids[a:b] for a, b in self._slices(self._open)]
+
+    def _slices(self, items: Items) -> list[Slice]:
+        if self._packing == "contiguous":
+            return contiguous(len(items.ids), self._block)
+        if self._packing == "complete":
+            return complete(items.sizes, self._block)
+        return complete_doc(items.sizes, self._block, items.separators)
+
+
+def _from(items: Items, begin: int) -> Items:
+    """The end of ``items`` from token ``begin`` on (the start of a sentence, or any token when the
+    sizes are not looked at)."""
+    starts = np.cumsum([0, *items.sizes])
+    first = int(np.searchsorted(starts, begin))
+    return Items(items.ids[begin:], items.sizes[first:], items.separators[first:])

@@ -1,0 +1,90 @@
+"""The few things dskd asks of torch.distributed; with one process and no group they do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from dskd.errors import DskdError
+
+Value = TypeVar("Value")
+
+
+def _grouped() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's rank, 0 without a group."""
+    return torch_dist.get_rank() if _grouped() else 0
+
+
+def world() -> int:
+    """Number of ranks, 1 without a group."""
+    return torch_dist.get_world_size() if _grouped() else 1
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if _grouped():
+        torch_dist.barrier()
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Sum ``value`` over the ranks in place (identical on every rank afterwards); return it."""
+    if _grouped():
+        torch_dist.all_reduce(value)
+    return value
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` (picklable), on every rank."""
+    if not _grouped():
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value`` (picklable), by rank, on every rank."""
+    if not _grouped():
+        return [value]
+    values: list[Any] = [None] * world()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def agree(problem: DskdError | None) -> None:
+    """Raise on every rank the first rank's ``problem``, if any rank has one.
+
+    Work that may fail on one rank ends with this, so that the others do not wait for it for ever.
+    """
+    for found in gather_objects(problem):
+        if found is not None:
+            raise found
+
+
+def on_rank0(function: Callable[[], Value]) -> Value:
+    """Rank 0's ``function()`` on every rank, however long it takes.
+
+    Rank 0 works in a thread and tells the others every second that it is still at it, so that no
+    collective waits for longer than the group's timeout. Its error is raised on every rank.
+    """
+    if world() == 1:
+        return function()
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(function) if rank() == 0 else None
+        busy = True
+        while busy:
+            done = wait([work], timeout=1).done if work is not None else ()
+            busy = broadcast_object(not done)
+        problem = work.exception() if work is not None else None
+        if problem is not None and not isinstance(problem, DskdError):
+            raise problem  # ours to mend: this rank dies with a traceback, the launcher ends the rest
+        agree(problem)
+        return broadcast_object(work.result() if work is not None else None)

@@ -1,0 +1,171 @@
+"""The DeepSpeed engine behind a narrow door: forward, backward, step, save, load.
+
+Loss scale: the trainer divides by global counts, so the summed gradient over ranks is wanted;
+DeepSpeed averages gradients over ranks and divides by the accumulation steps, so the loss is
+multiplied by the world size and the accumulation scale is switched off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import ops as deepspeed_ops
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
+from torch import Tensor, nn
+
+from dskd import dist
+from dskd.batch import Batch, Term
+
+_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+
+
+def start(timeout_minutes: float = 30) -> torch.device:
+    """Join the process group the launcher describes (or a group of one); return this rank's device.
+
+    A collective that a rank never joins fails after ``timeout_minutes`` instead of hanging.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        # Compiled with g++ at start-up, for a minute, and hangs on the lock of a killed build.
+        deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        "nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+    )
+    return device
+
+
+def stage_of(ds: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config."""
+    return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
+def decay_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay; vectors (biases, norms) only if ``decay_all``."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if decay_all:
+        return [{"params": trained, "weight_decay": weight_decay}]
+    matrices = [p for p in trained if _rank_of(p) > 1]
+    vectors = [p for p in trained if _rank_of(p) <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _rank_of(parameter: nn.Parameter) -> int:
+    """Number of axes; a ZeRO-3 parameter keeps its true shape in ``ds_shape``."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class Engine:
+    """A model under training by DeepSpeed.
+
+    Args:
+        objective: the module whose forward takes (batch, step) and returns terms by name.
+        groups: parameter groups, see :func:`decay_groups`.
+        ds: a DeepSpeed config without any ``auto``.
+    """
+
+    def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], ds: dict[str, Any]):
+        silent = {key: value for key, value in ds.items() if key not in _MONITORS}
+        names = {id(parameter): name for name, parameter in objective.named_parameters()}
+        self._group_names = [[names[id(p)] for p in group["params"]] for group in groups]
+        self._engine, *_ = deepspeed.initialize(
+            model=objective, model_parameters=groups, config=silent
+        )
+        self.stage = stage_of(ds)
+        # Ours, not the engine's: that one would log our loss as multiplied for its averaging.
+        self._monitor = MonitorMaster(get_monitor_config(ds))
+
+    @property
+    def module(self) -> nn.Module:
+        """The objective, as DeepSpeed holds it."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        return torch.device(self._engine.device)
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Term]:
+        """The loss terms of one micro-batch."""
+        return self._engine(batch, step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, this rank's share of the global mean."""
+        self._engine.backward(loss * dist.world(), scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # DeepSpeed counts micro-batches here; it does not step yet
+
+    def grad_norm(self) -> float | None:
+        """Global gradient norm before clipping: after the last backward at ZeRO-0 in fp32, after
+        the step at the other stages."""
+        norm = self._engine.get_global_grad_norm()
+        if norm is None and self.stage == 0:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+        return None if norm is None else float(norm)
+
+    def step(self, lr: float) -> bool:
+        """Take an optimiser step at this learning rate; False if fp16 overflowed and it was skipped."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return self._engine.was_step_applied()
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Send values to the monitors the DeepSpeed config asks for (TensorBoard, W&B, CSV, Comet)."""
+        if self._monitor.enabled and dist.rank() == 0:
+            self._monitor.write_events([(name, value, step) for name, value in values.items()])
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's part of ``folder/tag`` (collective)."""
+        state = {"dskd_groups": self._group_names}
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read back a checkpoint: one of the same world size and ZeRO stage, or, if the config said
+        ``load_universal``, one in universal form (collective)."""
+        decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        assert path is not None, f"{folder}/{tag}: DeepSpeed found no checkpoint"
+        # Loading a universal checkpoint at ZeRO-3 gives every group the first group's settings, and
+        # all of them one step counter, which each would then advance.
+        for group, decay in zip(self._engine.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in self._engine.basic_optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+    @torch.no_grad()
+    def load_plain(self, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> None:
+        """Take weights and Adam state, by parameter name, into an fp32 ZeRO-0 engine."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(weights[name])
+            state = {key: value.to(parameter.device) for key, value in moments[name].items()}
+            self._engine.optimizer.state[parameter] = state
+
+    def destroy(self) -> None:
+        """Give back DeepSpeed's buffers and hooks, so that another engine may follow."""
+        self._engine.destroy()
+
+
+def shard_teacher(model: nn.Module, ds: dict[str, Any]) -> nn.Module:
+    """Put a frozen model into a ZeRO-3 engine of its own, without optimizer; returns the module."""
+    engine, *_ = deepspeed.initialize(model=model, config=ds)
+    return engine.module

@@ -1,0 +1,161 @@
+"""A trained model as a HuggingFace folder: weights, config, tokenizer, model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dskd import dist
+from dskd.errors import DskdError
+from dskd.files import sync_folder
+from dskd.zero import full_shape, gathered
+
+SHARD_BYTES = 4_000_000_000
+"""Most bytes of a file of weights (a single larger parameter gets a file of its own)."""
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    card: Mapping[str, Any],
+) -> None:
+    """Write ``folder`` so that ``from_pretrained`` gives the same logits (collective).
+
+    Sharded parameters are gathered one by one; rank 0 holds at most one file's worth of them. An
+    interrupted export never leaves a part: ``folder`` is absent or whole.
+
+    Args:
+        model: the HuggingFace model, in the dtype it is to be stored in.
+        tokenizer: the data's.
+        folder: replaced if it exists.
+        card: what the model card tells, value by heading; ``title`` is its first line.
+
+    Raises:
+        DskdError: the folder cannot be written; on every rank.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    _on_rank0(folder, lambda: _make_empty(temporary))
+    files = _files(model)
+    for name, tensors in files.items():
+        values = {key: _whole(tensor) for key, tensor in tensors.items()}  # collective
+        _on_rank0(folder, lambda name=name, values=values: _save(values, temporary / name))
+    _on_rank0(folder, lambda: _describe(model, tokenizer, files, card, temporary))
+    _on_rank0(folder, lambda: _replace(temporary, folder))
+
+
+def _on_rank0(folder: Path, work: Callable[[], None]) -> None:
+    """Do something on rank 0; every rank raises if it failed there, so that none waits for ever."""
+    problem = None
+    if dist.rank() == 0:
+        try:
+            work()
+        except (OSError, SafetensorError) as found:
+            problem = DskdError(f"{folder}: cannot export ({found})")
+    dist.agree(problem)
+
+
+def _files(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each file, still sharded; a tied one once, under its source's name."""
+    tied = set(model.all_tied_weights_keys)
+    state = model.state_dict(keep_vars=True)
+    parts: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for key, tensor in state.items():
+        if key in tied:
+            continue
+        size = full_shape(tensor).numel() * tensor.element_size()
+        if parts[-1] and filled + size > SHARD_BYTES:
+            parts.append({})
+            filled = 0
+        parts[-1][key] = tensor
+        filled += size
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    count = len(parts)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def _whole(tensor: Tensor) -> Tensor | None:
+    """A parameter's or buffer's values on rank 0's CPU, None elsewhere."""
+    parameters = [tensor] if isinstance(tensor, nn.Parameter) else []
+    with gathered(parameters):
+        # A copy: tensors that share memory (an untied head's bias has two names) cannot be stored.
+        return tensor.detach().cpu().clone().contiguous() if dist.rank() == 0 else None
+
+
+def _save(values: dict[str, Tensor], path: Path) -> None:
+    save_file(values, path, metadata={"format": "pt"})
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _describe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    files: Mapping[str, Mapping[str, Tensor]],
+    card: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Write everything beside the weights."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = next(model.parameters()).dtype
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(_card(card), encoding="utf-8")
+    if len(files) > 1:
+        tensors = [tensor for part in files.values() for tensor in part.values()]
+        total = sum(full_shape(tensor).numel() * tensor.element_size() for tensor in tensors)
+        places = {key: name for name, part in files.items() for key in part}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _card(card: Mapping[str, Any]) -> str:
+    """The model card: a heading for each entry, groups of settings as YAML."""
+    title = card.get("title", "A language model trained with dskd")
+    parts = [f"---\nlibrary_name: transformers\ntags:\n- dskd\n---\n\n# {title}\n"]
+    for heading, value in card.items():
+        if heading == "title":
+            continue
+        body = str(value)
+        if isinstance(value, dict | list):
+            body = f"```yaml\n{yaml.safe_dump(value, sort_keys=False)}```"
+        parts.append(f"## {heading}\n\n{body}\n")
+    return "\n".join(parts)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Flush the temporary folder to disk and give it its name."""
+    for path in temporary.iterdir():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    sync_folder(temporary)
+    earlier = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if folder.exists():
+        folder.rename(earlier)
+    temporary.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(earlier, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""Files that are whole or absent: atomic writes, checksums, self-checking JSON.
+
+A manifest is a JSON object whose ``checksum`` entry covers every other entry, so that any changed
+byte is found; it is written to a temporary name, flushed to disk and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dskd.errors import DskdError
+
+_CHUNK = 1 << 22
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file's bytes, hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """xxh3-128 of a JSON-able value in canonical form (sorted keys, no spaces)."""
+    return xxhash.xxh3_128(_canonical(value)).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename inside it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` as a self-checking JSON file; ``checksum`` must not be one of its keys."""
+    assert "checksum" not in content
+    write_atomic(path, _manifest_bytes(content))
+
+
+def read_manifest(path: Path, error: type[DskdError]) -> dict[str, Any]:
+    """Read a file of :func:`write_manifest`; raise ``error`` naming it if it is absent or changed."""
+    if not path.is_file():
+        raise error(f"{path}: no such file")
+    raw = path.read_bytes()
+    try:
+        content = json.loads(raw)
+    except ValueError as problem:
+        raise error(f"{path}: damaged, not readable as JSON ({problem})") from problem
+    if not isinstance(content, dict) or "checksum" not in content:
+        raise error(f"{path}: damaged, it has no checksum entry")
+    del content["checksum"]
+    if raw != _manifest_bytes(content):  # catches a changed byte even between the values
+        raise error(f"{path}: damaged, its checksum does not match its content")
+    return content
+
+
+def _manifest_bytes(content: dict[str, Any]) -> bytes:
+    whole = {**content, "checksum": fingerprint(content)}
+    return json.dumps(whole, indent=1).encode() + b"\n"
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

@@ -1,0 +1,92 @@
+"""What a run says while it trains: a progress line and ``metrics.jsonl``, both from rank 0."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd import dist
+from dskd.errors import CheckpointError
+from dskd.files import write_atomic
+
+
+def say(text: str) -> None:
+    """Print a line, once for all ranks."""
+    if dist.rank() == 0:
+        print(text, flush=True)
+
+
+def peak_memory() -> int:
+    """Most bytes held so far: of the GPU by tensors, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+class Metrics:
+    """``metrics.jsonl``: one JSON object a line, each with its ``step``.
+
+    Args:
+        path: the file; lines after ``step`` are dropped, so that a resumed run repeats none.
+        step: completed steps of the checkpoint the run goes on from.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self._path = path
+        if dist.rank() == 0 and path.exists():
+            lines = _whole_lines(path) if step else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            write_atomic(path, "".join(line + "\n" for line in kept).encode())
+
+    def write(self, **values: Any) -> None:
+        """Append one line (rank 0)."""
+        if dist.rank() == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that were written to their end; a kill may cut the last one, nothing else may be cut."""
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(whole, 1):
+        try:
+            json.loads(line)
+        except ValueError as problem:
+            raise CheckpointError(f"{path}, line {number}: not JSON ({problem})") from problem
+    return whole
+
+
+def progress_line(
+    step: int, steps: int, values: dict[str, float | None], *, tokens_per_second: float, left: float
+) -> str:
+    """One line of progress: step, terms and rates, tokens/s, memory, time left in seconds."""
+    shown = " ".join(f"{k} {_short(v)}" for k, v in values.items() if v is not None)
+    memory = peak_memory() / 2**30
+    width = len(str(steps))
+    return (
+        f"step {step:{width}d}/{steps}  {shown}  {tokens_per_second:,.0f} tok/s  "
+        f"{memory:.2f} GiB  {clock(left)} left"
+    )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4f}"

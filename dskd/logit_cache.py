@@ -1,0 +1,350 @@
+"""The logit cache: a teacher's K largest log-probabilities at every supervised position.
+
+Besides them it keeps, for each stored temperature T, the log-sum-exp of ``logprob / T`` over the
+tokens that are not kept. It is summed from those tokens themselves, so the teacher's tail mass at T
+is exact for any K; ``1 - sum of the kept`` would lose all its digits where K holds nearly
+everything. The masks that the logits belong to are in the cache too: the supervised positions and
+what the teacher saw there.
+
+Columns of a position (bytes for V up to 65536 and the defaults; at most 6 per kept entry)::
+
+    ids [K] uint16        2 K   token ids by falling probability
+    ids_high [K] uint8          their third byte, for V > 65536 only
+    logprobs [K] float16  2 K   log-probabilities at temperature 1, over the whole vocabulary
+    tail [temperatures]   4     float32, see above; -inf when K = V
+    pos uint8 or more     1-2   place in the row: masked LMs only, a causal one is asked everywhere
+    input uint16          2     token shown at that place (masked LMs only); input_high as above
+
+Shape letters: B rows, T tokens, N supervised positions, V vocabulary, K kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dskd.batch import IGNORE, Batch
+from dskd.errors import ConfigError, NonFiniteError, StoreError
+from dskd.store import Store, read_spec
+from dskd.store_format import Column, StoreSpec
+
+KIND = "logits"
+MAX_VOCABULARY = 1 << 24
+_CHUNK = 1 << 24  # logits encoded at once: bounds the float32 copies to some 64 MiB each
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a cache keeps of each position, and of which rows; stored in its manifest.
+
+    Attributes:
+        k: kept tokens.
+        vocabulary: number of real tokens, no padding columns.
+        temperatures: those whose tails are kept.
+        values: type of the log-probabilities.
+        block_size: most tokens of a row.
+        masked: of a masked LM (else causal: every place but the last is asked).
+        domain: the only domain whose rows are kept; None: all rows.
+
+    Raises:
+        ConfigError: k or the vocabulary is out of range, or the temperatures are.
+    """
+
+    k: int
+    vocabulary: int
+    temperatures: tuple[float, ...]
+    values: Literal["fp16", "fp32"]
+    block_size: int
+    masked: bool
+    domain: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.vocabulary:
+            raise ConfigError(
+                f"teacher.k: {self.k} is not between 1 and the {self.vocabulary} tokens of the "
+                "vocabulary"
+            )
+        if self.vocabulary > MAX_VOCABULARY:
+            raise ConfigError(
+                f"a logit cache holds at most {MAX_VOCABULARY} token ids, the vocabulary has "
+                f"{self.vocabulary}"
+            )
+        if not all(math.isfinite(t) and t > 0 for t in self.temperatures):
+            raise ConfigError(f"teacher.temperatures: {list(self.temperatures)} are not all > 0")
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ConfigError(f"teacher.temperatures: {list(self.temperatures)} repeats one")
+
+    def columns(self) -> dict[str, Column]:
+        """The store's columns."""
+        wide = self.vocabulary > 1 << 16
+        columns = {
+            "ids": Column("uint16", (self.k,)),
+            "logprobs": Column("float16" if self.values == "fp16" else "float32", (self.k,)),
+            "tail": Column("float32", (len(self.temperatures),)),
+        }
+        if wide:
+            columns["ids_high"] = Column("uint8", (self.k,))
+        if self.masked:
+            columns["pos"] = Column(np.min_scalar_type(self.block_size - 1).name)
+            columns["input"] = Column("uint16")
+        if self.masked and wide:
+            columns["input_high"] = Column("uint8")
+        return columns
+
+    def spec(
+        self, *, rows: int, draws: int, rows_per_shard: int, fingerprints: Mapping[str, str]
+    ) -> StoreSpec:
+        """The spec of a store of this layout; see :class:`~dskd.store_format.StoreSpec`."""
+        return StoreSpec(
+            kind=KIND,
+            columns=self.columns(),
+            rows=rows,
+            draws=draws,
+            rows_per_shard=rows_per_shard,
+            fingerprints=fingerprints,
+            settings=asdict(self),
+        )
+
+    def encode(self, batch: Batch, logits_NV: Tensor) -> dict[str, np.ndarray]:
+        """The columns of a batch's supervised positions.
+
+        Args:
+            batch: the batch that the teacher saw, on any device.
+            logits_NV: its logits there, V exactly the vocabulary; -inf is allowed, NaN is not.
+
+        Raises:
+            NonFiniteError: a row's logits are NaN, infinite, or -inf throughout.
+        """
+        assert logits_NV.shape[1] == self.vocabulary, (logits_NV.shape, self.vocabulary)
+        step = max(1, _CHUNK // self.vocabulary)
+        chunks = [self._top(part_NV) for part_NV in logits_NV.split(step)]
+        ids_NK, logprobs_NK, tail_NS = (
+            torch.cat(parts).cpu() for parts in zip(*chunks, strict=True)
+        )
+        self._refuse_non_finite(batch, logprobs_NK)
+        columns = {
+            **_split("ids", ids_NK.numpy(), self.vocabulary),
+            "logprobs": logprobs_NK.numpy().astype(self.columns()["logprobs"].dtype),
+            "tail": tail_NS.numpy(),
+        }
+        supervised_BT = batch.supervised_BT.cpu()
+        if self.masked:
+            pos_N = supervised_BT.nonzero()[:, 1].numpy()
+            columns["pos"] = pos_N.astype(self.columns()["pos"].dtype)
+            input_N = batch.ids_BT.cpu()[supervised_BT].numpy()
+            columns |= _split("input", input_N, self.vocabulary)
+        else:
+            followed_BT = batch.mask_BT[:, 1:].bool().cpu()
+            assert (
+                torch.equal(supervised_BT[:, :-1], followed_BT) and not supervised_BT[:, -1].any()
+            )
+        return columns
+
+    def _top(self, logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(ids_NK, logprobs_NK, tail_NS)``, float32, S stored temperatures."""
+        logprobs_NV = torch.log_softmax(logits_NV.float(), dim=1)
+        logprobs_NK, ids_NK = logprobs_NV.topk(self.k, dim=1)
+        rest_NV = logprobs_NV.scatter(1, ids_NK, -math.inf)
+        tails = [torch.logsumexp(rest_NV / temperature, 1) for temperature in self.temperatures]
+        return ids_NK, logprobs_NK, torch.stack(tails, 1)
+
+    def _refuse_non_finite(self, batch: Batch, logprobs_NK: Tensor) -> None:
+        bad_N = ~torch.isfinite(logprobs_NK[:, 0])
+        if bad_N.any():
+            row_N = batch.row_ids_B.cpu().repeat_interleave(batch.supervised_BT.sum(1).cpu())
+            raise NonFiniteError(
+                f"the teacher's logits are not finite in row {row_N[bad_N][0].item()}"
+            )
+
+
+class LogitCache:
+    """A complete cache, verified and open for reading.
+
+    Args:
+        folder: where it is.
+        expect: fingerprints it must have been made with, by name.
+        share: ``(rank, world)``: the share of the shards that this process verifies; all ranks'
+            shares cover the cache, and they must agree on the outcome (``dist.agree``).
+
+    Raises:
+        StoreError: it is missing, incomplete, damaged or made of something else.
+    """
+
+    def __init__(
+        self, folder: Path, expect: Mapping[str, str], share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.store = Store(folder, kind=KIND, expect=expect, share=share)
+        self.layout = _layout(self.store.spec)
+
+    def check(self, use_k: int | None, temperature: float) -> None:
+        """Refuse what the cache cannot give, before training starts.
+
+        Raises:
+            ConfigError: fewer logits are stored than wanted, or the temperature is not stored.
+        """
+        if use_k is not None and not 1 <= use_k <= self.layout.k:
+            raise ConfigError(
+                f"teacher.use_k: {use_k} is not between 1 and the {self.layout.k} logits that "
+                f"{self.store.folder} keeps"
+            )
+        if float(temperature) not in self.layout.temperatures:
+            raise ConfigError(
+                f"method.temperature: {temperature} is not stored in {self.store.folder}, which "
+                f"has {', '.join(map(str, self.layout.temperatures))} (teacher.temperatures)"
+            )
+
+    def read(
+        self,
+        row_ids_B: NDArray[np.int64],
+        epochs_B: NDArray[np.int64],
+        ids_BT: NDArray[np.int64],
+        lengths_B: NDArray[np.int64],
+        *,
+        use_k: int | None,
+        temperature: float,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[str, np.ndarray]]:
+        """The masks of some rows and the teacher's signal there.
+
+        Args:
+            row_ids_B: row ids.
+            epochs_B: the epoch each row is read in; epoch e has draw ``e % draws``.
+            ids_BT: the rows themselves, unmasked, right-padded.
+            lengths_B: their lengths.
+            use_k: logits per position, the others join the tail; None: all that are kept.
+            temperature: whose tail is given; one of the stored ones.
+
+        Returns:
+            inputs_BT, labels_BT (IGNORE where nothing is asked), and by name, N supervised
+            positions in row-major order: ``topk_ids`` int64 [N, K], ``topk_logprobs`` float32
+            [N, K] at temperature 1, ``tail`` float32 [N] (see :class:`dskd.batch.TopK`).
+
+        Raises:
+            ConfigError: see :meth:`check`.
+            StoreError: the cache has not got a row, or a row has another length than it had.
+        """
+        self.check(use_k, temperature)
+        counts_B, columns = self.store.read(row_ids_B, epochs_B % self.store.spec.draws)
+        show = self._show_masked if self.layout.masked else self._show_causal
+        inputs_BT, labels_BT = show(row_ids_B, ids_BT, lengths_B, counts_B, columns)
+        k = use_k or self.layout.k
+        logprobs_NK = torch.from_numpy(columns["logprobs"]).float()  # 2x faster than numpy's cast
+        tail_N = columns["tail"][:, self.layout.temperatures.index(float(temperature))]
+        if k < self.layout.k:
+            dropped_N = torch.logsumexp(logprobs_NK[:, k:] / temperature, 1)
+            tail_N = torch.logaddexp(torch.from_numpy(tail_N), dropped_N).numpy()
+        extra = {
+            "topk_ids": np.ascontiguousarray(_join("ids", columns)[:, :k]),
+            "topk_logprobs": logprobs_NK[:, :k].contiguous().numpy(),
+            "tail": np.ascontiguousarray(tail_N),
+        }
+        return inputs_BT, labels_BT, extra
+
+    def _show_masked(
+        self,
+        row_ids_B: NDArray[np.int64],
+        ids_BT: NDArray[np.int64],
+        lengths_B: NDArray[np.int64],
+        counts_B: NDArray[np.int64],
+        columns: Mapping[str, np.ndarray],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(inputs_BT, labels_BT)`` from the stored positions and inputs."""
+        row_N, pos_N = np.repeat(np.arange(len(counts_B)), counts_B), columns["pos"]
+        self._refuse_misfits(row_ids_B[row_N[pos_N >= lengths_B[row_N]]])
+        inputs_BT, labels_BT = ids_BT.copy(), np.full_like(ids_BT, IGNORE)
+        labels_BT[row_N, pos_N] = ids_BT[row_N, pos_N]
+        inputs_BT[row_N, pos_N] = _join("input", columns)
+        return inputs_BT, labels_BT
+
+    def _show_causal(
+        self,
+        row_ids_B: NDArray[np.int64],
+        ids_BT: NDArray[np.int64],
+        lengths_B: NDArray[np.int64],
+        counts_B: NDArray[np.int64],
+        columns: Mapping[str, np.ndarray],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(inputs_BT, labels_BT)``: the next token at every place but the last."""
+        self._refuse_misfits(row_ids_B[counts_B != lengths_B - 1])
+        labels_BT = np.full_like(ids_BT, IGNORE)
+        asked_BT = np.arange(ids_BT.shape[1]) < lengths_B[:, None] - 1
+        labels_BT[:, :-1][asked_BT[:, :-1]] = ids_BT[:, 1:][asked_BT[:, :-1]]
+        return ids_BT, labels_BT
+
+    def _refuse_misfits(self, row_ids: NDArray[np.int64]) -> None:
+        if len(row_ids):
+            raise StoreError(
+                f"{self.store.folder}: row {row_ids[0]} has another length than when it was "
+                "captured; the data and the cache do not belong together"
+            )
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a cache holds and what that costs; the shards are not read.
+
+    Raises:
+        StoreError: there is no logit cache, or its manifest is damaged.
+    """
+    spec, records = read_spec(folder)
+    if spec.kind != KIND:
+        raise StoreError(f"{folder}: holds {spec.kind!r}, not {KIND!r}")
+    layout = _layout(spec)
+    per_position = sum(column.nbytes for column in spec.columns.values())
+    about = {
+        "complete": records is not None,
+        "domain": layout.domain,
+        "rows": spec.rows,
+        "draws": spec.draws,
+        "shards": spec.shards,
+        "k": layout.k,
+        "vocabulary": layout.vocabulary,
+        "objective": "masked" if layout.masked else "causal",
+        "values": layout.values,
+        "temperatures": list(layout.temperatures),
+        "bytes_per_position": per_position,
+        "bytes_per_kept_entry": per_position / layout.k,
+    }
+    if records is not None:
+        positions = sum(record.positions for record in records)
+        nbytes = sum(record.nbytes for record in records)
+        about |= {"positions": positions, "bytes": nbytes}
+        if positions:
+            about["file_bytes_per_position"] = nbytes / positions
+            about["file_bytes_per_kept_entry"] = nbytes / positions / layout.k
+    return about | {f"{name} fingerprint": value for name, value in spec.fingerprints.items()}
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every byte of a cache and check it; what :func:`describe` says, if all is well.
+
+    Raises:
+        StoreError: names what is missing, truncated, damaged or foreign.
+    """
+    LogitCache(folder, {})
+    return describe(folder)
+
+
+def _layout(spec: StoreSpec) -> Layout:
+    settings = spec.settings
+    return Layout(**{**settings, "temperatures": tuple(settings["temperatures"])})
+
+
+def _split(name: str, ids: NDArray[np.int64], vocabulary: int) -> dict[str, np.ndarray]:
+    """Token ids as 2 bytes, and a third one if the vocabulary needs it."""
+    low = {name: ids.astype(np.uint16)}
+    return low | ({f"{name}_high": (ids >> 16).astype(np.uint8)} if vocabulary > 1 << 16 else {})
+
+
+def _join(name: str, columns: Mapping[str, np.ndarray]) -> NDArray[np.int64]:
+    """The inverse of :func:`_split`, int64."""
+    ids = columns[name].astype(np.int64)
+    if f"{name}_high" in columns:
+        ids |= columns[f"{name}_high"].astype(np.int64) << 16
+    return ids

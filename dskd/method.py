@@ -1,0 +1,112 @@
+"""What a training method is: its settings, a pure loss, and what it needs from a teacher.
+
+A method is a frozen section of settings. The step loop, the engine and the data never name one;
+they go through :data:`METHODS`, so a new method is one file and one line here.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from dskd.batch import Batch, Rows, Signal, Term
+from dskd.errors import ConfigError
+from dskd.sections import nearest, parse
+from dskd.settings import Section
+
+METHODS: dict[str, str] = {
+    "ki": "dskd.methods.ki:KnowledgeInheritance",
+    "lm": "dskd.methods.lm:LanguageModelling",
+}
+"""Where each kind is found, ``module:Class``; imported when asked for, so that a broken one cannot
+break the others."""
+
+
+class Method(Section):
+    """Base of the methods.
+
+    Attributes:
+        terms: names of all terms that :meth:`loss` may return.
+        kind: the method's name in the settings. A method of this package narrows it to a literal;
+            one from elsewhere leaves it alone, since its kind is ``my_package.my_module:MyMethod``.
+
+    A method that wants a teacher has a field ``temperature``, at which :meth:`loss` reads the tail
+    mass of a top-k teacher.
+    """
+
+    terms: ClassVar[tuple[str, ...]] = ("ce",)
+
+    kind: str
+
+    def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
+        """The weighted sums of one micro-batch, a function of its arguments alone.
+
+        Args:
+            rows: the student's supervised positions.
+            signal: the teacher's distributions at the same positions; None when
+                :meth:`needs_teacher` says no.
+            batch: the micro-batch the rows come from.
+            step: completed optimiser steps.
+
+        Returns:
+            By name, a subset of :attr:`terms`: each total is a sum over positions (fp32 scalar,
+            connected to the student's graph and exactly 0 when there is none); the trainer
+            multiplies it by the weight and divides by the global count of :meth:`counts`.
+        """
+        raise NotImplementedError
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """What each term's sum is divided by once added up over the whole optimiser step.
+
+        Supervised positions (float64 scalars) unless a method says otherwise.
+        """
+        return dict.fromkeys(self.terms, batch.supervised())
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Numbers beside the terms that the log shows for this step, by name."""
+        del step
+        return {}
+
+    def wants_teacher(self) -> bool:
+        """Whether any step needs a teacher."""
+        return False
+
+    def needs_teacher(self, step: int) -> bool:
+        """Whether the optimiser step after ``step`` completed ones needs the teacher's signal."""
+        del step
+        return False
+
+
+def build_method(section: dict[str, Any]) -> Method:
+    """The method that a ``method`` section describes.
+
+    ``kind`` is a name of :data:`METHODS`, or ``package.module:Class`` for a method from elsewhere.
+
+    Raises:
+        ConfigError: no such kind, or a setting of its is unknown or out of range.
+    """
+    kind = section.get("kind")
+    known = ", ".join(METHODS)
+    if not isinstance(kind, str):
+        raise ConfigError(f"method.kind: must name a method ({known})")
+    target = METHODS.get(kind, kind)
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:\w+", target):
+        raise ConfigError(f"method.kind: {kind!r} is not one of {known}{nearest(kind, METHODS)}")
+    return parse(_load(target), section, prefix="method")
+
+
+def _load(target: str) -> type[Method]:
+    module_name, _, class_name = target.partition(":")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as problem:
+        if problem.name is None or not f"{module_name}.".startswith(f"{problem.name}."):
+            raise  # the module is there, but something that it imports is not
+        raise ConfigError(f"method.kind: no module {module_name!r} on the path") from problem
+    found = vars(module).get(class_name)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ConfigError(f"method.kind: {module_name!r} has no method {class_name!r}")
+    return found

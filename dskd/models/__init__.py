@@ -1,0 +1,1 @@
+"""Students and teachers: HuggingFace language models, built or loaded, whole or sharded."""

@@ -1,0 +1,37 @@
+"""The module DeepSpeed wraps: teacher, student and loss in one forward.
+
+The loss is computed inside the wrapped forward because a head used outside it has no weights under
+ZeRO-3. The teacher is held outside module registration, so that it never enters the student's
+partitions or checkpoints.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dskd.batch import Batch, Term
+from dskd.losses import cross_entropy
+from dskd.method import Method
+from dskd.models.families import rows_of
+from dskd.teacher import Teacher
+
+
+class Objective(nn.Module):
+    """Student and method; ``forward(batch, step)`` returns the terms of one micro-batch."""
+
+    def __init__(self, student: nn.Module, method: Method, teacher: Teacher | None):
+        super().__init__()
+        self.student = student
+        self.method = method
+        self._unregistered = (teacher,)
+
+    def forward(self, batch: Batch, step: int | None) -> dict[str, Term]:
+        """Terms of the method at ``step``; with step None the plain LM loss (evaluation)."""
+        (teacher,) = self._unregistered
+        if step is None:
+            rows = rows_of(self.student, batch)
+            return {"nll": Term(1.0, cross_entropy(rows.logits_NV, rows.labels_N))}
+        signal = None
+        if teacher is not None and self.method.needs_teacher(step):
+            signal = teacher(batch)
+        return self.method.loss(rows_of(self.student, batch), signal, batch, step)

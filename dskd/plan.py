@@ -1,0 +1,131 @@
+"""Carry out a recipe: its runs in order, each run's stages in order, what is done skipped.
+
+A run's folder::
+
+    config.yaml    the resolved settings          inputs.json   fingerprints of data and models
+    cache/         the teacher's top-k logits     train/        metrics, checkpoints, summary
+    export/        a HuggingFace folder           scores.json   the exported model's evaluation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from dskd import dist, engine
+from dskd.checks import validate
+from dskd.config import Recipe, differences, dump, read
+from dskd.ds_config import fill_auto, load_preset
+from dskd.errors import ConfigError
+from dskd.files import read_manifest, write_atomic, write_manifest
+from dskd.inheritance import each_teacher
+from dskd.log import say
+from dskd.method import Method
+from dskd.models.build import model_fingerprint
+from dskd.precision import resolve
+from dskd.report import print_table, write_report
+from dskd.settings import Model, Run
+from dskd.stages import STAGES, Job
+
+CONTROL = "scratch"
+"""The run of a recipe, if it has one of this name, that the report measures the others against."""
+
+NOMINAL_HIDDEN = 1024
+
+
+def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
+    """Refuse everything that can be known to be wrong before a process group or a model exists.
+
+    Raises:
+        ConfigError: contradictions among the settings, with the DeepSpeed JSONs, or with the
+            settings that a run in progress was started with.
+    """
+    cuda = torch.cuda.is_available()
+    for name, run in recipe.runs.items():
+        where = f"runs.{name}" if len(recipe.runs) > 1 else ""
+        validate(run, world, methods[name], where)
+        # The hidden size only sets bucket sizes; a model that an earlier run will export has none yet.
+        fill_auto(load_preset(run.deepspeed), run, world, NOMINAL_HIDDEN, cuda)
+        for teacher in each_teacher(run).values():
+            if teacher.deepspeed is not None and teacher.model is not None:
+                ds, precision = load_preset(teacher.deepspeed), resolve(teacher.precision)
+                role = {"role": "teacher", "where": teacher.deepspeed, "precision": precision}
+                fill_auto(ds, run, world, NOMINAL_HIDDEN, cuda, **role)
+        _refuse_other_settings(run)
+
+
+def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
+    """Carry out what is not done yet; then print the table and write ``report.html``."""
+    device = engine.start()
+    dist.on_rank0(lambda: _write_settings(recipe))
+    for name, run in recipe.runs.items():
+        say(f"== {name}: {run.method['kind']}, {run.out}")
+        job = Job(run, methods[name], device)
+        for stage, work in STAGES.items():
+            work(job)
+            if stage == "data":
+                dist.on_rank0(lambda job=job: _refuse_other_inputs(job))
+            if stage == run.until:
+                break
+    dist.on_rank0(lambda: _report(recipe))
+
+
+def _write_settings(recipe: Recipe) -> None:
+    for run in recipe.runs.values():
+        write_atomic(run.out / "config.yaml", dump(run).encode())
+
+
+def _refuse_other_settings(run: Run) -> None:
+    path = run.out / "config.yaml"
+    if not path.is_file():
+        return
+    changed = differences(read(path).runs["run"], run)
+    if changed:
+        listed = "\n  ".join(changed)
+        raise ConfigError(
+            f"{run.out} was started with other settings:\n  {listed}\n"
+            f"Set them back, or choose another `out`, or delete the folder"
+        )
+
+
+def _refuse_other_inputs(job: Job) -> None:
+    """Compare the fingerprints of the run's data and models with those it was started with."""
+    run, path = job.run, job.run.out / "inputs.json"
+    now = {"data": job.prepared.fingerprint, "masking": job.view.fingerprint}
+    for name, model in _models(run).items():
+        now[name] = model_fingerprint(model, seed=run.seed, where=name)
+    if not path.exists():
+        write_manifest(path, now)
+        return
+    before = read_manifest(path, ConfigError)
+    for name in now:
+        if now[name] != before.get(name):
+            raise ConfigError(
+                f"{run.out}: {name} changed since the run was started; choose another `out`, or "
+                f"delete the folder"
+            )
+
+
+def _models(run: Run) -> dict[str, Model]:
+    models = {"model": run.model}
+    for domain, teacher in each_teacher(run).items():
+        if teacher.model is not None:
+            models["teacher.model" if domain is None else f"teacher.domains.{domain}.model"] = (
+                teacher.model
+            )
+    return models
+
+
+def _report(recipe: Recipe) -> None:
+    runs: dict[str, Path] = {
+        name: run.out
+        for name, run in recipe.runs.items()
+        if (run.out / "train" / "summary.json").exists()
+    }
+    if not runs:
+        return
+    control = CONTROL if CONTROL in runs else None
+    print_table(runs, control)
+    print(f"report: {write_report(runs, recipe.out, control)}", flush=True)

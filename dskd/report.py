@@ -1,0 +1,319 @@
+"""What came out of a recipe's runs: one self-contained report.html and a table on the terminal.
+
+Read are each run's ``train/metrics.jsonl`` and ``train/summary.json``, and ``scores.json`` where
+the run got that far. What matters is the last column: in how many fewer steps a run reaches the
+loss that the control, trained without a teacher, has at its end.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from dskd.errors import CheckpointError, ConfigError
+from dskd.files import write_atomic
+from dskd.log import clock, read_metrics
+
+Points = list[tuple[float, float]]
+"""(completed steps, value) pairs, by rising step."""
+
+_MARKED = 60
+"""A line of at most so many points shows each of them."""
+
+_TRAINING_KEYS = ("step", "loss", "terms", "lr")
+_EVALUATION_KEYS = ("step", "eval_nll", "eval_ppl")
+_SUMMARY_KEYS = (
+    "steps",
+    "eval_nll",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "wall_seconds",
+    "parameters",
+)
+
+
+@dataclass(frozen=True)
+class History:
+    """One run: its lines of training and of evaluation by step, its summary and scores."""
+
+    training: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    summary: dict[str, Any]
+    scores: dict[str, Any]
+
+    @property
+    def eval_nll(self) -> Points:
+        """Nats per supervised token of the validation rows."""
+        return [(line["step"], line["eval_nll"]) for line in self.evaluations]
+
+    def rate(self, name: str) -> Points:
+        """A number of the training lines, where they have it: no alpha without a teacher."""
+        return [(s["step"], s[name]) for s in self.training if s.get(name) is not None]
+
+    def term(self, name: str) -> Points:
+        """One loss term, at the steps where it was computed."""
+        return [(s["step"], s["terms"][name]) for s in self.training if name in s["terms"]]
+
+
+def read_history(folder: Path) -> History:
+    """Read what the run in ``folder`` left.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; it is named, with the line.
+    """
+    path = folder / "train" / "metrics.jsonl"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; has the run been trained?")
+    training, evaluations = [], []
+    for number, line in enumerate(read_metrics(path), 1):
+        where = f"{path}, line {number}"
+        if isinstance(line, dict) and "eval_nll" in line:
+            evaluations.append(_require(line, _EVALUATION_KEYS, where))
+        else:
+            training.append(_require(line, _TRAINING_KEYS, where))
+    if not evaluations:
+        raise CheckpointError(f"{path}: no evaluation in it; has the run been trained to its end?")
+    summary = _read_object(folder / "train" / "summary.json", _SUMMARY_KEYS)
+    scores = folder / "scores.json"
+    return History(
+        training, evaluations, summary, _read_object(scores, ()) if scores.exists() else {}
+    )
+
+
+def steps_to(points: Points, target: float) -> float | None:
+    """Steps at which a loss first is at or below ``target``, linear between evaluations.
+
+    None if it never is; the first evaluated step if it is there already.
+    """
+    before: tuple[float, float] | None = None
+    for step, loss in points:
+        if loss <= target:
+            if before is None:
+                return float(step)
+            last_step, last_loss = before
+            return last_step + (step - last_step) * (last_loss - target) / (last_loss - loss)
+        before = (step, loss)
+    return None
+
+
+def table(runs: Mapping[str, Path], control: str | None) -> Table:
+    """The comparison as a rich table; ``control`` names the run whose final loss is the target."""
+    histories = _read(runs, control)
+    made = Table()
+    for index, name in enumerate(_header(control)):
+        made.add_column(name, justify="left" if index == 0 else "right")
+    for row in _rows(histories, control):
+        made.add_row(*row)
+    return made
+
+
+def print_table(runs: Mapping[str, Path], control: str | None) -> None:
+    """Print :func:`table` to standard output, at its full width where that is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table(runs, control))
+
+
+def write_report(runs: Mapping[str, Path], folder: Path, control: str | None) -> Path:
+    """Write ``folder/report.html``: the table and the curves, with nothing to load beside it.
+
+    Args:
+        runs: run folders by name, in the order to show them.
+        control: the run whose final evaluation loss the others are measured against.
+
+    Raises:
+        CheckpointError: a run's file is missing or damaged.
+        ConfigError: ``control`` is none of the runs.
+    """
+    histories = _read(runs, control)
+    target = histories[control].eval_nll[-1][1] if control else None
+    parts = [
+        _html_table(_header(control), _rows(histories, control)),
+        _image("Evaluation loss", _evaluation_figure(histories, target)),
+        _image("Training loss terms", _terms_figure(histories)),
+        _image("Inheritance rate and learning rate", _rates_figure(histories)),
+        *_scores(histories),
+    ]
+    path = folder / "report.html"
+    write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode())
+    return path
+
+
+def _read(runs: Mapping[str, Path], control: str | None) -> dict[str, History]:
+    if control is not None and control not in runs:
+        raise ConfigError(f"control run '{control}' is none of: {', '.join(runs)}")
+    return {name: read_history(folder) for name, folder in runs.items()}
+
+
+def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; is the run finished?")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as problem:
+        raise CheckpointError(f"{path}: damaged, not readable as JSON ({problem})") from problem
+    return _require(value, keys, str(path))
+
+
+def _require(value: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
+    """``value``, if it is an object that has ``keys`` (all numbers, but for ``terms``)."""
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: damaged, not an object")
+    for key in keys:
+        good = dict if key == "terms" else (int, float)
+        if not isinstance(value.get(key), good):
+            raise CheckpointError(f"{where}: damaged, '{key}' is missing or of the wrong type")
+    return value
+
+
+def _header(control: str | None) -> list[str]:
+    names = [
+        "run",
+        "parameters",
+        "steps",
+        "eval nll",
+        "eval ppl",
+        "tokens/s",
+        "peak memory",
+        "time",
+    ]
+    return [*names, f"steps to {control}'s final loss", "fewer by"] if control else names
+
+
+def _rows(histories: Mapping[str, History], control: str | None) -> list[list[str]]:
+    rows = []
+    for name, history in histories.items():
+        summary, (_, nll) = history.summary, history.eval_nll[-1]
+        row = [
+            name,
+            f"{summary['parameters']:,}",
+            f"{summary['steps']:,}",
+            f"{nll:.4f}",
+            f"{history.evaluations[-1]['eval_ppl']:.2f}",
+            f"{summary['tokens_per_second']:,.0f}",
+            f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
+            clock(summary["wall_seconds"]),
+        ]
+        rows.append(row + (_against(history, histories[control]) if control else []))
+    return rows
+
+
+def _against(history: History, control: History) -> list[str]:
+    """Steps to the control's final loss, and how many times as many steps the control took."""
+    last, target = control.eval_nll[-1]
+    reached = steps_to(history.eval_nll, target)
+    if history is control or reached is None:
+        return [f"{last:,}" if history is control else "not reached", "-"]
+    return [f"{reached:,.1f}", f"{last / reached:.2f}x" if reached else "-"]
+
+
+def _evaluation_figure(histories: Mapping[str, History], target: float | None) -> Figure:
+    figure, (axes,) = _axes(1)
+    for name, history in histories.items():
+        _draw(axes, name, history.eval_nll)
+    if target is not None:
+        axes.axhline(target, color="0.5", linewidth=0.8, linestyle="--")
+    return _finish(figure, [axes], ["validation loss (nats per supervised token)"])
+
+
+def _terms_figure(histories: Mapping[str, History]) -> Figure:
+    lines = [line for history in histories.values() for line in history.training]
+    names = list(dict.fromkeys(name for line in lines for name in line["terms"]))
+    figure, panels = _axes(max(len(names), 1))
+    for axes, term in zip(panels, names, strict=False):
+        for name, history in histories.items():
+            _draw(axes, name, history.term(term))
+    return _finish(figure, panels, [f"{name} (mean per supervised token)" for name in names])
+
+
+def _rates_figure(histories: Mapping[str, History]) -> Figure:
+    figure, panels = _axes(2)
+    for axes, rate in zip(panels, ("alpha", "lr"), strict=True):
+        for name, history in histories.items():
+            _draw(axes, name, history.rate(rate))
+    return _finish(figure, panels, ["alpha (weight of the teacher)", "learning rate"])
+
+
+def _axes(panels: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(9, 4) if panels == 1 else (4.5 * panels, 3.6), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def _draw(axes: Axes, name: str, points: Points) -> None:
+    """One run's line; a run without points still takes its colour, the same in every panel."""
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    marker = "." if len(points) <= _MARKED else ""
+    axes.plot(steps, values, label=name if points else None, linewidth=1.2, marker=marker)
+
+
+def _finish(figure: Figure, panels: list[Axes], titles: list[str]) -> Figure:
+    for axes, title in zip(panels, titles, strict=False):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("optimiser steps")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=9)
+    return figure
+
+
+def _image(title: str, figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{data}">'
+
+
+def _scores(histories: Mapping[str, History]) -> list[str]:
+    """The exported models' scores, one row a run, one column a score."""
+    scored = {name: history.scores for name, history in histories.items() if history.scores}
+    numbers = [k for scores in scored.values() for k, v in scores.items() if _is_number(v)]
+    names = list(dict.fromkeys(numbers))
+    rows = [
+        [name, *(f"{scores[k]:.6g}" if _is_number(scores.get(k)) else "-" for k in names)]
+        for name, scores in scored.items()
+    ]
+    return ["<h2>Scores of the exported models</h2>", _html_table(["run", *names], rows)] * bool(
+        rows
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [[f"<th>{html.escape(cell)}</th>" for cell in header]]
+    lines += [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in rows]
+    return "<table>\n" + "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines) + "\n</table>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>dskd report</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+h2 { font-size: 1.1rem; margin-top: 2rem; }
+img { max-width: 100%; }
+</style>
+<h1>Runs compared</h1>
+@BODY@
+</html>
+"""

@@ -1,0 +1,195 @@
+"""From trees to typed sections, with messages that name the setting and the nearest right name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, to_json
+
+from dskd.errors import ConfigError
+from dskd.tree import Place
+
+S = TypeVar("S", bound=BaseModel)
+Problem = tuple[Place, str]
+"""Where in the tree, and what is wrong there."""
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "settings (name: value)",
+    "model_type": "settings (name: value)",
+}
+
+
+def parse(cls: type[S], tree: Any, prefix: str = "", *, where: str = "") -> S:
+    """Build a section from a tree.
+
+    Types are strict: a whole number may stand for a float, nothing else is converted. A section
+    without ``kind`` gets the kind of its default.
+
+    Args:
+        cls: the section's class.
+        tree: mappings, lists and scalars.
+        prefix: dotted name of the section itself, put before the names in messages.
+        where: file the tree came from, named in front of every message.
+
+    Raises:
+        ConfigError: one line for each unknown name, wrong type and value out of range.
+    """
+    section, problems = build(cls, tree)
+    if section is None:
+        above = tuple(prefix.split(".")) if prefix else ()
+        raise ConfigError(
+            "\n".join(line(where, (*above, *place), text) for place, text in problems)
+        )
+    return section
+
+
+def build(cls: type[S], tree: Any) -> tuple[S | None, list[Problem]]:
+    """The section, or None and everything that is wrong with the tree."""
+    text = to_json(with_kinds(cls, tree), inf_nan_mode="constants")
+    try:
+        return cls.model_validate_json(text, strict=True), []
+    except ValidationError as problems:
+        return None, [_problem(cls, e) for e in problems.errors(include_url=False)]
+
+
+def with_kinds(annotation: Any, tree: Any) -> Any:
+    """The tree with the default's ``kind`` in every section that may have one and names none."""
+    if not isinstance(tree, dict):
+        return tree
+    sections = _sections(annotation)
+    if len(sections) > 1:
+        sections = [cls for cls in sections if tree.get("kind") in _kinds(cls)]
+    if not sections:
+        return tree
+    fields = sections[0].model_fields
+    filled = dict(tree)
+    for name, value in tree.items():
+        if name in fields and isinstance(value, dict):
+            default = fields[name].get_default(call_default_factory=True)
+            if isinstance(default, BaseModel):
+                default = default.model_dump(include={"kind"})
+            kind = default.get("kind") if isinstance(default, dict) else None
+            named = value if kind is None else {"kind": kind} | value
+            filled[name] = with_kinds(fields[name].annotation, named)
+    return filled
+
+
+def line(where: str, place: Place, text: str) -> str:
+    """One line of an error message."""
+    return ": ".join(part for part in (where, ".".join(place), text) if part)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` if one of the names is near, else nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def show(value: Any) -> str:
+    """A value as the user would have written it, shortened."""
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _problem(root: type[BaseModel], error: ErrorDetails) -> Problem:
+    """A pydantic error in our words."""
+    place, holder, here = _walk(root, error["loc"])
+    kind, value, context = error["type"], show(error["input"]), error.get("ctx", {})
+    if kind == "extra_forbidden":
+        text = "no such setting" + _suggest(place[-1], holder, root)
+    elif kind == "missing":
+        text = "missing"
+    elif kind in ("union_tag_invalid", "union_tag_not_found"):
+        place = (*place, "kind")
+        found = "missing;" if kind == "union_tag_not_found" else f"{show(context['tag'])} is not"
+        text = f"{found} one of {', '.join(k for cls in _sections(here) for k in _kinds(cls))}"
+    elif kind == "literal_error":
+        allowed = context["expected"].replace(" or ", ", ").replace("'", "")
+        text = f"{value} is not one of {allowed}"
+    elif kind in _EXPECTED:
+        text = f"expected {_EXPECTED[kind]}, found {value}"
+    elif kind == "value_error":
+        text = str(context["error"])
+    else:
+        text = error["msg"].replace("Input", value, 1)
+    return place, text
+
+
+def _suggest(name: str, holder: Any, root: type[BaseModel]) -> str:
+    """The nearest name of the section, else a setting of that name elsewhere, else all names."""
+    fields = [field for cls in _sections(holder) for field in cls.model_fields]
+    if near := nearest(name, fields):
+        return near
+    elsewhere = [place for place in _names(root) if place.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f"; there are {', '.join(fields)}"
+
+
+def _walk(root: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[Place, Any, Any]:
+    """Dotted place of a pydantic location, the type that holds its last part, that part's type."""
+    place: list[str] = []
+    holder, here = None, root
+    for part in loc:
+        sections = _sections(here)
+        if (
+            len(sections) > 1
+        ):  # pydantic names the member of a union by its kind: no part of the tree
+            here = next(cls for cls in sections if part in _kinds(cls))
+            continue
+        place.append(str(part))
+        holder, here = here, _member(here, part)
+    return tuple(place), holder, here
+
+
+def _member(annotation: Any, part: int | str) -> Any:
+    """Type of a section's field, or of a list's or mapping's entries."""
+    for option in _options(annotation):
+        if _is_section(option):
+            return option.model_fields[part].annotation if part in option.model_fields else Any
+        if get_args(option):
+            return get_args(option)[-1]
+    return Any
+
+
+def _names(annotation: Any) -> Iterator[str]:
+    """Dotted names of every setting below a section."""
+    for cls in _sections(annotation):
+        for name, info in cls.model_fields.items():
+            yield name
+            yield from (f"{name}.{below}" for below in _names(info.annotation))
+
+
+def _kinds(cls: type[BaseModel]) -> tuple[str, ...]:
+    """The values of ``kind`` that mean this section."""
+    return get_args(cls.model_fields["kind"].annotation) if "kind" in cls.model_fields else ()
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    return [option for option in _options(annotation) if _is_section(option)]
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The members of a union, however nested and annotated; another type is its only option."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _options(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [o for arg in get_args(annotation) if arg is not NoneType for o in _options(arg)]
+    return [annotation]

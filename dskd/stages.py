@@ -1,0 +1,282 @@
+"""The stages of a run: data, cache, train, export, evaluate. Each leaves an artefact that, whole,
+says that it is done; each reads only what earlier ones left."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dskd import dist, universal
+from dskd.capture import capture
+from dskd.checkpoint import Checkpoints, Saved
+from dskd.checks import cache_folder
+from dskd.data.blocks import Prepared, open_prepared, prepare
+from dskd.data.loader import Loader
+from dskd.data.masking import View, view_for
+from dskd.ds_config import fill_auto, load_preset, precision_of
+from dskd.engine import Engine, decay_groups, stage_of
+from dskd.evaluation import evaluate
+from dskd.export import export
+from dskd.files import write_atomic
+from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit
+from dskd.log import Metrics, peak_memory, say
+from dskd.method import Method
+from dskd.models.build import build, hidden_size
+from dskd.models.speed import checkpoint_activations, compile_layers
+from dskd.objective import Objective
+from dskd.precision import DTYPES
+from dskd.settings import CachedTeacher, Model, Run
+from dskd.trainer import Progress, Trainer
+from dskd.zero import full_shape
+
+EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run being carried out, and what all its stages need."""
+
+    run: Run
+    method: Method
+    device: torch.device
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The prepared rows; rank 0 builds and verifies them while the others wait."""
+        folder = dist.on_rank0(lambda: open_prepared(prepare(self.run.data)).folder)
+        return open_prepared(folder, verify=False)
+
+    @cached_property
+    def view(self) -> View:
+        """How training rows are masked."""
+        return view_for(self.run.data, self.prepared.tokenizer, self.run.seed)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints."""
+        return Checkpoints(self.run.out / "train" / "checkpoints", self.run.checkpoint.keep)
+
+    def ds(self) -> dict[str, Any]:
+        """The student's DeepSpeed config without ``auto``."""
+        run = self.run
+        hidden = hidden_size(run.model, where="model")
+        return fill_auto(
+            load_preset(run.deepspeed), run, dist.world(), hidden, self.device.type == "cuda"
+        )
+
+
+def cache(job: Job) -> None:
+    """Capture the top-k logits of every cached teacher whose model the settings name."""
+    run, prepared = job.run, job.prepared
+    for domain, teacher in each_teacher(run).items():
+        if not isinstance(teacher, CachedTeacher) or teacher.model is None:
+            continue
+        folder = cache_folder(run, domain)
+        capture(
+            teacher,
+            lambda domain=domain: frozen(run, domain, prepared, job.device),
+            prepared,
+            job.view,
+            folder,
+            fingerprints=expected(run, teacher, prepared, job.view),
+            domain=None if domain is None else prepared.domains.index(domain),
+            device=job.device,
+        )
+        _free()
+
+
+def train(job: Job) -> None:
+    """Train the student, from its newest checkpoint if there is one; leaves ``summary.json``."""
+    run, prepared = job.run, job.prepared
+    summary = run.out / "train" / "summary.json"
+    if dist.broadcast_object(summary.exists()):
+        return
+    checkpoints = job.checkpoints
+    checkpoints.clean()
+    saved = checkpoints.latest()
+    inheritance = Inheritance()
+    if job.method.wants_teacher():
+        inheritance = inherit(run, job.method.temperature, prepared, job.view, job.device)
+    engine, precision, parameters = _engine(job, inheritance, saved)
+    progress = Progress(**saved.state) if saved else Progress()
+    if saved:
+        say(f"going on from step {progress.step} ({saved.folder})")
+    loader = Loader(
+        prepared.train,
+        job.view,
+        batch=run.train.batch,
+        micro_batch=run.train.micro_batch,
+        rank=dist.rank(),
+        world=dist.world(),
+        seed=run.seed,
+        attach=inheritance.attach,
+        position=progress.position,
+        pin=job.device.type == "cuda",
+    )
+    metrics = Metrics(run.out / "train" / "metrics.jsonl", progress.step)
+    trainer = Trainer(
+        run,
+        precision,
+        job.method,
+        engine,
+        loader,
+        lambda: _evaluate(job, engine.module),
+        checkpoints,
+        metrics,
+        progress,
+    )
+    try:
+        trainer.train()
+    finally:
+        loader.close()
+    _summarise(job, progress, parameters, summary)
+    engine.destroy()
+    del engine, trainer, inheritance
+    _free()
+
+
+def export_best(job: Job) -> None:
+    """Write the best checkpoint as a HuggingFace folder, ``export/``."""
+    folder = job.run.out / "export"
+    if dist.broadcast_object(folder.exists()):
+        return
+    best = job.checkpoints.best()
+    engine, _, _ = _engine(job, Inheritance(), best)
+    card = {
+        "method": dict(job.run.method),
+        "step": best.step,
+        "eval_nll": best.eval_nll,
+        "run": job.run.model_dump(mode="json"),
+    }
+    export(engine.module.student, job.prepared.tokenizer, folder, card=card)
+    say(f"exported step {best.step} to {folder}")
+    engine.destroy()
+    del engine
+    _free()
+
+
+def evaluate_export(job: Job) -> None:
+    """Load the exported folder as a user would and score it; leaves ``scores.json``."""
+    run = job.run
+    path = run.out / "scores.json"
+    if dist.broadcast_object(path.exists()):
+        return
+    ds = job.ds()
+    model = build(
+        Model(path=str(run.out / "export"), attention=run.model.attention),
+        job.prepared.tokenizer,
+        objective=run.data.objective,
+        block_size=run.data.block_size,
+        seed=run.seed,
+        ds=None,
+        dtype=DTYPES[precision_of(ds)],
+        where="export",
+    )
+    objective = Objective(model.to(job.device), job.method, None)
+    scores = _evaluate(job, objective)
+    if dist.rank() == 0:
+        write_atomic(path, json.dumps(scores, indent=1).encode())
+    dist.barrier()
+
+
+def _engine(job: Job, inheritance: Inheritance, saved: Saved | None) -> tuple[Engine, str, int]:
+    """The student in its engine, at ``saved`` if given; precision and number of parameters."""
+    run, ds = job.run, job.ds()
+    precision, stage = precision_of(ds), stage_of(ds)
+    native = saved is None or universal.is_native(saved, dist.world(), stage, precision)
+    if not native:
+        universal.check(saved, stage, precision)
+        if stage:
+            ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
+    student = build(
+        run.model,
+        job.prepared.tokenizer,
+        objective=run.data.objective,
+        block_size=run.data.block_size,
+        seed=run.seed,
+        ds=ds,
+        dtype=DTYPES[precision],
+        where="model",
+    )
+    if run.train.activation_checkpointing:
+        checkpoint_activations(student)
+    if run.train.compile:
+        compile_layers(student)
+    parameters = sum(full_shape(p).numel() for p in student.parameters())
+    objective = Objective(student, job.method, inheritance.teacher)
+    groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
+    engine = Engine(objective, groups, ds)
+    if saved is not None and native:
+        engine.load(saved.folder.parent, saved.folder.name)
+    elif saved is not None:
+        _load_converted(engine, saved, stage)
+    return engine, precision, parameters
+
+
+def _load_converted(engine: Engine, saved: Saved, stage: int) -> None:
+    say(f"converting {saved.folder} (ZeRO-{saved.stage}, {saved.world} ranks)")
+    folder = universal.convert(saved)
+    if stage:
+        engine.load(folder.parent, folder.name)
+    else:
+        universal.load_into_plain(engine, folder)
+    universal.discard(folder)
+
+
+def _evaluate(job: Job, objective: torch.nn.Module) -> dict[str, Any]:
+    """The plain LM loss of the student inside ``objective`` on the validation rows."""
+    run, prepared = job.run, job.prepared
+    was_training = objective.training
+    objective.eval()
+    scores = evaluate(
+        lambda batch: objective(batch, None),
+        prepared.validation,
+        view_for(run.data, prepared.tokenizer, EVALUATION_SEED),
+        limit=run.evaluation.rows,
+        micro_batch=run.evaluation.micro_batch,
+        device=job.device,
+    )
+    objective.train(was_training)
+    return scores
+
+
+def _summarise(job: Job, progress: Progress, parameters: int, path: Path) -> None:
+    best, last = job.checkpoints.best(), job.checkpoints.latest()
+    assert last is not None
+    peak = max(dist.gather_objects(peak_memory()))
+    summary = {
+        "steps": progress.step,
+        "eval_nll": last.eval_nll,
+        "best_step": best.step,
+        "best_eval_nll": best.eval_nll,
+        "parameters": parameters,
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
+        "peak_memory_bytes": peak,
+        "wall_seconds": progress.wall_seconds,
+    }
+    if dist.rank() == 0:
+        write_atomic(path, json.dumps(summary, indent=1).encode())
+    dist.barrier()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+STAGES: dict[str, Callable[[Job], object]] = {
+    "data": lambda job: job.prepared,
+    "cache": cache,
+    "train": train,
+    "export": export_best,
+    "evaluate": evaluate_export,
+}

@@ -1,0 +1,286 @@
+"""Row-keyed store: some values for every supervised position of every row, in every draw.
+
+A frozen sweep over the data fills it once (the top-k logits of a teacher), training reads it by row
+id, so it does not depend on ranks, batches or interruptions. A folder holds::
+
+    manifest.json             what the store is (a StoreSpec) and, once complete, each shard's hash
+    shard-00000.safetensors   so many rows of one draw (see store_format), draw after draw
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from dskd.errors import StoreError
+from dskd.files import file_hash, read_manifest, write_atomic, write_manifest
+from dskd.store_format import (
+    ForeignShard,
+    StoreSpec,
+    check_shard,
+    differences,
+    encode_shard,
+    map_shard,
+)
+
+FORMAT = "dskd-store-1"
+MANIFEST = "manifest.json"
+_OPEN_SHARDS = 128  # each holds a file descriptor
+_MEND = f"remove {MANIFEST} beside it and capture again: whole shards are kept"
+
+
+class ShardRecord(NamedTuple):
+    """A shard's line in the manifest."""
+
+    nbytes: int
+    hash: str
+    positions: int
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard."""
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def read_spec(folder: Path) -> tuple[StoreSpec, list[ShardRecord] | None]:
+    """What a folder's manifest says: its spec and, if the store is complete, its shards.
+
+    Raises:
+        StoreError: there is no manifest, or it is damaged or of something else.
+    """
+    path = folder / MANIFEST
+    content = read_manifest(path, StoreError)
+    if content.get("format") != FORMAT:
+        raise StoreError(f"{path}: foreign, not the manifest of a {FORMAT}")
+    spec, shards = StoreSpec.from_tree(content["store"]), content["shards"]
+    return spec, None if shards is None else [ShardRecord(*record) for record in shards]
+
+
+def is_complete(folder: Path, wanted: StoreSpec) -> bool:
+    """Whether the store is there in full (its shards are verified when it is opened).
+
+    Raises:
+        StoreError: the folder holds another store, or its manifest is damaged.
+    """
+    if not (folder / MANIFEST).exists():
+        return False
+    there, records = read_spec(folder)
+    if records is not None:  # then the shards may be of any size
+        wanted = replace(wanted, rows_per_shard=there.rows_per_shard)
+    _refuse_other(folder, there, wanted)
+    return records is not None
+
+
+class Writer:
+    """Fills a store shard by shard; what an interrupted one left whole is kept.
+
+    Every rank has one. Rank 0 calls :meth:`prepare` first and :meth:`finish` last, with all ranks'
+    :attr:`records`.
+    """
+
+    def __init__(self, folder: Path, spec: StoreSpec) -> None:
+        self.folder = folder
+        self.spec = spec
+        self.records: dict[int, ShardRecord] = {}
+        """The shards that this writer wrote or found whole."""
+
+    def prepare(self) -> None:
+        """Make the folder or check that it holds this store; remove half-written files.
+
+        Raises:
+            StoreError: the folder holds another store, or its manifest is damaged.
+        """
+        path = self.folder / MANIFEST
+        if path.exists():
+            _refuse_other(self.folder, read_spec(self.folder)[0], self.spec)
+        else:
+            write_manifest(path, _manifest(self.spec, None))
+        for temporary in self.folder.glob(".*.tmp"):
+            temporary.unlink()
+
+    def missing(self, shards: Iterable[int]) -> list[int]:
+        """Those of ``shards`` that are still to be written; a damaged one is removed.
+
+        Raises:
+            StoreError: a shard belongs to another store.
+        """
+        wanting = []
+        for shard in shards:
+            path = shard_path(self.folder, shard)
+            if not path.exists():
+                wanting.append(shard)
+                continue
+            try:
+                arrays = check_shard(path, self.spec, shard)
+            except ForeignShard:
+                raise
+            except StoreError:
+                path.unlink()
+                wanting.append(shard)
+                continue
+            positions = int(arrays["row_ptr"][-1])
+            self.records[shard] = ShardRecord(path.stat().st_size, file_hash(path), positions)
+        return wanting
+
+    def write_shard(
+        self,
+        shard: int,
+        counts_R: NDArray[np.int64],
+        present_R: NDArray[np.bool_],
+        columns: Mapping[str, np.ndarray],
+    ) -> None:
+        """Write one shard, whole or not at all.
+
+        Args:
+            shard: its number.
+            counts_R: positions of each of its rows.
+            present_R: False where the row is left out of the store.
+            columns: arrays [sum of counts, ...], positions in row order.
+        """
+        data = encode_shard(self.spec, shard, counts_R, present_R, columns)
+        write_atomic(shard_path(self.folder, shard), data)
+        hash_ = xxhash.xxh3_128(data).hexdigest()
+        self.records[shard] = ShardRecord(len(data), hash_, int(counts_R.sum()))
+
+    def finish(self, records: Mapping[int, ShardRecord]) -> None:
+        """Declare the store complete.
+
+        Raises:
+            StoreError: a shard has gone or changed its size meanwhile.
+        """
+        in_order = [records[shard] for shard in range(self.spec.shards)]
+        _check_sizes(self.folder, self.spec, in_order)
+        write_manifest(self.folder / MANIFEST, _manifest(self.spec, in_order))
+
+
+class Store:
+    """A complete store, verified and memory-mapped for reading.
+
+    Args:
+        folder: where it is.
+        kind: what it must be.
+        expect: fingerprints it must have been made with, by name.
+        share: ``(rank, world)``: this process verifies the shards rank, rank + world, ...; the
+            ranks together verify all of them (and must agree on the outcome).
+
+    Raises:
+        StoreError: it is missing, incomplete, damaged or belongs to something else; the message
+            names the file or fingerprint.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        kind: str,
+        expect: Mapping[str, str],
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        spec, records = read_spec(folder)
+        if spec.kind != kind:
+            raise StoreError(f"{folder}: holds {spec.kind!r}, not {kind!r}")
+        for name, wanted in expect.items():
+            if (there := spec.fingerprints.get(name)) != wanted:
+                raise StoreError(
+                    f"{folder}: made with another {name} (its fingerprint is {there}, this run's "
+                    f"{wanted})"
+                )
+        if records is None:
+            raise StoreError(f"{folder}: not complete, its capture was interrupted; run it again")
+        _check_sizes(folder, spec, records)
+        self.folder = folder
+        self.spec = spec
+        self._records = records
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(self._map)  # safe in threads
+        self.verify(range(share[0], spec.shards, share[1]))
+
+    def verify(self, shards: Iterable[int]) -> None:
+        """Read the shards and compare their hashes.
+
+        Raises:
+            StoreError: one of them has changed.
+        """
+        for shard in shards:
+            path = shard_path(self.folder, shard)
+            if file_hash(path) != self._records[shard].hash:
+                raise _unlike(path, self.spec, shard, self._records[shard])
+
+    def read(
+        self, row_ids_B: NDArray[np.int64], draws_B: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], dict[str, np.ndarray]]:
+        """The positions of some rows.
+
+        Args:
+            row_ids_B: row ids, in any order, repeated or not.
+            draws_B: the draw of each.
+
+        Returns:
+            counts_B, the number of positions of each row, and the columns [sum of counts, ...] in
+            the order of the rows.
+
+        Raises:
+            StoreError: the store has not got a row; the message names it.
+        """
+        places = []
+        for row, draw in zip(row_ids_B.tolist(), draws_B.tolist(), strict=True):
+            if not (0 <= row < self.spec.rows and 0 <= draw < self.spec.draws):
+                raise StoreError(
+                    f"{self.folder}: no row {row} of draw {draw}, only rows 0 to "
+                    f"{self.spec.rows - 1} of draws 0 to {self.spec.draws - 1}"
+                )
+            place, local = divmod(row, self.spec.rows_per_shard)
+            arrays = self._shard(draw * self.spec.shards_per_draw + place)
+            if not arrays["present"][local]:
+                raise StoreError(f"{self.folder}: row {row} was left out of this store")
+            begin, end = arrays["row_ptr"][local : local + 2].tolist()
+            places.append((arrays, begin, end))
+        counts_B = np.array([end - begin for _, begin, end in places], np.int64)
+        columns = {}
+        for name, column in self.spec.columns.items():
+            pieces = [arrays[name][begin:end] for arrays, begin, end in places]
+            empty = np.empty((0, *column.shape), column.dtype)
+            columns[name] = np.concatenate(pieces) if pieces else empty
+        return counts_B, columns
+
+    def _map(self, shard: int) -> dict[str, np.ndarray]:
+        return map_shard(shard_path(self.folder, shard))[0]
+
+
+def _manifest(spec: StoreSpec, records: list[ShardRecord] | None) -> dict[str, Any]:
+    return {"format": FORMAT, "store": spec.tree(), "shards": records}
+
+
+def _refuse_other(folder: Path, there: StoreSpec, wanted: StoreSpec) -> None:
+    if found := differences(there, wanted):
+        lines = "".join(f"\n  {line}" for line in found)
+        raise StoreError(f"{folder}: holds another store; remove it or choose another path{lines}")
+
+
+def _check_sizes(folder: Path, spec: StoreSpec, records: list[ShardRecord]) -> None:
+    for shard, record in enumerate(records):
+        path = shard_path(folder, shard)
+        if not path.is_file():
+            raise StoreError(f"{path}: missing; {_MEND}")
+        if path.stat().st_size != record.nbytes:
+            raise _unlike(path, spec, shard, record)
+
+
+def _unlike(path: Path, spec: StoreSpec, shard: int, record: ShardRecord) -> StoreError:
+    """What to say of a shard that is not the one in the manifest."""
+    try:
+        check_shard(path, spec, shard)
+    except ForeignShard as foreign:
+        return foreign
+    except StoreError:
+        pass  # damaged, but how is seen better from outside
+    nbytes = path.stat().st_size
+    if nbytes < record.nbytes:
+        return StoreError(f"{path}: truncated, {nbytes} bytes of {record.nbytes}; {_MEND}")
+    return StoreError(f"{path}: damaged, its bytes are not those that were captured; {_MEND}")

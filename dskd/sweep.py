@@ -1,0 +1,158 @@
+"""One pass of a frozen model over the data, all ranks in parallel, its values kept in a store.
+
+The missing shards are dealt out in rounds of one a rank. A shard's rows are taken in order in
+batches of ``micro_batch``, on whichever rank it falls, so its bytes depend neither on the number of
+ranks nor on interruptions. In a round every rank makes as many forward passes as the rank with the
+most batches, of a row it then forgets where it has none left: under ZeRO-3 a pass that only some of
+the ranks make would hang them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dskd import dist
+from dskd.batch import Batch
+from dskd.data.blocks import RowSet
+from dskd.data.loader import make_batch
+from dskd.data.masking import View
+from dskd.errors import DskdError, StoreError
+from dskd.store import Writer
+from dskd.store_format import StoreSpec
+
+Output = TypeVar("Output")
+Part = Mapping[str, np.ndarray]
+Progress = Callable[[int, int], None]
+"""``progress(done, total)``: row views kept so far by all ranks, and how many there are."""
+
+
+def sweep(
+    forward: Callable[[Batch], Output],
+    rows: RowSet,
+    view: View,
+    writer: Writer,
+    *,
+    micro_batch: int,
+    score: Callable[[Batch, Output], Part],
+    present_R: NDArray[np.bool_] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Fill a store; collective, and called again after an interruption it goes on.
+
+    Args:
+        forward: the frozen model on a batch (of CPU tensors); called without gradients, equally
+            often on every rank, so it must use the same parameters in every call.
+        rows: the rows; the store's row ids are theirs.
+        view: what the model sees of them; the store's draw d is epoch d.
+        writer: this rank's writer of the store.
+        micro_batch: rows of a forward pass.
+        score: the store's columns for the batch's supervised positions, in row-major order.
+        present_R: bool, which of the R rows to take; None: all.
+        progress: called after each forward pass.
+
+    Raises:
+        DskdError: what went wrong on one of the ranks, on all of them.
+    """
+    spec = writer.spec
+    assert spec.rows == len(rows), (spec.rows, len(rows))
+    if present_R is None:
+        present_R = np.ones(spec.rows, bool)
+    missing = _missing(writer)
+    total = spec.draws * int(present_R.sum())
+    done = total - sum(len(_row_ids(spec, present_R, shard)) for shard in missing)
+    idle = np.flatnonzero(present_R)[:1]
+    for first in range(0, len(missing), dist.world()):
+        shards = missing[first : first + dist.world()]
+        ids_by_rank = [_row_ids(spec, present_R, shard) for shard in shards]
+        calls = -(-max(len(ids) for ids in ids_by_rank) // micro_batch)
+        shard = shards[dist.rank()] if dist.rank() < len(shards) else None
+        ids = ids_by_rank[dist.rank()] if shard is not None else idle[:0]
+        epoch = 0 if shard is None else spec.span(shard)[0]
+        parts, problem = [], None
+        for call in range(calls):
+            part = slice(call * micro_batch, (call + 1) * micro_batch)
+            working = problem is None and len(ids[part]) > 0
+            ids_B = ids[part] if working else idle
+            batch = make_batch(rows, view, ids_B, np.full_like(ids_B, epoch), None)
+            with torch.no_grad():
+                output = forward(batch)
+            try:
+                if working:
+                    parts.append((batch.supervised_BT.sum(1).numpy(), score(batch, output)))
+            except DskdError as found:
+                problem = found  # told after the round: the others expect this rank's passes
+            done += sum(len(theirs[part]) for theirs in ids_by_rank)
+            if progress is not None:
+                progress(done, total)
+        with _agreed():
+            if problem is not None:
+                raise problem
+            if shard is not None:
+                _write(writer, shard, ids, present_R, parts)
+    _finish(writer)
+
+
+def _missing(writer: Writer) -> list[int]:
+    """The shards to be written, the same list on every rank; each checks its share."""
+    with _agreed():
+        if dist.rank() == 0:
+            writer.prepare()
+    with _agreed():
+        mine = writer.missing(range(dist.rank(), writer.spec.shards, dist.world()))
+    return sorted(shard for theirs in dist.gather_objects(mine) for shard in theirs)
+
+
+def _write(
+    writer: Writer,
+    shard: int,
+    ids: NDArray[np.int64],
+    present_R: NDArray[np.bool_],
+    parts: list[tuple[NDArray[np.int64], Part]],
+) -> None:
+    """Put a shard's batches together and write it."""
+    _, begin, end = writer.spec.span(shard)
+    counts_S = np.zeros(end - begin, np.int64)
+    if parts:
+        counts_S[ids - begin] = np.concatenate([counts for counts, _ in parts])
+    columns = {
+        name: np.concatenate(
+            [np.empty((0, *column.shape), column.dtype), *(part[name] for _, part in parts)]
+        )
+        for name, column in writer.spec.columns.items()
+    }
+    writer.write_shard(shard, counts_S, present_R[begin:end], columns)
+
+
+def _finish(writer: Writer) -> None:
+    """Declare the store complete, once all ranks have written what was theirs."""
+    records = {}
+    for theirs in dist.gather_objects(writer.records):
+        records |= theirs
+    with _agreed():
+        if dist.rank() == 0:
+            writer.finish(records)
+
+
+def _row_ids(spec: StoreSpec, present_R: NDArray[np.bool_], shard: int) -> NDArray[np.int64]:
+    """The rows that a shard really holds."""
+    _, begin, end = spec.span(shard)
+    return begin + np.flatnonzero(present_R[begin:end])
+
+
+@contextmanager
+def _agreed() -> Iterator[None]:
+    """What goes wrong inside on one rank is raised on all of them; also a barrier."""
+    problem: DskdError | None = None
+    try:
+        yield
+    except DskdError as found:
+        problem = found
+    except OSError as found:  # a full disk, no right to write: the user's to mend
+        problem = StoreError(str(found))
+    dist.agree(problem)

@@ -1,0 +1,72 @@
+"""Train what a recipe describes: ``deepspeed --num_gpus 8 dskd/train.py [FILE.yaml] [a.b=value ...]``.
+
+Without arguments, a 20-step toy run. The same command goes on after an interruption, skips what is
+done, and refuses to go on if a setting that matters has changed.
+
+Exit status: 0 done; 2 something the user can mend, said in one message; 75 stopped by SIGTERM or
+SIGINT with a checkpoint on disk.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # `deepspeed dskd/train.py` puts dskd/ on the path, not the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import os
+from collections.abc import Sequence
+
+from dskd.errors import DskdError
+
+USAGE = "usage: deepspeed --num_gpus N dskd/train.py [FILE.yaml] [a.b=value ...]"
+MENDABLE, STOPPED = 2, 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe named by ``argv`` (default: the command line); returns the exit status."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    words = list(argv) if argv is not None else words
+    if {"-h", "--help"} & set(words):
+        print(f"{__doc__}\n{USAGE}")
+        return 0
+    try:
+        return _run(words)
+    except DskdError as problem:
+        # The others raise it too, or are ended by the launcher when this rank leaves.
+        print(f"{_who()}error: {problem}", file=sys.stderr, flush=True)
+        return MENDABLE
+
+
+def _run(words: list[str]) -> int:
+    # Imported here: they take seconds, and a mistyped setting should be told at once.
+    from dskd.config import read
+    from dskd.method import build_method
+
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise DskdError(f"one settings file, not {len(files)}: {' '.join(files)}\n{USAGE}")
+    overrides = [word for word in words if "=" in word]
+    recipe = read(Path(files[0]) if files else None, overrides)
+    methods = {name: build_method(run.method) for name, run in recipe.runs.items()}
+
+    from dskd import plan
+    from dskd.trainer import Interrupted
+
+    plan.check(recipe, methods, world=int(os.environ.get("WORLD_SIZE", "1")))
+    try:
+        plan.execute(recipe, methods)
+    except Interrupted as stop:
+        print(f"{_who()}{stop}; the same command goes on from there", flush=True)
+        return STOPPED
+    return 0
+
+
+def _who() -> str:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return "" if alone else f"[rank {os.environ['RANK']}] "
+
+
+if __name__ == "__main__":
+    sys.exit(main())

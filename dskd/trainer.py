@@ -1,0 +1,247 @@
+"""The step loop: counts first, loss inside the forward, one division, one optimiser step.
+
+The gradient of a step is that of ``sum_k weight_k * total_k / count_k`` over the whole effective
+batch, with the counts summed over all micro-batches of all ranks before the first forward: never a
+mean of means. So the trajectory does not depend on micro-batch size, accumulation or world size.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskd import dist
+from dskd.batch import Batch
+from dskd.checkpoint import Checkpoints
+from dskd.data.counter import mix
+from dskd.data.loader import Loader
+from dskd.engine import Engine
+from dskd.errors import NonFiniteError
+from dskd.log import Metrics, peak_memory, progress_line, say
+from dskd.method import Method
+from dskd.schedule import learning_rate
+from dskd.settings import Run
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT was honoured: the checkpoint of ``step`` is on disk."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped by a signal; step {step} is saved")
+
+
+@dataclass
+class Progress:
+    """Where training is; part of every checkpoint."""
+
+    step: int = 0
+    """Completed optimiser steps: what schedules and decays are functions of."""
+    position: int = 0
+    """Optimiser batches read; beyond ``step`` by the steps fp16 overflow skipped."""
+    tokens: int = 0
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over all ranks and micro-batches of one step, known before its first forward."""
+
+    by_term: dict[str, Tensor]
+    tokens: int
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What became of one optimiser step: each term's weight and global mean, and the rates."""
+
+    applied: bool
+    stop: bool
+    weights: dict[str, float]
+    means: dict[str, float]
+    lr: float
+    grad_norm: float | None
+
+
+class Trainer:
+    """Trains one student.
+
+    Args:
+        run: the settings.
+        precision: ``fp32``, ``bf16`` or ``fp16``, as resolved from them.
+        evaluate: the plain LM evaluation of the student, a dict with ``eval_nll``.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        precision: str,
+        method: Method,
+        engine: Engine,
+        loader: Loader,
+        evaluate: Callable[[], dict[str, Any]],
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        progress: Progress,
+    ):
+        self._run = run
+        self._precision = precision
+        self._method = method
+        self._engine = engine
+        self._loader = loader
+        self._evaluate = evaluate
+        self._checkpoints = checkpoints
+        self._metrics = metrics
+        self._progress = progress
+        self._since = (progress.tokens, progress.train_seconds)
+
+    def train(self) -> Progress:
+        """Take the remaining steps.
+
+        Raises:
+            NonFiniteError: a loss term is NaN or infinite; no checkpoint of that step is written.
+            Interrupted: a signal came; its step is saved.
+        """
+        progress, run = self._progress, self._run
+        begun = time.monotonic() - progress.wall_seconds
+        with _stop_requested() as requested:
+            while progress.step < run.train.steps:
+                clock = time.monotonic()
+                taken = self._step(requested())
+                progress.train_seconds += time.monotonic() - clock
+                progress.wall_seconds = time.monotonic() - begun
+                if not taken.applied:
+                    say(
+                        f"step {progress.step + 1}: fp16 overflow, skipped; the loss scale is halved"
+                    )
+                    continue
+                progress.step += 1
+                self._log(taken)
+                self._close_step(taken.stop)
+                if taken.stop:
+                    raise Interrupted(progress.step)
+        return progress
+
+    def _step(self, stop: bool) -> Taken:
+        """Forward, backward and optimiser step over one effective batch."""
+        progress, engine = self._progress, self._engine
+        batches = [batch.to(engine.device) for batch in self._loader.next_step()]
+        counts = self._count(batches, stop)
+        totals: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        for micro, batch in enumerate(batches):
+            self._seed(micro)
+            terms = engine.forward(batch, progress.step)
+            shares = [t.weight * t.total / counts.by_term[k] for k, t in terms.items()]
+            engine.backward(torch.stack(shares).sum())
+            for name, term in terms.items():
+                weights[name] = term.weight
+                totals[name] = totals.get(name, 0) + term.total.detach().double()
+        means = self._means(totals, counts)
+        lr = learning_rate(self._run.train, progress.step)
+        before = engine.grad_norm() if engine.stage == 0 else None
+        applied = engine.step(lr)
+        norm = engine.grad_norm() if before is None else before
+        progress.position = self._loader.position
+        progress.tokens += counts.tokens
+        return Taken(applied, counts.stop, weights, means, lr, norm)
+
+    def _count(self, batches: Sequence[Batch], stop: bool) -> Counts:
+        parts = [self._method.counts(batch) for batch in batches]
+        names = sorted(parts[0])
+        values = [sum(part[name] for part in parts) for name in names]
+        tokens = sum(batch.mask_BT.sum() for batch in batches)
+        flag = torch.tensor(float(stop), device=self._engine.device)
+        whole = torch.stack([*(v.double() for v in values), tokens.double(), flag.double()])
+        *sums, tokens, flag = dist.sum_over_ranks(whole)
+        by_term = {name: value.clamp_min(1) for name, value in zip(names, sums, strict=True)}
+        return Counts(by_term, int(tokens), bool(flag))
+
+    def _means(self, totals: dict[str, Tensor], counts: Counts) -> dict[str, float]:
+        """Each term's global mean; all ranks see the same values, so all stop or none."""
+        names = sorted(totals)
+        sums = dist.sum_over_ranks(torch.stack([totals[name] for name in names]))
+        means = {n: float(s / counts.by_term[n]) for n, s in zip(names, sums, strict=True)}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise NonFiniteError(
+                    f"step {self._progress.step + 1}: loss term '{name}' is {mean}; "
+                    f"the last checkpoint is intact"
+                )
+        return means
+
+    def _seed(self, micro: int) -> None:
+        """Dropout is a function of (seed, batch, micro-batch, rank): no generator state to save."""
+        parts = (self._run.seed, self._loader.position, micro, dist.rank())
+        torch.manual_seed(int(mix(*parts)) & (2**63 - 1))
+
+    def _log(self, taken: Taken) -> None:
+        progress, steps = self._progress, self._run.train.steps
+        if progress.step % self._run.log_every and progress.step < steps:
+            return
+        loss = sum(taken.weights[name] * mean for name, mean in taken.means.items())
+        rates = {"lr": taken.lr, **self._method.rates(progress.step - 1)}
+        tokens, seconds = self._since
+        speed = (progress.tokens - tokens) / (progress.train_seconds - seconds)
+        self._since = (progress.tokens, progress.train_seconds)
+        left = (steps - progress.step) * progress.train_seconds / progress.step
+        shown = {"loss": loss, **taken.means, **rates, "|g|": taken.grad_norm}
+        say(progress_line(progress.step, steps, shown, tokens_per_second=speed, left=left))
+        used = {"tokens_per_second": speed, "peak_memory_bytes": peak_memory()}
+        line = {"loss": loss, "terms": taken.means, **rates, "grad_norm": taken.grad_norm, **used}
+        self._metrics.write(step=progress.step, **line, seconds=progress.train_seconds)
+        terms = {f"terms/{name}": mean for name, mean in taken.means.items()}
+        flat = {"loss": loss, **terms, **rates, **used}
+        self._engine.log({f"train/{k}": float(v) for k, v in flat.items()}, progress.step)
+
+    def _close_step(self, stop: bool) -> None:
+        """Evaluate and save where they are due."""
+        step, run = self._progress.step, self._run
+        last = step == run.train.steps
+        nll = None
+        if last or step % run.evaluation.every == 0:
+            scores = self._evaluate()
+            nll = scores["eval_nll"]
+            shown = {"nll": nll, "bits": scores["eval_bits"], "ppl": scores["eval_ppl"]}
+            say(f"eval at {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+            self._metrics.write(step=step, **scores)
+            self._engine.log({f"eval/{k}": float(v) for k, v in shown.items()}, step)
+        if last or stop or step % run.checkpoint.every == 0:
+            self._save(nll)
+
+    def _save(self, nll: float | None) -> None:
+        step = self._progress.step
+        tag = self._checkpoints.begin(step)
+        self._engine.save(self._checkpoints.folder, tag)
+        about = {
+            "world": dist.world(),
+            "stage": self._engine.stage,
+            "precision": self._precision,
+            "eval_nll": nll,
+            "state": asdict(self._progress),
+        }
+        self._checkpoints.commit(step, about)
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """Note SIGTERM and SIGINT instead of dying of them; the loop asks between steps."""
+    seen: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: seen.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,149 @@
+"""Continue a checkpoint at another world size or ZeRO stage.
+
+DeepSpeed's universal checkpoint holds fp32 weights and Adam moments by parameter name. DeepSpeed
+converts ZeRO 1-3 checkpoints to it and loads it into ZeRO 1-3 engines, but only of the same family
+(stage 3, or 1 and 2), and knows nothing of stage 0; the rest of the way is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.checkpoint import ds_to_universal
+from torch import Tensor
+
+from dskd import dist
+from dskd.checkpoint import Saved
+from dskd.engine import Engine
+from dskd.errors import CheckpointError
+
+_MODEL = "mp_rank_00_model_states.pt"
+_MODEL_ZERO3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_native(saved: Saved, world: int, stage: int, precision: str) -> bool:
+    """Whether DeepSpeed can load the checkpoint as it is."""
+    if (saved.stage, saved.precision) != (stage, precision):
+        return False
+    return saved.world == world or (stage == 0 and precision == "fp32")
+
+
+def check(saved: Saved, stage: int, precision: str) -> None:
+    """Refuse what cannot be converted.
+
+    Raises:
+        CheckpointError: the precision changed, or a 16-bit ZeRO-0 checkpoint changed its shape.
+    """
+    if saved.precision != precision:
+        raise CheckpointError(
+            f"{saved.folder}: saved with train.precision {saved.precision}, cannot go on in "
+            f"{precision}"
+        )
+    if precision != "fp32" and 0 in (saved.stage, stage):
+        raise CheckpointError(
+            f"{saved.folder}: saved at ZeRO-{saved.stage} with {saved.world} ranks; in {precision} "
+            f"a ZeRO-0 run cannot change its stage or world size"
+        )
+
+
+def convert(saved: Saved) -> Path:
+    """Write the universal form beside the checkpoint, under a temporary name; collective."""
+    folder = saved.folder.parent / f".universal-{saved.folder.name}"
+    problem = None
+    if dist.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        if saved.stage == 0:
+            _from_plain(saved.folder, folder)
+        else:
+            _from_shards(saved.folder, folder)
+        for name in (_MODEL, _MODEL_ZERO3):
+            if not (folder / name).exists():
+                shutil.copyfile(next(folder.glob("*model_states.pt")), folder / name)
+        if not any((folder / "zero").glob("*/fp32.pt")):
+            problem = CheckpointError(f"{saved.folder}: DeepSpeed's conversion made no parameters")
+    dist.agree(problem)
+    return folder
+
+
+def discard(folder: Path) -> None:
+    """Remove the universal form once it is loaded; it can be made again (collective)."""
+    dist.barrier()
+    if dist.rank() == 0:
+        shutil.rmtree(folder)
+
+
+def load_into_plain(engine: Engine, folder: Path) -> None:
+    """Read the universal form into an fp32 ZeRO-0 engine."""
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, dict[str, Tensor]] = {}
+    step = torch.tensor(float(_load(folder / "zero" / "optimizer_state.pt")["dskd_step"]))
+    for name, _ in engine.module.named_parameters():
+        part = folder / "zero" / name
+        weights[name] = _load(part / "fp32.pt")["param"]
+        moments[name] = {key: _load(part / f"{key}.pt")["param"] for key in _MOMENTS}
+        moments[name]["step"] = step.clone()
+    engine.load_plain(weights, moments)
+
+
+def _from_shards(source: Path, folder: Path) -> None:
+    """ZeRO 1-3, by DeepSpeed's own converter, without its prints."""
+    options = Namespace(
+        input_folder=str(source),
+        output_folder=str(folder),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(options)
+    (folder.parent / "latest_universal").unlink()
+    state = _load(folder / "zero" / "optimizer_state.pt")
+    shards = sorted(source.glob("*zero_pp_rank_*_optim_states.pt"))
+    inner = _load(shards[0])["optimizer_state_dict"]
+    base = inner.get("base_optimizer_state", inner.get("optimizer_state_dict"))
+    step = float(next(iter(base["state"].values()))["step"])
+    _finish(folder, step, state)
+
+
+def _from_plain(source: Path, folder: Path) -> None:
+    """fp32 ZeRO-0: the whole state is in one file."""
+    checkpoint = _load(source / _MODEL)
+    optimizer = checkpoint["optimizer"]
+    names = [name for group in checkpoint["dskd_groups"] for name in group]
+    (folder / "zero").mkdir(parents=True)
+    for index, name in enumerate(names):
+        part = folder / "zero" / name
+        part.mkdir()
+        state = optimizer["state"][index]
+        torch.save({"param": checkpoint["module"][name]}, part / "fp32.pt")
+        for key in _MOMENTS:
+            torch.save({"param": state[key]}, part / f"{key}.pt")
+        torch.save(state["step"], part / "step.pt")
+    shutil.copyfile(source / _MODEL, folder / _MODEL)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer["param_groups"]]
+    common = {"param_groups": groups, "ds_version": checkpoint["ds_version"]}
+    _finish(folder, float(optimizer["state"][0]["step"]), common)
+
+
+def _finish(folder: Path, step: float, state: dict[str, Any]) -> None:
+    """Write an ``optimizer_state.pt`` that stages 0 to 3 all find their keys in."""
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
+    inner = {"state": {0: {"step": torch.tensor(step)}}, "param_groups": groups}
+    state = {"ds_version": deepspeed.__version__, **state, "param_groups": groups}
+    state |= {"optimizer_state_dict": inner, "dskd_step": step}
+    torch.save(state, folder / "zero" / "optimizer_state.pt")
+
+
+def _load(path: Path) -> Any:
+    # Our own files, checked against the checkpoint's manifest; DeepSpeed pickles its own classes.
+    return torch.load(path, map_location="cpu", weights_only=False)

@@ -1,0 +1,60 @@
+"""ZeRO-3 parameters: make them sharded, see them whole. With ``engine.py`` the only DeepSpeed user.
+
+Under ZeRO-3 every rank holds a slice of each parameter, whose own ``data`` is empty between uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero import DeepSpeedTensorOverride
+from deepspeed.runtime.zero.partition_parameters import is_zero_param
+from torch import nn
+
+
+def is_stage3(ds: dict[str, Any] | None) -> bool:
+    """Whether a DeepSpeed config (None: no DeepSpeed) shards parameters."""
+    return ds is not None and ds.get("zero_optimization", {}).get("stage", 0) == 3
+
+
+def sharded_construction(ds: dict[str, Any] | None) -> AbstractContextManager[Any]:
+    """Modules built in this context give up all but this rank's slice of each parameter at once.
+
+    Does nothing unless ``ds``, a DeepSpeed config without ``auto``, says ZeRO-3. Collective. Unless
+    the config says ``memory_efficient_linear: false``, ``torch.nn.functional.linear`` is replaced
+    for the rest of the process by one that keeps no gathered weight for the backward pass.
+    """
+    if not is_stage3(ds):
+        return nullcontext()
+    # The dtype is the caller's default: DeepSpeed's override would round every new tensor, also
+    # rotary frequencies, to the training dtype.
+    only_device = [DeepSpeedTensorOverride.device]
+    return deepspeed.zero.Init(config_dict_or_path=ds, tensor_overrides=only_device)
+
+
+def gathered(
+    parameters: Iterable[nn.Parameter], *, write: bool = False
+) -> AbstractContextManager[Any]:
+    """Whole parameters inside the context; collective if they are sharded, else nothing.
+
+    Args:
+        write: rank 0's values at the end become everyone's; without it nothing may be changed.
+    """
+    sharded = [parameter for parameter in parameters if is_zero_param(parameter)]
+    if not sharded:
+        return nullcontext()
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None)
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether this rank holds only a slice of the parameter."""
+    return is_zero_param(parameter)
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the whole parameter, wherever its values are."""
+    return torch.Size(parameter.ds_shape) if is_zero_param(parameter) else parameter.shape

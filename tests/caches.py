@@ -1,0 +1,68 @@
+"""Small rows, masks and a teacher for the tests of the store, the cache and the sweep."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dskd.batch import IGNORE, Dense
+
+MASK = 4
+
+
+class ToyRows:
+    """Rows of 2 to ``block_size`` tokens drawn once; row r belongs to domain ``r % domains``."""
+
+    def __init__(self, rows=23, block_size=16, vocabulary=50, domains=1, equal=False):
+        random = np.random.RandomState(5)
+        low = block_size if equal else 2
+        self.lengths = random.randint(low, block_size + 1, rows).astype(np.int64)
+        self.ids = random.randint(5, vocabulary, (rows, block_size)).astype(np.int64)
+        self.block_size = block_size
+        self.domains = domains
+        self.fingerprint = "toy-rows"
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def read(self, row_ids_B):
+        lengths_B = self.lengths[row_ids_B]
+        width = min(-(-int(lengths_B.max()) // 8) * 8, self.block_size)
+        ids_BT = self.ids[row_ids_B, :width].copy()
+        ids_BT[np.arange(width) >= lengths_B[:, None]] = 1
+        return ids_BT, lengths_B
+
+    def domains_B(self, row_ids_B):
+        return np.asarray(row_ids_B, np.int64) % self.domains
+
+
+class ToyMasks:
+    """Each token of a row is masked with probability 0.3: some rows have no masked one."""
+
+    def __init__(self, draws=2):
+        self.draws = draws
+        self.fingerprint = "toy-masks"
+
+    def __call__(self, row_ids_B, epochs_B, ids_BT, lengths_B):
+        inputs_BT, labels_BT = ids_BT.copy(), np.full_like(ids_BT, IGNORE)
+        for b, (row, epoch) in enumerate(zip(row_ids_B, epochs_B, strict=True)):
+            chosen = np.random.RandomState(1000 * (epoch % self.draws) + row).rand(999) < 0.3
+            chosen = np.flatnonzero(chosen[: lengths_B[b]])
+            labels_BT[b, chosen] = ids_BT[b, chosen]
+            inputs_BT[b, chosen] = np.where(chosen % 5 == 0, 5 + chosen, MASK)
+        return inputs_BT, labels_BT
+
+
+class ToyTeacher:
+    """Logits that depend on the whole row up to the position; counts its calls."""
+
+    def __init__(self, vocabulary=50, hidden=8):
+        generator = torch.Generator().manual_seed(7)
+        self._embedding = torch.randn(vocabulary, hidden, generator=generator)
+        self._head = torch.randn(hidden, vocabulary, generator=generator)
+        self.calls = 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        hidden_BTD = torch.tanh(self._embedding[batch.ids_BT].cumsum(1))
+        return Dense(hidden_BTD[batch.supervised_BT] @ self._head)

@@ -1,0 +1,59 @@
+"""A small corpus with known sentences, and its prepared rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dskd.data.blocks import Prepared, RowSet, open_prepared, prepare
+from dskd.data.counter import below
+from dskd.settings import Data, TextSource, TrainedTokenizer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "small", "dogs", "ran", "round"]
+WORDS += ["every", "old", "garden", "wall"]
+
+
+def make_corpus(path: Path, documents: int = 120) -> list[str]:
+    """Write documents of 1..5 sentences of 3..12 words; return their texts."""
+    texts = []
+    for d in range(documents):
+        sentences = [
+            " ".join(WORDS[below(len(WORDS), d, s, w)] for w in range(3 + below(10, 7, d, s)))
+            for s in range(1 + below(5, 8, d))
+        ]
+        texts.append("\n".join(sentences))
+    path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    return texts
+
+
+def settings(where: Path, **changes: object) -> Data:
+    """Settings of a corpus at ``where/corpus.txt``, prepared in ``where/rows``."""
+    values: dict = {
+        "sources": [TextSource(kind="text", path=str(where / "corpus.txt"))],
+        "tokenizer": TrainedTokenizer(vocab_size=320),
+        "validation_fraction": 0.2,
+        "block_size": 32,
+        "folder": where / "rows",
+    }
+    return Data(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the corpus; do not write into it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder / "corpus.txt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus: Path) -> Prepared:
+    return open_prepared(prepare(settings(corpus)))
+
+
+def all_rows(rows: RowSet) -> list[list[int]]:
+    """Every row without its padding."""
+    ids_BT, lengths_B = rows.read(np.arange(len(rows)))
+    return [ids[:n].tolist() for ids, n in zip(ids_BT, lengths_B, strict=True)]

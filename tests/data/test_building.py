@@ -1,0 +1,190 @@
+"""Building: the rows hold the corpus, whatever it comes from, and unusable text is refused."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dskd.data import building
+from dskd.data.blocks import open_prepared, prepare
+from dskd.data.packing import complete, complete_doc
+from dskd.errors import DataError
+from dskd.settings import (
+    Data,
+    HubSource,
+    JsonlSource,
+    PretrainedTokenizer,
+    TextSource,
+)
+from tests.data.conftest import all_rows, make_corpus, settings
+
+
+def documents_of(corpus: Path) -> list[str]:
+    return (corpus / "corpus.txt").read_text().strip().split("\n\n")
+
+
+def split_documents(corpus: Path, fraction: float = 0.2) -> tuple[list[str], list[str]]:
+    held = [building._held_out(text, fraction) for text in documents_of(corpus)]
+    pairs = list(zip(held, documents_of(corpus), strict=True))
+    return [t for h, t in pairs if not h], [t for h, t in pairs if h]
+
+
+@pytest.mark.parametrize("packing", ["complete", "complete_doc", "contiguous"])
+def test_masked_rows_hold_the_corpus(corpus: Path, packing: str) -> None:
+    prepared = open_prepared(prepare(settings(corpus, packing=packing)))
+    tokenizer = prepared.tokenizer
+    for rows, texts in zip(
+        (prepared.train, prepared.validation), split_documents(corpus), strict=True
+    ):
+        stream: list[int] = []
+        sizes: list[int] = []
+        for text in texts:
+            for line in text.split("\n"):
+                stream += [*tokenizer.encode(line, add_special_tokens=False), 2]
+                sizes.append(len(stream) - sum(sizes))
+            stream.append(2)
+            sizes.append(1)
+        if packing == "contiguous":
+            want = [stream[i : i + 31] for i in range(0, len(stream), 31)]
+        else:
+            pack = complete if packing == "complete" else complete_doc
+            want = [stream[a:b] for a, b in pack(sizes, 31)]
+        assert len(want) > 15
+        got = all_rows(rows)
+        assert got == [[0, *row] for row in want]
+        assert max(map(len, got)) <= 32 and rows.tokens == sum(map(len, got))
+
+
+@pytest.mark.parametrize("packing", ["complete", "complete_doc", "contiguous"])
+def test_causal_rows_hold_the_corpus(corpus: Path, packing: str) -> None:
+    prepared = open_prepared(prepare(settings(corpus, packing=packing, objective="causal")))
+    tokenizer = prepared.tokenizer
+    texts, _ = split_documents(corpus)
+    rows = all_rows(prepared.train)
+    assert all(row[0] == 0 for row in rows) and all(0 not in row[1:] for row in rows)
+    body = [token for row in rows for token in row[1:]]
+    assert tokenizer.decode(body).split("</s>") == [*texts, ""]
+    if packing == "complete_doc":
+        assert all(2 not in row[:-1] for row in rows)
+    if packing == "contiguous":
+        assert {len(row) for row in rows[:-1]} == {32}
+
+
+def test_stretches_do_not_show(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    whole = open_prepared(prepare(settings(corpus)))
+    monkeypatch.setattr(building, "_CHUNK_CHARACTERS", 100)
+    pieces = open_prepared(prepare(settings(corpus, folder=tmp_path)))
+    assert pieces.fingerprint == whole.fingerprint
+
+
+def test_domains(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "a.txt", 40)
+    (tmp_path / "b.jsonl").write_text('{"text": "old dogs ran round the wall"}\n' * 30)
+    sources = [
+        TextSource(kind="text", path=str(tmp_path / "a.txt"), domain="plain"),
+        JsonlSource(kind="jsonl", path=str(tmp_path / "b.jsonl"), domain="lines"),
+        TextSource(kind="text", path=str(tmp_path / "a.txt"), domain="plain", documents=2),
+    ]
+    validation = [TextSource(kind="text", path=str(tmp_path / "a.txt"), domain="other")]
+    prepared = open_prepared(prepare(settings(tmp_path, sources=sources, validation=validation)))
+    assert prepared.domains == ["plain", "lines", "other"]
+    rows = prepared.train
+    domains_B = rows.domains_B(np.arange(len(rows)))
+    assert domains_B.dtype == np.int64
+    changes = np.flatnonzero(np.diff(domains_B))
+    assert domains_B[[0, *(changes + 1)]].tolist() == [0, 1, 0]
+    lines = {
+        prepared.tokenizer.decode(row, skip_special_tokens=True)
+        for row, domain in zip(all_rows(rows), domains_B, strict=True)
+        if domain == 1
+    }
+    assert all("old dogs ran round the wall" in line and "cat" not in line for line in lines)
+    held = prepared.validation
+    assert held.domains_B(np.arange(len(held))).tolist() == [2] * len(held)
+
+
+def test_table_source_streamed_or_not(tmp_path: Path, monkeypatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    texts = make_corpus(tmp_path / "corpus.txt")
+    plain = open_prepared(prepare(settings(tmp_path)))
+    (tmp_path / "a.csv").write_text(
+        "id,body\n" + "".join(f'{i},"{t}"\n' for i, t in enumerate(texts))
+    )
+    for streaming in (False, True):
+        source = HubSource(
+            kind="datasets",
+            path="csv",
+            data_files=[str(tmp_path / "a.csv")],
+            field="body",
+            streaming=streaming,
+            domain="text",
+        )
+        prepared = open_prepared(prepare(settings(tmp_path, sources=[source])))
+        assert prepared.folder != plain.folder
+        assert prepared.fingerprint == plain.fingerprint
+
+
+def test_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(70_000)), "<mask>"]
+    backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    roles = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **roles).save_pretrained(tmp_path / "tok")
+    texts = [f"w{69_000 + i} w{i}" for i in range(300)]
+    (tmp_path / "corpus.txt").write_text("\n\n".join(texts))
+    source = PretrainedTokenizer(kind="pretrained", path=str(tmp_path / "tok"))
+    prepared = open_prepared(prepare(settings(tmp_path, tokenizer=source)))
+    found = {token for row in all_rows(prepared.train) for token in row} - {0, 2}
+    texts, _ = split_documents(tmp_path)
+    want = {4 + int(word[1:]) for text in texts for word in text.split()}
+    assert found == want and max(found) > 2**16
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "problem"),
+    [
+        ("the cat\n\n" * 2, {}, "shorter than one row .data.block_size: 32"),
+        ("the cat sat on a mat by the wall " * 40, {}, "no document was held out"),
+        ("", {}, r"corpus.txt: no text in it"),
+    ],
+)
+def test_unusable_corpus(tmp_path: Path, text: str, changes: dict, problem: str) -> None:
+    (tmp_path / "corpus.txt").write_text(text)
+    with pytest.raises(DataError, match=problem):
+        prepare(settings(tmp_path, **changes))
+    assert [p for p in (tmp_path / "rows").iterdir()] == []
+
+
+def test_not_utf8_leaves_nothing(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "corpus.txt")
+    with (tmp_path / "corpus.txt").open("ab") as stream:
+        stream.write(b"\n\nna\xefve\n")
+    with pytest.raises(DataError, match=r"corpus.txt: not UTF-8 at byte \d+ \(line \d+\)"):
+        prepare(settings(tmp_path))
+    assert list((tmp_path / "rows").iterdir()) == []
+
+
+def test_builtin_corpus_by_default(tmp_path: Path) -> None:
+    began = time.monotonic()
+    prepared = open_prepared(prepare(Data(folder=tmp_path)))
+    assert time.monotonic() - began < 30
+    assert len(prepared.train) > 1000 and len(prepared.validation) > 20
+    assert prepared.train.tokens / len(prepared.train) > 0.75 * 64  # little of a row is padding
+    assert prepared.domains == ["builtin"] and len(prepared.tokenizer) == 2048
+
+
+def test_share_held_out_is_the_fraction() -> None:
+    texts = [f"text {i}" for i in range(5000)]
+    for fraction in (0.05, 0.5):
+        share = sum(building._held_out(text, fraction) for text in texts) / 5000
+        assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / 5000) ** 0.5
+    less = {text for text in texts if building._held_out(text, 0.05)}
+    assert less < {text for text in texts if building._held_out(text, 0.5)}

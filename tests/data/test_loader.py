@@ -1,0 +1,153 @@
+"""The loader: the same rows for every geometry and restart, each once an epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dskd.batch import IGNORE, Batch
+from dskd.data.blocks import Prepared
+from dskd.data.loader import Attachment, Loader, sequential
+from dskd.data.masking import view_for
+from dskd.errors import ConfigError, StoreError
+from dskd.settings import Data
+
+SEED = 3
+
+
+def loader(prepared: Prepared, **changes: object) -> Loader:
+    view = view_for(Data(), prepared.tokenizer, SEED)
+    values = {"batch": 8, "micro_batch": 2, "rank": 0, "world": 1, "seed": SEED}
+    return Loader(prepared.train, view, **(values | changes))
+
+
+def steps(source: Loader, count: int) -> list[list[Batch]]:
+    try:
+        return [source.next_step() for _ in range(count)]
+    finally:
+        source.close()
+
+
+def content(batches: list[Batch]) -> dict[int, tuple]:
+    """Row id -> what the model sees and is asked, without padding."""
+    found = {}
+    for batch in batches:
+        for b, row in enumerate(batch.row_ids_B.tolist()):
+            real = batch.mask_BT[b].bool()
+            assert (batch.labels_BT[b][~real] == IGNORE).all()
+            found[row] = (batch.ids_BT[b][real].tolist(), batch.labels_BT[b][real].tolist())
+    return found
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
+def test_all_geometries_see_the_same_step(prepared: Prepared, world: int, micro: int) -> None:
+    want = [content(step) for step in steps(loader(prepared, micro_batch=4), 20)]
+    ranks = [
+        steps(loader(prepared, micro_batch=micro, rank=r, world=world), 20) for r in range(world)
+    ]
+    for s in range(20):
+        micro_batches = [batch for rank in ranks for batch in rank[s]]
+        assert len(ranks[0][s]) == 8 // (micro * world)
+        assert {len(batch.row_ids_B) for batch in micro_batches} == {micro}
+        assert content(micro_batches) == want[s] and len(want[s]) == 8
+
+
+def test_every_row_once_an_epoch_in_another_order(prepared: Prepared) -> None:
+    rows = len(prepared.train)
+    assert rows % 6, "an epoch must end within a batch for this test to say something"
+    taken = steps(loader(prepared, batch=6, micro_batch=6), 3 * rows // 6 + 1)
+    stream = torch.cat([batch.row_ids_B for step in taken for batch in step]).numpy()
+    epochs = [stream[e * rows : (e + 1) * rows] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(rows))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_masks_change_with_the_epoch_within_a_batch(prepared: Prepared) -> None:
+    rows = len(prepared.train)
+    many = loader(prepared, batch=2 * rows, micro_batch=2 * rows)
+    (batch,) = steps(many, 1)[0]
+    order = torch.argsort(batch.row_ids_B, stable=True)
+    twice = batch.ids_BT[order].reshape(rows, 2, -1)
+    labels = batch.labels_BT[order].reshape(rows, 2, -1)
+    assert ((twice[:, 0] != twice[:, 1]).any(dim=1)).float().mean() > 0.95
+    assert ((labels[:, 0] != labels[:, 1]).any(dim=1)).float().mean() > 0.95
+
+
+def test_another_seed_is_another_order(prepared: Prepared) -> None:
+    one = steps(loader(prepared), 1)[0][0].row_ids_B
+    two = steps(loader(prepared, seed=SEED + 1), 1)[0][0].row_ids_B
+    assert one.tolist() != two.tolist()
+
+
+@pytest.mark.parametrize("position", [1, 13, 60])
+def test_restart_goes_on_where_it_stopped(prepared: Prepared, position: int) -> None:
+    whole = steps(loader(prepared), position + 5)
+    restarted = loader(prepared, position=position)
+    assert restarted.position == position
+    again = steps(restarted, 5)
+    assert restarted.position == position + 5
+    for one, two in zip(whole[position:], again, strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a.row_ids_B, b.row_ids_B)
+            assert torch.equal(a.ids_BT, b.ids_BT)
+            assert torch.equal(a.labels_BT, b.labels_BT)
+
+
+def test_batches_are_what_the_rows_hold(prepared: Prepared) -> None:
+    batch = steps(loader(prepared), 1)[0][1]
+    ids_BT, lengths_B = prepared.train.read(batch.row_ids_B.numpy())
+    for tensor in (batch.row_ids_B, batch.domains_B, batch.ids_BT, batch.mask_BT, batch.labels_BT):
+        assert tensor.dtype == torch.int64
+    assert batch.mask_BT.sum(dim=1).tolist() == lengths_B.tolist()
+    asked = batch.supervised_BT
+    assert torch.equal(batch.labels_BT[asked], torch.from_numpy(ids_BT)[asked])
+    assert torch.equal(batch.ids_BT[~asked], torch.from_numpy(ids_BT)[~asked])
+
+
+def test_attachment_replaces_the_view(prepared: Prepared) -> None:
+    calls = []
+
+    def attach(row_ids_B, domains_B, epochs_B, ids_BT, lengths_B):
+        calls.append((row_ids_B, domains_B, epochs_B, ids_BT, lengths_B))
+        return Attachment(ids_BT + 1, ids_BT + 2, {"score": row_ids_B.astype(np.float32)})
+
+    batches = steps(loader(prepared, attach=attach), 1)[0]
+    for batch, (row_ids_B, domains_B, epochs_B, ids_BT, _) in zip(batches, calls, strict=False):
+        assert torch.equal(batch.ids_BT, torch.from_numpy(ids_BT + 1))
+        assert torch.equal(batch.labels_BT, torch.from_numpy(ids_BT + 2))
+        assert batch.extra["score"].tolist() == row_ids_B.tolist()
+        assert batch.row_ids_B.tolist() == row_ids_B.tolist()
+        assert batch.domains_B.tolist() == domains_B.tolist() and (epochs_B == 0).all()
+
+
+def test_error_of_the_thread_reaches_the_caller(prepared: Prepared) -> None:
+    def attach(*_):
+        raise StoreError("shard 3 is gone")
+
+    with pytest.raises(StoreError, match="shard 3 is gone"):
+        steps(loader(prepared, attach=attach), 1)
+
+
+def test_indivisible_batch_is_refused(prepared: Prepared) -> None:
+    with pytest.raises(ConfigError, match=r"train.batch: 8 .* train.micro_batch \(3\)"):
+        loader(prepared, micro_batch=3)
+    with pytest.raises(ConfigError, match=r"number of ranks \(3\)"):
+        loader(prepared, world=3)
+
+
+def test_sequential_is_in_row_order(prepared: Prepared, tmp_path: Path) -> None:
+    view = view_for(Data(), prepared.tokenizer, SEED)
+
+    def take(micro_batch: int) -> list[Batch]:
+        batches = sequential(
+            prepared.validation, view, begin=3, end=20, micro_batch=micro_batch, epoch=1
+        )
+        return list(batches)
+
+    assert torch.cat([b.row_ids_B for b in take(5)]).tolist() == list(range(3, 20))
+    assert [len(b.row_ids_B) for b in take(5)] == [5, 5, 5, 2]
+    assert content(take(5)) == content(take(17))

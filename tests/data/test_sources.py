@@ -1,0 +1,179 @@
+"""Sources: what they read, in which order, and what they refuse."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from dskd.data.sources import content_hash, documents, files, size
+from dskd.errors import ConfigError, DataError
+from dskd.settings import BuiltinSource, HubSource, JsonlSource, TextSource
+
+
+def text(path: Path | str, **more: object) -> TextSource:
+    return TextSource(kind="text", path=str(path), **more)
+
+
+def jsonl(path: Path, **more: object) -> JsonlSource:
+    return JsonlSource(kind="jsonl", path=str(path), **more)
+
+
+def test_builtin_is_topics_then_docstrings() -> None:
+    import pydoc_data.topics
+
+    found = list(documents(BuiltinSource(documents=300)))
+    topics = [t for t in pydoc_data.topics.topics.values() if t.strip()]
+    assert found[: len(topics)] == topics
+    import __future__ as first_module  # the first file of the library by name
+
+    assert found[len(topics)] == inspect.getdoc(first_module)
+    assert len(found) == 300
+    assert found == list(documents(BuiltinSource(documents=300)))
+
+
+def test_builtin_takes_docstrings_of_methods_and_leaves_tests_out() -> None:
+    paths = files(BuiltinSource())
+    assert len(paths) > 300
+    assert not [p for p in paths if {"test", "tests", "site-packages", "idlelib"} & set(p.parts)]
+    assert content_hash(BuiltinSource()) == content_hash(BuiltinSource(documents=3))
+    source = textwrap.dedent('''
+        """Module."""
+        class A:
+            """Class."""
+            def f(self):
+                """Method."""
+                def g():
+                    """Inner."""
+    ''')
+    from dskd.data.sources import _docstrings
+
+    assert list(_docstrings(ast.parse(source))) == ["Module.", "Class.", "Method.", "Inner."]
+
+
+def test_text_files_of_a_folder_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n \r\nthree\r\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("last")  # no line end
+    (tmp_path / "a.txt").write_text("\n\nfirst\n\n\n")
+    (tmp_path / "a.md").write_text("not read")
+    want = ["first", "one\ntwo", "three", "last"]
+    assert list(documents(text(tmp_path))) == want
+    assert list(documents(text(tmp_path / "**" / "*.txt"))) == want
+    assert list(documents(text(tmp_path / "b.txt"))) == ["one\ntwo", "three"]
+    assert list(documents(text(tmp_path, documents=2))) == want[:2]
+
+
+def test_reading_reports_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n" * 10)
+    (tmp_path / "b.txt").write_text("three")
+    seen: list[int] = []
+    list(documents(text(tmp_path), seen.append))
+    assert sum(seen) == size(text(tmp_path)) == 95
+
+
+@pytest.mark.parametrize("path", ["missing.txt", "*.none", "empty_folder"])
+def test_missing_text_is_named(tmp_path: Path, path: str) -> None:
+    (tmp_path / "empty_folder").mkdir()
+    with pytest.raises(DataError, match="data.sources: text: .*" + path.replace("*", r"\*")):
+        list(documents(text(tmp_path / path)))
+
+
+def test_empty_corpus(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" \n\n\t\n")
+    with pytest.raises(DataError, match=r"a\.txt: no text in it"):
+        list(documents(text(tmp_path / "a.txt")))
+
+
+def test_not_utf8_names_file_and_byte(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"plain line\nna\xefve line\n")
+    with pytest.raises(DataError, match=r"latin\.txt: not UTF-8 at byte 13 \(line 2\)"):
+        list(documents(text(tmp_path / "latin.txt")))
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "one\ntwo"}, {"text": "drei \u00fc"}, {"text": "  "}, {"text": "four"}]
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    assert list(documents(jsonl(tmp_path))) == ["one\ntwo", "drei \u00fc", "four"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"text": "a"', "not JSON"),
+        ('{"body": "a", "id": 3}', r"no text under the key 'text'; its keys are \['body', 'id'\]"),
+        ('{"text": 5}', "no text under the key 'text'"),
+        ('["a"]', "no text under the key 'text'; it is no object"),
+        ('{"text": "a \\ud800"}', "not Unicode text"),
+    ],
+)
+def test_bad_json_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: " + problem):
+        list(documents(jsonl(path)))
+
+
+def test_content_hash_is_of_content(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "a.txt").write_text("some text\n")
+    before = content_hash(text(one))
+    assert content_hash(text(two)) == before
+    (one / "a.txt").write_text("some tent\n")
+    assert content_hash(text(one)) != before
+    (two / "b.txt").write_text("")
+    assert content_hash(text(two)) != before
+
+
+@pytest.fixture
+def table_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what `datasets` caches in the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def table(path: object, **more: object) -> HubSource:
+    return HubSource(kind="datasets", path=str(path), **more)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_builder_of_datasets(tmp_path: Path, table_cache: None, streaming: bool) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("id,body\n1,first\n2,second\n3,third\n")
+    source = table("csv", data_files=[str(path)], field="body", streaming=streaming, documents=2)
+    assert list(documents(source)) == ["first", "second"]
+    before = content_hash(source)
+    path.write_text("id,body\n1,first\n2,second\n3,fourth\n")
+    assert before is not None and content_hash(source) != before
+
+
+def test_saved_dataset(tmp_path: Path, table_cache: None) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["a b", "c d"], "n": [1, 2]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"dev": rows}).save_to_disk(tmp_path / "dict")
+    assert list(documents(table(tmp_path / "one"))) == ["a b", "c d"]
+    assert list(documents(table(tmp_path / "dict", split="dev"))) == ["a b", "c d"]
+    assert content_hash(table(tmp_path / "one")) is not None
+    with pytest.raises(ConfigError, match=r"no split 'train'; it has \['dev'\]"):
+        list(documents(table(tmp_path / "dict")))
+    with pytest.raises(DataError, match=r"no column 'body'; its columns are \['n', 'text'\]"):
+        list(documents(table(tmp_path / "one", field="body")))
+    with pytest.raises(DataError, match="row 0: no text in column 'n'"):
+        list(documents(table(tmp_path / "one", field="n")))
+
+
+def test_unknown_dataset(tmp_path: Path, table_cache: None) -> None:
+    with pytest.raises(ConfigError, match=r"datasets: no/such-thing: cannot load it"):
+        list(documents(table("no/such-thing")))
+    assert content_hash(table("no/such-thing")) is None  # only reading tells

@@ -1,0 +1,60 @@
+"""Start the user's own command, ``deepspeed dskd/train.py ...``, and read what it wrote."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from dskd.log import read_metrics
+from dskd.train import main
+from tests.ranks import free_port, run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+BINARY = Path(sys.executable).with_name("deepspeed")
+
+
+def environment() -> dict[str, str]:
+    """What a rank of a test sees: one thread, no GPU, no network."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": ""}
+
+
+def deepspeed(ranks: int, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run ``deepspeed --num_gpus RANKS dskd/train.py WORDS`` to its end."""
+    script = str(ROOT / "dskd" / "train.py")
+    port = ["--master_port", str(free_port())]
+    return subprocess.run(
+        [str(BINARY), "--num_gpus", str(ranks), *port, script, *words],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def _main(rank: int, words: tuple[str, ...]) -> int:
+    return main(words)
+
+
+def forked(ranks: int, *words: str) -> None:
+    """The same in ranks forked from the test process: seconds faster, the same code."""
+    assert run_ranks(_main, words, world=ranks) == [0] * ranks
+
+
+def losses(run: Path) -> list[float]:
+    """The training loss of every step, in order."""
+    lines = [line for line in read_metrics(run / "train" / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def evaluations(run: Path) -> list[float]:
+    """The evaluation losses, in order."""
+    return [
+        line["eval_nll"]
+        for line in read_metrics(run / "train" / "metrics.jsonl")
+        if "eval_nll" in line
+    ]

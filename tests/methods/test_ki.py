@@ -1,0 +1,201 @@
+"""Knowledge Inheritance against the original criterion: losses, gradients, edges, normalisation."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dskd.batch import IGNORE, Batch, Dense, Rows
+from dskd.errors import ConfigError
+from dskd.losses import cross_entropy, kl
+from dskd.method import build_method
+from tests.plain_losses import MODES, top_k
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())
+SCHEDULES = {"linear": "linear", "then": "switch"}
+LOGGED = 1e-6  # the original logs in fp32
+PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
+
+
+def method_of(inputs):
+    """The settings that stand for the original's options."""
+    return build_method(
+        {
+            "kind": "ki",
+            "schedule": SCHEDULES[inputs.get("mode", "linear")],
+            "steps": inputs["max_update_distil"],
+            "temperature": inputs["temperature"],
+        }
+    )
+
+
+def batch_of(inputs, pad):
+    labels_BT = torch.tensor(inputs["labels"])
+    labels_BT[labels_BT == pad] = IGNORE
+    rows_B = torch.arange(len(labels_BT))
+    ones_BT = torch.ones_like(labels_BT)
+    return Batch(
+        row_ids_B=rows_B, domains_B=rows_B, ids_BT=ones_BT, mask_BT=ones_BT, labels_BT=labels_BT
+    )
+
+
+def forward(method, inputs, step, *, pad=1, dtype=torch.float64, k=None):
+    """Terms, the whole student logits (a leaf) and the batch, as the objective would make them."""
+    batch = batch_of(inputs, pad)
+    student_BTV = torch.tensor(inputs["student_logits"], dtype=dtype).requires_grad_()
+    teacher_NV = torch.tensor(inputs["teacher_logits"], dtype=dtype)[batch.supervised_BT]
+    rows = Rows(student_BTV[batch.supervised_BT], lambda hidden: hidden, batch.labels_N)
+    signal = None
+    if method.needs_teacher(step):
+        signal = Dense(teacher_NV) if k is None else top_k(teacher_NV, k, method.temperature)
+    return method.loss(rows, signal, batch, step), student_BTV, batch
+
+
+def weighted(terms):
+    return sum(term.weight * term.total for term in terms.values())
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), PRECISIONS)
+@pytest.mark.parametrize("k", [None, 9], ids=["live", "cached"])
+@pytest.mark.parametrize("case", GOLDEN["loss_cases"], ids=lambda c: c["name"])
+def test_loss_and_gradient(case, k, dtype, rtol):
+    inputs, expected = case["inputs"], case["expected"]
+    step, close = inputs["step"], {"rel": rtol, "abs": rtol}
+    method = method_of(inputs)
+    terms, student_BTV, batch = forward(method, inputs, step, pad=inputs["pad"], dtype=dtype, k=k)
+    assert method.alpha(step) == expected["alpha"]
+    weights = {"ce": 1 - expected["alpha"], "kl": expected["alpha"]}
+    assert set(terms) == {name for name, weight in weights.items() if weight}
+    if "ce" in terms:
+        assert terms["ce"].total.item() == pytest.approx(expected["loss_mlm_sum"], **close)
+    if "kl" in terms:
+        assert terms["kl"].total.item() == pytest.approx(expected["loss_kd_sum"], **close)
+    loss = weighted(terms)
+    assert loss.item() == pytest.approx(expected["loss_sum"], **close)
+    (count,) = set(method.counts(batch).values())
+    assert count == expected["sample_size"]
+    assert (loss / count).item() == pytest.approx(expected["loss_per_token"], **close)
+    bits = loss.item() / expected["sample_size"] / math.log(2)
+    assert bits == pytest.approx(expected["log_loss_bits"], rel=max(rtol, LOGGED), abs=LOGGED)
+    loss.backward()
+    gradient = torch.tensor(expected["grad_student_logits_of_sum"], dtype=dtype)
+    torch.testing.assert_close(student_BTV.grad, gradient, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), PRECISIONS)
+@pytest.mark.parametrize("case", GOLDEN["loss_cases"], ids=lambda c: c["name"])
+def test_both_losses_and_their_logged_values(case, dtype, rtol):
+    """The original logs both terms whatever alpha is."""
+    inputs, expected = case["inputs"], case["expected"]
+    chosen_BT = torch.tensor(inputs["labels"]) != inputs["pad"]
+    labels_N = torch.tensor(inputs["labels"])[chosen_BT]
+    student_NV, teacher_NV = (
+        torch.tensor(inputs[f"{name}_logits"], dtype=dtype)[chosen_BT]
+        for name in ("student", "teacher")
+    )
+    ce, divergence = (
+        cross_entropy(student_NV, labels_N),
+        kl(student_NV, teacher_NV, inputs["temperature"]),
+    )
+    close = {"rel": rtol, "abs": rtol}
+    assert ce.item() == pytest.approx(expected["loss_mlm_sum"], **close)
+    assert divergence.item() == pytest.approx(expected["loss_kd_sum"], **close)
+    bits = 1 / len(labels_N) / math.log(2)
+    logged = {"rel": max(rtol, LOGGED), "abs": max(rtol, LOGGED)}
+    assert ce.item() * bits == pytest.approx(expected["log_loss_mlm_bits"], **logged)
+    assert divergence.item() * bits == pytest.approx(expected["log_loss_distil_bits"], **logged)
+    assert 2 ** (ce.item() * bits) == pytest.approx(expected["ppl"], rel=max(10 * rtol, LOGGED))
+
+
+def test_constant_half():
+    """The criterion ``masked_lm_distil_H_half``: alpha 0.5 for ever."""
+    inputs = GOLDEN["loss_cases"][0]["inputs"]
+    method = build_method({"kind": "ki", "schedule": "constant", "rate": 0.5, "temperature": 2.0})
+    expected = GOLDEN["loss_cases"][0]["expected"]
+    for step in (0, 10**6):
+        loss = weighted(forward(method, inputs, step)[0]).item()
+        half = (expected["loss_mlm_sum"] + expected["loss_kd_sum"]) / 2
+        assert loss == pytest.approx(half, rel=1e-9)
+
+
+def test_no_masked_position_is_exactly_zero():
+    (edge,) = [e for e in GOLDEN["edge_cases"] if e["name"] == "no_masked_position"]
+    inputs = dict(GOLDEN["loss_cases"][0]["inputs"])
+    inputs["labels"] = [[inputs["pad"]] * 6] * 2
+    for k in (None, 3):
+        terms, student_BTV, batch = forward(method_of(inputs), inputs, 27500, k=k)
+        assert set(terms) == {"ce", "kl"}
+        loss = weighted(terms)
+        assert loss.item() == edge["wanted"]["loss"] == 0.0
+        assert batch.supervised() == edge["wanted"]["sample_size"] == 0
+        loss.backward()
+        assert (student_BTV.grad == 0).all()
+
+
+def test_a_decay_without_length_is_refused():
+    for schedule in ("linear", "cosine", "switch"):
+        with pytest.raises(
+            ConfigError, match=rf"method\.steps: the {schedule} schedule.*at least 1"
+        ):
+            build_method({"kind": "ki", "schedule": schedule, "steps": 0})
+    with pytest.raises(ConfigError, match=r"method\.steps"):
+        build_method({"kind": "ki"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("temperature", 0.0), ("temperature", math.inf), ("rate", 1.5), ("rate", -0.1), ("steps", -1)],
+)
+def test_values_out_of_range_are_refused(setting, value):
+    section = {"kind": "ki", "schedule": "constant", setting: value}
+    with pytest.raises(ConfigError, match=rf"method\.{setting}"):
+        build_method(section)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), PRECISIONS)
+def test_normalisation_is_the_mean_over_all_tokens_of_the_step(dtype, rtol):
+    golden = GOLDEN["normalisation"]
+    method = method_of(golden)
+    sums, counts = [], []
+    for inputs, loss_sum in zip(golden["micro_batches"], golden["loss_sums"], strict=True):
+        terms, _, batch = forward(method, inputs, golden["step"], pad=golden["pad"], dtype=dtype)
+        assert weighted(terms).item() == pytest.approx(loss_sum, rel=rtol)
+        sums.append(terms)
+        counts.append(method.counts(batch))
+    assert [int(count["ce"]) for count in counts] == golden["n"]
+    totals = {name: counts[0][name] + counts[1][name] for name in ("ce", "kl")}
+    mean = sum(
+        term.weight * term.total / totals[name] for terms in sums for name, term in terms.items()
+    )
+    assert mean.item() == pytest.approx(golden["global_token_mean"], rel=rtol)
+    assert (1 / totals["ce"]).item() == golden["grad_scale"]
+    assert abs(mean.item() - golden["wrong_mean_of_means"]) > 0.1
+
+
+def test_the_teacher_is_asked_only_while_alpha_lasts():
+    linear = build_method({"kind": "ki", "steps": 4})
+    assert linear.wants_teacher()
+    assert [linear.needs_teacher(step) for step in range(6)] == [True] * 4 + [False] * 2
+    never = build_method({"kind": "ki", "schedule": "constant", "rate": 0.0})
+    assert not never.wants_teacher()
+    constant = build_method({"kind": "ki", "schedule": "constant", "rate": 0.2})
+    assert constant.needs_teacher(10**9)
+
+
+@pytest.mark.parametrize("topk", MODES)
+def test_topk_modes_reach_the_loss(topk):
+    """Golden top-k cases through the method, at alpha 1 and (with the labels' term) at 1/2."""
+    golden = GOLDEN["topk"]
+    inputs = {
+        "student_logits": [golden["student_logits"]],
+        "teacher_logits": [golden["teacher_logits"]],
+        "labels": [[0, 2, 3, 4, 5]],
+    }
+    for case in golden["cases"]:
+        section = {"kind": "ki", "steps": 2, "temperature": case["T"], "topk": topk}
+        for step in (0, 1):
+            terms, _, _ = forward(build_method(section), inputs, step, k=case["K"])
+            assert terms["kl"].weight == 1 - step / 2
+            assert terms["kl"].total.item() == pytest.approx(case[MODES[topk]], rel=1e-9, abs=1e-9)

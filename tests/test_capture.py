@@ -1,0 +1,197 @@
+"""Capturing a real model on real rows: what the cache gives is what the live teacher gives."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dskd.capture import capture
+from dskd.data.blocks import open_prepared, prepare
+from dskd.data.loader import Attachment, make_batch
+from dskd.data.masking import view_for
+from dskd.engine import shard_teacher
+from dskd.errors import ConfigError, StoreError
+from dskd.logit_cache import LogitCache, describe
+from dskd.models.build import build
+from dskd.settings import CachedTeacher, Data, Masking, Model, TextSource, TrainedTokenizer
+from dskd.store import shard_path
+from dskd.teacher import Cached, Live
+from tests.data.conftest import make_corpus
+from tests.ranks import run_ranks
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+MODELS = {
+    "masked": Model(config={"model_type": "roberta", "intermediate_size": 32, **SIZES}),
+    "causal": Model(config={"model_type": "llama", "intermediate_size": 32, **SIZES}),
+}
+PRINTS = {"teacher": "T", "tokenizer": "V", "data": "D", "masking": "M"}
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Prepared rows of two domains, by objective."""
+    where = tmp_path_factory.mktemp("data")
+    make_corpus(where / "a.txt", 60)
+    make_corpus(where / "b.txt", 40)
+    return {
+        objective: prepare(
+            Data(
+                objective=objective,
+                sources=[
+                    TextSource(kind="text", path=str(where / f"{domain}.txt"), domain=domain)
+                    for domain in "ab"
+                ],
+                tokenizer=TrainedTokenizer(vocab_size=300),
+                block_size=24,
+                folder=where / "rows",
+            )
+        )
+        for objective in MODELS
+    }
+
+
+def data_of(objective, draws=2):
+    return Data(objective=objective, masking=Masking(draws=draws))
+
+
+def cached(**changes):
+    fields = {"kind": "cached", "k": 8, "values": "fp32", "rows_per_shard": 16, "micro_batch": 5}
+    return CachedTeacher(**{**fields, **changes})
+
+
+def teacher_of(prepared, objective, ds=None):
+    model = build(
+        MODELS[objective],
+        prepared.tokenizer,
+        objective=objective,
+        block_size=24,
+        seed=3,
+        ds=ds,
+        dtype=torch.float32,
+        where="teacher.model",
+    )
+    model.requires_grad_(False)
+    return model if ds is None else shard_teacher(model, ds)
+
+
+def run_capture(folder, prepared, objective, *, settings=None, ds=None, **options):
+    view = view_for(data_of(objective), prepared.tokenizer, 1)
+    capture(
+        settings or cached(),
+        lambda: teacher_of(prepared, objective, ds),
+        prepared,
+        view,
+        folder,
+        **{"fingerprints": PRINTS, "device": CPU, **options},
+    )
+    return view
+
+
+@pytest.mark.parametrize("objective", MODELS)
+def test_cached_signal_is_the_live_one_when_all_is_kept(tmp_path, folders, objective):
+    prepared = open_prepared(folders[objective])
+    vocabulary = len(prepared.tokenizer)
+    settings = cached(k=vocabulary, temperatures=[2.0])
+    view = run_capture(tmp_path / "c", prepared, objective, settings=settings)
+    cache = LogitCache(tmp_path / "c", PRINTS)
+
+    def attach(row_ids_B, domains_B, epochs_B, ids_BT, lengths_B):
+        del domains_B
+        found = cache.read(row_ids_B, epochs_B, ids_BT, lengths_B, use_k=None, temperature=2.0)
+        return Attachment(*found)
+
+    live = Live(teacher_of(prepared, objective), vocabulary)
+    row_ids, epochs = np.array([5, 0, len(prepared.train) - 1]), np.array([0, 1, 2])
+    with_view = make_batch(prepared.train, view, row_ids, epochs, None)
+    with_cache = make_batch(prepared.train, view, row_ids, epochs, attach)
+    for name in ("row_ids_B", "domains_B", "ids_BT", "mask_BT", "labels_BT"):
+        assert torch.equal(getattr(with_cache, name), getattr(with_view, name)), name
+    signal = Cached(2.0)(with_cache)
+    dense = torch.log_softmax(live(with_view).logits_NV, 1)
+    assert (signal.tail_N[2.0] == -math.inf).all() and len(dense) > 0
+    found = torch.zeros_like(dense).scatter(1, signal.ids_NK, signal.logprobs_NK)
+    torch.testing.assert_close(found, dense, rtol=1e-5, atol=1e-5)
+
+
+def _capture_rank(rank, folder, prepared_folder, objective, ds):
+    del rank
+    run_capture(folder, open_prepared(prepared_folder), objective, ds=ds)
+
+
+@pytest.mark.parametrize("ds", [None, ZERO3], ids=["replicated", "zero3"])
+def test_two_ranks_capture_what_one_does(tmp_path, folders, ds):
+    prepared = open_prepared(folders["masked"])
+    run_capture(tmp_path / "one", prepared, "masked")
+    run_ranks(_capture_rank, tmp_path / "two", folders["masked"], "masked", ds)
+    row_ids = np.arange(len(prepared.train))
+    ids_BT, lengths_B = prepared.train.read(row_ids)
+    ask = (row_ids, row_ids * 0 + 1, ids_BT, lengths_B)
+    one, two = (
+        LogitCache(tmp_path / name, PRINTS).read(*ask, use_k=None, temperature=2.0)
+        for name in ("one", "two")
+    )
+    np.testing.assert_array_equal(one[0], two[0])
+    np.testing.assert_array_equal(one[1], two[1])
+    for name, array in one[2].items():
+        np.testing.assert_allclose(two[2][name], array, rtol=1e-5, atol=1e-5)
+
+
+def test_one_domains_rows_only(tmp_path, folders):
+    prepared = open_prepared(folders["masked"])
+    rows = prepared.train
+    row_ids = np.arange(len(rows))
+    domain = prepared.domains.index("b")
+    mine = row_ids[rows.domains_B(row_ids) == domain]
+    assert 0 < len(mine) < len(rows)
+    run_capture(tmp_path / "c", prepared, "masked", domain=domain)
+    assert describe(tmp_path / "c")["domain"] == "b"
+    cache = LogitCache(tmp_path / "c", PRINTS)
+    cache.read(mine, mine * 0, *rows.read(mine), use_k=None, temperature=2.0)
+    other = np.setdiff1d(row_ids, mine)[-1:]
+    with pytest.raises(StoreError, match=f"row {other[0]} was left out"):
+        cache.read(other, other * 0, *rows.read(other), use_k=None, temperature=2.0)
+    with pytest.raises(StoreError, match=r"settings.domain is 'b' there and None here"):
+        run_capture(tmp_path / "c", prepared, "masked")
+    prepared.domains.append("empty")
+    with pytest.raises(ConfigError, match=r"teacher.domains.empty: no training row"):
+        run_capture(tmp_path / "d", prepared, "masked", domain=2)
+
+
+def test_complete_cache_needs_no_teacher(tmp_path, folders, monkeypatch):
+    prepared = open_prepared(folders["causal"])
+    said = []
+    monkeypatch.setattr("dskd.capture.say", said.append)
+    run_capture(tmp_path / "c", prepared, "causal")
+    before = shard_path(tmp_path / "c", 0).stat().st_mtime_ns
+    assert "top 8 of each in 52 bytes" in said[-1]  # 8 x (2 + 4) and a tail of 4
+
+    def no_teacher():
+        raise AssertionError("the teacher was built")
+
+    view = view_for(data_of("causal"), prepared.tokenizer, 1)
+    ask = (prepared, view, tmp_path / "c")
+    capture(cached(rows_per_shard=7), no_teacher, *ask, fingerprints=PRINTS, device=CPU)
+    assert shard_path(tmp_path / "c", 0).stat().st_mtime_ns == before
+    with pytest.raises(StoreError, match=r"settings.k is 8 there and 9 here"):
+        capture(cached(k=9), no_teacher, *ask, fingerprints=PRINTS, device=CPU)
+    with pytest.raises(StoreError, match=r"fingerprints.teacher is 'T' there and 'other' here"):
+        capture(cached(), no_teacher, *ask, fingerprints={**PRINTS, "teacher": "other"}, device=CPU)
+
+
+def test_masks_that_differ_in_every_epoch_cannot_be_cached(tmp_path, folders):
+    prepared = open_prepared(folders["masked"])
+    view = view_for(data_of("masked", draws=None), prepared.tokenizer, 1)
+    with pytest.raises(ConfigError, match=r"data.masking.draws: missing"):
+        capture(cached(), lambda: None, prepared, view, tmp_path, fingerprints={}, device=CPU)
+
+
+def test_more_logits_than_tokens_are_refused(tmp_path, folders):
+    prepared = open_prepared(folders["masked"])
+    with pytest.raises(ConfigError, match=r"teacher.k: 301 is not between 1 and the 300 tokens"):
+        run_capture(tmp_path / "c", prepared, "masked", settings=cached(k=301))

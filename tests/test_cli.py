@@ -1,0 +1,131 @@
+"""The ``dskd`` command: instant help, plain errors, commands that reach their modules."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from dskd import __version__, logit_cache, report, train
+from dskd.cli import main
+from dskd.config import SINGLE, read
+from dskd.errors import StoreError
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from dskd.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'pydantic', 'numpy', 'yaml', 'transformers'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("train", "data", "settings", "cache", "report"):
+        assert f"    {command} " in done.stdout
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"dskd {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "passed"),
+    [
+        (["train"], []),
+        (["train", "a.yaml", "train.lr=1e-4"], ["a.yaml", "train.lr=1e-4"]),
+        (["data", "a.yaml"], ["a.yaml", "until=data"]),
+        (["cache", "capture", "a.yaml", "seed=2"], ["a.yaml", "seed=2", "until=cache"]),
+    ],
+)
+def test_training_commands(monkeypatch, words, passed):
+    seen = []
+    monkeypatch.setattr(train, "main", lambda argv: seen.append(argv) or 75)
+    assert main(words) == 75
+    assert seen == [passed]
+
+
+def test_settings_are_printed_whole_and_can_be_read_back(capsys, tmp_path):
+    assert main(["settings", "train.lr=1e-4", "method.temperature=3"]) == 0
+    path = tmp_path / "a.yaml"
+    path.write_text(capsys.readouterr().out)
+    run = read(path).runs[SINGLE]
+    assert run.train.lr == 1e-4
+    assert run.method["temperature"] == 3.0
+    assert run.method["topk"] == "tail"
+
+
+def test_settings_of_a_recipe(capsys, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("base: {out: o}\nruns: {a: {}, b: {method: {kind: lm}, teacher: null}}\n")
+    assert main(["settings", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "--- # a\nout: o/a\n" in out
+    assert "--- # b\nout: o/b\n" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["settings", "train.step=1"], "command line: train.step: no such setting; did you mean"),
+        (["settings", "none.yaml"], "none.yaml: no such file"),
+        (["settings", "a.yaml", "b.yaml"], "one settings file, not 2: a.yaml b.yaml"),
+        (["settings", "method.kind=kii"], "method.kind: 'kii' is not one of ki, lm"),
+        (["settings", "train.warmup=30"], "train.warmup: 30 is more than train.steps 20"),
+        (["cache", "info", "nowhere"], "nowhere/manifest.json: no such file"),
+        (["cache", "verify", "nowhere"], "nowhere/manifest.json: no such file"),
+        (["report", "nowhere"], "nowhere/train/metrics.jsonl: no such file"),
+        (["report", "a/x", "b/x"], "two folders have the same name"),
+    ],
+)
+def test_errors_are_one_message(capsys, words, message):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(logit_cache, "describe", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["cache", "info", "x"])
+
+
+def test_cache_commands(monkeypatch, capsys):
+    monkeypatch.setattr(logit_cache, "describe", lambda path: {"k": 8, "shards": 2})
+    monkeypatch.setattr(logit_cache, "verify", lambda path: {"k": 8, "shards": 2})
+    assert main(["cache", "info", "x"]) == 0
+    assert capsys.readouterr().out == "k       8\nshards  2\n"
+    assert main(["cache", "verify", "x"]) == 0
+    assert capsys.readouterr().out == "k       8\nshards  2\nx: whole\n"
+
+    def damaged(path):
+        raise StoreError(f"{path}: shard 3 is damaged")
+
+    monkeypatch.setattr(logit_cache, "verify", damaged)
+    assert main(["cache", "verify", "x"]) == 2
+    assert capsys.readouterr().err == "error: x: shard 3 is damaged\n"
+
+
+def test_report_command(monkeypatch, capsys, tmp_path):
+    seen = {}
+
+    def write(runs, folder, control):
+        seen.update(runs=runs, control=control)
+        return folder / "report.html"
+
+    monkeypatch.setattr(report, "print_table", lambda runs, control: None)
+    monkeypatch.setattr(report, "write_report", write)
+    words = ["report", "r/ki", "r/scratch", "--control", "scratch", "--out", str(tmp_path)]
+    assert main(words) == 0
+    assert {name: str(path) for name, path in seen["runs"].items()} == {
+        "ki": "r/ki",
+        "scratch": "r/scratch",
+    }
+    assert seen["control"] == "scratch"
+    assert capsys.readouterr().out == f"{tmp_path}/report.html\n"

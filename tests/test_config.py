@@ -1,0 +1,391 @@
+"""Settings files: errors by name, recipes, overrides, round trips, what may change in a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field, field_validator
+
+from dskd.config import SINGLE, differences, dump, parse, read
+from dskd.errors import ConfigError
+from dskd.settings import CachedTeacher, LiveTeacher, PretrainedTokenizer, Run, Section, Train
+
+RECIPE = """
+base:
+  out: runs/demo
+  train: {steps: 30, lr: 1e-3}
+  method: {kind: ki, schedule: constant, rate: 0.5}
+  data: {masking: {draws: 2}}
+runs:
+  teacher:
+    method: {kind: lm}
+    teacher: null
+  student:
+    teacher: {kind: cached, k: 8, model: {path: "run:teacher"}}
+    data: {tokenizer: {kind: pretrained, path: "run:teacher"}}
+    train: {steps: 40}
+  again:
+    teacher: {kind: cached, path: "run:student"}
+    model: {path: "run:student"}
+  control:
+"""
+
+
+def _write(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    return path
+
+
+def _single(*overrides):
+    return read(None, overrides).runs[SINGLE]
+
+
+def _refused(tmp_path, text, *overrides):
+    path = _write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read(path, overrides)
+    return [line.replace(f"{path}", "FILE") for line in str(caught.value).splitlines()]
+
+
+# One run
+
+
+def test_nothing_is_the_toy():
+    recipe = read()
+    assert recipe.runs == {SINGLE: Run()}
+    assert recipe.out == Run().out
+    assert Run().train.steps == 20
+
+
+def test_file_then_command_line(tmp_path):
+    path = _write(tmp_path, "out: x\ntrain: {steps: 7, lr: 1e-4, clip: 2, betas: [0, 0.95]}\n")
+    run = read(path, ["train.steps=9", "train.eps=1e-9", "data.block_size=128"]).runs[SINGLE]
+    assert run.out == Path("x")
+    assert run.train == Train(steps=9, lr=1e-4, clip=2.0, betas=(0.0, 0.95), eps=1e-9)
+    assert type(run.train.clip) is float
+    assert run.data.block_size == 128
+
+
+def test_a_section_without_kind_keeps_its_default_kind():
+    run = _single("teacher.precision=bf16", "data.tokenizer.vocab_size=999", "method.rate=0.5")
+    assert isinstance(run.teacher, LiveTeacher)
+    assert run.teacher.precision == "bf16"
+    assert run.data.tokenizer.vocab_size == 999
+    assert run.method == {"kind": "ki", "schedule": "linear", "steps": 10, "rate": 0.5}
+
+
+def test_an_override_of_a_mapping_that_the_file_leaves_out_changes_its_default(tmp_path):
+    model = {"hidden_size": 32, "num_hidden_layers": 2}
+    assert _single("model.config.hidden_size=32").model.config.items() >= model.items()
+    assert _single("model.path=x").model.config == {}
+    assert _single("method={kind: lm}").method == {"kind": "lm"}
+    path = _write(tmp_path, "model: {path: x}\nmethod: {kind: ki}")
+    run = read(path, ["model.config.dropout=0", "method.rate=0.5"]).runs[SINGLE]
+    assert run.model.config == {"dropout": 0}
+    assert run.method == {"kind": "ki", "rate": 0.5}
+
+
+def test_a_section_of_another_kind_is_replaced(tmp_path):
+    path = _write(
+        tmp_path, "teacher: {model: {path: m}}\nmodel: {config: {model_type: bert, a: 1}}"
+    )
+    overrides = ["teacher.path=c", "teacher.kind=cached", "model.config={model_type: gpt2, b: 2}"]
+    run = read(path, overrides).runs[SINGLE]
+    assert run.teacher == CachedTeacher(kind="cached", path=Path("c"))
+    assert run.model.config == {"model_type": "gpt2", "b": 2}
+
+
+def test_an_entry_of_a_list_can_be_overridden(tmp_path):
+    path = _write(tmp_path, "data: {sources: [{kind: builtin}, {kind: text, path: x}]}")
+    sources = read(path, ["data.sources.1.path=y"]).runs[SINGLE].data.sources
+    assert [source.kind for source in sources] == ["builtin", "text"]
+    assert sources[1].path == "y"
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/u")
+    run = _single("out=~/runs", "data.folder=~/data", "model.path=~/m", "deepspeed=~/d.json")
+    source = _single("data.sources=[{kind: text, path: ~/t}]").data.sources[0]
+    assert source.path == "/home/u/t"
+    assert (run.out, run.data.folder) == (Path("/home/u/runs"), Path("/home/u/data"))
+    assert (run.model.path, run.deepspeed) == ("/home/u/m", "/home/u/d.json")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train: {step: 5}", "train.step: no such setting; did you mean 'steps'?"),
+        ("tran: {}", "tran: no such setting; did you mean 'train'?"),
+        ("lr: 1", "lr: no such setting; did you mean 'train.lr'?"),
+        (
+            "whole_word: true",
+            "whole_word: no such setting; did you mean 'data.masking.whole_word'?",
+        ),
+        (
+            "checkpoint: {xyz: 1}",
+            "checkpoint.xyz: no such setting; there are every, keep",
+        ),
+        ("teacher: {kind: liv}", "teacher.kind: 'liv' is not one of live, cached, routed"),
+        (
+            "teacher: {kind: routed, domains: {x: {model: {}}}}",
+            "teacher.domains.x.kind: missing; one of live, cached",
+        ),
+        (
+            "teacher: {kind: routed, domains: {x: {kind: live, modle: {}}}}",
+            "teacher.domains.x.modle: no such setting; did you mean 'model'?",
+        ),
+        (
+            "data: {sources: [{path: x}]}",
+            "data.sources.0.kind: missing; one of builtin, text, jsonl, datasets",
+        ),
+        ("data: {sources: [{kind: text}]}", "data.sources.0.path: missing"),
+        (
+            "data: {sources: []}",
+            "data.sources: List should have at least 1 item after validation, not 0",
+        ),
+        ("data: {sources: text}", "data.sources: expected a list, found 'text'"),
+        (
+            "data: {packing: whole}",
+            "data.packing: 'whole' is not one of complete, complete_doc, contiguous",
+        ),
+        ("train: {steps: abc}", "train.steps: expected a whole number, found 'abc'"),
+        ("train: {steps: 1.5}", "train.steps: expected a whole number, found 1.5"),
+        ("train: {steps: 1e3}", "train.steps: expected a whole number, found 1000.0"),
+        ("train: {steps: true}", "train.steps: expected a whole number, found true"),
+        ("train: {steps: '5'}", "train.steps: expected a whole number, found '5'"),
+        ("train: {steps: 0}", "train.steps: 0 should be greater than or equal to 1"),
+        ("train: {steps: }", "train.steps: expected a whole number, found null"),
+        ("train: {lr: true}", "train.lr: expected a number, found true"),
+        ("train: {lr: fast}", "train.lr: expected a number, found 'fast'"),
+        ("train: {lr: .inf}", "train.lr: expected a finite number, found inf"),
+        ("train: {compile: yes}", "train.compile: expected true or false, found 'yes'"),
+        ("train: {compile: 1}", "train.compile: expected true or false, found 1"),
+        ("train: {betas: [0.9]}", "train.betas.1: missing"),
+        ("train: {betas: [0.9, 1]}", "train.betas.1: 1 should be less than 1"),
+        ("train: {betas: 0.9}", "train.betas: expected a list, found 0.9"),
+        ("train: 3", "train: expected settings (name: value), found 3"),
+        ("train:", "train: expected settings (name: value), found null"),
+        ("out: 3", "out: expected text, found 3"),
+        ("model: {revision: 12e4}", "model.revision: expected text, found 120000.0"),
+        ("model: {path: 'run:x'}", "model.path: 'run:x' names no earlier run; earlier ones: none"),
+        ("method: ki", "method: expected settings (name: value), found 'ki'"),
+    ],
+)
+def test_a_mistake_is_named_with_its_file(tmp_path, text, line):
+    assert _refused(tmp_path, text) == [f"FILE: {line}"]
+
+
+def test_all_mistakes_at_once_and_whose_they_are(tmp_path):
+    text = "train: {step: 5, lr: x}\nseed: -1\n"
+    lines = _refused(tmp_path, text, "train.clip=-1", "model.pth=x")
+    assert sorted(lines) == [
+        "FILE: seed: -1 should be greater than or equal to 0",
+        "FILE: train.lr: expected a number, found 'x'",
+        "FILE: train.step: no such setting; did you mean 'steps'?",
+        "command line: model.pth: no such setting; did you mean 'path'?",
+        "command line: train.clip: -1 should be greater than or equal to 0",
+    ]
+
+
+def test_without_a_file_no_file_is_named():
+    with pytest.raises(ConfigError, match=r"^command line: train\.stps: no such setting"):
+        _single("train.stps=3")
+    with pytest.raises(ConfigError, match=r"runs: the toy run is a single run, not a recipe"):
+        _single("runs.a.train.steps=3")
+
+
+def test_a_file_that_is_no_mapping(tmp_path):
+    assert _refused(tmp_path, "[1]") == ["FILE: expected settings (name: value), found [1]"]
+
+
+class _Method(Section):
+    kind: str = "m"
+    temperature: float = Field(1.0, gt=0)
+    steps: int = 0
+
+    @field_validator("steps")
+    @classmethod
+    def _some(cls, steps):
+        if steps < 1:
+            raise ValueError("a linear schedule needs steps")
+        return steps
+
+
+def test_parse_names_the_section():
+    assert parse(_Method, {"temperature": 2, "steps": 1}, "method").temperature == 2.0
+    with pytest.raises(ConfigError) as caught:
+        parse(_Method, {"temprature": 1, "temperature": 0, "steps": 0}, "method", where="a.yaml")
+    assert str(caught.value).splitlines() == [
+        "a.yaml: method.temperature: 0 should be greater than 0",
+        "a.yaml: method.steps: a linear schedule needs steps",
+        "a.yaml: method.temprature: no such setting; did you mean 'temperature'?",
+    ]
+    with pytest.raises(ConfigError, match=r"^method: expected settings \(name: value\), found 3$"):
+        parse(_Method, 3, "method")
+
+
+# Recipes
+
+
+def test_a_recipe(tmp_path):
+    recipe = read(_write(tmp_path, RECIPE))
+    assert recipe.out == Path("runs/demo")
+    assert list(recipe.runs) == ["teacher", "student", "again", "control"]
+    teacher, student, again, control = recipe.runs.values()
+    assert [run.out.name for run in recipe.runs.values()] == list(recipe.runs)
+    assert student.out == Path("runs/demo/student")
+    assert teacher.method == {"kind": "lm"}
+    assert teacher.teacher is None
+    assert student.method == {"kind": "ki", "schedule": "constant", "rate": 0.5}
+    assert student.teacher.model.path == "runs/demo/teacher/export"
+    assert student.teacher.k == 8
+    assert student.data.tokenizer == PretrainedTokenizer(
+        kind="pretrained", path="runs/demo/teacher/export"
+    )
+    assert student.data.masking.draws == 2
+    assert (student.train.steps, control.train.steps) == (40, 30)
+    assert again.teacher.path == Path("runs/demo/student/cache")
+    assert again.model.path == "runs/demo/student/export"
+    assert isinstance(control.teacher, LiveTeacher)
+
+
+def test_a_run_can_use_the_caches_of_a_routed_one(tmp_path):
+    routed = "teacher: {kind: routed, domains: {x: {kind: cached, %s}, y: {kind: cached, %s}}}"
+    first, second = routed % ("k: 4", "path: p"), routed % (("path: 'run:a'",) * 2)
+    recipe = f"base: {{out: o}}\nruns:\n  a: {{{first}}}\n  b: {{{second}}}\n"
+    domains = read(_write(tmp_path, recipe)).runs["b"].teacher.domains
+    assert [domains[name].path for name in "xy"] == [Path("o/a/cache/x"), Path("p")]
+
+
+def test_overrides_of_all_runs_and_of_one(tmp_path):
+    overrides = ["out=/o", "train.steps=5", "runs.student.train.steps=6", "runs.teacher.seed=9"]
+    runs = read(_write(tmp_path, RECIPE), overrides).runs
+    assert [run.train.steps for run in runs.values()] == [5, 6, 5, 5]
+    assert [run.seed for run in runs.values()] == [9, 1, 1, 1]
+    assert [str(run.out) for run in runs.values()][:2] == ["/o/teacher", "/o/student"]
+    assert runs["student"].teacher.model.path == "/o/teacher/export"
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        (
+            ("steps: 40", "stps: 40"),
+            ["FILE: runs.student.train.stps: no such setting; did you mean 'steps'?"],
+        ),
+        (("steps: 30", "stps: 30"), ["FILE: train.stps: no such setting; did you mean 'steps'?"]),
+        (
+            ('"run:teacher"}}\n    data', '"run:techer"}}\n    data'),
+            [
+                "FILE: runs.student.teacher.model.path: 'run:techer' names no earlier run; did you"
+                " mean 'teacher'?; earlier ones: teacher"
+            ],
+        ),
+        (
+            ("  teacher:\n", "  teacher:\n    model: {path: 'run:student'}\n"),
+            [
+                "FILE: runs.teacher.model.path: 'run:student' names no earlier run; earlier ones:"
+                " none"
+            ],
+        ),
+        (
+            ('path: "run:student"}\n    model', 'path: "run:teacher"}\n    model'),
+            [
+                "FILE: runs.again.teacher.path: 'run:teacher' has no cache, its teacher is not a"
+                " cached one"
+            ],
+        ),
+        (
+            ("train: {steps: 40}", "out: x"),
+            ["FILE: runs.student.out: a run of a recipe writes to <out>/<name>; set base.out"],
+        ),
+        (
+            ("  control:", "  con.trol:"),
+            ["FILE: runs.con.trol: the name of a run is made of letters, digits, _ and -"],
+        ),
+        (("  control:", "  control: 3"), ["FILE: runs.control: expected settings (name: value)"]),
+        (
+            ("base:", "train: {}\nbase:"),
+            ["FILE: train: a recipe has only base and runs at its top; does it belong into base?"],
+        ),
+    ],
+)
+def test_mistakes_in_a_recipe(tmp_path, change, lines):
+    assert RECIPE.replace(*change) != RECIPE
+    assert _refused(tmp_path, RECIPE.replace(*change)) == lines
+
+
+def test_mistakes_in_overrides_of_a_recipe(tmp_path):
+    assert _refused(tmp_path, RECIPE, "runs.studnt.train.steps=3", "train.stps=4") == [
+        "command line: runs.studnt: no such run; did you mean 'student'?",
+        "command line: train.stps: no such setting; did you mean 'steps'?",
+    ]
+    assert _refused(tmp_path, RECIPE, "runs.student.train.stps=3") == [
+        "command line: runs.student.train.stps: no such setting; did you mean 'steps'?"
+    ]
+    assert _refused(tmp_path, "base: {}") == [
+        "FILE: a recipe needs base: {...} and runs: {name: {...}}"
+    ]
+
+
+# Writing and comparing
+
+
+def test_dump_round_trips(tmp_path):
+    for name, run in read(_write(tmp_path, RECIPE)).runs.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(dump(run))
+        assert read(path).runs == {SINGLE: run}
+
+
+@pytest.mark.parametrize(
+    ("override", "lines"),
+    [
+        ("train.lr=2e-3", ["train.lr: 0.001, now 0.002"]),
+        ("train.batch=32", ["train.batch: 16, now 32"]),
+        ("seed=2", ["seed: 1, now 2"]),
+        ("teacher=null", ["teacher: 'live', now null"]),
+        ("teacher.kind=cached", ["teacher: 'live', now 'cached'"]),
+        ("teacher.precision=bf16", ["teacher.precision: 'auto', now 'bf16'"]),
+        ("method.temperature=3", ["method.temperature: null, now 3"]),
+        ("model.config.hidden_size=32", ["model.config.hidden_size: 64, now 32"]),
+        ("evaluation.rows=5", ["evaluation.rows: null, now 5"]),
+        ("data.masking.draws=2", ["data.masking.draws: null, now 2"]),
+        ("out=elsewhere", []),
+        ("until=data", []),
+        ("deepspeed=zero3", []),
+        ("train.micro_batch=2", []),
+        ("train.compile=true", []),
+        ("train.activation_checkpointing=true", []),
+        ("checkpoint.every=3", []),
+        ("checkpoint.keep=9", []),
+        ("evaluation.every=3", []),
+        ("evaluation.micro_batch=3", []),
+        ("log_every=3", []),
+        ("data.folder=x", []),
+        ("teacher.deepspeed=zero3", []),
+    ],
+)
+def test_what_may_change_in_a_resume(override, lines):
+    assert differences(Run(), _single(override)) == lines
+    assert differences(Run(), Run()) == []
+
+
+def test_geometry_of_cached_teachers_is_free():
+    cached = "teacher={kind: routed, domains: {builtin: {kind: cached}}}"
+    one = "teacher.domains.builtin"
+    free = [f"{one}.micro_batch=3", f"{one}.rows_per_shard=5", f"{one}.deepspeed=zero3"]
+    assert differences(_single(cached), _single(cached, *free)) == []
+    assert differences(_single(cached), _single(cached, f"{one}.k=3")) == [f"{one}.k: 32, now 3"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("launch/**/*.yaml")), ids=str
+)
+def test_shipped_settings_load(path):
+    assert read(path).runs

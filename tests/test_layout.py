@@ -1,0 +1,223 @@
+"""The house's shape: floors, who may import what, names, and what the packages hold."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLOORS = {
+    0: "errors files batch settings precision tree sections checks config schedule losses dist log",
+    1: "data.counter data.sources data.vocabulary data.packing data.building data.blocks "
+    "data.masking data.loader store_format store logit_cache ds_keys ds_config zero "
+    "models.families models.initial models.weights models.build models.speed",
+    2: "teacher engine checkpoint universal",
+    3: "method objective sweep evaluation export capture inheritance trainer report stages plan",
+    4: "methods.lm methods.ki train cli",
+}
+"""The modules of dskd, lowest first. One may import those of lower floors and, on its own floor,
+those named before it; so there are no cycles."""
+
+NEVER_IN_METHODS = {"engine", "trainer", "plan", "stages", "dist", "methods"}
+MAY_IMPORT = {
+    "deepspeed": {"dskd/engine.py", "dskd/zero.py", "dskd/universal.py"},
+    "triton": {"kernels/"},
+}
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def module_name(path: Path) -> str:
+    """Dotted name below dskd; that of the folder for an __init__.py."""
+    parts = path.relative_to(ROOT / "dskd").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, in full, wherever in the file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+MODULES = {module_name(path): path for path in sources("dskd") if path.name != "__init__.py"}
+ORDER = " ".join(FLOORS.values()).split()
+
+
+def own_imports(path: Path) -> set[str]:
+    """The modules of dskd that a file imports, below dskd."""
+    below = {name.removeprefix("dskd.") for name in imports(path) if name.startswith("dskd.")}
+    return below & MODULES.keys()
+
+
+def test_every_module_has_its_floor():
+    assert sorted(ORDER) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_point_down(module):
+    upward = own_imports(MODULES[module]) - set(ORDER[: ORDER.index(module)])
+    assert not upward, f"dskd/{module} imports what is not below it: {sorted(upward)}"
+
+
+@pytest.mark.parametrize("module", [name for name in ORDER if name.startswith("methods.")])
+def test_a_method_knows_neither_engine_nor_loop_nor_other_methods(module):
+    heads = {name.split(".")[0] for name in own_imports(MODULES[module])}
+    assert not heads & NEVER_IN_METHODS
+
+
+def test_packages_import_nothing():
+    packages = [path for path in sources("dskd") if path.name == "__init__.py"]
+    assert {path.parent.name for path in packages} == {
+        "dskd",
+        "data",
+        "models",
+        "methods",
+        "kernels",
+    }
+    for path in packages:
+        assert imports(path) <= {"pathlib", "pathlib.Path"}, path
+
+
+@pytest.mark.parametrize("library", MAY_IMPORT)
+def test_who_imports_a_library(library):
+    for path in sources("dskd", "kernels"):
+        relative = path.relative_to(ROOT).as_posix()
+        if any(relative.startswith(allowed) for allowed in MAY_IMPORT[library]):
+            continue
+        assert library not in {name.split(".")[0] for name in imports(path)}, relative
+
+
+def test_kernels_stand_alone():
+    for path in sources("kernels"):
+        heads = {name.split(".")[0] for name in imports(path)}
+        assert heads <= {"torch", "triton", *sys.stdlib_module_names}, path
+
+
+def test_code_is_ascii():
+    for folder in ("dskd", "kernels", "ds_configs", "launch", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".sh", ".yaml", ".json", ".txt"}:
+                assert path.read_bytes().isascii(), path
+
+
+def test_no_name_hides_another_package():
+    """`deepspeed dskd/train.py` starts with dskd/ on the path: its names must be nobody else's."""
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    own = {path.stem for path in (ROOT / "dskd").iterdir() if path.suffix in {"", ".py"}}
+    assert own & taken <= {"kernels"}  # a namespace portion only, see below
+
+
+HF_KERNELS = """
+__version__ = "0.18.2"
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["hf-kernels", "no-hf-kernels"])
+def test_the_checkout_on_the_path_does_not_break_transformers(tmp_path, installed):
+    """DeepSpeed's multi-node launcher puts it there, and transformers imports a `kernels`."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    if installed:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels/__init__.py").write_text(HF_KERNELS)
+        about = tmp_path / "kernels-0.18.2.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    program = (
+        "import importlib.util, transformers.utils.import_utils as u\n"
+        "import transformers.integrations.hub_kernels, dskd.kernels\n"
+        "origin = importlib.util.find_spec('kernels').origin\n"
+        "print(u.is_kernels_available(), origin, list(dskd.kernels.__path__)[-1])"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    hugging_face = tmp_path / "kernels/__init__.py" if installed else None
+    assert done.stdout.split() == [str(installed), str(hugging_face), str(ROOT / "kernels")]
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory) -> tuple[Path, Path]:
+    """The wheel and the sdist, built offline from a copy."""
+    work = tmp_path_factory.mktemp("packages")
+    copy = work / "checkout"
+    for name in ("dskd", "kernels", "ds_configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    build = "import sys; from setuptools import build_meta as b; b.build_sdist(sys.argv[1])"
+    pip = ["-m", "pip", "wheel", "--no-index", "--no-build-isolation", "--no-deps", "-w", str(work)]
+    for command in (["-c", build, str(work)], [*pip, "."]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=copy, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    (wheel,), (sdist,) = work.glob("*.whl"), work.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def test_the_wheel_holds_one_top_level_package(packages):
+    with zipfile.ZipFile(packages[0]) as wheel:
+        names = wheel.namelist()
+    files = {name for name in names if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in files} == {"dskd"}
+    checkout = {path.relative_to(ROOT).as_posix() for path in sources("dskd")}
+    checkout |= {f"dskd/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
+    checkout |= {f"dskd/kernels/{path.name}" for path in sources("kernels")}
+    assert files == checkout - {"dskd/kernels/__init__.py"}  # the shim serves the checkout only
+
+
+def test_the_sdist_can_build_the_wheel(packages):
+    with tarfile.open(packages[1]) as sdist:
+        names = {name.split("/", 1)[-1] for name in sdist.getnames()}
+    wanted = {path.relative_to(ROOT).as_posix() for path in sources("kernels")}
+    wanted |= {f"ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
+    assert wanted | {"setup.py", "pyproject.toml", "README.md", "dskd/train.py"} <= names
+
+
+def test_an_installed_wheel_works_elsewhere(packages, tmp_path):
+    with zipfile.ZipFile(packages[0]) as wheel:
+        wheel.extractall(tmp_path / "site")
+    program = (
+        "import dskd, dskd.cli; from dskd.ds_config import load_preset; "
+        "print(dskd.__file__, load_preset('zero1')['zero_optimization']['stage'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [str(tmp_path / "site/dskd/__init__.py"), "1"], done.stderr
+    (entry,) = tmp_path.glob("site/*.dist-info/entry_points.txt")
+    assert "dskd = dskd.cli:main" in entry.read_text()

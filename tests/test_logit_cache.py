@@ -1,0 +1,370 @@
+"""The logit cache: exact values, exact tails, any vocabulary, few bytes, and it is fast to read."""
+
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dskd import logit_cache
+from dskd.batch import IGNORE, Batch
+from dskd.data.loader import make_batch
+from dskd.data.masking import CausalView
+from dskd.errors import ConfigError, NonFiniteError, StoreError
+from dskd.logit_cache import Layout, LogitCache, describe, verify
+from dskd.store import Store, Writer, shard_path
+from tests.caches import ToyMasks, ToyRows, ToyTeacher
+
+PRINTS = {"teacher": "T", "tokenizer": "V", "data": "D", "masking": "M"}
+
+
+def layout_of(**changes):
+    fields = {"k": 5, "vocabulary": 50, "temperatures": (1.0, 2.0), "values": "fp32"}
+    return Layout(**{**fields, "block_size": 16, "masked": True, **changes})
+
+
+def whole_batch(rows, view, epoch=0):
+    row_ids = np.arange(len(rows))
+    return make_batch(rows, view, row_ids, np.full_like(row_ids, epoch), None)
+
+
+def batch_of(rows, positions):
+    """A batch of ``rows`` masked rows of ``positions`` supervised positions each."""
+    ids = torch.zeros(rows, positions + 2, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, 1 : positions + 1] = 0
+    row_ids = torch.arange(rows) + 100
+    return Batch(
+        row_ids_B=row_ids,
+        domains_B=torch.zeros_like(row_ids),
+        ids_BT=ids,
+        mask_BT=torch.ones_like(ids),
+        labels_BT=labels,
+    )
+
+
+def store_all(folder, layout, rows, view, logits_of):
+    """Write a cache without the sweep: one batch a shard."""
+    spec = layout.spec(rows=len(rows), draws=view.draws, rows_per_shard=10, fingerprints=PRINTS)
+    writer = Writer(folder, spec)
+    writer.prepare()
+    for shard in range(spec.shards):
+        draw, begin, end = spec.span(shard)
+        row_ids = np.arange(begin, end)
+        batch = make_batch(rows, view, row_ids, np.full_like(row_ids, draw), None)
+        counts = batch.supervised_BT.sum(1).numpy()
+        columns = layout.encode(batch, logits_of(batch))
+        writer.write_shard(shard, counts, np.ones(end - begin, bool), columns)
+    writer.finish(writer.records)
+    return LogitCache(folder, PRINTS)
+
+
+def teach(batch):
+    return ToyTeacher()(batch).logits_NV
+
+
+def read(cache, rows, row_ids, epochs, *, use_k=None, temperature=1.0):
+    ids_BT, lengths_B = rows.read(row_ids)
+    epochs = np.broadcast_to(epochs, row_ids.shape)
+    return cache.read(row_ids, epochs, ids_BT, lengths_B, use_k=use_k, temperature=temperature)
+
+
+def test_all_of_the_vocabulary_gives_back_the_dense_distribution(tmp_path):
+    rows, view = ToyRows(), ToyMasks()
+    cache = store_all(tmp_path / "c", layout_of(k=50), rows, view, teach)
+    for epoch in (0, 1, 4):
+        row_ids = np.array([22, 3, 3, 11, 0])
+        batch = make_batch(rows, view, row_ids, np.full_like(row_ids, epoch), None)
+        dense = torch.log_softmax(teach(batch), 1)
+        inputs, labels, extra = read(cache, rows, row_ids, epoch)
+        np.testing.assert_array_equal(inputs, batch.ids_BT)
+        np.testing.assert_array_equal(labels, batch.labels_BT)
+        found = torch.zeros_like(dense).scatter(
+            1, torch.from_numpy(extra["topk_ids"]), torch.from_numpy(extra["topk_logprobs"])
+        )
+        torch.testing.assert_close(found, dense, rtol=1e-6, atol=1e-6)
+        assert (extra["tail"] == -math.inf).all()
+        assert (np.sort(extra["topk_ids"]) == np.arange(50)).all()
+        assert (np.diff(extra["topk_logprobs"]) <= 0).all()
+    assert {name: array.dtype.name for name, array in extra.items()} == {
+        "topk_ids": "int64",
+        "topk_logprobs": "float32",
+        "tail": "float32",
+    }
+
+
+def test_stored_values_are_the_teachers_bit_for_bit():
+    batch, logits = batch_of(3, 4), torch.randn(12, 50) * 5
+    columns = layout_of(k=50).encode(batch, logits)
+    dense = torch.log_softmax(logits, 1)
+    found = torch.zeros(12, 50).scatter(
+        1, torch.from_numpy(columns["ids"].astype(np.int64)), torch.from_numpy(columns["logprobs"])
+    )
+    assert torch.equal(found, dense)
+    half = layout_of(k=50, values="fp16").encode(batch, logits)
+    np.testing.assert_array_equal(half["logprobs"], columns["logprobs"].astype(np.float16))
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize("k", [1, 2, 7, 24, 25])
+def test_tails_are_exact_at_every_temperature(k, spread):
+    """Also where 1 - sum would be 0 in float32: at spread 30 the tail is as small as 1e-40."""
+    temperatures = (0.5, 1.0, 2.0, 10.0)
+    logits = torch.randn(40, 25) * spread
+    layout = layout_of(k=k, vocabulary=25, temperatures=temperatures, values="fp16")
+    tail_NS = layout.encode(batch_of(8, 5), logits)["tail"]
+    logprobs = torch.log_softmax(logits.double(), 1).sort(1, descending=True).values
+    for place, temperature in enumerate(temperatures):
+        wanted = torch.logsumexp(logprobs[:, k:] / temperature, 1)
+        if k == 25:
+            wanted = torch.full((40,), -math.inf, dtype=torch.float64)
+        found = torch.from_numpy(tail_NS[:, place]).double()
+        torch.testing.assert_close(found, wanted, rtol=3e-6, atol=3e-6)
+    if spread == 30.0 and k == 7:
+        assert tail_NS[:, 1].min() < -40
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("use_k", [1, 3, 5, 49])
+def test_using_fewer_is_the_same_as_keeping_fewer(tmp_path, use_k, temperature):
+    rows, view = ToyRows(), ToyMasks()
+    more = store_all(tmp_path / "more", layout_of(k=50), rows, view, teach)
+    fewer = store_all(tmp_path / "fewer", layout_of(k=use_k), rows, view, teach)
+    row_ids = np.arange(len(rows))
+    *_, a = read(more, rows, row_ids, 1, use_k=use_k, temperature=temperature)
+    *_, b = read(fewer, rows, row_ids, 1, temperature=temperature)
+    np.testing.assert_array_equal(a["topk_ids"], b["topk_ids"])
+    np.testing.assert_array_equal(a["topk_logprobs"], b["topk_logprobs"])
+    np.testing.assert_allclose(a["tail"], b["tail"], rtol=2e-6, atol=2e-6)
+
+
+def test_impossible_tokens_have_no_probability():
+    logits = torch.full((4, 50), -math.inf)
+    logits[:, 10], logits[:, 20] = 1.0, 2.0
+    columns = layout_of(k=5).encode(batch_of(2, 2), logits)
+    assert columns["ids"][:, :2].tolist() == [[20, 10]] * 4
+    assert (columns["logprobs"][:, 2:] == -math.inf).all() and (columns["tail"] == -math.inf).all()
+    np.testing.assert_allclose(np.exp(columns["logprobs"]).sum(1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_row_without_finite_logits_is_named(bad):
+    logits = torch.randn(12, 50)
+    logits[7, 3] = bad
+    with pytest.raises(NonFiniteError, match="row 101"):
+        layout_of().encode(batch_of(3, 4), logits)
+
+
+def test_batch_without_supervised_position():
+    columns = layout_of().encode(batch_of(2, 0), torch.empty(0, 50))
+    assert {name: array.shape for name, array in columns.items()} == {
+        "ids": (0, 5),
+        "logprobs": (0, 5),
+        "tail": (0, 2),
+        "pos": (0,),
+        "input": (0,),
+    }
+
+
+def test_encoding_in_chunks_changes_nothing(monkeypatch):
+    logits = torch.randn(12, 50)
+    whole = layout_of().encode(batch_of(3, 4), logits)
+    monkeypatch.setattr(logit_cache, "_CHUNK", 150)  # three positions at a time
+    parts = layout_of().encode(batch_of(3, 4), logits)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(parts[name], array)
+
+
+@pytest.mark.parametrize("vocabulary", [65_536, 65_537, 1 << 24])
+def test_every_id_of_a_large_vocabulary(vocabulary):
+    layout = layout_of(k=3, vocabulary=vocabulary, values="fp16", temperatures=(2.0,))
+    wide = vocabulary > 65_536
+    assert set(layout.columns()) >= {"ids", "input"} and ("ids_high" in layout.columns()) == wide
+    batch = batch_of(1, 1)
+    batch.ids_BT[0, 1] = vocabulary - 2
+    logits = torch.zeros(1, vocabulary)
+    kept = [vocabulary - 1, 65_533, 257]
+    logits[0, kept] = torch.tensor([30.0, 20.0, 10.0])
+    columns = layout.encode(batch, logits)
+    assert logit_cache._join("ids", columns).tolist() == [kept]
+    assert logit_cache._join("input", columns).tolist() == [vocabulary - 2]
+    normaliser = math.log(math.exp(30) + math.exp(20) + math.exp(10) + vocabulary - 3)
+    tail = math.log(vocabulary - 3) - normaliser / 2
+    assert columns["tail"][0, 0] == pytest.approx(tail, rel=1e-6)
+    for name, column in layout.columns().items():
+        assert columns[name].dtype == column.dtype, name
+
+
+def test_large_vocabulary_from_disk(tmp_path):
+    vocabulary = 70_000
+    rows, view = ToyRows(rows=6, vocabulary=vocabulary), ToyMasks(draws=1)
+    assert rows.ids.max() > 65_536
+    teacher = ToyTeacher(vocabulary)
+    cache = store_all(
+        tmp_path / "c",
+        layout_of(k=8, vocabulary=vocabulary),
+        rows,
+        view,
+        lambda batch: teacher(batch).logits_NV,
+    )
+    batch = whole_batch(rows, view)
+    inputs, _, extra = read(cache, rows, np.arange(6), 0, use_k=4)
+    np.testing.assert_array_equal(inputs, batch.ids_BT)
+    top = torch.log_softmax(teacher(batch).logits_NV, 1).topk(4)
+    np.testing.assert_array_equal(extra["topk_ids"], top.indices)
+    np.testing.assert_array_equal(extra["topk_logprobs"], top.values)
+
+
+def test_causal_rows_store_neither_places_nor_inputs(tmp_path):
+    rows, view = ToyRows(), CausalView()
+    layout = layout_of(masked=False)
+    assert set(layout.columns()) == {"ids", "logprobs", "tail"}
+    cache = store_all(tmp_path / "c", layout, rows, view, teach)
+    batch = whole_batch(rows, view)
+    inputs, labels, extra = read(cache, rows, np.arange(len(rows)), 7)
+    np.testing.assert_array_equal(inputs, batch.ids_BT)
+    np.testing.assert_array_equal(labels, batch.labels_BT)
+    assert len(extra["tail"]) == (rows.lengths - 1).sum()
+    top = torch.log_softmax(teach(batch), 1).topk(5)
+    np.testing.assert_array_equal(extra["topk_ids"], top.indices)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_row_of_another_length_is_named(tmp_path, masked):
+    rows = ToyRows()
+    view = ToyMasks() if masked else CausalView()
+    cache = store_all(tmp_path / "c", layout_of(masked=masked), rows, view, teach)
+    last = np.array([batch_row_with_most_places(rows, view)])
+    rows.lengths[last] = 1
+    with pytest.raises(StoreError, match=f"row {last[0]} has another length"):
+        read(cache, rows, last, 0)
+
+
+def batch_row_with_most_places(rows, view):
+    return int(whole_batch(rows, view).supervised_BT.sum(1).argmax())
+
+
+def test_what_is_not_stored_is_refused(tmp_path):
+    rows = ToyRows()
+    cache = store_all(tmp_path / "c", layout_of(), rows, ToyMasks(), teach)
+    with pytest.raises(ConfigError, match=r"method.temperature: 3.0 .* has 1.0, 2.0"):
+        read(cache, rows, np.arange(2), 0, temperature=3.0)
+    with pytest.raises(ConfigError, match=r"teacher.use_k: 6 is not between 1 and the 5"):
+        cache.check(6, 2.0)
+    cache.check(5, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 51}, "teacher.k: 51"),
+        ({"k": 0}, "teacher.k: 0"),
+        ({"vocabulary": (1 << 24) + 1}, "at most 16777216"),
+        ({"temperatures": (1.0, 0.0)}, "not all > 0"),
+        ({"temperatures": (1.0, math.inf)}, "not all > 0"),
+        ({"temperatures": (2.0, 2.0)}, "repeats"),
+    ],
+)
+def test_layouts_that_cannot_be(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        layout_of(**changes)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("vocabulary", [50_265, 151_936])
+@pytest.mark.parametrize("k", [10, 32, 64])
+def test_at_most_six_bytes_per_kept_entry(tmp_path, k, vocabulary, masked):
+    """Everything counts: places, inputs, tails, and in the file row pointers and headers too."""
+    layout = layout_of(
+        k=k,
+        vocabulary=vocabulary,
+        temperatures=(2.0,),
+        values="fp16",
+        block_size=512,
+        masked=masked,
+    )
+    wide = vocabulary > 65_536
+    closed_form = k * (4 + wide) + 4 + (2 + 2 + wide) * masked
+    spec = layout.spec(rows=64, draws=1, rows_per_shard=64, fingerprints=PRINTS)
+    counts = np.full(64, 76 if masked else 511)
+    columns = {
+        name: np.zeros((counts.sum(), *column.shape), column.dtype)
+        for name, column in layout.columns().items()
+    }
+    writer = Writer(tmp_path / "c", spec)
+    writer.prepare()
+    writer.write_shard(0, counts, np.ones(64, bool), columns)
+    writer.finish(writer.records)
+    about = describe(tmp_path / "c")
+    assert about["bytes_per_position"] == closed_form
+    assert about["bytes_per_kept_entry"] == closed_form / k <= 6
+    assert about["bytes"] == shard_path(tmp_path / "c", 0).stat().st_size
+    assert about["positions"] == counts.sum()
+    assert closed_form < about["file_bytes_per_position"] < closed_form + 1
+    assert about["file_bytes_per_kept_entry"] <= 6
+
+
+def test_describe_and_verify(tmp_path):
+    folder = tmp_path / "c"
+    store_all(folder, layout_of(), ToyRows(), ToyMasks(), teach)
+    about = verify(folder)
+    assert about == describe(folder)
+    assert about["complete"] and about["draws"] == 2 and about["temperatures"] == [1.0, 2.0]
+    assert about["teacher fingerprint"] == "T"
+    path = shard_path(folder, 1)
+    path.write_bytes(path.read_bytes()[:-1])
+    describe(folder)
+    with pytest.raises(StoreError, match=r"shard-00001.safetensors: truncated"):
+        verify(folder)
+    with pytest.raises(StoreError, match=r"manifest.json: no such file"):
+        describe(tmp_path)
+
+
+def test_describe_interrupted_and_foreign_stores(tmp_path):
+    spec = layout_of().spec(rows=5, draws=1, rows_per_shard=2, fingerprints=PRINTS)
+    Writer(tmp_path / "c", spec).prepare()
+    about = describe(tmp_path / "c")
+    assert not about["complete"] and "positions" not in about
+    with pytest.raises(StoreError, match="not complete"):
+        verify(tmp_path / "c")
+    other = replace(spec, kind="x")
+    Writer(tmp_path / "x", other).prepare()
+    with pytest.raises(StoreError, match="holds 'x', not 'logits'"):
+        describe(tmp_path / "x")
+
+
+def test_reading_costs_a_loader_little(tmp_path):
+    """32 causal rows of 129 tokens at K = 32: 1 to 2 ms on an idle core."""
+    rows = ToyRows(rows=64, block_size=129, vocabulary=50_000, equal=True)
+    layout = layout_of(
+        k=32, vocabulary=50_000, block_size=129, masked=False, values="fp16", temperatures=(2.0,)
+    )
+    spec = layout.spec(rows=64, draws=1, rows_per_shard=16, fingerprints=PRINTS)
+    writer = Writer(tmp_path / "c", spec)
+    writer.prepare()
+    random = np.random.RandomState(0)
+    for shard in range(4):
+        columns = {
+            name: random.randint(0, 9, (16 * 128, *column.shape)).astype(column.dtype)
+            for name, column in layout.columns().items()
+        }
+        writer.write_shard(shard, np.full(16, 128), np.ones(16, bool), columns)
+    writer.finish(writer.records)
+    cache = LogitCache(tmp_path / "c", PRINTS)
+    row_ids = random.permutation(64)[:32]
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        *_, extra = read(cache, rows, row_ids, 0, temperature=2.0)
+        times.append(time.perf_counter() - start)
+    assert extra["topk_ids"].shape == (32 * 128, 32)
+    print(f"best of 30 reads: {min(times) * 1e3:.2f} ms")
+    assert min(times) < 6e-3
+
+
+def test_store_reads_only_logits(tmp_path):
+    store_all(tmp_path / "c", layout_of(), ToyRows(), ToyMasks(), teach)
+    with pytest.raises(StoreError, match="holds 'logits', not 'scores'"):
+        Store(tmp_path / "c", kind="scores", expect={})

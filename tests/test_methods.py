@@ -1,0 +1,240 @@
+"""What every method of METHODS must hold, whatever it computes."""
+
+import pytest
+import torch
+from torch import nn
+
+from dskd.batch import IGNORE, Batch, Dense, Rows
+from dskd.errors import ConfigError
+from dskd.method import METHODS, Method, build_method
+from tests.plain_losses import top_k
+
+VOCABULARY, WIDTH = 13, 6
+
+# Settings of each kind, at least one; a new method adds a line.
+SETTINGS = {
+    "ki": [
+        {"kind": "ki", "steps": 10},
+        {"kind": "ki", "schedule": "switch", "steps": 10, "rate": 0.7, "temperature": 1.0},
+        {"kind": "ki", "schedule": "cosine", "steps": 10, "topk": "renormalised"},
+        {
+            "kind": "ki",
+            "schedule": "constant",
+            "rate": 0.5,
+            "temperature": 3.0,
+            "topk": "truncated",
+        },
+    ],
+    "lm": [{"kind": "lm"}],
+}
+CASES = [
+    pytest.param(settings, signal, step, id=f"{kind}{i}-{signal}-step{step}")
+    for kind, several in SETTINGS.items()
+    for i, settings in enumerate(several)
+    for signal in ("dense", "topk")
+    for step in (0, 3, 10)
+]
+
+
+class Toy:
+    """A student and a teacher without interaction between positions."""
+
+    def __init__(self, kind):
+        generator = torch.Generator().manual_seed(3)
+        self.body, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY + 3)
+        for parameter in (self.body.weight, self.head.weight, self.head.bias):
+            nn.init.normal_(parameter, generator=generator)
+        self.teacher = torch.randn(VOCABULARY, VOCABULARY, generator=generator) * 2
+        self.kind = kind
+
+    def terms(self, method, batch, step):
+        chosen_BT = batch.supervised_BT
+        rows = Rows(self.body(batch.ids_BT)[chosen_BT], self.head, batch.labels_N)
+        logits_NV = self.teacher[batch.ids_BT[chosen_BT]]
+        signal = None
+        if method.needs_teacher(step):
+            signal = (
+                Dense(logits_NV)
+                if self.kind == "dense"
+                else top_k(logits_NV, 4, method.temperature)
+            )
+        return method.loss(rows, signal, batch, step)
+
+    def gradients(self, terms):
+        parameters = [self.body.weight, self.head.weight, self.head.bias]
+        loss = sum(term.weight * term.total for term in terms.values())
+        return torch.autograd.grad(loss, parameters)
+
+
+def make_batch(rows=6, tokens=7):
+    generator = torch.Generator().manual_seed(4)
+    ids_BT = torch.randint(0, VOCABULARY, (rows, tokens), generator=generator)
+    labels_BT = torch.randint(0, VOCABULARY, (rows, tokens), generator=generator)
+    labels_BT[torch.rand(rows, tokens, generator=generator) < 0.6] = IGNORE
+    return Batch(
+        row_ids_B=torch.arange(rows),
+        domains_B=torch.zeros(rows, dtype=torch.int64),
+        ids_BT=ids_BT,
+        mask_BT=torch.ones_like(ids_BT),
+        labels_BT=labels_BT,
+    )
+
+
+def padded(batch, columns=5):
+    widen = nn.functional.pad
+    return Batch(
+        row_ids_B=batch.row_ids_B,
+        domains_B=batch.domains_B,
+        ids_BT=widen(batch.ids_BT, (0, columns)),
+        mask_BT=widen(batch.mask_BT, (0, columns)),
+        labels_BT=widen(batch.labels_BT, (0, columns), value=IGNORE),
+    )
+
+
+def weighted(terms):
+    return {name: term.weight * term.total.item() for name, term in terms.items()}
+
+
+def test_every_method_is_covered():
+    assert set(SETTINGS) == set(METHODS)
+
+
+@pytest.mark.parametrize(("settings", "signal", "step"), CASES)
+def test_terms_are_finite_sums_with_a_count_each(settings, signal, step):
+    method, toy, batch = build_method(settings), Toy(signal), make_batch()
+    terms, counts = toy.terms(method, batch, step), method.counts(batch)
+    assert terms
+    assert set(terms) <= set(counts)
+    assert set(counts) == set(method.terms)
+    for name, term in terms.items():
+        assert term.weight > 0
+        assert term.total.dtype == torch.float32
+        assert term.total.shape == ()
+        assert term.total.isfinite()
+        assert term.total.requires_grad
+        assert counts[name].dtype == torch.float64
+        assert counts[name] > 0
+    assert all(g.isfinite().all() and g.any() for g in toy.gradients(terms))
+
+
+@pytest.mark.parametrize(("settings", "signal", "step"), CASES)
+def test_a_batch_is_the_sum_of_its_parts(settings, signal, step):
+    method, toy, batch = build_method(settings), Toy(signal), make_batch()
+    parts = [batch.select(torch.arange(*ends)) for ends in ((0, 1), (1, 4), (4, 6))]
+    whole = toy.terms(method, batch, step)
+    split = [toy.terms(method, part, step) for part in parts]
+    for name, value in weighted(whole).items():
+        assert value == pytest.approx(sum(weighted(terms)[name] for terms in split), rel=1e-5)
+    for name, count in method.counts(batch).items():
+        assert count == sum(method.counts(part)[name] for part in parts)
+    gradients = zip(*(toy.gradients(terms) for terms in split), strict=True)
+    for expected, pieces in zip(toy.gradients(whole), gradients, strict=True):
+        torch.testing.assert_close(sum(pieces), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("settings", "signal", "step"), CASES)
+def test_padding_does_not_count(settings, signal, step):
+    method, toy, batch = build_method(settings), Toy(signal), make_batch()
+    assert weighted(toy.terms(method, padded(batch), step)) == weighted(
+        toy.terms(method, batch, step)
+    )
+    assert method.counts(padded(batch)) == method.counts(batch)
+
+
+@pytest.mark.parametrize(("settings", "signal", "step"), CASES)
+def test_no_supervised_position_gives_zero_with_a_graph(settings, signal, step):
+    method, toy, batch = build_method(settings), Toy(signal), make_batch()
+    nothing = Batch(
+        row_ids_B=batch.row_ids_B,
+        domains_B=batch.domains_B,
+        ids_BT=batch.ids_BT,
+        mask_BT=batch.mask_BT,
+        labels_BT=torch.full_like(batch.labels_BT, IGNORE),
+    )
+    terms = toy.terms(method, nothing, step)
+    assert set(terms) == set(toy.terms(method, batch, step))  # every rank has the same terms
+    assert all(term.total.item() == 0.0 for term in terms.values())
+    assert all((gradient == 0).all() for gradient in toy.gradients(terms))
+    assert all(count == 0 for count in method.counts(nothing).values())
+
+
+@pytest.mark.parametrize(("settings", "signal", "step"), CASES)
+def test_the_same_call_gives_the_same_bits(settings, signal, step):
+    method, toy, batch = build_method(settings), Toy(signal), make_batch()
+    first, second = (toy.terms(method, batch, step) for _ in range(2))
+    assert weighted(first) == weighted(second)
+    for a, b in zip(toy.gradients(first), toy.gradients(second), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("settings", [s for several in SETTINGS.values() for s in several], ids=str)
+def test_settings_round_trip_and_are_frozen(settings):
+    method = build_method(settings)
+    assert build_method(method.model_dump(mode="json")) == method
+    with pytest.raises(ValueError, match="frozen"):
+        method.kind = "other"
+
+
+@pytest.mark.parametrize("settings", [s for several in SETTINGS.values() for s in several], ids=str)
+def test_a_method_that_never_wants_a_teacher_never_needs_one(settings):
+    method = build_method(settings)
+    assert method.wants_teacher() == any(method.needs_teacher(step) for step in range(20))
+    assert not method.wants_teacher() or method.temperature > 0
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_unknown_setting_is_refused_with_the_nearest_name(kind):
+    settings = SETTINGS[kind][0] | {"kinds": 1}
+    with pytest.raises(ConfigError, match=r"method\.kinds: no such setting; did you mean 'kind'"):
+        build_method(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"method\.kind: must name a method \(ki, lm\)"),
+        ({"kind": 3}, r"method\.kind: must name a method"),
+        ({"kind": "kii"}, r"method\.kind: 'kii' is not one of ki, lm; did you mean 'ki'\?"),
+        ({"kind": ":Class"}, r"method\.kind: ':Class' is not one of"),
+        ({"kind": "no.such:Class"}, r"method\.kind: no module 'no\.such'"),
+        ({"kind": "dskd.methods.ki:Nope"}, r"'dskd\.methods\.ki' has no method 'Nope'"),
+        ({"kind": "dskd.batch:Rows"}, r"'dskd\.batch' has no method 'Rows'"),
+    ],
+)
+def test_a_kind_that_names_nothing_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_method(settings)
+
+
+OUTSIDE = """
+from dskd.batch import Term
+from dskd.losses import kl
+from dskd.method import Method
+
+
+class Distil(Method):
+    terms = ("kl",)
+    temperature: float = 1.0
+
+    def wants_teacher(self):
+        return True
+
+    def needs_teacher(self, step):
+        return True
+
+    def loss(self, rows, signal, batch, step):
+        return {"kl": Term(1.0, kl(rows.logits_NV, signal.logits_NV, self.temperature))}
+"""
+
+
+def test_a_method_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "outside_method.py").write_text(OUTSIDE)
+    (tmp_path / "broken_method.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    method = build_method({"kind": "outside_method:Distil", "temperature": 2.0})
+    assert isinstance(method, Method)
+    assert build_method(method.model_dump(mode="json")) == method
+    terms = Toy("dense").terms(method, make_batch(), 0)
+    assert terms["kl"].total > 0
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        build_method({"kind": "broken_method:Distil"})

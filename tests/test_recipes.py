@@ -1,0 +1,98 @@
+"""The shipped recipes: each is accepted as it is, and says what its head says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from dskd.config import Recipe, differences, read
+from dskd.method import build_method
+from dskd.plan import CONTROL, check
+from dskd.settings import CachedTeacher, Model
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+RECIPES = sorted(LAUNCH.rglob("*.yaml"))
+KI = LAUNCH / "ki"
+
+
+def methods(recipe: Recipe) -> dict:
+    return {name: build_method(run.method) for name, run in recipe.runs.items()}
+
+
+def parameters(model: Model, auto: type, vocabulary: int) -> int:
+    fields = {name: value for name, value in model.config.items() if name != "model_type"}
+    config = AutoConfig.for_model(model.config["model_type"], vocab_size=vocabulary, **fields)
+    with torch.device("meta"):
+        return sum(p.numel() for p in auto.from_config(config).parameters())
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_accepted_on_any_power_of_two_of_ranks(path, world, tmp_path):
+    recipe = read(path, [f"out={tmp_path}"])
+    check(recipe, methods(recipe), world=world)
+    assert CONTROL in recipe.runs
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_student_and_its_control_differ_in_what_is_inherited_only(path):
+    runs = read(path).runs
+    last = runs["ki" if "ki" in runs else "large"]
+    others = [
+        d for d in differences(last, runs[CONTROL]) if not d.startswith(("method", "teacher"))
+    ]
+    tokenizer_is_the_controls = path.stem == "domains"
+    assert all(d.startswith("data.tokenizer") for d in others), others
+    assert bool(others) == tokenizer_is_the_controls
+
+
+def test_quickstart_uses_nothing_that_must_be_downloaded():
+    runs = read(KI / "quickstart.yaml").runs
+    assert list(runs) == ["teacher", "ki", "scratch"]
+    for run in runs.values():
+        assert [source.kind for source in run.data.sources] == ["builtin"]
+        assert run.data.tokenizer.kind == "trained"
+        assert run.model.path is None
+    assert isinstance(runs["ki"].teacher, CachedTeacher)
+    vocabulary = runs["ki"].data.tokenizer.vocab_size
+    teacher, student = (
+        parameters(runs[name].model, AutoModelForCausalLM, vocabulary) for name in ("teacher", "ki")
+    )
+    assert teacher < student / 2
+
+
+def test_paper_recipe_is_the_original_script():
+    """train_base_to_base_plus.sh and the task's defaults, option by option."""
+    run = read(KI / "paper_roberta.yaml").runs["ki"]
+    train, masking, method = run.train, run.data.masking, build_method(run.method)
+    assert (train.betas, train.eps, train.clip) == ((0.9, 0.98), 1e-6, 0.0)
+    assert (train.schedule, train.lr, train.warmup) == ("polynomial", 3.5e-4, 11000)
+    assert (train.steps, train.power, train.end_lr) == (125000, 1.0, 0.0)
+    assert (train.weight_decay, train.decay_all, train.precision) == (0.01, True, "fp16")
+    assert (train.micro_batch, train.batch) == (16, 16 * 16 * 8)  # update-freq 16, 8 GPUs
+    assert (run.data.block_size, run.data.packing, run.data.objective) == (
+        512,
+        "complete",
+        "masked",
+    )
+    assert (masking.probability, masking.keep, masking.random) == (0.15, 0.1, 0.1)
+    assert (masking.whole_word, masking.sampler, run.seed) == (False, "fairseq", 1)
+    assert (method.temperature, method.schedule, method.steps) == (2.0, "linear", 55000)
+    assert (run.checkpoint.every, run.log_every) == (2500, 100)
+    config = run.model.config
+    assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0.1
+    token_types = 864  # one row, which the original has not
+    assert parameters(run.model, AutoModelForMaskedLM, 50265) == 210_601_017 + token_types
+    assert run.teacher.kind == "live"
+
+
+def test_modern_recipe_is_a_larger_student_of_a_cached_top_64():
+    run = read(KI / "llama_topk.yaml").runs["ki"]
+    assert (run.data.objective, run.teacher.kind, run.teacher.k) == ("causal", "cached", 64)
+    assert run.model.config["model_type"] == "llama"
+    count = parameters(run.model, AutoModelForCausalLM, 49152)
+    assert math.isclose(count, 362e6, rel_tol=0.01)  # SmolLM2-360M

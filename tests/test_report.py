@@ -1,0 +1,162 @@
+"""The report: steps to the control's loss, the table's numbers, the HTML, damaged files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dskd.errors import CheckpointError, ConfigError
+from dskd.report import print_table, read_history, steps_to, table, write_report
+
+
+def make_run(
+    folder: Path, nlls: list[float], *, alpha: bool, scores: dict | None = None, every: int = 100
+) -> Path:
+    """A finished run: one training line and one evaluation every so many steps."""
+    lines = []
+    for index, nll in enumerate(nlls, 1):
+        step = index * every
+        terms = {"ce": nll + 0.1, **({"kl": nll / 2} if alpha else {})}
+        line = {"step": step, "loss": nll, "terms": terms, "lr": 1e-3 / index, "grad_norm": None}
+        lines.append({**line, **({"alpha": 1 / index} if alpha else {})})
+        lines.append({"step": step, "eval_nll": nll, "eval_bits": nll * 1.4427, "eval_ppl": 2**nll})
+    summary = {
+        "steps": every * len(nlls),
+        "eval_nll": nlls[-1],
+        "tokens_per_second": 12345.6,
+        "peak_memory_bytes": 3 * 2**29,
+        "wall_seconds": 125.0,
+        "parameters": 1234567,
+    }
+    (folder / "train").mkdir(parents=True)
+    (folder / "train/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (folder / "train/summary.json").write_text(json.dumps(summary))
+    if scores:
+        (folder / "scores.json").write_text(json.dumps(scores))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> dict[str, Path]:
+    return {
+        "ki": make_run(
+            tmp_path / "ki", [5.0, 4.0, 3.0, 2.5], alpha=True, scores={"eval_nll": 2.5, "of": "x"}
+        ),
+        "scratch": make_run(tmp_path / "scratch", [6.0, 5.0, 4.0, 3.2], alpha=False),
+    }
+
+
+def cells(made, row: int) -> list[str]:
+    return [list(column.cells)[row] for column in made.columns]
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (3.2, 280.0),
+        (4.0, 200.0),
+        (3.5, 250.0),
+        (5.0, 100.0),
+        (9.0, 100.0),
+        (2.5, 400.0),
+        (2.4, None),
+    ],
+)
+def test_steps_are_linear_between_evaluations(target, expected):
+    points = [(100, 5.0), (200, 4.0), (300, 3.0), (400, 2.5)]
+    assert steps_to(points, target) == (None if expected is None else pytest.approx(expected))
+
+
+def test_the_first_crossing_counts():
+    assert steps_to([(10, 4.0), (20, 2.0), (30, 5.0), (40, 1.0)], 3.0) == 15.0
+
+
+def test_table_numbers(runs):
+    made = table(runs, "scratch")
+    assert [str(c.header) for c in made.columns][-2:] == [
+        "steps to scratch's final loss",
+        "fewer by",
+    ]
+    assert cells(made, 0) == [
+        *("ki", "1,234,567", "400", "2.5000", "5.66", "12,346", "1.50 GiB", "2:05"),
+        *("280.0", "1.43x"),  # 400 / 280
+    ]
+    assert cells(made, 1)[-2:] == ["400", "-"]
+
+
+def test_a_run_that_never_gets_there_says_so(tmp_path, runs):
+    runs["slow"] = make_run(tmp_path / "slow", [6.0, 5.0, 4.0, 3.9], alpha=False)
+    assert cells(table(runs, "scratch"), 2)[-2:] == ["not reached", "-"]
+
+
+def test_without_a_control_there_is_no_comparison(runs, capsys):
+    assert len(table(runs, None).columns) == 8
+    print_table(runs, None)
+    printed = capsys.readouterr().out
+    assert "12,346" in printed
+    assert "2.5000" in printed
+    assert max(map(len, printed.splitlines())) <= 160
+
+
+def test_history_by_name(runs):
+    history = read_history(runs["ki"])
+    assert history.rate("alpha") == [(100, 1.0), (200, 0.5), (300, 1 / 3), (400, 0.25)]
+    assert history.term("kl") == [(100, 2.5), (200, 2.0), (300, 1.5), (400, 1.25)]
+    assert read_history(runs["scratch"]).rate("alpha") == []
+    assert read_history(runs["scratch"]).term("kl") == []
+
+
+def test_html_is_self_contained(tmp_path, runs):
+    runs["<b>&"] = make_run(tmp_path / "odd", [3.0], alpha=False)
+    path = write_report(runs, tmp_path, "scratch")
+    page = path.read_text()
+    assert path == tmp_path / "report.html"
+    assert "&lt;b&gt;&amp;" in page
+    assert "<b>" not in page
+    assert "280.0" in page
+    assert not re.search(r"https?://|<script|<link", page)
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == page.count("<img") == 3
+    assert all(base64.b64decode(image)[:8] == b"\x89PNG\r\n\x1a\n" for image in images)
+    scores = page[page.index("Scores of the exported models") :]
+    assert "<th>run</th><th>eval_nll</th></tr>" in scores
+    assert "<td>ki</td><td>2.5</td></tr>" in scores
+
+
+def damage(name: str, text: str):
+    def change(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damage("train/metrics.jsonl", '{"step": 1}\n'), "metrics.jsonl, line 1: damaged, 'loss'"),
+        (damage("train/metrics.jsonl", '{"step": 1,\n'), "metrics.jsonl, line 1: not JSON"),
+        (damage("train/metrics.jsonl", "[1]\n"), "metrics.jsonl, line 1: damaged, not an object"),
+        (damage("train/metrics.jsonl", ""), "metrics.jsonl: no evaluation in it"),
+        (damage("train/metrics.jsonl", '{"step": 1, "eval_nll": "x"}\n'), "line 1: damaged, 'eval"),
+        (damage("train/summary.json", '{"steps": 4'), "summary.json: damaged, not readable"),
+        (damage("train/summary.json", '{"steps": 4}'), "summary.json: damaged, 'eval_nll'"),
+        (damage("scores.json", "7"), "scores.json: damaged, not an object"),
+        (lambda folder: (folder / "train/summary.json").unlink(), "summary.json: no such file"),
+        (lambda folder: (folder / "train/metrics.jsonl").unlink(), "metrics.jsonl: no such file"),
+    ],
+)
+def test_damage_is_named(runs, tmp_path, change, message):
+    change(runs["ki"])
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        write_report(runs, tmp_path, "scratch")
+    assert str(runs["ki"]) in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_an_unknown_control_is_refused(runs, tmp_path):
+    with pytest.raises(ConfigError, match="control run 'scrath' is none of: ki, scratch"):
+        write_report(runs, tmp_path, "scrath")

@@ -1,0 +1,312 @@
+"""The row store: what is written is read, and nothing else ever is."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dskd import store as store_module
+from dskd.errors import StoreError
+from dskd.files import write_manifest
+from dskd.store import MANIFEST, Store, Writer, is_complete, read_spec, shard_path
+from dskd.store_format import Column, StoreSpec
+
+ROWS, DRAWS = 7, 2
+ABSENT = 3
+
+
+def spec_of(**changes):
+    fields = {
+        "kind": "test",
+        "columns": {"a": Column("float16", (3,)), "b": Column("uint8")},
+        "rows": ROWS,
+        "draws": DRAWS,
+        "rows_per_shard": 4,
+        "fingerprints": {"teacher": "T1", "data": "D1"},
+        "settings": {"k": 3, "temperatures": [1.0, 2.5]},
+    }
+    return StoreSpec(**{**fields, **changes})
+
+
+def values_of(draw, row):
+    """A row's columns; row 5 has no position."""
+    count = 0 if row == 5 else 1 + row % 3
+    draw, row = int(draw), int(row)  # an np.int64 would widen the float16 values
+    a = np.arange(count * 3, dtype=np.float16).reshape(count, 3) + 100 * draw + 10 * row
+    return {"a": a, "b": np.full(count, 16 * draw + row, np.uint8)}
+
+
+def write_shard(writer, shard):
+    draw, begin, end = writer.spec.span(shard)
+    present = np.arange(begin, end) != ABSENT
+    rows = [values_of(draw, row) for row in range(begin, end)]
+    rows = [
+        row if here else {k: v[:0] for k, v in row.items()}
+        for row, here in zip(rows, present, strict=True)
+    ]
+    columns = {name: np.concatenate([row[name] for row in rows]) for name in ("a", "b")}
+    writer.write_shard(shard, np.array([len(row["b"]) for row in rows]), present, columns)
+
+
+def write(folder, spec=None, shards=None):
+    """A store; with ``shards`` an interrupted one that has only these."""
+    writer = Writer(folder, spec or spec_of())
+    writer.prepare()
+    for shard in range(writer.spec.shards) if shards is None else shards:
+        write_shard(writer, shard)
+    if shards is None:
+        writer.finish(writer.records)
+    return folder
+
+
+def open_store(folder, **options):
+    return Store(folder, **{"kind": "test", "expect": {}, **options})
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "store")
+
+
+def test_reads_rows_in_any_order_and_draw(folder):
+    rows = np.array([6, 0, 6, 5, 2, 1])
+    draws = np.array([1, 0, 0, 1, 1, 0])
+    counts, columns = open_store(folder).read(rows, draws)
+    wanted = [values_of(draw, row) for row, draw in zip(rows, draws, strict=True)]
+    assert counts.tolist() == [len(row["b"]) for row in wanted] == [1, 1, 1, 0, 3, 2]
+    for name, column in columns.items():
+        np.testing.assert_array_equal(column, np.concatenate([row[name] for row in wanted]))
+        assert column.dtype == wanted[0][name].dtype
+
+
+def test_reads_more_shards_than_are_kept_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_OPEN_SHARDS", 2)
+    store = open_store(write(tmp_path / "s", spec_of(rows_per_shard=1)))
+    rows = np.array([0, 1, 2, 4, 5, 6] * 2)
+    _, columns = store.read(rows, rows % 2)
+    wanted = np.concatenate([values_of(row % 2, row)["b"] for row in rows])
+    np.testing.assert_array_equal(columns["b"], wanted)
+
+
+def test_reads_no_rows(folder):
+    counts, columns = open_store(folder).read(np.empty(0, np.int64), np.empty(0, np.int64))
+    assert counts.shape == (0,) and columns["a"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "draw", "message"),
+    [
+        (ABSENT, 1, "row 3 was left out"),
+        (7, 0, "no row 7 of draw 0"),
+        (-1, 0, "no row -1"),
+        (2, 2, "no row 2 of draw 2"),
+    ],
+)
+def test_row_that_is_not_there_is_named(folder, row, draw, message):
+    with pytest.raises(StoreError, match=message):
+        open_store(folder).read(np.array([0, row]), np.array([0, draw]))
+
+
+def test_shards_are_plain_safetensors_of_known_bytes(folder, tmp_path):
+    arrays = safetensors.numpy.load_file(shard_path(folder, 1))
+    assert arrays["row_ptr"].tolist() == [0, 2, 2, 3]  # rows 4, 5, 6
+    assert arrays["present"].tolist() == [1, 1, 1]
+    np.testing.assert_array_equal(arrays["a"][:2], values_of(0, 4)["a"])
+    again = write(tmp_path / "again")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [MANIFEST, *(f"shard-0000{i}.safetensors" for i in range(4))]
+    for name in names:
+        assert (folder / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_spec_survives_the_manifest(folder):
+    spec, records = read_spec(folder)
+    assert spec == spec_of() and spec.fingerprint == spec_of().fingerprint
+    assert [record.nbytes for record in records] == [
+        shard_path(folder, shard).stat().st_size for shard in range(4)
+    ]
+    assert sum(record.positions for record in records) == 2 * (1 + 2 + 3 + 2 + 0 + 1)
+
+
+def test_flipped_bytes_of_a_shard_are_found(folder):
+    path = shard_path(folder, 2)
+    store = open_store(folder)
+    for place in range(0, path.stat().st_size, 3):
+        flip(path, place)
+        with pytest.raises(StoreError, match=r"shard-00002.safetensors: (damaged|foreign)"):
+            store.verify([2])
+        flip(path, place)
+    store.verify([2])
+    flip(path, -1)
+    with pytest.raises(StoreError, match=r"shard-00002\.safetensors: damaged"):
+        open_store(folder)
+
+
+def test_flipped_bytes_of_the_manifest_are_found(folder):
+    path = folder / MANIFEST
+    for place in range(0, path.stat().st_size, 3):
+        flip(path, place)
+        with pytest.raises(StoreError, match=r"manifest.json: damaged"):
+            read_spec(folder)
+        flip(path, place)
+    read_spec(folder)
+
+
+def test_flipped_bytes_of_an_interrupted_store_are_redone(tmp_path):
+    folder = write(tmp_path / "s", shards=[0, 2])
+    whole = shard_path(folder, 2).read_bytes()
+    for place in range(0, len(whole), 2):
+        flip(shard_path(folder, 2), place)
+        writer = Writer(folder, spec_of())
+        assert writer.missing(range(4)) == [1, 2, 3]
+        assert not shard_path(folder, 2).exists()
+        shard_path(folder, 2).write_bytes(whole)
+    assert writer.missing(range(4)) == [1, 3]
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 100, -1])
+def test_truncated_shard(folder, size):
+    path = shard_path(folder, 0)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(StoreError, match=r"shard-00000.safetensors: truncated, \d+ bytes of"):
+        open_store(folder)
+    (folder / MANIFEST).unlink()
+    assert Writer(folder, spec_of()).missing(range(4)) == [0]
+
+
+def test_missing_shard(folder):
+    shard_path(folder, 3).unlink()
+    with pytest.raises(StoreError, match=r"shard-00003.safetensors: missing"):
+        open_store(folder)
+
+
+def test_shard_of_another_store(folder, tmp_path):
+    other = write(tmp_path / "other", spec_of(fingerprints={"teacher": "T2", "data": "D1"}))
+    shutil.copy(shard_path(other, 0), shard_path(folder, 0))
+    with pytest.raises(StoreError, match=r"shard-00000.safetensors: foreign, .* another store"):
+        open_store(folder)
+    with pytest.raises(StoreError, match=r"shard-00000.safetensors: foreign, .* another store"):
+        Writer(folder, spec_of()).missing(range(4))
+
+
+def test_shard_of_another_place(folder):
+    shutil.copy(shard_path(folder, 0), shard_path(folder, 2))  # the same rows of another draw
+    with pytest.raises(StoreError, match=r"shard-00002.safetensors: foreign, it is shard 0"):
+        open_store(folder)
+
+
+def test_foreign_manifests(folder, tmp_path):
+    other = write(tmp_path / "other", spec_of(fingerprints={"teacher": "T2", "data": "D1"}))
+    shutil.copy(other / MANIFEST, folder / MANIFEST)
+    with pytest.raises(StoreError, match=r"made with another teacher .*T2.*T1"):
+        open_store(folder, expect={"data": "D1", "teacher": "T1"})
+    with pytest.raises(StoreError, match=r"shard-00000.safetensors: foreign"):
+        open_store(folder)
+    with pytest.raises(StoreError, match="holds 'test', not 'logits'"):
+        open_store(folder, kind="logits")
+    write_manifest(folder / MANIFEST, {"kind": "rows", "format": 1})
+    with pytest.raises(StoreError, match=r"manifest.json: foreign"):
+        open_store(folder)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(StoreError, match=r"manifest.json: no such file"):
+        open_store(folder)
+
+
+def test_an_expected_fingerprint_must_be_there(folder):
+    open_store(folder, expect={"teacher": "T1"})
+    with pytest.raises(StoreError, match="made with another masking"):
+        open_store(folder, expect={"masking": "M"})
+
+
+def test_verification_is_shared_by_ranks(folder):
+    flip(shard_path(folder, 2), -1)
+    open_store(folder, share=(1, 2))
+    open_store(folder, share=(0, 3))
+    for share in [(0, 2), (2, 3)]:
+        with pytest.raises(StoreError, match="shard-00002"):
+            open_store(folder, share=share)
+
+
+def test_interrupted_store(tmp_path):
+    folder = write(tmp_path / "s", shards=[1])
+    (folder / ".shard-00002.safetensors.77.tmp").write_bytes(b"half")
+    with pytest.raises(StoreError, match="not complete"):
+        open_store(folder)
+    assert not is_complete(folder, spec_of())
+    writer = Writer(folder, spec_of())
+    writer.prepare()
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, shard_path(folder, 1).name]
+    assert writer.missing(range(4)) == [0, 2, 3]
+    for shard in (0, 2, 3):
+        write_shard(writer, shard)
+    writer.finish(writer.records)
+    undisturbed = write(tmp_path / "undisturbed")
+    for path in undisturbed.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    assert is_complete(folder, spec_of())
+
+
+def test_finish_checks_that_all_shards_are_still_there(tmp_path):
+    folder = write(tmp_path / "s", shards=range(4))
+    writer = Writer(folder, spec_of())
+    assert writer.missing(range(4)) == []
+    shard_path(folder, 1).unlink()
+    with pytest.raises(StoreError, match=r"shard-00001\.safetensors: missing"):
+        writer.finish(writer.records)
+    with pytest.raises(StoreError, match="not complete"):
+        open_store(folder)
+
+
+def test_damage_is_mended_by_capturing_again_without_the_manifest(folder):
+    flip(shard_path(folder, 1), -1)
+    with pytest.raises(StoreError, match=r"shard-00001.*remove manifest.json beside it"):
+        open_store(folder)
+    (folder / MANIFEST).unlink()
+    writer = Writer(folder, spec_of())
+    writer.prepare()
+    assert writer.missing(range(4)) == [1]
+
+
+@pytest.mark.parametrize("shards", [[0], None])
+def test_another_store_is_refused_by_what_differs(tmp_path, shards):
+    folder = write(tmp_path / "s", shards=shards)
+    other = spec_of(
+        fingerprints={"teacher": "T2", "data": "D1"}, settings={"k": 4, "temperatures": [1.0, 2.5]}
+    )
+    for refuse in (Writer(folder, other).prepare, lambda: is_complete(folder, other)):
+        with pytest.raises(StoreError) as refused:
+            refuse()
+        lines = str(refused.value).splitlines()[1:]
+        assert lines == [
+            "  fingerprints.teacher is 'T1' there and 'T2' here",
+            "  settings.k is 3 there and 4 here",
+        ]
+
+
+def test_size_of_shards_matters_only_while_they_are_written(tmp_path):
+    other = spec_of(rows_per_shard=5)
+    assert is_complete(write(tmp_path / "whole"), other)
+    with pytest.raises(StoreError, match="rows_per_shard is 4 there and 5 here"):
+        is_complete(write(tmp_path / "part", shards=[0]), other)
+
+
+def test_metadata_cannot_pass_for_another_shards(folder):
+    """The digest covers the metadata, so that an edited one is damage, not another shard."""
+    path = shard_path(folder, 1)
+    data = path.read_bytes()
+    about = json.loads(
+        json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["dskd"]
+    )
+    assert about["shard"] == 1
+    path.write_bytes(data.replace(b'\\"shard\\": 1', b'\\"shard\\": 2'))
+    assert path.read_bytes() != data
+    (folder / MANIFEST).unlink()
+    assert Writer(folder, spec_of()).missing([1]) == [1]

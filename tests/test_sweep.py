@@ -1,0 +1,240 @@
+"""The sweep: the same bytes at any world size and after any interruption, and ranks in lockstep."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dskd.errors import NonFiniteError, StoreError
+from dskd.logit_cache import Layout, LogitCache
+from dskd.store import Writer, shard_path
+from dskd.sweep import sweep
+from tests.caches import ToyMasks, ToyRows, ToyTeacher
+from tests.ranks import run_ranks
+
+PRINTS = {"teacher": "T", "data": "D"}
+LAYOUT = Layout(
+    k=5, vocabulary=50, temperatures=(1.0, 2.0), values="fp32", block_size=16, masked=True
+)
+
+
+def fill(folder, *, micro_batch=3, rows=None, domain=None, forward=None, progress=None):
+    """Sweep a toy teacher over toy rows: 23 rows, 2 draws, 12 shards of at most 4 rows."""
+    rows = rows or ToyRows()
+    view = ToyMasks()
+    spec = LAYOUT.spec(rows=len(rows), draws=2, rows_per_shard=4, fingerprints=PRINTS)
+    present = None if domain is None else rows.domains_B(np.arange(len(rows))) == domain
+    teacher = forward or ToyTeacher()
+    sweep(
+        teacher,
+        rows,
+        view,
+        Writer(folder, spec),
+        micro_batch=micro_batch,
+        score=lambda batch, signal: LAYOUT.encode(batch, signal.logits_NV),
+        present_R=present,
+        progress=progress,
+    )
+    return teacher
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def everything(folder, rows):
+    """All that a complete cache gives, row after row."""
+    cache = LogitCache(folder, PRINTS)
+    row_ids = np.tile(np.arange(len(rows)), 2)
+    ids_BT, lengths_B = rows.read(row_ids)
+    epochs = np.repeat([0, 1], len(rows))
+    inputs, labels, extra = cache.read(
+        row_ids, epochs, ids_BT, lengths_B, use_k=None, temperature=2.0
+    )
+    return {"inputs": inputs, "labels": labels, **extra}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The folder of an undisturbed sweep of one rank."""
+    folder = tmp_path_factory.mktemp("reference") / "store"
+    fill(folder)
+    return folder
+
+
+def _fill_rank(rank, folder, domains, domain):
+    del rank
+    return fill(folder, rows=ToyRows(domains=domains), domain=domain).calls
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_ranks_writes_the_same_bytes(tmp_path, reference, world):
+    run_ranks(_fill_rank, tmp_path / "s", 1, None, world=world)
+    assert files(tmp_path / "s") == files(reference)
+
+
+def test_micro_batch_changes_the_values_by_rounding_only(tmp_path, reference):
+    wanted = everything(reference, ToyRows())
+    for micro_batch in (1, 2, 4, 50):
+        fill(tmp_path / str(micro_batch), micro_batch=micro_batch)
+        found = everything(tmp_path / str(micro_batch), ToyRows())
+        for name in ("inputs", "labels", "topk_ids"):
+            np.testing.assert_array_equal(found[name], wanted[name])
+        for name in ("topk_logprobs", "tail"):
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_make_equally_many_passes(tmp_path):
+    """23 rows in shards of 4 (the last of 3), batches of 3: 2 passes a shard, 1 for the last."""
+    assert fill(tmp_path / "one").calls == 2 * (5 * 2 + 1)
+    # Rounds of shards 0 1, 2 3, 4 5 | 6 7, ...: each costs both ranks the larger number.
+    assert run_ranks(_fill_rank, tmp_path / "two", 1, None) == [12, 12]
+    # One domain of nine: rows 2, 11, 20 are in shards 0, 2 and 5 of each draw, the others empty.
+    assert run_ranks(_fill_rank, tmp_path / "domain", 9, 2) == [6, 6]
+    assert fill(tmp_path / "domain-one", rows=ToyRows(domains=9), domain=2).calls == 6
+    assert files(tmp_path / "domain") == files(tmp_path / "domain-one")
+
+
+def test_rows_of_other_domains_are_left_out(tmp_path, reference):
+    rows = ToyRows(domains=3)
+    fill(tmp_path / "s", rows=rows, domain=1)
+    cache, whole = LogitCache(tmp_path / "s", PRINTS), LogitCache(reference, PRINTS)
+    mine = np.arange(1, 23, 3)
+    ids_BT, lengths_B = rows.read(mine)
+    ask = {"use_k": None, "temperature": 1.0}
+    *_, found = cache.read(mine, mine * 0 + 1, ids_BT, lengths_B, **ask)
+    *_, wanted = whole.read(mine, mine * 0 + 1, ids_BT, lengths_B, **ask)
+    np.testing.assert_array_equal(found["topk_ids"], wanted["topk_ids"])
+    np.testing.assert_allclose(found["tail"], wanted["tail"], rtol=1e-5, atol=1e-5)
+    for other in (0, 2, 21):
+        ids_BT, lengths_B = rows.read(np.array([4, other]))
+        with pytest.raises(StoreError, match=f"row {other} was left out"):
+            cache.read(np.array([4, other]), np.zeros(2, int), ids_BT, lengths_B, **ask)
+
+
+def test_progress_counts_all_rows_and_goes_on(tmp_path, reference):
+    seen = []
+    fill(tmp_path / "s", progress=lambda done, total: seen.append((done, total)))
+    assert {total for _, total in seen} == {46} and seen[-1][0] == 46
+    assert [done for done, _ in seen[:4]] == [3, 4, 7, 8]
+    folder = tmp_path / "s"
+    (folder / "manifest.json").unlink()
+    shard_path(folder, 0).unlink()
+    shard_path(folder, 11).unlink()
+    seen.clear()
+    fill(folder, progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == [42, 43, 46]
+    assert files(folder) == files(reference)
+
+
+class _FailingTeacher(ToyTeacher):
+    """Gives NaN for row 6, which is in shard 1: rank 1's first of two ranks."""
+
+    def __call__(self, batch):
+        signal = super().__call__(batch)
+        row_N = batch.row_ids_B.repeat_interleave(batch.supervised_BT.sum(1))
+        signal.logits_NV[row_N == 6] = torch.nan
+        return signal
+
+
+def _fail_rank(rank, folder):
+    del rank
+    teacher = _FailingTeacher()
+    with pytest.raises(NonFiniteError, match="row 6"):
+        fill(folder, forward=teacher)
+    return teacher.calls
+
+
+def test_failure_of_one_rank_ends_all_after_the_round(tmp_path, reference):
+    assert run_ranks(_fail_rank, tmp_path / "s") == [2, 2]
+    kept = ["manifest.json", shard_path(reference, 0).name]  # rank 0's work is not lost
+    assert sorted(files(tmp_path / "s")) == kept
+    with pytest.raises(NonFiniteError, match="row 6"):
+        fill(tmp_path / "one", forward=_FailingTeacher())
+    assert sorted(files(tmp_path / "one")) == kept
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="file"):
+        fill(tmp_path / "file" / "s")
+
+
+def test_no_gradients_are_recorded(tmp_path):
+    class Watching(ToyTeacher):
+        def __call__(self, batch):
+            assert not torch.is_grad_enabled()
+            return super().__call__(batch)
+
+    fill(tmp_path / "s", forward=Watching())
+
+
+class _SlowTeacher(ToyTeacher):
+    def __call__(self, batch):
+        time.sleep(0.004)
+        return super().__call__(batch)
+
+
+def _fill_slowly(folder):
+    fill(folder, forward=_SlowTeacher())
+    os._exit(0)
+
+
+def _fill_until_flush(folder, number):
+    """Die by kill -9 at flush ``number`` to disk: while a file is being written or renamed."""
+    flush, left = os.fsync, iter(range(number, 0, -1))
+
+    def fsync(handle):
+        if next(left) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(handle)
+
+    os.fsync = fsync
+    fill(folder)
+
+
+def _start(function, *args):
+    child = multiprocessing.get_context("fork").Process(target=function, args=args)
+    child.start()
+    return child
+
+
+def _check_whole_so_far(folder, reference):
+    """Every shard under its final name is a whole one."""
+    for path in folder.glob("shard-*"):
+        assert path.read_bytes() == (reference / path.name).read_bytes()
+
+
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path, reference):
+    moments, folder, killed = random.Random(3), tmp_path / "s", 0
+    for _ in range(12):
+        child = _start(_fill_slowly, folder)
+        child.join(moments.uniform(0.005, 0.09))
+        if child.is_alive():
+            child.kill()
+            killed += 1
+        child.join()
+        _check_whole_so_far(folder, reference)
+    assert killed >= 5
+    fill(folder)
+    assert files(folder) == files(reference)
+
+
+def test_killed_during_any_save_it_goes_on_to_the_same_bytes(tmp_path, reference):
+    """A save flushes the file, then the folder: an odd number dies between writing and renaming."""
+    for number in (1, 2, 3, 4, 7, 26, 27):  # the manifest, 12 shards, the manifest again
+        folder = tmp_path / str(number)
+        child = _start(_fill_until_flush, folder, number)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        assert len(list(folder.glob(".*.tmp"))) == number % 2
+        _check_whole_so_far(folder, reference)
+        with pytest.raises(StoreError, match=r"no such file|not complete"):
+            LogitCache(folder, PRINTS)
+        fill(folder)
+        assert files(folder) == files(reference)

@@ -1,0 +1,84 @@
+"""A checkpoint goes on at any world size and ZeRO stage, with the same losses."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from tests.launching import forked, losses
+
+RECIPE = """
+seed: 3
+data:
+  folder: {folder}/data
+  sources: [{{kind: builtin, documents: 60}}]
+  tokenizer: {{vocab_size: 320}}
+  block_size: 32
+model:
+  config:
+    model_type: roberta
+    hidden_size: 32
+    num_hidden_layers: 1
+    num_attention_heads: 2
+    intermediate_size: 64
+    hidden_dropout_prob: 0.0
+    attention_probs_dropout_prob: 0.0
+teacher: null
+method: {{kind: lm}}
+train: {{steps: 4, batch: 8, micro_batch: 2, lr: 0.01, warmup: 1, weight_decay: 0.5, precision: fp32}}
+evaluation: {{every: 2, rows: 4}}
+checkpoint: {{every: 2}}
+until: train
+"""
+GEOMETRIES = [(0, 1), (0, 2), (1, 2), (2, 1), (3, 1), (3, 2)]  # (ZeRO stage, ranks)
+
+
+def train(folder: Path, name: str, geometry: tuple[int, int], *words: str) -> Path:
+    stage, ranks = geometry
+    recipe = folder / "run.yaml"
+    recipe.write_text(RECIPE.format(folder=folder))
+    forked(ranks, str(recipe), f"out={folder / name}", f"deepspeed=zero{stage}", *words)
+    return folder / name
+
+
+def cut_back(out: Path, step: int) -> None:
+    """Leave a run as a kill after ``step`` would."""
+    (out / "train" / "summary.json").unlink()
+    for folder in (out / "train" / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory) -> Path:
+    """A run of each geometry, cut back to half its steps."""
+    folder = tmp_path_factory.mktemp("universal")
+    reference = losses(train(folder, "reference", (0, 1)))
+    for geometry in GEOMETRIES:
+        out = train(folder, f"half-{geometry}", geometry)
+        assert losses(out) == pytest.approx(reference, abs=1e-5)
+        cut_back(out, step=2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [(a, b) for a, b in product(GEOMETRIES, GEOMETRIES) if a[0] != b[0] or a == b]
+)
+def test_goes_on_in_any_geometry(halves, saved, loaded):
+    out = halves / f"{saved}-{loaded}"
+    shutil.copytree(halves / f"half-{saved}", out)
+    train(halves, out.name, loaded)
+    reference = losses(halves / "reference")
+    exact = saved == loaded == (0, 1)
+    assert losses(out) == (reference if exact else pytest.approx(reference, abs=1e-5))
+    assert not list((out / "train" / "checkpoints").glob(".*"))
+
+
+def test_other_precision_is_refused(halves, tmp_path):
+    out = halves / "other-precision"
+    shutil.copytree(halves / f"half-{(1, 2)}", out)
+    with pytest.raises(AssertionError, match="train.precision"):
+        train(halves, out.name, (1, 2), "train.precision=bf16")

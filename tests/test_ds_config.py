@@ -460,3 +460,21 @@ def test_bf16_is_near_fp32(plain, halved):
 def test_presets_train_alike_in_bf16(halved, preset):
     # ZeRO-3's own linear layer rounds before it adds the bias: 6e-3 here.
     assert _train(preset, "train.precision=bf16") == pytest.approx(halved, abs=1.2e-2)
+
+
+def _teacher_losses(rank, ds):
+    torch.manual_seed(1)
+    model = _Tiny().requires_grad_(False)
+    ids = torch.arange(40).view(2, 20)
+    before = model(ids, ids).item()
+    engine, *_ = deepspeed.initialize(model=model, config=ds)
+    with torch.no_grad():
+        return before, engine.module.eval()(ids, ids).item(), model.head.weight.numel()
+
+
+@pytest.mark.parametrize("preset", ["zero3", "zero3_offload"])
+def test_a_sharded_teacher_says_the_same(preset):
+    filled = _filled(preset, role="teacher", precision="fp32", hidden=4)
+    for before, sharded, held in run_ranks(_teacher_losses, filled):
+        assert sharded == pytest.approx(before, abs=1e-6)
+        assert held == 0  # the rank holds no whole matrix

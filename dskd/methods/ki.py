@@ -2,8 +2,8 @@
 
 Qin et al. 2022 (NAACL), "Knowledge Inheritance for Pre-trained Language Models": the loss of a
 supervised position is ``(1 - alpha) CE + alpha T^2 KL(teacher || student)``, both distributions of
-the KL at temperature T, with an inheritance rate alpha that falls as the student outgrows
-its teacher.
+the KL at temperature T, with an inheritance rate alpha that falls as the student outgrows its
+teacher.
 """
 
 from __future__ import annotations

@@ -38,12 +38,9 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
 
 
 def _shadow(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model without memory, untied: tying would let a head overwrite the embeddings."""
-    config = copy.deepcopy(model.config)
-    config.tie_word_embeddings = False
-    config.dtype = torch.float32
+    """The same model without memory."""
     with torch.device("meta"):
-        return type(model)(config)
+        return type(model)(copy.deepcopy(model.config))
 
 
 def _draw(shadow: PreTrainedModel, path: str, seed: int) -> dict[str, Tensor]:
@@ -51,12 +48,12 @@ def _draw(shadow: PreTrainedModel, path: str, seed: int) -> dict[str, Tensor]:
 
     The modules around it are asked too, inside out as in ``initialize_weights``, because they may
     have the last word (GPT-2 scales its residual projections from the attention module). What else
-    they set is without memory here.
+    they set, and a tied twin of these parameters, is without memory here.
     """
     chain = [shadow.get_submodule(outer) for outer in _outwards(path)]
     module = chain[0]
     empty = dict(module.named_parameters(recurse=False))
-    drawn = {name: torch.full_like(p, torch.nan, device="cpu") for name, p in empty.items()}
+    drawn = {name: torch.full(p.shape, torch.nan) for name, p in empty.items()}
     for name, values in drawn.items():
         setattr(module, name, nn.Parameter(values, requires_grad=False))
     with torch.random.fork_rng(devices=[]), torch.no_grad():

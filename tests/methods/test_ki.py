@@ -66,6 +66,7 @@ def test_loss_and_gradient(case, k, dtype, rtol):
     method = method_of(inputs)
     terms, student_BTV, batch = forward(method, inputs, step, pad=inputs["pad"], dtype=dtype, k=k)
     assert method.alpha(step) == expected["alpha"]
+    assert method.rates(step) == {"alpha": expected["alpha"]}
     weights = {"ce": 1 - expected["alpha"], "kl": expected["alpha"]}
     assert set(terms) == {name for name, weight in weights.items() if weight}
     if "ce" in terms:

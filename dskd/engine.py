@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dskd import dist
 from dskd.batch import Batch, Term
+from dskd.ds_config import precision_of
 
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
@@ -89,8 +90,19 @@ class Engine:
             model=objective, model_parameters=groups, config=silent
         )
         self.stage = stage_of(ds)
+        if self.stage == 0 and precision_of(ds) != "fp32":
+            self._undo_dry_step()
         # Ours, not the engine's: that one would log our loss as multiplied for its averaging.
         self._monitor = MonitorMaster(get_monitor_config(ds))
+
+    def _undo_dry_step(self) -> None:
+        """At ZeRO-0 in 16 bits DeepSpeed takes an Adam step on zero gradients when it starts, which
+        decays the weights and sets the bias correction one step ahead of the other stages."""
+        wrapper = self._engine.optimizer
+        wrapper.optimizer.state.clear()
+        for low_group, full_group in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for low, full in zip(low_group, full_group, strict=True):
+                full.data.copy_(low.data)
 
     @property
     def module(self) -> nn.Module:
@@ -154,11 +166,12 @@ class Engine:
 
     @torch.no_grad()
     def load_plain(self, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> None:
-        """Take weights and Adam state, by parameter name, into an fp32 ZeRO-0 engine."""
+        """Take weights and Adam state, by parameter name, maybe flat, into an fp32 ZeRO-0 engine."""
         for name, parameter in self.module.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[name].view_as(parameter))
             state = {key: value.to(parameter.device) for key, value in moments[name].items()}
-            self._engine.optimizer.state[parameter] = state
+            shaped = {key: v if key == "step" else v.view_as(parameter) for key, v in state.items()}
+            self._engine.optimizer.state[parameter] = shaped
 
     def destroy(self) -> None:
         """Give back DeepSpeed's buffers and hooks, so that another engine may follow."""

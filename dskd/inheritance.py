@@ -18,12 +18,13 @@ from dskd.checks import cache_folder
 from dskd.data.blocks import Prepared
 from dskd.data.loader import Attach, Attachment
 from dskd.data.masking import View
-from dskd.ds_config import fill_auto, load_preset
+from dskd.ds_config import precision_of
 from dskd.engine import shard_teacher
 from dskd.errors import DskdError
+from dskd.files import fingerprint
 from dskd.logit_cache import LogitCache
 from dskd.models.build import build, hidden_size, model_fingerprint
-from dskd.precision import DTYPES, resolve
+from dskd.hardware import DTYPES, resolve, teacher_config
 from dskd.settings import CachedTeacher, LiveTeacher, RoutedTeacher, Run
 from dskd.teacher import Cached, Live, Routed, Teacher
 
@@ -72,19 +73,11 @@ def frozen(run: Run, domain: str | None, prepared: Prepared, device: torch.devic
     """The teacher model of a live or captured teacher, replicated or ZeRO-3-sharded."""
     teacher = each_teacher(run)[domain]
     where = "teacher.model" if domain is None else f"teacher.domains.{domain}.model"
-    precision = resolve(teacher.precision)
     ds = None
     if teacher.deepspeed is not None:
-        ds = fill_auto(
-            load_preset(teacher.deepspeed),
-            run,
-            dist.world(),
-            hidden_size(teacher.model, where=where),
-            device.type == "cuda",
-            role="teacher",
-            precision=precision,
-            where=teacher.deepspeed,
-        )
+        hidden = hidden_size(teacher.model, where=where)
+        ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden)
+    precision = resolve(teacher.precision) if ds is None else precision_of(ds)
     model = build(
         teacher.model,
         prepared.tokenizer,
@@ -101,13 +94,16 @@ def frozen(run: Run, domain: str | None, prepared: Prepared, device: torch.devic
 
 def expected(run: Run, teacher: CachedTeacher, prepared: Prepared, view: View) -> dict[str, str]:
     """Fingerprints a cache must carry; the teacher's only where the settings name its model."""
+    blocking = {"block_size": run.data.block_size, "packing": run.data.packing}
     prints = {
+        "blocking": fingerprint(blocking),
         "tokenizer": prepared.tokenizer_fingerprint,
         "data": prepared.train.fingerprint,
         "masking": view.fingerprint,
     }
     if teacher.model is not None:
-        prints["teacher"] = model_fingerprint(teacher.model, seed=run.seed, where="teacher.model")
+        weights = model_fingerprint(teacher.model, seed=run.seed, where="teacher.model")
+        prints["teacher"] = fingerprint([weights, teacher.precision])
     return prints
 
 

@@ -12,19 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from dskd import dist, engine
 from dskd.checks import validate
 from dskd.config import Recipe, differences, dump, read
-from dskd.ds_config import fill_auto, load_preset
 from dskd.errors import ConfigError
 from dskd.files import read_manifest, write_atomic, write_manifest
 from dskd.inheritance import each_teacher
 from dskd.log import say
 from dskd.method import Method
 from dskd.models.build import model_fingerprint
-from dskd.precision import resolve
+from dskd.hardware import student_config, teacher_config
 from dskd.report import print_table, write_report
 from dskd.settings import Model, Run
 from dskd.stages import STAGES, Job
@@ -42,17 +39,14 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         ConfigError: contradictions among the settings, with the DeepSpeed JSONs, or with the
             settings that a run in progress was started with.
     """
-    cuda = torch.cuda.is_available()
     for name, run in recipe.runs.items():
-        where = f"runs.{name}" if len(recipe.runs) > 1 else ""
-        validate(run, world, methods[name], where)
-        # The hidden size only sets bucket sizes; a model that an earlier run will export has none yet.
-        fill_auto(load_preset(run.deepspeed), run, world, NOMINAL_HIDDEN, cuda)
+        validate(run, world, methods[name], f"runs.{name}" if len(recipe.runs) > 1 else "")
+        # The hidden size only sets buckets; a model that an earlier run will export has none yet.
+        student_config(run, NOMINAL_HIDDEN, world=world)
         for teacher in each_teacher(run).values():
-            if teacher.deepspeed is not None and teacher.model is not None:
-                ds, precision = load_preset(teacher.deepspeed), resolve(teacher.precision)
-                role = {"role": "teacher", "where": teacher.deepspeed, "precision": precision}
-                fill_auto(ds, run, world, NOMINAL_HIDDEN, cuda, **role)
+            if teacher.deepspeed is not None:
+                ds, precision = teacher.deepspeed, teacher.precision
+                teacher_config(ds, precision, run, NOMINAL_HIDDEN, world=world)
         _refuse_other_settings(run)
 
 

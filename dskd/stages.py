@@ -20,8 +20,8 @@ from dskd.checks import cache_folder
 from dskd.data.blocks import Prepared, open_prepared, prepare
 from dskd.data.loader import Loader
 from dskd.data.masking import View, view_for
-from dskd.ds_config import fill_auto, load_preset, precision_of
-from dskd.engine import Engine, decay_groups, stage_of
+from dskd.ds_config import precision_of
+from dskd.engine import Engine, decay_groups, shard_teacher, stage_of
 from dskd.evaluation import evaluate
 from dskd.export import export
 from dskd.files import write_atomic
@@ -31,7 +31,7 @@ from dskd.method import Method
 from dskd.models.build import build, hidden_size
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.objective import Objective
-from dskd.precision import DTYPES
+from dskd.hardware import DTYPES, student_config, teacher_config
 from dskd.settings import CachedTeacher, Model, Run
 from dskd.trainer import Progress, Trainer
 from dskd.zero import full_shape
@@ -63,17 +63,16 @@ class Job:
         """The run's checkpoints."""
         return Checkpoints(self.run.out / "train" / "checkpoints", self.run.checkpoint.keep)
 
+    @cached_property
     def ds(self) -> dict[str, Any]:
         """The student's DeepSpeed config without ``auto``."""
-        run = self.run
-        hidden = hidden_size(run.model, where="model")
-        return fill_auto(
-            load_preset(run.deepspeed), run, dist.world(), hidden, self.device.type == "cuda"
-        )
+        return student_config(self.run, hidden_size(self.run.model, where="model"))
 
 
 def cache(job: Job) -> None:
     """Capture the top-k logits of every cached teacher whose model the settings name."""
+    if not job.method.wants_teacher():
+        return
     run, prepared = job.run, job.prepared
     for domain, teacher in each_teacher(run).items():
         if not isinstance(teacher, CachedTeacher) or teacher.model is None:
@@ -168,18 +167,23 @@ def evaluate_export(job: Job) -> None:
     path = run.out / "scores.json"
     if dist.broadcast_object(path.exists()):
         return
-    ds = job.ds()
+    exported = Model(path=str(run.out / "export"), attention=run.model.attention)
+    # Sharded like the student was: a model that needs ZeRO-3 fits no single GPU here either.
+    precision, ds = precision_of(job.ds), None
+    if stage_of(job.ds) == 3:
+        ds = teacher_config(run.deepspeed, precision, run, hidden_size(exported, where="export"))
     model = build(
-        Model(path=str(run.out / "export"), attention=run.model.attention),
+        exported,
         job.prepared.tokenizer,
         objective=run.data.objective,
         block_size=run.data.block_size,
         seed=run.seed,
-        ds=None,
-        dtype=DTYPES[precision_of(ds)],
+        ds=ds,
+        dtype=DTYPES[precision],
         where="export",
     )
-    objective = Objective(model.to(job.device), job.method, None)
+    model = model.to(job.device) if ds is None else shard_teacher(model, ds)
+    objective = Objective(model, job.method, None)
     scores = _evaluate(job, objective)
     if dist.rank() == 0:
         write_atomic(path, json.dumps(scores, indent=1).encode())
@@ -188,7 +192,7 @@ def evaluate_export(job: Job) -> None:
 
 def _engine(job: Job, inheritance: Inheritance, saved: Saved | None) -> tuple[Engine, str, int]:
     """The student in its engine, at ``saved`` if given; precision and number of parameters."""
-    run, ds = job.run, job.ds()
+    run, ds = job.run, job.ds
     precision, stage = precision_of(ds), stage_of(ds)
     native = saved is None or universal.is_native(saved, dist.world(), stage, precision)
     if not native:

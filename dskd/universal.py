@@ -7,10 +7,12 @@ converts ZeRO 1-3 checkpoints to it and loads it into ZeRO 1-3 engines, but only
 
 from __future__ import annotations
 
-import contextlib
-import io
+import os
 import shutil
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +98,16 @@ def load_into_plain(engine: Engine, folder: Path) -> None:
 def _from_shards(source: Path, folder: Path) -> None:
     """ZeRO 1-3, by DeepSpeed's own converter, without its prints."""
     options = Namespace(
-        input_folder=str(source),
-        output_folder=str(folder),
+        input_folder=source.name,
+        output_folder=folder.name,
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
         inject_missing_state=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    # It takes paths for patterns, so it gets names without special characters.
+    with _working_in(source.parent), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         ds_to_universal.main(options)
     (folder.parent / "latest_universal").unlink()
     state = _load(folder / "zero" / "optimizer_state.pt")
@@ -128,7 +131,6 @@ def _from_plain(source: Path, folder: Path) -> None:
         torch.save({"param": checkpoint["module"][name]}, part / "fp32.pt")
         for key in _MOMENTS:
             torch.save({"param": state[key]}, part / f"{key}.pt")
-        torch.save(state["step"], part / "step.pt")
     shutil.copyfile(source / _MODEL, folder / _MODEL)
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer["param_groups"]]
     common = {"param_groups": groups, "ds_version": checkpoint["ds_version"]}
@@ -136,14 +138,32 @@ def _from_plain(source: Path, folder: Path) -> None:
 
 
 def _finish(folder: Path, step: float, state: dict[str, Any]) -> None:
-    """Write an ``optimizer_state.pt`` that stages 0 to 3 all find their keys in."""
+    """Bring the files to the one form in which stages 0 to 3 all find their keys."""
+    zero = folder / "zero"
+    for part in [path for path in zero.iterdir() if path.is_dir()]:
+        for path in {*part.glob("*.pt")} - {part / "step.pt"}:  # a tied name has no moments
+            value = _load(path)
+            if isinstance(value, Tensor):  # from stage 3: flat, and not in a dictionary
+                torch.save({"param": value}, path)
+        torch.save(torch.tensor(step), part / "step.pt")
     groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
     inner = {"state": {0: {"step": torch.tensor(step)}}, "param_groups": groups}
     state = {"ds_version": deepspeed.__version__, **state, "param_groups": groups}
     state |= {"optimizer_state_dict": inner, "dskd_step": step}
-    torch.save(state, folder / "zero" / "optimizer_state.pt")
+    torch.save(state, zero / "optimizer_state.pt")
 
 
 def _load(path: Path) -> Any:
     # Our own files, checked against the checkpoint's manifest; DeepSpeed pickles its own classes.
     return torch.load(path, map_location="cpu", weights_only=False)
+
+
+@contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    """Make ``folder`` the working directory meanwhile (no other thread is at work here)."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

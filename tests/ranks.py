@@ -17,9 +17,16 @@ from datetime import timedelta
 from typing import Any
 
 import deepspeed
+
+# Imported once before the fork, or each child would: seconds a test.
+import deepspeed.compile.backend
+import deepspeed.module_inject.auto_ep_layer
+import deepspeed.runtime.zero.muon.muon_optimizer
 import torch
-import transformers  # noqa: F401  imported before the fork, once
+import transformers  # noqa: F401
 from deepspeed import ops as deepspeed_ops
+
+import dskd.plan  # noqa: F401
 
 # The CPU communication op is compiled with g++ at start-up and hangs on a stale lock: never use it.
 deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -32,7 +39,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 120) -> list:
+def run_ranks(
+    function: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 120
+) -> list:
     """Call ``function(rank, *args)`` on ``world`` ranks; return their values by rank.
 
     Raises:

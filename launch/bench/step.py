@@ -1,0 +1,396 @@
+"""What Knowledge Inheritance costs: steps with a live and a cached teacher against a plain LM step.
+
+    python launch/bench/step.py [--rounds N] [--settings FILE] [--results FOLDER] [a.b=value ...]
+    deepspeed --num_gpus 2 launch/bench/step.py ...
+
+FILE is a recipe with the runs ``teacher`` and ``ki`` (default: the quickstart), which give the
+shapes. Each variant is the real thing: DeepSpeed engine, trainer, loader, cache files. Only the
+teacher's weights are random, and alpha stays at 0.5, so that every step computes both terms. Every
+round times one step of each variant on the same rows, in turn; ratios are taken within a round, so
+that a change of the machine's load hits both of their sides, and their median is reported.
+
+Peak memory is what a few steps add to a fresh process: on a CPU the resident set of a fork per
+variant, on a GPU what PyTorch allocates.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from importlib.metadata import version
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from dskd import dist, engine, stages
+from dskd.batch import Batch
+from dskd.checkpoint import Checkpoints
+from dskd.config import read
+from dskd.data.loader import Loader
+from dskd.ds_config import precision_of
+from dskd.engine import Engine, decay_groups
+from dskd.files import write_atomic
+from dskd.hardware import DTYPES
+from dskd.inheritance import Inheritance, inherit
+from dskd.log import Metrics, peak_memory
+from dskd.method import build_method
+from dskd.models.build import build
+from dskd.objective import Objective
+from dskd.settings import CachedTeacher, LiveTeacher, Run
+from dskd.stages import Job
+from dskd.trainer import Progress, Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = {"plain": "plain LM", "cached": "KI, cached", "live": "KI, live"}
+FORWARD = "forward"
+"""A teacher forward alone, on the batches of the step."""
+WARM_UP = 3
+"""Untimed rounds at the start; as many steps are taken to see a variant's peak memory."""
+BOUNDS = {"cached": ("plain",), "live": ("plain", FORWARD)}
+LIMITS = {"cached": 1.10, "live": 1.15}
+"""Most that a step may cost, times the sum of its bounds."""
+
+
+def variants(settings: Path, overrides: list[str], folder: Path, steps: int) -> dict[str, Run]:
+    """The recipe's student trained in each way; the cache goes to ``folder``."""
+    recipe = read(settings, overrides)
+    student, teacher = recipe.runs["ki"], recipe.runs["teacher"].model
+    inherited = {**student.method, "schedule": "constant", "rate": 0.5}
+    ways = {
+        "plain": ({"kind": "lm"}, None),
+        "cached": (inherited, _cached(student, teacher)),
+        "live": (inherited, LiveTeacher(model=teacher)),
+    }
+    train = student.train.model_copy(update={"steps": steps})
+    shared = {"out": folder, "train": train}
+    return {
+        name: student.model_copy(update={**shared, "method": method, "teacher": taught_by})
+        for name, (method, taught_by) in ways.items()
+    }
+
+
+def _cached(student: Run, model: Any) -> CachedTeacher:
+    assert isinstance(student.teacher, CachedTeacher), "the recipe's `ki` has a cached teacher"
+    return student.teacher.model_copy(update={"model": model, "path": None})
+
+
+def job_of(run: Run, device: torch.device) -> Job:
+    """What the stages need of a run."""
+    return Job(run, build_method(run.method), device)
+
+
+class Step:
+    """One variant, ready to train: ``step()`` takes an optimiser step like ``dskd/train.py``."""
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        job = job_of(run, device)
+        inheritance = Inheritance()
+        if job.method.wants_teacher():
+            heat = job.method.temperature
+            inheritance = inherit(run, heat, job.prepared, job.view, device)
+        student = build(
+            run.model,
+            job.prepared.tokenizer,
+            objective=run.data.objective,
+            block_size=run.data.block_size,
+            seed=run.seed,
+            ds=job.ds,
+            dtype=DTYPES[precision_of(job.ds)],
+            where="model",
+        )
+        self.parameters = sum(p.numel() for p in student.parameters())
+        objective = Objective(student, job.method, inheritance.teacher)
+        groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
+        self.loader = loader_of(job, inheritance)
+        self.progress = Progress()
+        self._trainer = Trainer(
+            run,
+            precision_of(job.ds),
+            job.method,
+            Engine(objective, groups, job.ds),
+            self.loader,
+            dict,
+            Checkpoints(run.out / "checkpoints", 1),
+            Metrics(run.out / "metrics.jsonl", 0),
+            self.progress,
+        )
+
+    def step(self) -> None:
+        """The body of the trainer's loop, without log lines, evaluations and checkpoints."""
+        self._trainer._step(False)
+        self.progress.step += 1
+
+
+def loader_of(job: Job, inheritance: Inheritance) -> Loader:
+    """The loader as the train stage makes it."""
+    return Loader(
+        job.prepared.train,
+        job.view,
+        batch=job.run.train.batch,
+        micro_batch=job.run.train.micro_batch,
+        rank=dist.rank(),
+        world=dist.world(),
+        seed=job.run.seed,
+        attach=inheritance.attach,
+        pin=job.device.type == "cuda",
+    )
+
+
+def forwards(run: Run, device: torch.device, rounds: int) -> Callable[[], None]:
+    """A function that runs the live teacher on the next step's batches, read beforehand."""
+    job = job_of(run, device)
+    teacher = inherit(run, job.method.temperature, job.prepared, job.view, device).teacher
+    assert teacher is not None
+    loader = loader_of(job, Inheritance())
+    steps: list[list[Batch]] = [loader.next_step() for _ in range(rounds)]
+    loader.close()
+
+    def forward() -> None:
+        for batch in steps.pop(0):
+            teacher(batch.to(device))
+
+    return forward
+
+
+def peak_of(run: Run, device: torch.device) -> int:
+    """Bytes that setting up a variant and taking a few steps adds to this process."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_memory()
+    variant = Step(run, device)
+    for _ in range(WARM_UP):
+        variant.step()
+    variant.loader.close()
+    return max(dist.gather_objects(peak_memory() - before))
+
+
+def clock_rounds(runs: Mapping[str, Run], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Milliseconds of every round by variant, on the clock and of this process on its cores."""
+    steps = {name: Step(run, device) for name, run in runs.items()}
+    work: dict[str, Callable[[], None]] = {name: one.step for name, one in steps.items()}
+    work[FORWARD] = forwards(runs["live"], device, WARM_UP + rounds)
+    names = list(work)
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    cores: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(WARM_UP + rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            dist.barrier()
+            _finish(device)
+            begin, busy = time.perf_counter(), time.process_time()
+            work[name]()
+            _finish(device)
+            if turn >= WARM_UP:
+                wall[name].append(1e3 * (time.perf_counter() - begin))
+                cores[name].append(1e3 * (time.process_time() - busy))
+    for one in steps.values():
+        one.loader.close()
+    dist.barrier()  # from here on the files may go
+    plain = steps["plain"]
+    return {
+        "wall_ms": wall,
+        "cpu_ms": cores,
+        "tokens_per_step": plain.progress.tokens // plain.progress.step,
+        "student_parameters": plain.parameters,
+    }
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def apart(work: Callable[..., Any], *args: Any, turn: int = 0) -> Any:
+    """``work(*args, device)`` in a fork of this process; on a GPU, which forbids that, right here.
+
+    Every fork joins a process group of its own, at the launcher's port plus ``turn``.
+    """
+    if torch.cuda.is_available():
+        return work(*args, engine.start())
+    here, there = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(
+        target=_child, args=(work, args, turn, there)
+    )
+    child.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise SystemExit("a measuring process died; its traceback is above") from None
+    finally:
+        child.join()
+
+
+def _child(work: Callable[..., Any], args: tuple[Any, ...], turn: int, there: Any) -> None:
+    if "MASTER_PORT" in os.environ:
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + turn)
+    there.send(work(*args, engine.start()))
+
+
+def make_folder(device: torch.device) -> Path:
+    """A temporary folder that all ranks share."""
+    del device
+    return Path(dist.on_rank0(lambda: tempfile.mkdtemp(prefix="dskd-bench-")))
+
+
+def make_files(run: Run, device: torch.device) -> None:
+    """Prepare the data and capture the cache."""
+    stages.cache(job_of(run, device))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    lower, middle, upper = quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "lower": lower, "upper": upper}
+
+
+def summarise(measured: dict[str, Any], peaks: Mapping[str, int]) -> dict[str, Any]:
+    """Medians and spreads of times and of ratios within a round, and whether the limits hold."""
+    wall, cores, tokens = (measured[key] for key in ("wall_ms", "cpu_ms", "tokens_per_step"))
+    rows = {
+        name: {
+            "ms": spread(wall[name]),
+            "cpu_ms": spread(cores[name]),
+            "tokens_per_second": 1e3 * tokens / median(wall[name]),
+            "over_plain": over(wall, name, "plain"),
+            "peak_memory_bytes": peaks.get(name),
+        }
+        for name in wall
+    }
+    targets = {}
+    for name, bound in BOUNDS.items():
+        ratio = over(wall, name, *bound)
+        targets[name] = {
+            **ratio,
+            "cpu": over(cores, name, *bound),
+            "limit": LIMITS[name],
+            "met": ratio["median"] <= LIMITS[name],
+        }
+    return {"variants": rows, "targets": targets}
+
+
+def over(samples: Mapping[str, list[float]], name: str, *others: str) -> dict[str, float]:
+    """Spread of a variant's time over the sum of the others' in the same round."""
+    sums = [sum(times) for times in zip(*(samples[other] for other in others), strict=True)]
+    return spread([own / whole for own, whole in zip(samples[name], sums, strict=True)])
+
+
+def about(runs: Mapping[str, Run], settings: Path, overrides: list[str]) -> dict[str, Any]:
+    """Date, machine, versions and settings of a measurement."""
+    cuda, info = torch.cuda.is_available(), Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    libraries = ("torch", "deepspeed", "transformers", "numpy")
+    run = runs["cached"]
+    return {
+        "date": date.today().isoformat(),
+        "machine": {
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "cpu": models[0] if models else platform.processor(),
+            "cores": os.cpu_count(),
+            "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+            "threads_per_rank": torch.get_num_threads(),
+            "load": os.getloadavg(),
+        },
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in libraries},
+        "settings": {
+            "file": settings.name,
+            "overrides": overrides,
+            "deepspeed": run.deepspeed,
+            **run.model_dump(mode="json", include={"method", "data", "model", "teacher", "train"}),
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as markdown."""
+    machine, train = result["machine"], result["settings"]["train"]
+    lines = [
+        f"{result['date']}, {machine['device']} ({machine['cpu']}), {machine['ranks']} ranks x "
+        f"{machine['threads_per_rank']} threads; {result['settings']['file']}: "
+        f"{result['student_parameters']:,} parameters, batch {train['batch']} in micro-batches of "
+        f"{train['micro_batch']}, {result['tokens_per_step']:,} tokens a step, K = "
+        f"{result['settings']['teacher']['k']}, T = {result['settings']['method']['temperature']}, "
+        f"{result['settings']['deepspeed']}; {result['rounds']} rounds.",
+        "",
+        "| step | ms, median [quartiles] | CPU ms | tokens/s | times the plain step | peak, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["variants"].items():
+        peak = row["peak_memory_bytes"]
+        cells = [
+            VARIANTS.get(name, "teacher forward"),
+            _show(row["ms"], 1),
+            f"{row['cpu_ms']['median']:.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+            _show(row["over_plain"], 3),
+            "" if peak is None else f"{peak / 2**20:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for name, target in result["targets"].items():
+        verdict = "met" if target["met"] else "MISSED"
+        lines.append(
+            f"- {name} / ({' + '.join(BOUNDS[name])}): {_show(target, 3)}, CPU time "
+            f"{_show(target['cpu'], 3)}; at most {target['limit']}: {verdict}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _show(values: Mapping[str, float], digits: int) -> str:
+    middle, lower, upper = (f"{values[key]:.{digits}f}" for key in ("median", "lower", "upper"))
+    return f"{middle} [{lower} - {upper}]"
+
+
+def main() -> None:
+    """Measure, print the table, and write it with all numbers into the folder of results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--settings", type=Path, default=ROOT / "launch/ki/quickstart.yaml")
+    parser.add_argument("--results", type=Path, default=ROOT / "launch/bench/results")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value")
+    words = parser.parse_args()
+    folder = apart(make_folder)
+    try:
+        steps = WARM_UP + words.rounds
+        runs = variants(words.settings, words.overrides, folder, steps)
+        apart(make_files, runs["cached"], turn=1)
+        peaks = {
+            name: apart(peak_of, run, turn=turn) for turn, (name, run) in enumerate(runs.items(), 2)
+        }
+        measured = apart(lambda device: clock_rounds(runs, device, words.rounds), turn=9)
+    finally:
+        if _first():
+            shutil.rmtree(folder)
+    result = {**about(runs, words.settings, words.overrides), "rounds": words.rounds, **measured}
+    result |= summarise(measured, peaks)
+    if _first():
+        print(table(result), flush=True)
+        device = result["machine"]["device"].replace(" ", "-").lower()
+        stem = f"{result['date']}-{device}-{result['machine']['ranks']}ranks"
+        write_atomic(words.results / f"{stem}.json", json.dumps(result, indent=1).encode())
+        write_atomic(words.results / f"{stem}.md", table(result).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""kill -9 at any moment, SIGTERM and SIGINT: the next call goes on, and ends where it would have."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dskd import checkpoint, export, stages, store, trainer
+from dskd.data import blocks, building
+from dskd.engine import Engine
+from dskd.log import Metrics, read_metrics
+from tests.faults.runs import STEPS, Ranks, die, train, write_recipe
+from tests.launching import evaluations, losses
+
+KILLS = 10
+Trap = Callable[[int], None]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Path, float]:
+    """The folder of a run that nothing disturbed, and its seconds."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = write_recipe(folder)
+    began = time.monotonic()
+    train(folder, recipe)
+    return folder / "run", time.monotonic() - began
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    """The same weights, bit for bit, and the same story on the way."""
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (run / "export" / name).read_bytes() == (reference / "export" / name).read_bytes()
+    assert (run / "scores.json").read_bytes() == (reference / "scores.json").read_bytes()
+    assert len(losses(run)) == STEPS
+    assert losses(run) == losses(reference)
+    assert evaluations(run) == evaluations(reference)
+    lines = [
+        [(line["step"], "loss" in line) for line in read_metrics(out / "train" / "metrics.jsonl")]
+        for out in (run, reference)
+    ]
+    assert lines[0] == lines[1]
+    assert not list((run / "train" / "checkpoints").glob(".*"))
+
+
+def test_killed_at_random_moments(undisturbed, tmp_path):
+    """Runs killed again and again, until each ends; ten kills in all, from data to evaluation."""
+    reference, seconds = undisturbed
+    draw, kills, folders = random.Random(11), 0, 0
+    while kills < KILLS:
+        folder = tmp_path / str(folders)
+        folder.mkdir()
+        recipe = write_recipe(folder)
+        folders += 1
+        ranks = Ranks(folder, recipe)
+        while not ranks.wait(draw.uniform(0, seconds)):
+            ranks.kill()
+            kills += 1
+            ranks = Ranks(folder, recipe)
+        assert ranks.statuses() == [0, 0], ranks.output()
+        assert_same(folder / "run", reference)
+
+
+def before(owner: Any, name: str, call: int = 1, rank: int = 0) -> Trap:
+    """The rank dies when it is about to call a function for the so many-th time."""
+    return _trap(owner, name, lambda original, *args, **kwargs: die(), call, rank)
+
+
+def after(owner: Any, name: str, call: int = 1, rank: int = 0) -> Trap:
+    """The rank dies when that call has returned."""
+
+    def work(original, *args, **kwargs):
+        original(*args, **kwargs)
+        die()
+
+    return _trap(owner, name, work, call, rank)
+
+
+def moving(start: str, how: str = "rename") -> Trap:
+    """Rank 0 dies when a file or folder whose name starts so is about to get its final name."""
+
+    def work(original, path, target):
+        if path.name.startswith(start):
+            die()
+        return original(path, target)
+
+    return _trap(Path, how, work, call=None, rank=0)
+
+
+def _trap(owner: Any, name: str, work: Callable[..., Any], call: int | None, rank: int) -> Trap:
+    def arm(this: int) -> None:
+        if this != rank:
+            return
+        original, calls = getattr(owner, name), 0
+
+        def trapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if call is None or calls == call:
+                return work(original, *args, **kwargs)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, trapped)
+
+    return arm
+
+
+def _half_a_file(original, state, path, *args, **kwargs):
+    original(state, path, *args, **kwargs)
+    os.truncate(path, os.path.getsize(path) // 2)
+    die()
+
+
+def _half_a_line(original, metrics, **values):
+    original(metrics, **values)
+    os.truncate(metrics._path, os.path.getsize(metrics._path) - 20)
+    die()
+
+
+def _half_a_folder(original, path, *args, **kwargs):
+    if Path(path).name.startswith(".dead-"):
+        next(Path(path).glob("*.pt")).unlink()
+        die()
+    return original(path, *args, **kwargs)
+
+
+MOMENTS: list[tuple[str, Trap, list[int]]] = [
+    ("rows written, no manifest", before(building, "_write_manifest"), []),
+    ("rows whole, not yet named", before(blocks, "_publish"), []),
+    ("first shard written", after(store.Writer, "write_shard"), []),
+    ("other rank's shard not yet named", moving(".shard-", "replace"), []),
+    ("all shards, no manifest", before(store.Writer, "finish"), []),
+    ("one step taken", after(Metrics, "write"), []),
+    ("half a shard of the other rank", _trap(torch, "save", _half_a_file, 1, rank=1), []),
+    ("engine's files written", after(Engine, "save"), []),
+    ("other rank is done, one is not", before(Engine, "save"), []),
+    ("files hashed, no manifest", before(checkpoint, "write_manifest"), []),
+    ("manifest, not yet named", moving(".saving-"), []),
+    ("named, nothing pruned", before(checkpoint.Checkpoints, "_prune", call=2), [2, 4]),
+    ("half of one pruned", _trap(shutil, "rmtree", _half_a_folder, None, rank=0), [4, 6]),
+    ("half a line of metrics", _trap(Metrics, "write", _half_a_line, 1, rank=0), [4, 6]),
+    ("last checkpoint, no summary", before(stages, "_summarise"), [8]),
+    ("weights exported, no tokenizer", before(export, "_describe"), [8]),
+    ("export whole, not yet named", before(export, "_replace"), [8]),
+    ("scores not yet named", moving(".scores.json", "replace"), [8]),
+]
+"""What has happened, the trap that kills a rank there, and the steps saved by then."""
+
+
+def test_killed_at_every_delicate_moment(undisturbed, tmp_path):
+    """One run, killed at each of them in turn."""
+    reference, _ = undisturbed
+    recipe = write_recipe(tmp_path)
+    for moment, trap, steps in MOMENTS:
+        ranks = Ranks(tmp_path, recipe, trap=trap)
+        statuses = ranks.statuses()  # of the other rank too, or that of a lost connection
+        assert -signal.SIGKILL in statuses and not {0, 2} & {*statuses}, (moment, ranks.output())
+        folders = (tmp_path / "run" / "train" / "checkpoints").glob("step-*")
+        saved = sorted(int(path.name.removeprefix("step-")) for path in folders)
+        assert saved == steps, moment
+    train(tmp_path, recipe)
+    assert_same(tmp_path / "run", reference)
+
+
+def _signal_in_step(step: int, number: int, rank: int) -> Trap:
+    """The rank gets a signal while it takes a step."""
+
+    def work(original, train, taken):
+        if taken == step - 1:
+            os.kill(os.getpid(), number)
+        return original(train, taken)
+
+    return _trap(trainer, "learning_rate", work, None, rank)
+
+
+def test_stopped_by_signals(undisturbed, tmp_path):
+    """A signal to any rank: all save the next step and leave with status 75."""
+    reference, _ = undisturbed
+    shutil.copytree(reference.parent, tmp_path, dirs_exist_ok=True)
+    recipe = write_recipe(tmp_path)
+    for leftover in ("train", "export"):
+        shutil.rmtree(tmp_path / "run" / leftover)
+    (tmp_path / "run" / "scores.json").unlink()
+    for number, rank, step in ((signal.SIGTERM, 1, 5), (signal.SIGINT, 0, 7)):
+        ranks = Ranks(tmp_path, recipe, trap=_signal_in_step(step - 1, number, rank))
+        assert ranks.statuses() == [75, 75], ranks.output()
+        assert ranks.output().count(f"stopped by a signal; step {step} is saved") == 2
+        assert (tmp_path / "run" / "train" / "checkpoints" / f"step-{step:08d}").is_dir()
+        assert len(losses(tmp_path / "run")) == step
+    train(tmp_path, recipe)
+    assert_same(tmp_path / "run", reference)

@@ -45,7 +45,7 @@ class Batch:
         return self.labels_BT != IGNORE
 
     def supervised(self) -> Tensor:
-        """Number of supervised positions, a float64 scalar (exact beyond 2^24 in a sum over ranks)."""
+        """Number of supervised positions, a float64 scalar (sums over ranks pass 2^24)."""
         return self.supervised_BT.sum().to(torch.float64)
 
     @property

@@ -42,7 +42,7 @@ class Checkpoints:
         keep: how many of the newest to keep; the best one is kept besides.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int) -> None:
         self._folder = folder
         self._keep = keep
 
@@ -93,7 +93,7 @@ class Checkpoints:
         return self._open(names[-1]) if names else None
 
     def best(self) -> Saved:
-        """The kept checkpoint with the lowest evaluation loss, the latest of equals, checked whole."""
+        """The kept checkpoint with the lowest evaluation loss (the latest of equals), checked."""
         return self._open(dist.broadcast_object(self._best_name()))
 
     def _listed(self) -> list[str]:
@@ -137,7 +137,7 @@ class Checkpoints:
         kept = {*names[-self._keep :], self._best_name()}
         for name in names:
             if name not in kept:
-                # Renamed first: a kill inside rmtree must not leave half a checkpoint with its name.
+                # Renamed first: a kill inside rmtree must not leave half a checkpoint so named.
                 doomed = self._folder / f".dead-{name}"
                 (self._folder / name).rename(doomed)
                 shutil.rmtree(doomed)

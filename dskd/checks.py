@@ -69,6 +69,12 @@ def _train(run: Run, world: int) -> Problems:
         yield "train.warmup", f"{train.warmup} is more than train.steps {train.steps}"
     if train.end_lr > train.lr:
         yield "train.end_lr", f"{train.end_lr} is more than train.lr {train.lr}"
+    if run.checkpoint.every % run.evaluation.every:
+        yield (
+            "checkpoint.every",
+            f"{run.checkpoint.every} is not a multiple of evaluation.every {run.evaluation.every};"
+            " the best checkpoint is chosen by its evaluation",
+        )
 
 
 def _data(run: Run) -> Problems:
@@ -111,6 +117,8 @@ def _teachers(run: Run) -> Problems:
     for name, teacher in _each_teacher(run):
         if isinstance(teacher, CachedTeacher):
             temperatures, use_k = teacher.temperatures, teacher.use_k
+            if teacher.model is None and teacher.path is None:
+                yield f"{name}.model", f"missing; name a model to capture from, or {name}.path"
             if len(set(temperatures)) < len(temperatures):
                 yield f"{name}.temperatures", f"{temperatures} has one twice"
             if teacher.model is not None and use_k is not None and use_k > teacher.k:

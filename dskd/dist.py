@@ -64,8 +64,9 @@ def agree(problem: DskdError | None) -> None:
 
     Work that may fail on one rank ends with this, so that the others do not wait for it for ever.
     """
-    for found in gather_objects(problem):
+    for where, found in enumerate(gather_objects(problem)):
         if found is not None:
+            found.elsewhere = where != rank()
             raise found
 
 
@@ -85,6 +86,6 @@ def on_rank0(function: Callable[[], Value]) -> Value:
             busy = broadcast_object(not done)
         problem = work.exception() if work is not None else None
         if problem is not None and not isinstance(problem, DskdError):
-            raise problem  # ours to mend: this rank dies with a traceback, the launcher ends the rest
+            raise problem  # ours to mend: this rank dies of it, and the launcher ends the rest
         agree(problem)
         return broadcast_object(work.result() if work is not None else None)

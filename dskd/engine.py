@@ -82,7 +82,9 @@ class Engine:
         ds: a DeepSpeed config without any ``auto``.
     """
 
-    def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], ds: dict[str, Any]):
+    def __init__(
+        self, objective: nn.Module, groups: list[dict[str, Any]], ds: dict[str, Any]
+    ) -> None:
         silent = {key: value for key, value in ds.items() if key not in _MONITORS}
         names = {id(parameter): name for name, parameter in objective.named_parameters()}
         self._group_names = [[names[id(p)] for p in group["params"]] for group in groups]
@@ -134,14 +136,14 @@ class Engine:
         return None if norm is None else float(norm)
 
     def step(self, lr: float) -> bool:
-        """Take an optimiser step at this learning rate; False if fp16 overflowed and it was skipped."""
+        """Take an optimiser step at this learning rate; False if fp16 overflow skipped it."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
         return self._engine.was_step_applied()
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Send values to the monitors the DeepSpeed config asks for (TensorBoard, W&B, CSV, Comet)."""
+        """Send values to the monitors of the DeepSpeed config (TensorBoard, W&B, CSV, Comet)."""
         if self._monitor.enabled and dist.rank() == 0:
             self._monitor.write_events([(name, value, step) for name, value in values.items()])
 
@@ -166,7 +168,7 @@ class Engine:
 
     @torch.no_grad()
     def load_plain(self, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> None:
-        """Take weights and Adam state, by parameter name, maybe flat, into an fp32 ZeRO-0 engine."""
+        """Take weights and Adam state, by name and maybe flat, into an fp32 ZeRO-0 engine."""
         for name, parameter in self.module.named_parameters():
             parameter.copy_(weights[name].view_as(parameter))
             state = {key: value.to(parameter.device) for key, value in moments[name].items()}

@@ -8,6 +8,9 @@ exception is a defect of ours and keeps its traceback.
 class DskdError(Exception):
     """Something the user can mend; the message says what and where."""
 
+    elsewhere: bool = False
+    """Whether another rank tells the user, having raised the same."""
+
 
 class ConfigError(DskdError, ValueError):
     """A setting is unknown, of the wrong type, or contradicts another one."""

@@ -60,7 +60,7 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(path: Path, error: type[DskdError]) -> dict[str, Any]:
-    """Read a file of :func:`write_manifest`; raise ``error`` naming it if it is absent or changed."""
+    """Read a file of :func:`write_manifest`; raise ``error``, naming it, if absent or changed."""
     if not path.is_file():
         raise error(f"{path}: no such file")
     raw = path.read_bytes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,9 @@ from dskd.ds_config import precision_of
 from dskd.engine import shard_teacher
 from dskd.errors import DskdError
 from dskd.files import fingerprint
+from dskd.hardware import DTYPES, resolve, teacher_config
 from dskd.logit_cache import LogitCache
 from dskd.models.build import build, hidden_size, model_fingerprint
-from dskd.hardware import DTYPES, resolve, teacher_config
 from dskd.settings import CachedTeacher, LiveTeacher, RoutedTeacher, Run
 from dskd.teacher import Cached, Live, Routed, Teacher
 

@@ -37,7 +37,7 @@ class Metrics:
         step: completed steps of the checkpoint the run goes on from.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int) -> None:
         self._path = path
         if dist.rank() == 0 and path.exists():
             lines = _whole_lines(path) if step else []
@@ -58,7 +58,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines that were written to their end; a kill may cut the last one, nothing else may be cut."""
+    """Lines written to their end; a kill may cut the last one, nothing else may be cut."""
     *whole, _ = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(whole, 1):
         try:

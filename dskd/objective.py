@@ -19,7 +19,7 @@ from dskd.teacher import Teacher
 class Objective(nn.Module):
     """Student and method; ``forward(batch, step)`` returns the terms of one micro-batch."""
 
-    def __init__(self, student: nn.Module, method: Method, teacher: Teacher | None):
+    def __init__(self, student: nn.Module, method: Method, teacher: Teacher | None) -> None:
         super().__init__()
         self.student = student
         self.method = method

@@ -9,19 +9,22 @@ A run's folder::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from dskd import dist, engine
 from dskd.checks import validate
 from dskd.config import Recipe, differences, dump, read
 from dskd.errors import ConfigError
 from dskd.files import read_manifest, write_atomic, write_manifest
+from dskd.hardware import student_config, teacher_config
 from dskd.inheritance import each_teacher
 from dskd.log import say
 from dskd.method import Method
 from dskd.models.build import model_fingerprint
-from dskd.hardware import student_config, teacher_config
 from dskd.report import print_table, write_report
 from dskd.settings import Model, Run
 from dskd.stages import STAGES, Job
@@ -30,6 +33,9 @@ CONTROL = "scratch"
 """The run of a recipe, if it has one of this name, that the report measures the others against."""
 
 NOMINAL_HIDDEN = 1024
+
+_LEFT = {"train": "train/summary.json", "export": "export", "evaluate": "scores.json"}
+"""What a stage leaves in the run's folder when it is whole."""
 
 
 def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
@@ -50,20 +56,60 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         _refuse_other_settings(run)
 
 
+def is_done(recipe: Recipe) -> bool:
+    """Whether every run has left what its last stage leaves."""
+    return all(
+        run.until in _LEFT and (run.out / _LEFT[run.until]).exists() for run in recipe.runs.values()
+    )
+
+
 def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Carry out what is not done yet; then print the table and write ``report.html``."""
     device = engine.start()
-    dist.on_rank0(lambda: _write_settings(recipe))
-    for name, run in recipe.runs.items():
-        say(f"== {name}: {run.method['kind']}, {run.out}")
-        job = Job(run, methods[name], device)
-        for stage, work in STAGES.items():
-            work(job)
-            if stage == "data":
-                dist.on_rank0(lambda job=job: _refuse_other_inputs(job))
-            if stage == run.until:
-                break
-    dist.on_rank0(lambda: _report(recipe))
+    with _alone(recipe.out):
+        dist.on_rank0(lambda: _write_settings(recipe))
+        for name, run in recipe.runs.items():
+            say(f"== {name}: {run.method['kind']}, {run.out}")
+            job = Job(run, methods[name], device)
+            for stage, work in STAGES.items():
+                work(job)
+                if stage == "data":
+                    dist.on_rank0(lambda job=job: _refuse_other_inputs(job))
+                if stage == run.until:
+                    break
+        dist.on_rank0(lambda: report(recipe))
+
+
+def report(recipe: Recipe) -> None:
+    """Print the table of the trained runs and write ``report.html`` beside them."""
+    runs: dict[str, Path] = {
+        name: run.out for name, run in recipe.runs.items() if (run.out / _LEFT["train"]).exists()
+    }
+    if not runs:
+        return
+    control = CONTROL if CONTROL in runs else None
+    print_table(runs, control)
+    print(f"report: {write_report(runs, recipe.out, control)}", flush=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; wait while another job works in it. A killed job leaves no lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        dist.on_rank0(lambda: _lock(handle, folder))
+        yield
+        dist.barrier()
+
+
+def _lock(handle: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"waiting: another job is at work in {folder}")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as problem:
+        say(f"{folder}: its file system has no locks ({problem}); start one job at a time")
 
 
 def _write_settings(recipe: Recipe) -> None:
@@ -94,8 +140,8 @@ def _refuse_other_inputs(job: Job) -> None:
         write_manifest(path, now)
         return
     before = read_manifest(path, ConfigError)
-    for name in now:
-        if now[name] != before.get(name):
+    for name, print_now in now.items():
+        if print_now != before.get(name):
             raise ConfigError(
                 f"{run.out}: {name} changed since the run was started; choose another `out`, or "
                 f"delete the folder"
@@ -110,16 +156,3 @@ def _models(run: Run) -> dict[str, Model]:
                 teacher.model
             )
     return models
-
-
-def _report(recipe: Recipe) -> None:
-    runs: dict[str, Path] = {
-        name: run.out
-        for name, run in recipe.runs.items()
-        if (run.out / "train" / "summary.json").exists()
-    }
-    if not runs:
-        return
-    control = CONTROL if CONTROL in runs else None
-    print_table(runs, control)
-    print(f"report: {write_report(runs, recipe.out, control)}", flush=True)

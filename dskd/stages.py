@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from dskd.engine import Engine, decay_groups, shard_teacher, stage_of
 from dskd.evaluation import evaluate
 from dskd.export import export
 from dskd.files import write_atomic
+from dskd.hardware import DTYPES, student_config, teacher_config
 from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit
 from dskd.log import Metrics, peak_memory, say
 from dskd.method import Method
 from dskd.models.build import build, hidden_size
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.objective import Objective
-from dskd.hardware import DTYPES, student_config, teacher_config
 from dskd.settings import CachedTeacher, Model, Run
 from dskd.trainer import Progress, Trainer
 from dskd.zero import full_shape
@@ -93,10 +93,14 @@ def cache(job: Job) -> None:
 
 def train(job: Job) -> None:
     """Train the student, from its newest checkpoint if there is one; leaves ``summary.json``."""
+    summary = job.run.out / "train" / "summary.json"
+    if not dist.broadcast_object(summary.exists()):
+        _train(job, summary)
+        _free()
+
+
+def _train(job: Job, summary: Path) -> None:
     run, prepared = job.run, job.prepared
-    summary = run.out / "train" / "summary.json"
-    if dist.broadcast_object(summary.exists()):
-        return
     checkpoints = job.checkpoints
     checkpoints.clean()
     saved = checkpoints.latest()
@@ -119,17 +123,16 @@ def train(job: Job) -> None:
         position=progress.position,
         pin=job.device.type == "cuda",
     )
-    metrics = Metrics(run.out / "train" / "metrics.jsonl", progress.step)
     trainer = Trainer(
-        run,
-        precision,
-        job.method,
-        engine,
-        loader,
-        lambda: _evaluate(job, engine.module),
-        checkpoints,
-        metrics,
-        progress,
+        run=run,
+        precision=precision,
+        method=job.method,
+        engine=engine,
+        loader=loader,
+        evaluate=lambda: _evaluate(job, engine.module),
+        checkpoints=checkpoints,
+        metrics=Metrics(run.out / "train" / "metrics.jsonl", progress.step),
+        progress=progress,
     )
     try:
         trainer.train()
@@ -137,15 +140,17 @@ def train(job: Job) -> None:
         loader.close()
     _summarise(job, progress, parameters, summary)
     engine.destroy()
-    del engine, trainer, inheritance
-    _free()
 
 
 def export_best(job: Job) -> None:
     """Write the best checkpoint as a HuggingFace folder, ``export/``."""
     folder = job.run.out / "export"
-    if dist.broadcast_object(folder.exists()):
-        return
+    if not dist.broadcast_object(folder.exists()):
+        _export(job, folder)
+        _free()
+
+
+def _export(job: Job, folder: Path) -> None:
     best = job.checkpoints.best()
     engine, _, _ = _engine(job, Inheritance(), best)
     card = {
@@ -157,8 +162,6 @@ def export_best(job: Job) -> None:
     export(engine.module.student, job.prepared.tokenizer, folder, card=card)
     say(f"exported step {best.step} to {folder}")
     engine.destroy()
-    del engine
-    _free()
 
 
 def evaluate_export(job: Job) -> None:

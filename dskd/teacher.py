@@ -1,8 +1,8 @@
 """Teachers: what gives a signal for the supervised positions of a batch.
 
-A live teacher is a frozen model run on the batch; a cached one reads what the loader attached to it;
-a routed one asks each row's domain teacher. All return a Signal in Rows order, so that a loss cannot
-tell them apart.
+A live teacher is a frozen model run on the batch; a cached one reads what the loader attached to
+it; a routed one asks each row's domain teacher. All return a Signal in Rows order, so that a loss
+cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Live:
         vocabulary: number of real tokens; padding columns beyond are dropped.
     """
 
-    def __init__(self, model: nn.Module, vocabulary: int):
+    def __init__(self, model: nn.Module, vocabulary: int) -> None:
         self._model = model.eval().requires_grad_(False)
         self._vocabulary = vocabulary
 
@@ -49,7 +49,7 @@ class Cached:
         temperature: the temperature the loader's tail masses belong to.
     """
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float) -> None:
         self._temperature = temperature
 
     def __call__(self, batch: Batch) -> TopK:
@@ -65,7 +65,7 @@ class Routed:
     it, because a ZeRO-3 teacher called on one rank only would hang the others.
     """
 
-    def __init__(self, by_domain: dict[int, Live]):
+    def __init__(self, by_domain: dict[int, Live]) -> None:
         self._by_domain = by_domain
 
     @torch.no_grad()

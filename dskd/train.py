@@ -1,4 +1,4 @@
-"""Train what a recipe describes: ``deepspeed --num_gpus 8 dskd/train.py [FILE.yaml] [a.b=value ...]``.
+"""Train a recipe: ``deepspeed --num_gpus 8 dskd/train.py [FILE.yaml] [a.b=value ...]``.
 
 Without arguments, a 20-step toy run. The same command goes on after an interruption, skips what is
 done, and refuses to go on if a setting that matters has changed.
@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except DskdError as problem:
-        # The others raise it too, or are ended by the launcher when this rank leaves.
-        print(f"{_who()}error: {problem}", file=sys.stderr, flush=True)
+        # Before the group exists every rank finds the same mistakes.
+        if not problem.elsewhere and (_grouped() or os.environ.get("RANK", "0") == "0"):
+            print(f"error: {problem}", file=sys.stderr, flush=True)
         return MENDABLE
 
 
@@ -52,20 +53,26 @@ def _run(words: list[str]) -> int:
     methods = {name: build_method(run.method) for name, run in recipe.runs.items()}
 
     from dskd import plan
+    from dskd.log import say
     from dskd.trainer import Interrupted
 
     plan.check(recipe, methods, world=int(os.environ.get("WORLD_SIZE", "1")))
+    if plan.is_done(recipe):
+        if os.environ.get("RANK", "0") == "0":
+            plan.report(recipe)
+        return 0
     try:
         plan.execute(recipe, methods)
     except Interrupted as stop:
-        print(f"{_who()}{stop}; the same command goes on from there", flush=True)
+        say(f"{stop}; the same command goes on from there")
         return STOPPED
     return 0
 
 
-def _who() -> str:
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return "" if alone else f"[rank {os.environ['RANK']}] "
+def _grouped() -> bool:
+    """Whether a process group exists (torch may not even be imported yet)."""
+    module = sys.modules.get("torch.distributed")
+    return module is not None and module.is_initialized()
 
 
 if __name__ == "__main__":

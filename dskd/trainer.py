@@ -34,7 +34,7 @@ from dskd.settings import Run
 class Interrupted(Exception):
     """SIGTERM or SIGINT was honoured: the checkpoint of ``step`` is on disk."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int) -> None:
         super().__init__(f"stopped by a signal; step {step} is saved")
 
 
@@ -83,6 +83,7 @@ class Trainer:
 
     def __init__(
         self,
+        *,
         run: Run,
         precision: str,
         method: Method,
@@ -92,7 +93,7 @@ class Trainer:
         checkpoints: Checkpoints,
         metrics: Metrics,
         progress: Progress,
-    ):
+    ) -> None:
         self._run = run
         self._precision = precision
         self._method = method
@@ -108,7 +109,8 @@ class Trainer:
         """Take the remaining steps.
 
         Raises:
-            NonFiniteError: a loss term is NaN or infinite; no checkpoint of that step is written.
+            NonFiniteError: a loss term, the gradient or the evaluation loss is NaN or infinite; no
+                checkpoint of that step is written.
             Interrupted: a signal came; its step is saved.
         """
         progress, run = self._progress, self._run
@@ -120,9 +122,7 @@ class Trainer:
                 progress.train_seconds += time.monotonic() - clock
                 progress.wall_seconds = time.monotonic() - begun
                 if not taken.applied:
-                    say(
-                        f"step {progress.step + 1}: fp16 overflow, skipped; the loss scale is halved"
-                    )
+                    say(f"step {progress.step + 1}: fp16 overflow, skipped at half the loss scale")
                     continue
                 progress.step += 1
                 self._log(taken)
@@ -151,6 +151,8 @@ class Trainer:
         before = engine.grad_norm() if engine.stage == 0 else None
         applied = engine.step(lr)
         norm = engine.grad_norm() if before is None else before
+        if applied or self._precision != "fp16":  # only fp16 skips a step and goes on
+            _finite(progress.step + 1, "the gradient's norm", norm if applied else math.nan)
         progress.position = self._loader.position
         progress.tokens += counts.tokens
         return Taken(applied, counts.stop, weights, means, lr, norm)
@@ -173,10 +175,12 @@ class Trainer:
         means = {n: float(s / counts.by_term[n]) for n, s in zip(names, sums, strict=True)}
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise NonFiniteError(
+                problem = NonFiniteError(
                     f"step {self._progress.step + 1}: loss term '{name}' is {mean}; "
                     f"the last checkpoint is intact"
                 )
+                problem.elsewhere = dist.rank() != 0
+                raise problem
         return means
 
     def _seed(self, micro: int) -> None:
@@ -215,6 +219,7 @@ class Trainer:
             say(f"eval at {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
             self._metrics.write(step=step, **scores)
             self._engine.log({f"eval/{k}": float(v) for k, v in shown.items()}, step)
+            _finite(step, "the evaluation loss", nll)
         if last or stop or step % run.checkpoint.every == 0:
             self._save(nll)
 
@@ -230,6 +235,12 @@ class Trainer:
             "state": asdict(self._progress),
         }
         self._checkpoints.commit(step, about)
+
+
+def _finite(step: int, name: str, value: float | None) -> None:
+    """Stop where a number that all ranks share is out of range, before it reaches a checkpoint."""
+    if value is not None and not math.isfinite(value):
+        raise NonFiniteError(f"step {step}: {name} is {value}; the last checkpoint is intact")
 
 
 @contextmanager

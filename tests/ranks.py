@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks, forked from the test process (about 0.3 s a call).
 
-The parent imports torch, DeepSpeed and transformers once; each child sets its rank, joins the group,
-runs the function and reports its value or traceback. Values must be picklable.
+The parent imports torch, DeepSpeed and transformers once; each child sets its rank, joins the
+group, runs the function and reports its value or traceback. Values must be picklable.
 """
 
 from __future__ import annotations

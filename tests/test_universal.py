@@ -31,7 +31,7 @@ model:
     attention_probs_dropout_prob: 0.0
 teacher: null
 method: {{kind: lm}}
-train: {{steps: 4, batch: 8, micro_batch: 2, lr: 0.01, warmup: 1, weight_decay: 0.5, precision: fp32}}
+train: {{steps: 4, batch: 8, micro_batch: 2, lr: 0.01, warmup: 1, weight_decay: 0.5}}
 evaluation: {{every: 2, rows: 4}}
 checkpoint: {{every: 2}}
 until: train

@@ -18,23 +18,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from datetime import date
-from importlib.metadata import version
-from statistics import median, quantiles
 from typing import Any
 
 import torch
+from figures import FORWARD, about, summarise, table
 
 from dskd import dist, engine, stages
 from dskd.batch import Batch
@@ -43,6 +40,7 @@ from dskd.config import read
 from dskd.data.loader import Loader
 from dskd.ds_config import precision_of
 from dskd.engine import Engine, decay_groups
+from dskd.errors import ConfigError
 from dskd.files import write_atomic
 from dskd.hardware import DTYPES
 from dskd.inheritance import Inheritance, inherit
@@ -50,19 +48,13 @@ from dskd.log import Metrics, peak_memory
 from dskd.method import build_method
 from dskd.models.build import build
 from dskd.objective import Objective
-from dskd.settings import CachedTeacher, LiveTeacher, Run
+from dskd.settings import CachedTeacher, LiveTeacher, Model, Run
 from dskd.stages import Job
 from dskd.trainer import Progress, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIANTS = {"plain": "plain LM", "cached": "KI, cached", "live": "KI, live"}
-FORWARD = "forward"
-"""A teacher forward alone, on the batches of the step."""
 WARM_UP = 3
 """Untimed rounds at the start; as many steps are taken to see a variant's peak memory."""
-BOUNDS = {"cached": ("plain",), "live": ("plain", FORWARD)}
-LIMITS = {"cached": 1.10, "live": 1.15}
-"""Most that a step may cost, times the sum of its bounds."""
 
 
 def variants(settings: Path, overrides: list[str], folder: Path, steps: int) -> dict[str, Run]:
@@ -83,8 +75,9 @@ def variants(settings: Path, overrides: list[str], folder: Path, steps: int) -> 
     }
 
 
-def _cached(student: Run, model: Any) -> CachedTeacher:
-    assert isinstance(student.teacher, CachedTeacher), "the recipe's `ki` has a cached teacher"
+def _cached(student: Run, model: Model) -> CachedTeacher:
+    if not isinstance(student.teacher, CachedTeacher):
+        raise ConfigError("runs.ki.teacher.kind: a cached teacher is to be measured")
     return student.teacher.model_copy(update={"model": model, "path": None})
 
 
@@ -253,112 +246,8 @@ def make_files(run: Run, device: torch.device) -> None:
     stages.cache(job_of(run, device))
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    lower, middle, upper = quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "lower": lower, "upper": upper}
-
-
-def summarise(measured: dict[str, Any], peaks: Mapping[str, int]) -> dict[str, Any]:
-    """Medians and spreads of times and of ratios within a round, and whether the limits hold."""
-    wall, cores, tokens = (measured[key] for key in ("wall_ms", "cpu_ms", "tokens_per_step"))
-    rows = {
-        name: {
-            "ms": spread(wall[name]),
-            "cpu_ms": spread(cores[name]),
-            "tokens_per_second": 1e3 * tokens / median(wall[name]),
-            "over_plain": over(wall, name, "plain"),
-            "peak_memory_bytes": peaks.get(name),
-        }
-        for name in wall
-    }
-    targets = {}
-    for name, bound in BOUNDS.items():
-        ratio = over(wall, name, *bound)
-        targets[name] = {
-            **ratio,
-            "cpu": over(cores, name, *bound),
-            "limit": LIMITS[name],
-            "met": ratio["median"] <= LIMITS[name],
-        }
-    return {"variants": rows, "targets": targets}
-
-
-def over(samples: Mapping[str, list[float]], name: str, *others: str) -> dict[str, float]:
-    """Spread of a variant's time over the sum of the others' in the same round."""
-    sums = [sum(times) for times in zip(*(samples[other] for other in others), strict=True)]
-    return spread([own / whole for own, whole in zip(samples[name], sums, strict=True)])
-
-
-def about(runs: Mapping[str, Run], settings: Path, overrides: list[str]) -> dict[str, Any]:
-    """Date, machine, versions and settings of a measurement."""
-    cuda, info = torch.cuda.is_available(), Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    libraries = ("torch", "deepspeed", "transformers", "numpy")
-    run = runs["cached"]
-    return {
-        "date": date.today().isoformat(),
-        "machine": {
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "cpu": models[0] if models else platform.processor(),
-            "cores": os.cpu_count(),
-            "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-            "threads_per_rank": torch.get_num_threads(),
-            "load": os.getloadavg(),
-        },
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in libraries},
-        "settings": {
-            "file": settings.name,
-            "overrides": overrides,
-            "deepspeed": run.deepspeed,
-            **run.model_dump(mode="json", include={"method", "data", "model", "teacher", "train"}),
-        },
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as markdown."""
-    machine, train = result["machine"], result["settings"]["train"]
-    lines = [
-        f"{result['date']}, {machine['device']} ({machine['cpu']}), {machine['ranks']} ranks x "
-        f"{machine['threads_per_rank']} threads; {result['settings']['file']}: "
-        f"{result['student_parameters']:,} parameters, batch {train['batch']} in micro-batches of "
-        f"{train['micro_batch']}, {result['tokens_per_step']:,} tokens a step, K = "
-        f"{result['settings']['teacher']['k']}, T = {result['settings']['method']['temperature']}, "
-        f"{result['settings']['deepspeed']}; {result['rounds']} rounds.",
-        "",
-        "| step | ms, median [quartiles] | CPU ms | tokens/s | times the plain step | peak, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in result["variants"].items():
-        peak = row["peak_memory_bytes"]
-        cells = [
-            VARIANTS.get(name, "teacher forward"),
-            _show(row["ms"], 1),
-            f"{row['cpu_ms']['median']:.1f}",
-            f"{row['tokens_per_second']:,.0f}",
-            _show(row["over_plain"], 3),
-            "" if peak is None else f"{peak / 2**20:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
-    for name, target in result["targets"].items():
-        verdict = "met" if target["met"] else "MISSED"
-        lines.append(
-            f"- {name} / ({' + '.join(BOUNDS[name])}): {_show(target, 3)}, CPU time "
-            f"{_show(target['cpu'], 3)}; at most {target['limit']}: {verdict}"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _show(values: Mapping[str, float], digits: int) -> str:
-    middle, lower, upper = (f"{values[key]:.{digits}f}" for key in ("median", "lower", "upper"))
-    return f"{middle} [{lower} - {upper}]"
 
 
 def main() -> None:

@@ -113,8 +113,6 @@ def test_resumed_elsewhere(runner, reference, name, first, then):
 
 def cut_back(out: Path, step: int) -> None:
     """Leave a run as a kill after ``step`` would."""
-    import shutil
-
     train = out / "train"
     (train / "summary.json").unlink()
     for folder in (train / "checkpoints").glob("step-*"):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,26 @@ KILLS = 10
 Trap = Callable[[int], None]
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nothing disturbed."""
+
+    recipe: str
+    run: Path
+    seconds: float
+
+    def elsewhere(self, folder: Path) -> list[str]:
+        """The command line of the same run in another folder."""
+        return [self.recipe, f"out={folder / 'run'}", f"data.folder={folder / 'data'}"]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> tuple[Path, float]:
-    """The folder of a run that nothing disturbed, and its seconds."""
+def undisturbed(tmp_path_factory) -> Undisturbed:
     folder = tmp_path_factory.mktemp("undisturbed")
     recipe = write_recipe(folder)
     began = time.monotonic()
     train(folder, recipe)
-    return folder / "run", time.monotonic() - began
+    return Undisturbed(recipe, folder / "run", time.monotonic() - began)
 
 
 def assert_same(run: Path, reference: Path) -> None:
@@ -53,20 +66,18 @@ def assert_same(run: Path, reference: Path) -> None:
 
 def test_killed_at_random_moments(undisturbed, tmp_path):
     """Runs killed again and again, until each ends; ten kills in all, from data to evaluation."""
-    reference, seconds = undisturbed
-    draw, kills, folders = random.Random(11), 0, 0
+    draw, kills = random.Random(11), 0
     while kills < KILLS:
-        folder = tmp_path / str(folders)
+        folder = tmp_path / f"{draw.getrandbits(32):08x}"
         folder.mkdir()
-        recipe = write_recipe(folder)
-        folders += 1
-        ranks = Ranks(folder, recipe)
-        while not ranks.wait(draw.uniform(0, seconds)):
+        words = undisturbed.elsewhere(folder)
+        ranks = Ranks(folder, *words)
+        while not ranks.wait(draw.uniform(0, undisturbed.seconds)):
             ranks.kill()
             kills += 1
-            ranks = Ranks(folder, recipe)
+            ranks = Ranks(folder, *words)
         assert ranks.statuses() == [0, 0], ranks.output()
-        assert_same(folder / "run", reference)
+        assert_same(folder / "run", undisturbed.run)
 
 
 def before(owner: Any, name: str, call: int = 1, rank: int = 0) -> Trap:
@@ -157,17 +168,16 @@ MOMENTS: list[tuple[str, Trap, list[int]]] = [
 
 def test_killed_at_every_delicate_moment(undisturbed, tmp_path):
     """One run, killed at each of them in turn."""
-    reference, _ = undisturbed
-    recipe = write_recipe(tmp_path)
+    words = undisturbed.elsewhere(tmp_path)
     for moment, trap, steps in MOMENTS:
-        ranks = Ranks(tmp_path, recipe, trap=trap)
+        ranks = Ranks(tmp_path, *words, trap=trap)
         statuses = ranks.statuses()  # of the other rank too, or that of a lost connection
         assert -signal.SIGKILL in statuses and not {0, 2} & {*statuses}, (moment, ranks.output())
         folders = (tmp_path / "run" / "train" / "checkpoints").glob("step-*")
         saved = sorted(int(path.name.removeprefix("step-")) for path in folders)
         assert saved == steps, moment
-    train(tmp_path, recipe)
-    assert_same(tmp_path / "run", reference)
+    train(tmp_path, *words)
+    assert_same(tmp_path / "run", undisturbed.run)
 
 
 def _signal_in_step(step: int, number: int, rank: int) -> Trap:
@@ -183,17 +193,13 @@ def _signal_in_step(step: int, number: int, rank: int) -> Trap:
 
 def test_stopped_by_signals(undisturbed, tmp_path):
     """A signal to any rank: all save the next step and leave with status 75."""
-    reference, _ = undisturbed
-    shutil.copytree(reference.parent, tmp_path, dirs_exist_ok=True)
-    recipe = write_recipe(tmp_path)
-    for leftover in ("train", "export"):
-        shutil.rmtree(tmp_path / "run" / leftover)
-    (tmp_path / "run" / "scores.json").unlink()
+    shutil.copytree(undisturbed.run / "cache", tmp_path / "run" / "cache")
+    words = undisturbed.elsewhere(tmp_path)
     for number, rank, step in ((signal.SIGTERM, 1, 5), (signal.SIGINT, 0, 7)):
-        ranks = Ranks(tmp_path, recipe, trap=_signal_in_step(step - 1, number, rank))
+        ranks = Ranks(tmp_path, *words, trap=_signal_in_step(step - 1, number, rank))
         assert ranks.statuses() == [75, 75], ranks.output()
         assert ranks.output().count(f"stopped by a signal; step {step} is saved") == 2
         assert (tmp_path / "run" / "train" / "checkpoints" / f"step-{step:08d}").is_dir()
         assert len(losses(tmp_path / "run")) == step
-    train(tmp_path, recipe)
-    assert_same(tmp_path / "run", reference)
+    train(tmp_path, *words)
+    assert_same(tmp_path / "run", undisturbed.run)

@@ -1,0 +1,127 @@
+"""What a measurement of step times says: medians and spreads, ratios within a round, the table."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from dskd.settings import Run
+
+FORWARD = "forward"
+"""The teacher's forward pass alone, on the batches of the step."""
+VARIANTS = {"plain": "plain LM", "cached": "KI, cached", "live": "KI, live"}
+BOUNDS = {"cached": ("plain",), "live": ("plain", FORWARD)}
+LIMITS = {"cached": 1.10, "live": 1.15}
+"""Most that a step may cost, times the sum of its bounds."""
+
+
+def about(runs: Mapping[str, Run], settings: Path, overrides: list[str]) -> dict[str, Any]:
+    """Date, machine, versions and settings of a measurement."""
+    cuda, info = torch.cuda.is_available(), Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    libraries = ("torch", "deepspeed", "transformers", "numpy")
+    run = runs["cached"]
+    return {
+        "date": date.today().isoformat(),
+        "machine": {
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "cpu": models[0] if models else platform.processor(),
+            "cores": os.cpu_count(),
+            "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+            "threads_per_rank": torch.get_num_threads(),
+            "load": os.getloadavg(),
+        },
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in libraries},
+        "settings": {
+            "file": settings.name,
+            "overrides": overrides,
+            "deepspeed": run.deepspeed,
+            **run.model_dump(mode="json", include={"method", "data", "model", "teacher", "train"}),
+        },
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    lower, middle, upper = quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "lower": lower, "upper": upper}
+
+
+def summarise(measured: dict[str, Any], peaks: Mapping[str, int]) -> dict[str, Any]:
+    """Medians and spreads of times and of ratios within a round, and whether the limits hold."""
+    wall, cores, tokens = (measured[key] for key in ("wall_ms", "cpu_ms", "tokens_per_step"))
+    rows = {
+        name: {
+            "ms": spread(wall[name]),
+            "cpu_ms": spread(cores[name]),
+            "tokens_per_second": 1e3 * tokens / median(wall[name]),
+            "over_plain": over(wall, name, "plain"),
+            "peak_memory_bytes": peaks.get(name),
+        }
+        for name in wall
+    }
+    targets = {}
+    for name, bound in BOUNDS.items():
+        ratio = over(wall, name, *bound)
+        targets[name] = {
+            **ratio,
+            "cpu": over(cores, name, *bound),
+            "limit": LIMITS[name],
+            "met": ratio["median"] <= LIMITS[name],
+        }
+    return {"variants": rows, "targets": targets}
+
+
+def over(samples: Mapping[str, list[float]], name: str, *others: str) -> dict[str, float]:
+    """Spread of a variant's time over the sum of the others' in the same round."""
+    sums = [sum(times) for times in zip(*(samples[other] for other in others), strict=True)]
+    return spread([own / whole for own, whole in zip(samples[name], sums, strict=True)])
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as markdown."""
+    machine, train = result["machine"], result["settings"]["train"]
+    lines = [
+        f"{result['date']}, {machine['device']} ({machine['cpu']}), {machine['ranks']} ranks x "
+        f"{machine['threads_per_rank']} threads; {result['settings']['file']}: "
+        f"{result['student_parameters']:,} parameters, batch {train['batch']} in micro-batches of "
+        f"{train['micro_batch']}, {result['tokens_per_step']:,} tokens a step, K = "
+        f"{result['settings']['teacher']['k']}, T = {result['settings']['method']['temperature']}, "
+        f"{result['settings']['deepspeed']}; {result['rounds']} rounds.",
+        "",
+        "| step | ms, median [quartiles] | CPU ms | tokens/s | times the plain step | peak, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["variants"].items():
+        peak = row["peak_memory_bytes"]
+        cells = [
+            VARIANTS.get(name, "teacher forward"),
+            _show(row["ms"], 1),
+            f"{row['cpu_ms']['median']:.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+            _show(row["over_plain"], 3),
+            "" if peak is None else f"{peak / 2**20:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for name, target in result["targets"].items():
+        verdict = "met" if target["met"] else "MISSED"
+        lines.append(
+            f"- {name} / ({' + '.join(BOUNDS[name])}): {_show(target, 3)}, CPU time "
+            f"{_show(target['cpu'], 3)}; at most {target['limit']}: {verdict}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _show(values: Mapping[str, float], digits: int) -> str:
+    middle, lower, upper = (f"{values[key]:.{digits}f}" for key in ("median", "lower", "upper"))
+    return f"{middle} [{lower} - {upper}]"

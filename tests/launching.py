@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,11 @@ def evaluations(run: Path) -> list[float]:
         for line in read_metrics(run / "train" / "metrics.jsonl")
         if "eval_nll" in line
     ]
+
+
+def cut_back(run: Path, step: int) -> None:
+    """Leave a finished run as a kill right after ``step`` was saved would."""
+    (run / "train" / "summary.json").unlink()
+    for folder in (run / "train" / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)

@@ -30,6 +30,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# Imported before the fork, or DeepSpeed would load them in every child and its memory be theirs.
+import deepspeed.compile.backend
+import deepspeed.module_inject.auto_ep_layer
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 from figures import FORWARD, about, summarise, table
 
@@ -111,15 +115,15 @@ class Step:
         self.loader = loader_of(job, inheritance)
         self.progress = Progress()
         self._trainer = Trainer(
-            run,
-            precision_of(job.ds),
-            job.method,
-            Engine(objective, groups, job.ds),
-            self.loader,
-            dict,
-            Checkpoints(run.out / "checkpoints", 1),
-            Metrics(run.out / "metrics.jsonl", 0),
-            self.progress,
+            run=run,
+            precision=precision_of(job.ds),
+            method=job.method,
+            engine=Engine(objective, groups, job.ds),
+            loader=self.loader,
+            evaluate=dict,
+            checkpoints=Checkpoints(run.out / "checkpoints", 1),
+            metrics=Metrics(run.out / "metrics.jsonl", 0),
+            progress=self.progress,
         )
 
     def step(self) -> None:

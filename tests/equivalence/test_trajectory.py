@@ -6,12 +6,11 @@ world sizes, ZeRO stages, teachers and interruptions; the losses must agree to 1
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.launching import deepspeed, evaluations, losses
+from tests.launching import cut_back, deepspeed, evaluations, losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 
@@ -109,12 +108,3 @@ def test_resumed_elsewhere(runner, reference, name, first, then):
     cut_back(out, step=3)
     runner.run(name, then[0], *then[1])
     assert losses(out) == pytest.approx(losses(reference), abs=1e-5)
-
-
-def cut_back(out: Path, step: int) -> None:
-    """Leave a run as a kill after ``step`` would."""
-    train = out / "train"
-    (train / "summary.json").unlink()
-    for folder in (train / "checkpoints").glob("step-*"):
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)

@@ -198,7 +198,7 @@ def test_stopped_by_signals(undisturbed, tmp_path):
     for number, rank, step in ((signal.SIGTERM, 1, 5), (signal.SIGINT, 0, 7)):
         ranks = Ranks(tmp_path, *words, trap=_signal_in_step(step - 1, number, rank))
         assert ranks.statuses() == [75, 75], ranks.output()
-        assert ranks.output().count(f"stopped by a signal; step {step} is saved") == 2
+        assert f"stopped by a signal; step {step} is saved" in ranks.output()
         assert (tmp_path / "run" / "train" / "checkpoints" / f"step-{step:08d}").is_dir()
         assert len(losses(tmp_path / "run")) == step
     train(tmp_path, *words)

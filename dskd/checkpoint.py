@@ -76,8 +76,6 @@ class Checkpoints:
         if dist.rank() == 0:
             write_manifest(temporary / MANIFEST, {"step": step, **about, "files": files})
             final = self._folder / _name(step)
-            if final.exists():  # taken again after a resume: the same content
-                shutil.rmtree(final)
             temporary.rename(final)
             sync_folder(self._folder)
             self._prune()

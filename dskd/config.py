@@ -75,6 +75,7 @@ def dump(run: Run) -> str:
 # Settings that say where, how fast or how far, but not what comes out.
 _FREE = re.compile(
     r"(?:out|until|deepspeed|log_every|checkpoint\..*|evaluation\.(?:every|micro_batch)|data\.folder"
+    r"|data\.(?:sources|validation)\.\d+\.path"  # the rows' content is compared instead
     r"|train\.(?:micro_batch|compile|activation_checkpointing)"
     r"|teacher\.(?:domains\.[^.]*\.)?(?:deepspeed|micro_batch|rows_per_shard))$"
 )
@@ -92,6 +93,8 @@ def differences(a: Run, b: Run) -> list[str]:
 def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
     if _FREE.match(name) or old == new:
         return
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind"):
         for key in old | new:
             inner = f"{name}.{key}" if name else key

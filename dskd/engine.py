@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def start(timeout_minutes: float = 30) -> torch.device:
     A collective that a rank never joins fails after ``timeout_minutes`` instead of hanging.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 is about to drop.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
     cuda = torch.cuda.is_available()
     if not cuda:
         # Compiled with g++ at start-up, for a minute, and hangs on the lock of a killed build.

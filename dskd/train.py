@@ -4,7 +4,7 @@ Without arguments, a 20-step toy run. The same command goes on after an interrup
 done, and refuses to go on if a setting that matters has changed.
 
 Exit status: 0 done; 2 something the user can mend, said in one message; 75 stopped by SIGTERM or
-SIGINT with a checkpoint on disk.
+SIGINT, in training with a checkpoint of that step on disk.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # `deepspeed dskd/train.py` puts dskd/ on the pat
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import os
+import signal
 from collections.abc import Sequence
 
 from dskd.errors import DskdError
@@ -61,6 +62,9 @@ def _run(words: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             plan.report(recipe)
         return 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Between the step loops, which have a handler of their own, there is nothing to save.
+        signal.signal(number, lambda number, frame: sys.exit(STOPPED))
     try:
         plan.execute(recipe, methods)
     except Interrupted as stop:

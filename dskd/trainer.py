@@ -174,13 +174,7 @@ class Trainer:
         sums = dist.sum_over_ranks(torch.stack([totals[name] for name in names]))
         means = {n: float(s / counts.by_term[n]) for n, s in zip(names, sums, strict=True)}
         for name, mean in means.items():
-            if not math.isfinite(mean):
-                problem = NonFiniteError(
-                    f"step {self._progress.step + 1}: loss term '{name}' is {mean}; "
-                    f"the last checkpoint is intact"
-                )
-                problem.elsewhere = dist.rank() != 0
-                raise problem
+            _finite(self._progress.step + 1, f"loss term '{name}'", mean)
         return means
 
     def _seed(self, micro: int) -> None:
@@ -211,6 +205,7 @@ class Trainer:
         """Evaluate and save where they are due."""
         step, run = self._progress.step, self._run
         last = step == run.train.steps
+        due = last or step % run.checkpoint.every == 0
         nll = None
         if last or step % run.evaluation.every == 0:
             scores = self._evaluate()
@@ -220,8 +215,10 @@ class Trainer:
             self._metrics.write(step=step, **scores)
             self._engine.log({f"eval/{k}": float(v) for k, v in shown.items()}, step)
             _finite(step, "the evaluation loss", nll)
-        if last or stop or step % run.checkpoint.every == 0:
-            self._save(nll)
+        if due or stop:
+            # One that only a signal asked for is no candidate for the best: the undisturbed run,
+            # which exports the same weights, does not have it.
+            self._save(nll if due else None)
 
     def _save(self, nll: float | None) -> None:
         step = self._progress.step
@@ -240,7 +237,9 @@ class Trainer:
 def _finite(step: int, name: str, value: float | None) -> None:
     """Stop where a number that all ranks share is out of range, before it reaches a checkpoint."""
     if value is not None and not math.isfinite(value):
-        raise NonFiniteError(f"step {step}: {name} is {value}; the last checkpoint is intact")
+        problem = NonFiniteError(f"step {step}: {name} is {value}; the last checkpoint is intact")
+        problem.elsewhere = dist.rank() != 0
+        raise problem
 
 
 @contextmanager

@@ -13,9 +13,10 @@ if [ ! -f "${1:-}" ] || [ ! -s .venv/installed ]; then
     echo "usage: sbatch ... launch/slurm.sh RECIPE.yaml [a.b=value ...], in a checkout with .venv" >&2
     exit 2
 fi
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export PATH="$PWD/.venv/bin:$PATH"
 exec srun --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    export LOCAL_SIZE=${SLURM_NTASKS_PER_NODE:?give sbatch --ntasks-per-node}
     exec python -u dskd/train.py "$@"' dskd "$@"

@@ -8,4 +8,4 @@ prepare
 export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
-exec python -m pytest -n 2 "$@"
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -6,6 +6,7 @@ group, runs the function and reports its value or traceback. Values must be pick
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -54,6 +55,7 @@ def run_ranks(
         context.Process(target=_child, args=(rank, world, port, function, args, results))
         for rank in range(world)
     ]
+    gc.freeze()  # or each child's first collection walks all that the parent imported
     for child in children:
         child.start()
     values: dict[int, Any] = {}

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,44 +15,48 @@ from tests.faults.runs import train, write_recipe
 from tests.launching import BINARY, ROOT, environment, evaluations, losses
 from tests.ranks import free_port
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
-
 SHORT = ["train.steps=4", "until=train"]
 
 
-@pytest.fixture(scope="module")
-def one_node(tmp_path_factory) -> Path:
-    """The folder of a run on two ranks of one node."""
-    folder = tmp_path_factory.mktemp("one-node")
-    train(folder, write_recipe(folder), *SHORT)
-    return folder
+@dataclass(frozen=True)
+class Network:
+    """Two nodes: their addresses, the interface between them, how a command gets onto each."""
+
+    addresses: list[str]
+    interface: str
+    prefixes: list[list[str]]
 
 
 @pytest.fixture
-def namespaces() -> Iterator[list[str]]:
-    """Two network namespaces joined by a cable, 10.77.0.1 and 10.77.0.2."""
+def network() -> Iterator[Network]:
+    """Two network namespaces joined by a cable; where they are not permitted, two addresses."""
     names = [f"dskd-{os.getpid()}-{node}" for node in "ab"]
-    if shutil.which("ip") is None or not _ip(f"netns add {names[0]}"):
-        pytest.skip("no network namespaces here (they need iproute2 and root)")
+    addresses = ["10.77.0.1", "10.77.0.2"]
     try:
-        assert _ip(f"netns add {names[1]}")
-        assert _ip(f"-n {names[0]} link add eth0 type veth peer name eth0 netns {names[1]}")
-        for node, name in enumerate(names, 1):
-            assert _ip(f"-n {name} addr add 10.77.0.{node}/24 dev eth0")
-            assert _ip(f"-n {name} link set lo up") and _ip(f"-n {name} link set eth0 up")
-        yield names
+        if shutil.which("ip") is not None and _joined(names, addresses):
+            yield Network(addresses, "eth0", [["ip", "netns", "exec", name] for name in names])
+        else:
+            yield Network(["127.0.0.1", "127.0.0.2"], "lo", [[], []])
     finally:
-        for name in names:
-            _ip(f"netns del {name}")
+        if shutil.which("ip") is not None:
+            for name in names:
+                _ip(f"netns del {name}")
+
+
+def _joined(names: list[str], addresses: list[str]) -> bool:
+    steps = [f"netns add {name}" for name in names]
+    steps += [f"-n {names[0]} link add eth0 type veth peer name eth0 netns {names[1]}"]
+    for name, address in zip(names, addresses, strict=True):
+        steps += [f"-n {name} addr add {address}/24 dev eth0"]
+        steps += [f"-n {name} link set {interface} up" for interface in ("lo", "eth0")]
+    return all(_ip(step) for step in steps)
 
 
 def _ip(words: str) -> bool:
     return subprocess.run(["ip", *words.split()], capture_output=True, check=False).returncode == 0
 
 
-def on_two_nodes(
-    folder: Path, addresses: list[str], interface: str, prefixes: list[list[str]], words: list[str]
-) -> None:
+def on_two_nodes(network: Network, folder: Path, *words: str) -> None:
     """Run ``deepspeed --hostfile ... --no_ssh --node_rank N ... dskd/train.py WORDS`` on each node.
 
     The hostfile is the shipped example with these addresses and one slot each.
@@ -59,19 +64,19 @@ def on_two_nodes(
     example = (ROOT / "launch" / "hostfile.example").read_text().splitlines()
     comments = [line for line in example if line.startswith("#")]
     assert [line.split()[1] for line in example if line not in comments] == ["slots=8"] * 2
-    hosts = [f"{address} slots=1" for address in addresses]
+    hosts = [f"{address} slots=1" for address in network.addresses]
     (folder / "hostfile").write_text("\n".join([*comments, *hosts]) + "\n")
     command = [str(BINARY), "--hostfile", str(folder / "hostfile"), "--no_ssh"]
-    command += ["--master_addr", addresses[0], "--master_port", str(free_port())]
+    command += ["--master_addr", network.addresses[0], "--master_port", str(free_port())]
     logs = [folder / f"node{node}.log" for node in range(2)]
     launchers = []
-    for node, (prefix, log) in enumerate(zip(prefixes, logs, strict=True)):
+    for node, (prefix, log) in enumerate(zip(network.prefixes, logs, strict=True)):
         with log.open("w") as output:
             launchers.append(
                 subprocess.Popen(
                     [*prefix, *command, "--node_rank", str(node), "dskd/train.py", *words],
                     cwd=ROOT,
-                    env=environment() | {"GLOO_SOCKET_IFNAME": interface},
+                    env=environment() | {"GLOO_SOCKET_IFNAME": network.interface},
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )
@@ -86,24 +91,57 @@ def on_two_nodes(
         assert f"nnodes=2, num_local_procs=1, node_rank={node}" in log.read_text()
 
 
-def assert_same(run: Path, reference: Path) -> None:
-    assert len(losses(run)) == 4
-    assert losses(run) == pytest.approx(losses(reference), abs=1e-6)
-    assert evaluations(run) == pytest.approx(evaluations(reference), abs=1e-6)
+@pytest.mark.launch
+@pytest.mark.timeout(400)
+def test_the_losses_of_one_node(network, tmp_path):
+    """From the text to the trained student (rows, capture, ZeRO-3), as on two ranks of one node."""
+    recipe = write_recipe(tmp_path)
+    train(tmp_path, recipe, *SHORT)
+    out, data = tmp_path / "two-nodes", tmp_path / "two-nodes-data"
+    words = [f"out={out}", f"data.folder={data}", "deepspeed=zero3"]
+    on_two_nodes(network, tmp_path, recipe, *SHORT, *words)
+    assert len(losses(out)) == 4
+    assert losses(out) == pytest.approx(losses(tmp_path / "run"), abs=1e-5)
+    assert evaluations(out) == pytest.approx(evaluations(tmp_path / "run"), abs=1e-5)
 
 
-def test_over_loopback(one_node, tmp_path):
-    """From the text to the trained student: rows, capture, ZeRO-2."""
-    folders = [f"out={tmp_path / 'run'}", f"data.folder={tmp_path / 'data'}"]
-    words = [str(one_node / "run.yaml"), *folders, *SHORT]
-    on_two_nodes(tmp_path, ["127.0.0.1", "127.0.0.2"], "lo", [[], []], words)
-    assert_same(tmp_path / "run", one_node / "run")
+STUBS = {
+    "scontrol": 'echo "$3-first"; echo "$3-second"',
+    "srun": """
+        shift
+        for task in 0 1 2 3; do
+            SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@"
+        done""",
+    "../.venv/bin/python": """
+        echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_SIZE $MASTER_ADDR $MASTER_PORT "$@" """,
+}
+SLURM = {
+    "SLURM_JOB_NODELIST": "node",
+    "SLURM_JOB_ID": "20007",
+    "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
+}
 
 
-def test_over_a_network(one_node, namespaces, tmp_path):
-    """ZeRO-3 between two network namespaces, with the rows and the cache of the first run."""
-    shutil.copytree(one_node / "run" / "cache", tmp_path / "run" / "cache")
-    words = [str(one_node / "run.yaml"), f"out={tmp_path / 'run'}", *SHORT, "deepspeed=zero3"]
-    prefixes = [["ip", "netns", "exec", name] for name in namespaces]
-    on_two_nodes(tmp_path, ["10.77.0.1", "10.77.0.2"], "eth0", prefixes, words)
-    assert_same(tmp_path / "run", one_node / "run")
+def test_what_slurm_starts(tmp_path):
+    """The script's environment for each of two nodes' four ranks, by a Slurm that only tells."""
+    for name, lines in STUBS.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{lines}\n")
+        path.chmod(0o755)
+    (tmp_path / ".venv" / "installed").write_text("yes")
+    (tmp_path / "my.yaml").write_text("")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm.sh"), "my.yaml", "train.lr=1", "a=b c"],
+        env=os.environ | SLURM | {"SLURM_SUBMIT_DIR": str(tmp_path), "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{rank} {rank % 2} 4 2 node-first 20007 -u dskd/train.py my.yaml train.lr=1 a=b c"
+        for rank in range(4)
+    ]

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -55,6 +56,7 @@ from dskd.objective import Objective
 from dskd.settings import CachedTeacher, LiveTeacher, Model, Run
 from dskd.stages import Job
 from dskd.trainer import Progress, Trainer
+from dskd.zero import full_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 3
@@ -109,7 +111,7 @@ class Step:
             dtype=DTYPES[precision_of(job.ds)],
             where="model",
         )
-        self.parameters = sum(p.numel() for p in student.parameters())
+        self.parameters = sum(full_shape(p).numel() for p in student.parameters())
         objective = Objective(student, job.method, inheritance.teacher)
         groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
         self.loader = loader_of(job, inheritance)
@@ -166,7 +168,7 @@ def forwards(run: Run, device: torch.device, rounds: int) -> Callable[[], None]:
 def peak_of(run: Run, device: torch.device) -> int:
     """Bytes that setting up a variant and taking a few steps adds to this process."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        gc.collect()  # the variant measured before
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_memory()
     variant = Step(run, device)
@@ -263,6 +265,8 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     words = parser.parse_args()
+    if words.rounds < 2:
+        parser.error("--rounds: a spread needs at least 2")
     folder = apart(make_folder)
     try:
         steps = WARM_UP + words.rounds

@@ -14,9 +14,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 # What the command imports when it needs it, once before the fork: a tenth of a second each.
-import matplotlib.backends.backend_agg
+import matplotlib.backends.backend_agg  # noqa: F401
 import torch
-import transformers.models.roberta.modeling_roberta
+import transformers.models.roberta.modeling_roberta  # noqa: F401
 
 import dskd.methods.ki
 import dskd.methods.lm  # noqa: F401

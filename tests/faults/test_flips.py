@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def trained(folder: Path) -> tuple[bytes, list[str]]:
 def test_every_kind_of_file_is_flipped(stopped):
     folder, _ = stopped
     listed = {path for pattern in FILES for path in folder.glob(pattern)}
-    read = {path for top in ("data", "run/cache", CHECKPOINT) for path in folder.glob(f"{top}/**/*")}
+    read = {
+        path for top in ("data", "run/cache", CHECKPOINT) for path in folder.glob(f"{top}/**/*")
+    }
     missed = {path for path in read - listed if path.is_file() and "shard" not in path.name}
     assert not missed
 
@@ -130,11 +133,17 @@ def test_a_changed_corpus(stopped, tmp_path):
     folder, recipe = stopped
     before, corpus = trained(folder), folder / "corpus.txt"
     text = corpus.read_text()
-    given = [f"out={tmp_path / 'run'}", "teacher.model=null", f"teacher.path={folder / 'run/cache'}"]
+    given = [
+        f"out={tmp_path / 'run'}",
+        "teacher.model=null",
+        f"teacher.path={folder / 'run/cache'}",
+    ]
     try:
         corpus.write_text(text + " more")
         assert f"{folder / 'run'}: data changed" in refused(folder, recipe)
-        assert f"{folder / 'run' / 'cache'}: made with another data" in refused(folder, recipe, *given)
+        assert f"{folder / 'run' / 'cache'}: made with another data" in refused(
+            folder, recipe, *given
+        )
     finally:
         corpus.write_text(text)
     assert trained(folder) == before
@@ -152,7 +161,7 @@ def steps_saved(run: Path) -> list[int]:
 
 def test_a_loss_out_of_range(stopped, tmp_path):
     """It stops the run, which keeps its last good checkpoint and goes on from there."""
-    folder, recipe = stopped
+    _, recipe = stopped
     words = [recipe, f"out={tmp_path}", *PLAIN, "train.lr=1e30"]
     told = refused(tmp_path, *words, world=2)
     assert "error: step 2: the evaluation loss is nan; the last checkpoint is intact" in told
@@ -166,7 +175,7 @@ def test_a_loss_out_of_range(stopped, tmp_path):
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_gradient_out_of_range(stopped, tmp_path, stage):
     """Its step is neither saved nor skipped, though the loss was finite."""
-    folder, recipe = stopped
+    _, recipe = stopped
     words = [recipe, f"out={tmp_path}", *PLAIN, f"deepspeed=zero{stage}", "until=train"]
 
     def spoil_step_4(rank: int) -> None:
@@ -185,8 +194,9 @@ def test_a_gradient_out_of_range(stopped, tmp_path, stage):
     assert steps_saved(tmp_path) == [3]
 
 
-def test_refusals_do_no_harm(stopped):
-    """The last test of this run: whole again, it goes on to its end."""
+def test_what_is_whole_goes_on(stopped, tmp_path):
+    """The same run, with nothing damaged or changed, goes on to its end."""
     folder, recipe = stopped
-    train(folder, recipe, "until=train")
-    assert len(losses(folder / "run")) == 8
+    shutil.copytree(folder / "run", tmp_path / "run")
+    train(tmp_path, recipe, f"out={tmp_path / 'run'}", "until=train")
+    assert len(losses(tmp_path / "run")) == 8

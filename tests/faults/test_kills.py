@@ -1,4 +1,4 @@
-"""kill -9 at any moment, SIGTERM and SIGINT: the next call goes on, and ends where it would have."""
+"""kill -9 at any moment, SIGTERM, SIGINT: the next call goes on and ends where it would have."""
 
 from __future__ import annotations
 

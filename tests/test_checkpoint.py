@@ -1,0 +1,104 @@
+"""Which checkpoints are kept and chosen, and that one is whole or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dskd.checkpoint import Checkpoints
+from dskd.errors import CheckpointError
+from tests.ranks import run_ranks
+
+
+def save(checkpoints: Checkpoints, step: int, nll: float | None) -> None:
+    """Save as the trainer does, with a file for the engine's."""
+    folder = checkpoints.folder / checkpoints.begin(step)
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "weights.pt").write_bytes(bytes([step]) * 100)
+    about = {"world": 1, "stage": 2, "precision": "fp32", "eval_nll": nll, "state": {"step": step}}
+    checkpoints.commit(step, about)
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    kept = []
+    for step, nll in enumerate([5.0, 3.0, 4.0, 3.5, 3.6, 2.0, 2.5, 2.6], 1):
+        save(checkpoints, step, nll)
+        kept.append(steps(tmp_path))
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7], [6, 7, 8]]
+    best, latest = checkpoints.best(), checkpoints.latest()
+    assert (best.step, best.eval_nll, best.state) == (6, 2.0, {"step": 6})
+    assert (latest.step, latest.folder) == (8, tmp_path / "step-00000008")
+
+
+def test_the_best_of_equals_is_the_latest_and_one_without_evaluation_never(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step, nll in [(1, 3.0), (2, 3.0), (3, None)]:
+        save(checkpoints, step, nll)
+    assert steps(tmp_path) == [2, 3]
+    assert checkpoints.best().step == 2
+    assert checkpoints.latest().eval_nll is None
+
+
+def test_none_and_leftovers(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", keep=1)
+    checkpoints.clean()
+    assert checkpoints.latest() is None
+    save(checkpoints, 4, 1.0)
+    for leftover in (".saving-step-00000008", ".dead-step-00000002", ".universal-step-00000004"):
+        (tmp_path / "run" / leftover / "inner").mkdir(parents=True)
+    assert checkpoints.latest().step == 4
+    checkpoints.clean()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: path.unlink(), "missing"),
+        (lambda path: path.write_bytes(b"\x02" * 99), "truncated or grown"),
+        (
+            lambda path: path.write_bytes(b"\x02" * 99 + b"\x03"),
+            "damaged, its checksum is not as saved",
+        ),
+    ],
+)
+def test_a_damaged_one_is_named_with_the_way_out(tmp_path, harm, message):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 1, 3.0)
+    save(checkpoints, 2, 2.0)
+    path = tmp_path / "step-00000002" / "inner" / "weights.pt"
+    harm(path)
+    for load in (checkpoints.latest, checkpoints.best):
+        with pytest.raises(CheckpointError) as caught:
+            load()
+        assert str(caught.value).startswith(f"{path}: {message}")
+        assert str(caught.value).endswith(f"delete {path.parents[1]}")
+    for left in (path.parents[1] / "manifest.json", path, path.parent, path.parents[1]):
+        left.rmdir() if left.is_dir() else left.unlink(missing_ok=True)
+    assert checkpoints.latest().step == 1
+
+
+def _damage_seen_by_one(rank: int, folder: Path) -> str:
+    checkpoints = Checkpoints(folder, keep=1)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.latest()
+    return str(caught.value)
+
+
+def test_what_one_rank_finds_is_raised_on_all(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    tag = checkpoints.begin(1)
+    (tmp_path / tag).mkdir()
+    for name in "abc":
+        (tmp_path / tag / name).write_bytes(b"x" * 9)
+    checkpoints.commit(1, {"world": 3, "stage": 1, "precision": "bf16", "eval_nll": 1, "state": {}})
+    (tmp_path / "step-00000001" / "b").write_bytes(b"x" * 8 + b"y")
+    told = run_ranks(_damage_seen_by_one, tmp_path, world=3)
+    assert told[0] == told[1] == told[2]
+    assert told[0].startswith(f"{tmp_path}/step-00000001/b: damaged")

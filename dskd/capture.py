@@ -16,6 +16,7 @@ from dskd import dist
 from dskd.batch import Batch, Dense
 from dskd.data.blocks import Prepared
 from dskd.data.masking import CausalView, View
+from dskd.data.vocabulary import vocabulary_size
 from dskd.errors import ConfigError
 from dskd.log import say
 from dskd.logit_cache import Layout, describe
@@ -67,7 +68,7 @@ def capture(
         raise ConfigError("data.masking.draws: missing; a cache holds so many masks of each row")
     layout = Layout(
         k=cached.k,
-        vocabulary=len(prepared.tokenizer),
+        vocabulary=vocabulary_size(prepared.tokenizer),
         temperatures=tuple(float(t) for t in cached.temperatures),
         values=cached.values,
         block_size=rows.block_size,

@@ -16,6 +16,7 @@ from typing import Any
 from dskd import dist
 from dskd.errors import CheckpointError
 from dskd.files import file_hash, read_manifest, sync_folder, write_manifest
+from dskd.log import say
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".saving-"
@@ -70,7 +71,8 @@ class Checkpoints:
         """
         dist.barrier()
         temporary = self._folder / f"{_TEMPORARY}{_name(step)}"
-        names = sorted(_names(temporary))
+        # A file system of many nodes may show each only what it wrote itself yet.
+        names = sorted({n for part in dist.gather_objects(_names(temporary)) for n in part})
         mine = {name: _seal(temporary / name) for name in names[dist.rank() :: dist.world()]}
         files = {k: v for part in dist.gather_objects(mine) for k, v in sorted(part.items())}
         if dist.rank() == 0:
@@ -92,7 +94,7 @@ class Checkpoints:
 
     def best(self) -> Saved:
         """The kept checkpoint with the lowest evaluation loss (the latest of equals), checked."""
-        return self._open(dist.broadcast_object(self._best_name()))
+        return self._open(dist.on_rank0(self._best_name))
 
     def _listed(self) -> list[str]:
         return sorted(p.name for p in self._folder.glob("step-*") if p.is_dir())
@@ -132,7 +134,11 @@ class Checkpoints:
 
     def _prune(self) -> None:
         names = self._listed()
-        kept = {*names[-self._keep :], self._best_name()}
+        try:
+            kept = {*names[-self._keep :], self._best_name()}
+        except CheckpointError as problem:
+            say(f"no checkpoint is removed: {problem}")
+            return
         for name in names:
             if name not in kept:
                 # Renamed first: a kill inside rmtree must not leave half a checkpoint so named.

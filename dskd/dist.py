@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 
-from dskd.errors import DskdError
+from dskd.errors import DskdError, StoreError
 
 Value = TypeVar("Value")
 
@@ -68,6 +69,19 @@ def agree(problem: DskdError | None) -> None:
         if found is not None:
             found.elsewhere = where != rank()
             raise found
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """What goes wrong inside on one rank is raised on all of them, told by one; also a barrier."""
+    problem: DskdError | None = None
+    try:
+        yield
+    except DskdError as found:
+        problem = found
+    except OSError as found:  # a full disk, no right to write: the user's to mend
+        problem = StoreError(str(found))
+    agree(problem)
 
 
 def on_rank0(function: Callable[[], Value]) -> Value:

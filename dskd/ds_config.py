@@ -207,6 +207,10 @@ class _Filling:
         if wanted == "auto":
             free = bf16 and given["bf16"] == "auto"
             wanted = fixed[0] if fixed else "bf16" if free else "fp32"
+        if wanted == "fp16" and not self.ds.get("zero_optimization", {}).get("stage", 0):
+            self.problems.append(
+                "fp16 needs ZeRO-1, 2 or 3: at stage 0 DeepSpeed does not scale the loss"
+            )
         for name, value in given.items():
             self.ds[name]["enabled"] = name == wanted
             if value not in ("auto", name == wanted):

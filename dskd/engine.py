@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dskd import dist
 from dskd.batch import Batch, Term
 from dskd.ds_config import precision_of
+from dskd.hardware import on_gpu
 
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
@@ -36,7 +37,7 @@ def start(timeout_minutes: float = 30) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 is about to drop.
     warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
-    cuda = torch.cuda.is_available()
+    cuda = on_gpu()
     if not cuda:
         # Compiled with g++ at start-up, for a minute, and hangs on the lock of a killed build.
         deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -50,6 +51,11 @@ def start(timeout_minutes: float = 30) -> torch.device:
         "nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
     )
     return device
+
+
+def stop() -> None:
+    """Leave the process group."""
+    torch.distributed.destroy_process_group()
 
 
 def stage_of(ds: dict[str, Any]) -> int:
@@ -83,10 +89,16 @@ class Engine:
         objective: the module whose forward takes (batch, step) and returns terms by name.
         groups: parameter groups, see :func:`decay_groups`.
         ds: a DeepSpeed config without any ``auto``.
+        monitor: whether :meth:`log` reaches the monitors that ``ds`` asks for.
     """
 
     def __init__(
-        self, objective: nn.Module, groups: list[dict[str, Any]], ds: dict[str, Any]
+        self,
+        objective: nn.Module,
+        groups: list[dict[str, Any]],
+        ds: dict[str, Any],
+        *,
+        monitor: bool,
     ) -> None:
         silent = {key: value for key, value in ds.items() if key not in _MONITORS}
         names = {id(parameter): name for name, parameter in objective.named_parameters()}
@@ -98,7 +110,7 @@ class Engine:
         if self.stage == 0 and precision_of(ds) != "fp32":
             self._undo_dry_step()
         # Ours, not the engine's: that one would log our loss as multiplied for its averaging.
-        self._monitor = MonitorMaster(get_monitor_config(ds))
+        self._monitor = MonitorMaster(get_monitor_config(ds if monitor else silent))
 
     def _undo_dry_step(self) -> None:
         """At ZeRO-0 in 16 bits DeepSpeed takes an Adam step on zero gradients when it starts, which

@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from dskd import dist
 from dskd.batch import Batch, Term
 from dskd.data.blocks import RowSet
-from dskd.data.loader import sequential
+from dskd.data.loader import make_batch
 from dskd.data.masking import View
+from dskd.errors import DataError
 
 LN2 = math.log(2)
 
@@ -27,32 +29,34 @@ def evaluate(
     micro_batch: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Mean NLL per supervised token over the first ``limit`` rows, masks of epoch 0 (collective).
+    """Mean NLL per supervised token over ``limit`` evenly spaced rows (collective).
 
     Every rank makes the same number of forward calls, as ZeRO-3 needs: a rank without rows left
-    repeats its first one without counting it.
+    repeats the first one without counting it.
 
     Returns:
         ``eval_nll`` (nats), ``eval_bits``, ``eval_ppl`` and ``eval_tokens``.
+
+    Raises:
+        DataError: no position of the rows is supervised.
     """
     count = len(rows) if limit is None else min(limit, len(rows))
+    # Spread, because the rows lie source by source and one domain must not stand for all.
+    row_ids = np.arange(count, dtype=np.int64) * len(rows) // count
     each = -(-count // dist.world())
-    begin, end = dist.rank() * each, min((dist.rank() + 1) * each, count)
-    calls = -(-each // micro_batch)
-    own = sequential(rows, view, begin=begin, end=end, micro_batch=micro_batch, epoch=0)
-    spare = sequential(rows, view, begin=0, end=1, micro_batch=1, epoch=0)
+    own = row_ids[dist.rank() * each : (dist.rank() + 1) * each]
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    dummy: Batch | None = None
-    for _ in range(calls):
-        batch = next(own, None)
-        if batch is None:
-            dummy = dummy or next(spare)
-            forward(dummy.to(device))
-            continue
-        batch = batch.to(device)
-        total[0] += forward(batch)["nll"].total.double()
-        total[1] += batch.supervised()
+    for first in range(0, each, micro_batch):
+        row_ids_B = own[first : first + micro_batch]
+        counted = len(row_ids_B) > 0
+        row_ids_B = row_ids_B if counted else row_ids[:1]
+        batch = make_batch(rows, view, row_ids_B, np.zeros_like(row_ids_B), None).to(device)
+        nll = forward(batch)["nll"].total.double()
+        if counted:
+            total += torch.stack([nll, batch.supervised()])
     nll, tokens = dist.sum_over_ranks(total).tolist()
+    if not tokens:
+        raise DataError(f"no token of the {count} validation rows is predicted; use more rows")
     mean = nll / tokens
     ppl = math.exp(mean) if mean < 700 else math.inf
     return {"eval_nll": mean, "eval_bits": mean / LN2, "eval_ppl": ppl, "eval_tokens": int(tokens)}

@@ -9,9 +9,15 @@ import torch
 
 from dskd import dist
 from dskd.ds_config import fill_auto, load_preset
+from dskd.errors import ConfigError
 from dskd.settings import Precision, Run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def on_gpu() -> bool:
+    """Whether the ranks compute on GPUs; ``DS_ACCELERATOR=cpu`` keeps them off those there are."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def resolve(precision: Precision) -> Literal["fp32", "bf16", "fp16"]:
@@ -23,7 +29,12 @@ def resolve(precision: Precision) -> Literal["fp32", "bf16", "fp16"]:
 
 def student_config(run: Run, hidden: int, *, world: int | None = None) -> dict[str, Any]:
     """The run's DeepSpeed config without ``auto``; ``world`` is this group's unless given."""
-    return _fill(load_preset(run.deepspeed), run, world, hidden, where=run.deepspeed)
+    ds = _fill(load_preset(run.deepspeed), run, world, hidden, where=run.deepspeed)
+    for name in ("tensorboard", "csv_monitor"):
+        if name in ds:  # else the runs of a recipe would write into one folder
+            place = {"output_path": str(run.out / "train" / name), "job_name": run.out.name}
+            ds[name] = place | ds[name]
+    return ds
 
 
 def teacher_config(
@@ -38,13 +49,16 @@ def _fill(
     ds: dict[str, Any], run: Run, world: int | None, hidden: int, **options: Any
 ) -> dict[str, Any]:
     world = dist.world() if world is None else world
+    wanted = options.get("precision", run.train.precision)
+    if wanted == "fp16" and not on_gpu():
+        raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or fp32")
     local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))
     return fill_auto(
         ds,
         run,
         world,
         hidden,
-        torch.cuda.is_available(),
+        on_gpu(),
         bf16=_has_bf16(),
         ranks_per_node=local,
         **options,
@@ -52,4 +66,4 @@ def _fill(
 
 
 def _has_bf16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return on_gpu() and torch.cuda.is_bf16_supported()

@@ -17,9 +17,10 @@ from dskd.checks import cache_folder
 from dskd.data.blocks import Prepared
 from dskd.data.loader import Attach, Attachment
 from dskd.data.masking import View
+from dskd.data.vocabulary import vocabulary_size
 from dskd.ds_config import precision_of
 from dskd.engine import shard_teacher
-from dskd.errors import DskdError
+from dskd.errors import ConfigError
 from dskd.files import fingerprint
 from dskd.hardware import DTYPES, resolve, teacher_config
 from dskd.logit_cache import LogitCache
@@ -59,7 +60,7 @@ def inherit(
         }
         return Inheritance(Cached(temperature), _attachment(caches, prepared, temperature))
     live = {
-        domain: Live(frozen(run, domain, prepared, device), len(prepared.tokenizer))
+        domain: Live(frozen(run, domain, prepared, device), vocabulary_size(prepared.tokenizer))
         for domain, teacher in teachers.items()
     }
     if None in live:
@@ -72,21 +73,21 @@ def frozen(run: Run, domain: str | None, prepared: Prepared, device: torch.devic
     """The teacher model of a live or captured teacher, replicated or ZeRO-3-sharded."""
     teacher = each_teacher(run)[domain]
     where = "teacher.model" if domain is None else f"teacher.domains.{domain}.model"
-    ds = None
-    if teacher.deepspeed is not None:
-        hidden = hidden_size(teacher.model, where=where)
-        ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden)
-    precision = resolve(teacher.precision) if ds is None else precision_of(ds)
-    model = build(
-        teacher.model,
-        prepared.tokenizer,
-        objective=run.data.objective,
-        block_size=run.data.block_size,
-        seed=run.seed,
-        ds=ds,
-        dtype=DTYPES[precision],
-        where=where,
-    )
+    with dist.agreed():
+        ds = None
+        if teacher.deepspeed is not None:
+            hidden = hidden_size(teacher.model, where=where)
+            ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden)
+        model = build(
+            teacher.model,
+            prepared.tokenizer,
+            objective=run.data.objective,
+            block_size=run.data.block_size,
+            seed=run.seed,
+            ds=ds,
+            dtype=DTYPES[_precision(teacher, ds)],
+            where=where,
+        )
     model.requires_grad_(False)
     return model.to(device) if ds is None else shard_teacher(model, ds)
 
@@ -101,9 +102,19 @@ def expected(run: Run, teacher: CachedTeacher, prepared: Prepared, view: View) -
         "masking": view.fingerprint,
     }
     if teacher.model is not None:
-        weights = model_fingerprint(teacher.model, seed=run.seed, where="teacher.model")
-        prints["teacher"] = fingerprint([weights, teacher.precision])
+        model = teacher.model
+        weights = dist.on_rank0(
+            lambda: model_fingerprint(model, seed=run.seed, where="teacher.model")
+        )
+        ds = None
+        if teacher.deepspeed is not None:
+            ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden=1)
+        prints["teacher"] = fingerprint([weights, _precision(teacher, ds)])
     return prints
+
+
+def _precision(teacher: LiveTeacher | CachedTeacher, ds: dict[str, Any] | None) -> str:
+    return resolve(teacher.precision) if ds is None else precision_of(ds)
 
 
 def _open(
@@ -112,16 +123,23 @@ def _open(
     """Open a cache; each rank verifies its share of the shards."""
     teacher = each_teacher(run)[domain]
     folder = cache_folder(run, domain)
-    problem = cache = None
-    try:
-        share = (dist.rank(), dist.world())
-        cache = LogitCache(folder, expected(run, teacher, prepared, view), share)
+    wanted = expected(run, teacher, prepared, view)
+    with dist.agreed():
+        cache = LogitCache(folder, wanted, (dist.rank(), dist.world()))
         cache.check(teacher.use_k, temperature)
-    except DskdError as error:
-        problem = error
-    dist.agree(problem)
-    assert cache is not None
+        _check_scope(cache, domain, view)
     return cache
+
+
+def _check_scope(cache: LogitCache, domain: str | None, view: View) -> None:
+    """Refuse a cache of fewer masks or other rows than the run will ask for."""
+    folder, spec = cache.store.folder, cache.store.spec
+    if spec.draws != view.draws:
+        raise ConfigError(
+            f"data.masking.draws: {view.draws}, but {folder} holds {spec.draws} masks of each row"
+        )
+    if cache.layout.domain not in (None, domain):
+        raise ConfigError(f"{folder}: holds the rows of domain {cache.layout.domain!r} only")
 
 
 def _attachment(

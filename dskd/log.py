@@ -13,6 +13,9 @@ import torch
 from dskd import dist
 from dskd.errors import CheckpointError
 from dskd.files import write_atomic
+from dskd.hardware import on_gpu
+
+_STATUS = Path("/proc/self/status")
 
 
 def say(text: str) -> None:
@@ -22,11 +25,22 @@ def say(text: str) -> None:
 
 
 def peak_memory() -> int:
-    """Most bytes held so far: of the GPU by tensors, else of the process."""
-    if torch.cuda.is_available():
+    """Most bytes held since the last reset: of the GPU by tensors, else of the process."""
+    if on_gpu():
         return torch.cuda.max_memory_allocated()
+    if _STATUS.exists():
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+def reset_peak_memory() -> None:
+    """Count :func:`peak_memory` from now on (on a CPU under Linux only)."""
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+    elif _STATUS.exists():
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 class Metrics:

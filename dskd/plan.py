@@ -78,6 +78,7 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
                 if stage == run.until:
                     break
         dist.on_rank0(lambda: report(recipe))
+    engine.stop()
 
 
 def report(recipe: Recipe) -> None:
@@ -119,8 +120,9 @@ def _write_settings(recipe: Recipe) -> None:
 
 def _refuse_other_settings(run: Run) -> None:
     path = run.out / "config.yaml"
-    if not path.is_file():
-        return
+    begun = any((run.out / name).exists() for name in ("cache", "train", "export"))
+    if not (begun and path.is_file()):
+        return  # nothing was made with the other settings yet
     changed = differences(read(path).runs["run"], run)
     if changed:
         listed = "\n  ".join(changed)

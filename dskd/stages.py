@@ -27,7 +27,7 @@ from dskd.export import export
 from dskd.files import write_atomic
 from dskd.hardware import DTYPES, student_config, teacher_config
 from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit
-from dskd.log import Metrics, peak_memory, say
+from dskd.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.method import Method
 from dskd.models.build import build, hidden_size
 from dskd.models.speed import checkpoint_activations, compile_layers
@@ -55,8 +55,10 @@ class Job:
 
     @cached_property
     def view(self) -> View:
-        """How training rows are masked."""
-        return view_for(self.run.data, self.prepared.tokenizer, self.run.seed)
+        """How training rows are masked; collective where it is first used, as ``prepared`` is."""
+        prepared = self.prepared
+        with dist.agreed():
+            return view_for(self.run.data, prepared.tokenizer, self.run.seed)
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -101,13 +103,14 @@ def train(job: Job) -> None:
 
 def _train(job: Job, summary: Path) -> None:
     run, prepared = job.run, job.prepared
+    reset_peak_memory()
     checkpoints = job.checkpoints
     checkpoints.clean()
     saved = checkpoints.latest()
     inheritance = Inheritance()
     if job.method.wants_teacher():
         inheritance = inherit(run, job.method.temperature, prepared, job.view, job.device)
-    engine, precision, parameters = _engine(job, inheritance, saved)
+    engine, precision, parameters = _engine(job, inheritance, saved, monitor=True)
     progress = Progress(**saved.state) if saved else Progress()
     if saved:
         say(f"going on from step {progress.step} ({saved.folder})")
@@ -152,7 +155,7 @@ def export_best(job: Job) -> None:
 
 def _export(job: Job, folder: Path) -> None:
     best = job.checkpoints.best()
-    engine, _, _ = _engine(job, Inheritance(), best)
+    engine, _, _ = _engine(job, Inheritance(), best, monitor=False)
     card = {
         "method": dict(job.run.method),
         "step": best.step,
@@ -166,52 +169,54 @@ def _export(job: Job, folder: Path) -> None:
 
 def evaluate_export(job: Job) -> None:
     """Load the exported folder as a user would and score it; leaves ``scores.json``."""
-    run = job.run
-    path = run.out / "scores.json"
-    if dist.broadcast_object(path.exists()):
-        return
+    path = job.run.out / "scores.json"
+    if not dist.broadcast_object(path.exists()):
+        _evaluate_export(job, path)
+        _free()
+
+
+def _evaluate_export(job: Job, path: Path) -> None:
+    run, precision, ds = job.run, precision_of(job.ds), None
     exported = Model(path=str(run.out / "export"), attention=run.model.attention)
     # Sharded like the student was: a model that needs ZeRO-3 fits no single GPU here either.
-    precision, ds = precision_of(job.ds), None
     if stage_of(job.ds) == 3:
         ds = teacher_config(run.deepspeed, precision, run, hidden_size(exported, where="export"))
-    model = build(
-        exported,
-        job.prepared.tokenizer,
-        objective=run.data.objective,
-        block_size=run.data.block_size,
-        seed=run.seed,
-        ds=ds,
-        dtype=DTYPES[precision],
-        where="export",
-    )
+    model = _build(job, exported, ds, where="export")
     model = model.to(job.device) if ds is None else shard_teacher(model, ds)
-    objective = Objective(model, job.method, None)
-    scores = _evaluate(job, objective)
+    scores = _evaluate(job, Objective(model, job.method, None))
     if dist.rank() == 0:
         write_atomic(path, json.dumps(scores, indent=1).encode())
     dist.barrier()
 
 
-def _engine(job: Job, inheritance: Inheritance, saved: Saved | None) -> tuple[Engine, str, int]:
+def _build(job: Job, settings: Model, ds: dict[str, Any] | None, where: str) -> torch.nn.Module:
+    run, prepared = job.run, job.prepared
+    with dist.agreed():
+        return build(
+            settings,
+            prepared.tokenizer,
+            objective=run.data.objective,
+            block_size=run.data.block_size,
+            seed=run.seed,
+            ds=ds,
+            dtype=DTYPES[precision_of(job.ds)],
+            where=where,
+        )
+
+
+def _engine(
+    job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor: bool
+) -> tuple[Engine, str, int]:
     """The student in its engine, at ``saved`` if given; precision and number of parameters."""
     run, ds = job.run, job.ds
     precision, stage = precision_of(ds), stage_of(ds)
     native = saved is None or universal.is_native(saved, dist.world(), stage, precision)
     if not native:
-        universal.check(saved, stage, precision)
+        with dist.agreed():
+            universal.check(saved, stage, precision)
         if stage:
             ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
-    student = build(
-        run.model,
-        job.prepared.tokenizer,
-        objective=run.data.objective,
-        block_size=run.data.block_size,
-        seed=run.seed,
-        ds=ds,
-        dtype=DTYPES[precision],
-        where="model",
-    )
+    student = _build(job, run.model, ds, where="model")
     if run.train.activation_checkpointing:
         checkpoint_activations(student)
     if run.train.compile:
@@ -219,7 +224,7 @@ def _engine(job: Job, inheritance: Inheritance, saved: Saved | None) -> tuple[En
     parameters = sum(full_shape(p).numel() for p in student.parameters())
     objective = Objective(student, job.method, inheritance.teacher)
     groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
-    engine = Engine(objective, groups, ds)
+    engine = Engine(objective, groups, ds, monitor=monitor)
     if saved is not None and native:
         engine.load(saved.folder.parent, saved.folder.name)
     elif saved is not None:
@@ -281,7 +286,7 @@ def _free() -> None:
 
 
 STAGES: dict[str, Callable[[Job], object]] = {
-    "data": lambda job: job.prepared,
+    "data": lambda job: job.view,  # which prepares the rows
     "cache": cache,
     "train": train,
     "export": export_best,

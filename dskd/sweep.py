@@ -9,8 +9,7 @@ the ranks make would hang them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +21,7 @@ from dskd.batch import Batch
 from dskd.data.blocks import RowSet
 from dskd.data.loader import make_batch
 from dskd.data.masking import View
-from dskd.errors import DskdError, StoreError
+from dskd.errors import DskdError
 from dskd.store import Writer
 from dskd.store_format import StoreSpec
 
@@ -90,7 +89,7 @@ def sweep(
             done += sum(len(theirs[part]) for theirs in ids_by_rank)
             if progress is not None:
                 progress(done, total)
-        with _agreed():
+        with dist.agreed():
             if problem is not None:
                 raise problem
             if shard is not None:
@@ -100,10 +99,10 @@ def sweep(
 
 def _missing(writer: Writer) -> list[int]:
     """The shards to be written, the same list on every rank; each checks its share."""
-    with _agreed():
+    with dist.agreed():
         if dist.rank() == 0:
             writer.prepare()
-    with _agreed():
+    with dist.agreed():
         mine = writer.missing(range(dist.rank(), writer.spec.shards, dist.world()))
     return sorted(shard for theirs in dist.gather_objects(mine) for shard in theirs)
 
@@ -134,7 +133,7 @@ def _finish(writer: Writer) -> None:
     records = {}
     for theirs in dist.gather_objects(writer.records):
         records |= theirs
-    with _agreed():
+    with dist.agreed():
         if dist.rank() == 0:
             writer.finish(records)
 
@@ -143,16 +142,3 @@ def _row_ids(spec: StoreSpec, present_R: NDArray[np.bool_], shard: int) -> NDArr
     """The rows that a shard really holds."""
     _, begin, end = spec.span(shard)
     return begin + np.flatnonzero(present_R[begin:end])
-
-
-@contextmanager
-def _agreed() -> Iterator[None]:
-    """What goes wrong inside on one rank is raised on all of them; also a barrier."""
-    problem: DskdError | None = None
-    try:
-        yield
-    except DskdError as found:
-        problem = found
-    except OSError as found:  # a full disk, no right to write: the user's to mend
-        problem = StoreError(str(found))
-    dist.agree(problem)

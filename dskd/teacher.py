@@ -79,9 +79,10 @@ class Routed:
             part_NV = teacher(batch.select(rows_S) if len(rows_S) else _unsupervised_row(batch))
             logits_MV = part_NV.logits_NV
             if whole_NV is None:
-                whole_NV = logits_MV.new_zeros(len(domain_N), logits_MV.shape[1])
+                shape = (len(domain_N), logits_MV.shape[1])
+                whole_NV = torch.zeros(shape, device=logits_MV.device)  # fp32 holds any teacher's
             if len(rows_S):
-                whole_NV[domain_N == domain] = logits_MV
+                whole_NV[domain_N == domain] = logits_MV.float()
         assert whole_NV is not None
         return Dense(whole_NV)
 

@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except DskdError as problem:
-        # Before the group exists every rank finds the same mistakes.
-        if not problem.elsewhere and (_grouped() or os.environ.get("RANK", "0") == "0"):
+        # Before the group exists every rank of a node finds the same mistakes.
+        if not problem.elsewhere and (_grouped() or os.environ.get("LOCAL_RANK", "0") == "0"):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         return MENDABLE
 
@@ -46,6 +46,9 @@ def _run(words: list[str]) -> int:
     from dskd.config import read
     from dskd.method import build_method
 
+    dashed = [word for word in words if word.startswith("-")]
+    if dashed:
+        raise DskdError(f"{dashed[0]}: settings are written a.b=value, without dashes\n{USAGE}")
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
         raise DskdError(f"one settings file, not {len(files)}: {' '.join(files)}\n{USAGE}")
@@ -58,7 +61,8 @@ def _run(words: list[str]) -> int:
     from dskd.trainer import Interrupted
 
     plan.check(recipe, methods, world=int(os.environ.get("WORLD_SIZE", "1")))
-    if plan.is_done(recipe):
+    one_node = os.environ.get("LOCAL_SIZE") == os.environ.get("WORLD_SIZE")
+    if one_node and plan.is_done(recipe):  # several may not all see the files at once
         if os.environ.get("RANK", "0") == "0":
             plan.report(recipe)
         return 0

@@ -30,6 +30,9 @@ from dskd.method import Method
 from dskd.schedule import learning_rate
 from dskd.settings import Run
 
+MOST_SKIPPED = 100
+"""fp16 overflows in a row that stop a run: no loss scale from 2^32 down helps."""
+
 
 class Interrupted(Exception):
     """SIGTERM or SIGINT was honoured: the checkpoint of ``step`` is on disk."""
@@ -115,6 +118,7 @@ class Trainer:
         """
         progress, run = self._progress, self._run
         begun = time.monotonic() - progress.wall_seconds
+        skipped = 0
         with _stop_requested() as requested:
             while progress.step < run.train.steps:
                 clock = time.monotonic()
@@ -122,8 +126,10 @@ class Trainer:
                 progress.train_seconds += time.monotonic() - clock
                 progress.wall_seconds = time.monotonic() - begun
                 if not taken.applied:
-                    say(f"step {progress.step + 1}: fp16 overflow, skipped at half the loss scale")
+                    skipped += 1
+                    self._refuse_endless(skipped)
                     continue
+                skipped = 0
                 progress.step += 1
                 self._log(taken)
                 self._close_step(taken.stop)
@@ -148,7 +154,8 @@ class Trainer:
                 totals[name] = totals.get(name, 0) + term.total.detach().double()
         means = self._means(totals, counts)
         lr = learning_rate(self._run.train, progress.step)
-        before = engine.grad_norm() if engine.stage == 0 else None
+        plain = engine.stage == 0 and self._precision == "fp32"  # DeepSpeed keeps no norm there
+        before = engine.grad_norm() if plain else None
         applied = engine.step(lr)
         norm = engine.grad_norm() if before is None else before
         if applied or self._precision != "fp16":  # only fp16 skips a step and goes on
@@ -176,6 +183,16 @@ class Trainer:
         for name, mean in means.items():
             _finite(self._progress.step + 1, f"loss term '{name}'", mean)
         return means
+
+    def _refuse_endless(self, skipped: int) -> None:
+        """Say that fp16 overflow skipped a step; stop where no loss scale is small enough."""
+        step = self._progress.step + 1
+        say(f"step {step}: fp16 overflow, skipped")
+        if skipped == MOST_SKIPPED:
+            raise NonFiniteError(
+                f"step {step}: {skipped} overflows in a row; the gradient is beyond fp16 at any "
+                f"loss scale; the last checkpoint is intact"
+            )
 
     def _seed(self, micro: int) -> None:
         """Dropout is a function of (seed, batch, micro-batch, rank): no generator state to save."""
@@ -255,3 +272,5 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if seen:  # too late for the loop: for who handles signals outside it
+        signal.raise_signal(seen[0])

@@ -59,20 +59,21 @@ def check(saved: Saved, stage: int, precision: str) -> None:
 def convert(saved: Saved) -> Path:
     """Write the universal form beside the checkpoint, under a temporary name; collective."""
     folder = saved.folder.parent / f".universal-{saved.folder.name}"
-    problem = None
-    if dist.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        if saved.stage == 0:
-            _from_plain(saved.folder, folder)
-        else:
-            _from_shards(saved.folder, folder)
-        for name in (_MODEL, _MODEL_ZERO3):
-            if not (folder / name).exists():
-                shutil.copyfile(next(folder.glob("*model_states.pt")), folder / name)
-        if not any((folder / "zero").glob("*/fp32.pt")):
-            problem = CheckpointError(f"{saved.folder}: DeepSpeed's conversion made no parameters")
-    dist.agree(problem)
+    dist.on_rank0(lambda: _convert(saved, folder))
     return folder
+
+
+def _convert(saved: Saved, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if saved.stage == 0:
+        _from_plain(saved.folder, folder)
+    else:
+        _from_shards(saved.folder, folder)
+    for name in (_MODEL, _MODEL_ZERO3):
+        if not (folder / name).exists():
+            shutil.copyfile(next(folder.glob("*model_states.pt")), folder / name)
+    if not any((folder / "zero").glob("*/fp32.pt")):
+        raise CheckpointError(f"{saved.folder}: DeepSpeed's conversion made no parameters")
 
 
 def discard(folder: Path) -> None:

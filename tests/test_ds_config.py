@@ -297,7 +297,8 @@ def test_an_unset_adam_follows_the_settings_and_others_only_where_they_ask():
     ],
 )
 def test_precision(setting, ds, hardware, expected):
-    filled = _filled(ds, f"train.precision={setting}", **hardware)
+    zero1 = {"zero_optimization": {"stage": 1}}
+    filled = _filled(ds | zero1, f"train.precision={setting}", **hardware)
     assert precision_of(filled) == expected
     assert filled["bf16"]["enabled"] is (expected == "bf16")
     assert filled["fp16"]["enabled"] is (expected == "fp16")
@@ -313,6 +314,11 @@ def test_precision(setting, ds, hardware, expected):
             "bf16.enabled is false, but train.precision is bf16",
         ),
         ("bf16", {"fp16": {"enabled": True}}, "fp16.enabled is true, but train.precision is bf16"),
+        (
+            "fp16",
+            {"zero_optimization": {"stage": 0}},
+            "fp16 needs ZeRO-1, 2 or 3: at stage 0 DeepSpeed does not scale the loss",
+        ),
         (
             "auto",
             {"fp16": {"enabled": True}, "bf16": {"enabled": True}},

@@ -17,9 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
-    0: "errors files batch settings tree sections checks config schedule losses dist log",
+    0: "errors files batch settings tree sections checks config schedule losses dist",
     1: "data.counter data.sources data.vocabulary data.packing data.building data.blocks "
-    "data.masking data.loader store_format store logit_cache ds_keys ds_config hardware zero "
+    "data.masking data.loader store_format store logit_cache ds_keys ds_config hardware log zero "
     "models.families models.initial models.weights models.build models.speed",
     2: "teacher engine checkpoint universal",
     3: "method objective sweep evaluation export capture inheritance trainer report stages plan",

@@ -50,11 +50,13 @@ def test_what_can_be_mended_is_told_in_one_message(tmp_path, capsys, words, mess
 
 def test_every_mistake_is_told_by_one_rank(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["train.step=3", "train.lr=-1", f"out={tmp_path}"]
     assert main(words) == 2
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if "train.step:" in line or "train.lr:" in line]) == 2

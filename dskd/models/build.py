@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from dskd.data.vocabulary import check_same_vocabulary
+from dskd.data.vocabulary import check_same_vocabulary, vocabulary_size
 from dskd.errors import ConfigError
 from dskd.files import file_hash, fingerprint
 from dskd.models.families import FAMILIES, family_of, longest_row, tie_head_bias
@@ -136,7 +136,7 @@ def _random_config(
         special = _special_ids(tokenizer, family.objective)
         given = {name: value for name, value in special.items() if name in _fields(cls)}
         multiple = settings.vocab_multiple
-        given["vocab_size"] = -(-_vocabulary(tokenizer) // multiple) * multiple
+        given["vocab_size"] = -(-vocabulary_size(tokenizer) // multiple) * multiple
     with _complaints(f"{where}.config"):
         return AutoConfig.for_model(model_type, **fields, **given)
 
@@ -208,10 +208,10 @@ def _check_config(
             f"{where}: a {config.model_type} is a {family.objective} LM, data.objective is "
             f"{objective}; {objective} ones are {fitting}"
         )
-    if config.vocab_size < _vocabulary(tokenizer):
+    if config.vocab_size < vocabulary_size(tokenizer):
         raise ConfigError(
             f"{where}: its vocabulary of {config.vocab_size} is smaller than the tokenizer's "
-            f"{_vocabulary(tokenizer)}"
+            f"{vocabulary_size(tokenizer)}"
         )
     if family.past_padding and config.pad_token_id != tokenizer.pad_token_id:
         raise ConfigError(
@@ -255,11 +255,6 @@ def _complaints(where: str) -> Iterator[None]:
 
 def _fields(cls: type[PreTrainedConfig]) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
-
-
-def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id (ids may have gaps)."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _either(first: int | None, second: int | None) -> int | None:

@@ -1,0 +1,115 @@
+"""Tiny runs on two domains of text, for tests that train through the user's command."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dskd.data.sources import documents
+from dskd.settings import BuiltinSource
+from dskd.tree import dump, merge
+from tests.launching import forked
+
+STEPS = 4
+MASKED = {
+    "model_type": "roberta",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+CAUSAL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 32,
+}
+# Far from uniform, so that it matters which teacher a row has.
+TEACHER = {"hidden_size": 16, "num_hidden_layers": 1, "initializer_range": 0.3}
+OTHER = {**TEACHER, "intermediate_size": 32}
+LIVE = {"kind": "live", "model": {"config": MASKED | TEACHER}}
+LIVE_OTHER = {"kind": "live", "model": {"config": MASKED | OTHER}}
+ALL_KEPT = {"kind": "cached", "k": 320, "values": "fp32", "rows_per_shard": 8}
+
+
+def cached(live: dict[str, Any]) -> dict[str, Any]:
+    """A cached teacher that keeps the whole distribution of a live one."""
+    return live | ALL_KEPT
+
+
+def routed(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """A teacher for each of the two domains."""
+    return {"kind": "routed", "domains": {"left": left, "right": right}}
+
+
+def write_corpora(folder: Path, count: int = 30) -> None:
+    """``left.txt`` and ``right.txt`` of so many documents each, from the built-in corpus."""
+    found = documents(BuiltinSource(documents=2 * count))
+    for name in ("left", "right"):
+        texts = (text.strip() for text in islice(found, count))
+        (folder / f"{name}.txt").write_text("\n\n".join(texts), encoding="utf-8")
+
+
+def source(folder: Path, name: str) -> dict[str, str]:
+    """The setting that reads one of the corpora."""
+    return {"kind": "text", "path": str(folder / f"{name}.txt"), "domain": name}
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """A run of KI by a live teacher, on both corpora of the folder."""
+    return {
+        "seed": 3,
+        "data": {
+            "folder": str(folder / "data"),
+            "sources": [source(folder, "left"), source(folder, "right")],
+            "validation_fraction": 0.1,
+            "tokenizer": {"vocab_size": 320},
+            "block_size": 32,
+            "masking": {"draws": 2},
+        },
+        "model": {"config": MASKED},
+        "teacher": LIVE,
+        "method": {"kind": "ki", "temperature": 2.0, "schedule": "linear", "steps": STEPS},
+        "train": {
+            "steps": STEPS,
+            "batch": 8,
+            "micro_batch": 4,
+            "lr": 0.01,
+            "warmup": 1,
+            "precision": "fp32",
+        },
+        "evaluation": {"every": 2, "rows": 4},
+        "checkpoint": {"every": 2},
+        "until": "train",
+    }
+
+
+def causal(student: dict[str, Any] = CAUSAL) -> dict[str, Any]:
+    """What makes a run of :func:`settings` one of causal models."""
+    return {
+        "data": {"objective": "causal", "packing": "contiguous"},
+        "model": {"config": student},
+        "teacher": {"kind": "live", "model": {"config": CAUSAL | TEACHER}},
+    }
+
+
+class Runs:
+    """Variations of the settings, in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_corpora(folder)
+
+    def run(self, name: str, ranks: int, *words: str, **changes: Any) -> Path:
+        """Train the settings with ``changes`` of whole sections merged in; the run's folder."""
+        tree = merge(settings(self.folder), changes)
+        recipe = self.folder / f"{name}.yaml"
+        recipe.write_text(dump(tree), encoding="utf-8")
+        forked(ranks, str(recipe), f"out={self.folder / name}", *words)
+        return self.folder / name

@@ -24,7 +24,7 @@ from dskd.hardware import student_config, teacher_config
 from dskd.inheritance import each_teacher
 from dskd.log import say
 from dskd.method import Method
-from dskd.models.build import model_fingerprint
+from dskd.models.build import check_random, model_fingerprint
 from dskd.report import print_table, write_report
 from dskd.settings import Model, Run
 from dskd.stages import STAGES, Job
@@ -46,7 +46,13 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
             settings that a run in progress was started with.
     """
     for name, run in recipe.runs.items():
-        validate(run, world, methods[name], f"runs.{name}" if len(recipe.runs) > 1 else "")
+        prefix = f"runs.{name}" if len(recipe.runs) > 1 else ""
+        validate(run, world, methods[name], prefix)
+        for place, model in _models(run).items():
+            if model.path is None:
+                where = f"{prefix}.{place}" if prefix else place
+                data = {"objective": run.data.objective, "block_size": run.data.block_size}
+                check_random(model, **data, where=where)
         # The hidden size only sets buckets; a model that an earlier run will export has none yet.
         student_config(run, NOMINAL_HIDDEN, world=world)
         for teacher in each_teacher(run).values():

@@ -82,7 +82,8 @@ def build(
     else:
         config = _stored_config(settings, folder, where)
         _check_tokenizer(tokenizer, folder, f"{where}.path")
-    _check_config(config, tokenizer, objective, block_size, where)
+    _check_shape(config, objective, block_size, where)
+    _check_vocabulary(config, tokenizer, where)
     model = _construct(config, settings.attention, ds, dtype, where)
     if folder is None:
         initialise(model, seed)
@@ -93,6 +94,17 @@ def build(
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def check_random(
+    settings: Model, *, objective: Literal["masked", "causal"], block_size: int, where: str
+) -> None:
+    """Refuse what is wrong with the settings of a random model, before there is a tokenizer.
+
+    Raises:
+        ConfigError: as :func:`build` does.
+    """
+    _check_shape(_random_config(settings, where, None), objective, block_size, where)
 
 
 def model_fingerprint(settings: Model, *, seed: int, where: str) -> str:
@@ -194,12 +206,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where: st
     check_same_vocabulary(tokenizer, other, "the data's tokenizer", f"{where} ({folder})")
 
 
-def _check_config(
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    objective: Literal["masked", "causal"],
-    block_size: int,
-    where: str,
+def _check_shape(
+    config: PreTrainedConfig, objective: Literal["masked", "causal"], block_size: int, where: str
 ) -> None:
     family = FAMILIES[config.model_type]
     if family.objective != objective:
@@ -208,16 +216,6 @@ def _check_config(
             f"{where}: a {config.model_type} is a {family.objective} LM, data.objective is "
             f"{objective}; {objective} ones are {fitting}"
         )
-    if config.vocab_size < vocabulary_size(tokenizer):
-        raise ConfigError(
-            f"{where}: its vocabulary of {config.vocab_size} is smaller than the tokenizer's "
-            f"{vocabulary_size(tokenizer)}"
-        )
-    if family.past_padding and config.pad_token_id != tokenizer.pad_token_id:
-        raise ConfigError(
-            f"{where}: its pad_token_id is {config.pad_token_id}, the tokenizer's "
-            f"{tokenizer.pad_token_id}; {config.model_type} counts positions by it"
-        )
     longest = longest_row(config)
     if longest < block_size:
         beyond = config.max_position_embeddings - longest
@@ -225,6 +223,22 @@ def _check_config(
         raise ConfigError(
             f"{where}.config.max_position_embeddings: {config.max_position_embeddings} are too few "
             f"for data.block_size {block_size}; {block_size + beyond} are needed{why}"
+        )
+
+
+def _check_vocabulary(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, where: str
+) -> None:
+    if config.vocab_size < vocabulary_size(tokenizer):
+        raise ConfigError(
+            f"{where}: its vocabulary of {config.vocab_size} is smaller than the tokenizer's "
+            f"{vocabulary_size(tokenizer)}"
+        )
+    past_padding = FAMILIES[config.model_type].past_padding
+    if past_padding and config.pad_token_id != tokenizer.pad_token_id:
+        raise ConfigError(
+            f"{where}: its pad_token_id is {config.pad_token_id}, the tokenizer's "
+            f"{tokenizer.pad_token_id}; {config.model_type} counts positions by it"
         )
 
 

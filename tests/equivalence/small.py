@@ -32,10 +32,10 @@ CAUSAL = {
 }
 # Far from uniform, so that it matters which teacher a row has.
 TEACHER = {"hidden_size": 16, "num_hidden_layers": 1, "initializer_range": 0.3}
-OTHER = {**TEACHER, "intermediate_size": 32}
+OTHER = {**TEACHER, "initializer_range": 0.6}
 LIVE = {"kind": "live", "model": {"config": MASKED | TEACHER}}
 LIVE_OTHER = {"kind": "live", "model": {"config": MASKED | OTHER}}
-ALL_KEPT = {"kind": "cached", "k": 320, "values": "fp32", "rows_per_shard": 8}
+ALL_KEPT = {"kind": "cached", "k": 320, "values": "fp32", "rows_per_shard": 64}
 
 
 def cached(live: dict[str, Any]) -> dict[str, Any]:
@@ -48,17 +48,17 @@ def routed(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "routed", "domains": {"left": left, "right": right}}
 
 
-def write_corpora(folder: Path, count: int = 30) -> None:
-    """``left.txt`` and ``right.txt`` of so many documents each, from the built-in corpus."""
-    found = documents(BuiltinSource(documents=2 * count))
-    for name in ("left", "right"):
-        texts = (text.strip() for text in islice(found, count))
+def write_corpora(folder: Path) -> None:
+    """``left.txt``, ``right.txt`` and ``valid.txt`` from the built-in corpus, some 80 rows each."""
+    found = documents(BuiltinSource(documents=36))
+    for name in ("left", "right", "valid"):
+        texts = (text.strip()[:500] for text in islice(found, 12))
         (folder / f"{name}.txt").write_text("\n\n".join(texts), encoding="utf-8")
 
 
-def source(folder: Path, name: str) -> dict[str, str]:
-    """The setting that reads one of the corpora."""
-    return {"kind": "text", "path": str(folder / f"{name}.txt"), "domain": name}
+def source(folder: Path, name: str, domain: str | None = None) -> dict[str, str]:
+    """The setting that reads one of the corpora, as a domain of its own name unless said."""
+    return {"kind": "text", "path": str(folder / f"{name}.txt"), "domain": domain or name}
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -68,8 +68,8 @@ def settings(folder: Path) -> dict[str, Any]:
         "data": {
             "folder": str(folder / "data"),
             "sources": [source(folder, "left"), source(folder, "right")],
-            "validation_fraction": 0.1,
-            "tokenizer": {"vocab_size": 320},
+            "validation": [source(folder, "valid")],
+            "tokenizer": {"kind": "trained", "vocab_size": 320},
             "block_size": 32,
             "masking": {"draws": 2},
         },

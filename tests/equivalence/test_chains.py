@@ -22,7 +22,6 @@ KI = ROOT / "launch" / "ki"
 TINY = [
     "data.tokenizer.vocab_size=320",
     "data.block_size=32",
-    "data.validation_fraction=0.1",
     "model.config.num_attention_heads=2",
     "model.config.num_hidden_layers=1",
     "model.config.intermediate_size=48",
@@ -71,6 +70,7 @@ def test_generations(tmp_path, capsys):
         f"out={out}",
         f"data.folder={tmp_path / 'data'}",
         f"data.sources=[{source(tmp_path, 'left')}]",
+        f"data.validation=[{source(tmp_path, 'valid')}]",
         *TINY,
         "runs.medium.method.steps=2",
         "runs.large.method.steps=2",
@@ -90,17 +90,18 @@ def test_generations(tmp_path, capsys):
     has_nothing_to_do(out, words, capsys)
 
 
-@pytest.mark.parametrize("kind", ["live", "cached"])
-def test_domains(tmp_path, capsys, kind):
+@pytest.mark.parametrize(("kind", "ranks"), [("live", 2), ("cached", 1)])
+def test_domains(tmp_path, capsys, kind, ranks):
     write_corpora(tmp_path)
     out = tmp_path / "out"
     corpora = {"biology": "left", "computing": "right"}
-    sources = {name: source(tmp_path, file) | {"domain": name} for name, file in corpora.items()}
+    sources = {name: source(tmp_path, file, name) for name, file in corpora.items()}
     words = [
         str(KI / "domains.yaml"),
         f"out={out}",
         f"data.folder={tmp_path / 'data'}",
         f"data.sources={list(sources.values())}",
+        f"data.validation=[{source(tmp_path, 'valid')}]",
         *TINY,
         "runs.ki.method.steps=2",
         "model.config.hidden_size=16",
@@ -117,7 +118,7 @@ def test_domains(tmp_path, capsys, kind):
                 f"runs.ki.teacher.domains.{name}="
                 f"{{kind: cached, k: 8, values: fp32, model: {{path: 'run:{name}'}}}}"
             )
-    forked(2, *words)
+    forked(ranks, *words)
     for name in sources:
         assert inputs(out / "ki")[f"teacher.domains.{name}.model"] == print_of(out / name)
         assert inputs(out / name)["data"] != inputs(out / "ki")["data"]

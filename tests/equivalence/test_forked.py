@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dskd.batch import IGNORE
+from dskd.config import parse
 from dskd.data.blocks import open_prepared, prepare
 from dskd.data.loader import Loader
 from dskd.data.masking import view_for
@@ -45,7 +46,7 @@ def single(runs) -> Path:
     """One rank, ZeRO-0, one live teacher for all rows."""
     out = runs.run("single", 1)
     assert len(losses(out)) == STEPS
-    assert losses(out)[0] != pytest.approx(losses(out)[-1], abs=0.05)  # it does train
+    assert learns(out)
     return out
 
 
@@ -60,6 +61,10 @@ def same(a: Path, b: Path) -> None:
     assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
 
 
+def learns(out: Path) -> bool:
+    return evaluations(out)[-1] < evaluations(out)[0] - 0.02
+
+
 SHARDED = LIVE | {"deepspeed": "zero3"}
 
 
@@ -70,7 +75,6 @@ SHARDED = LIVE | {"deepspeed": "zero3"}
         ("live", 2, routed(LIVE, LIVE)),
         ("sharded", 2, routed(SHARDED, SHARDED)),
         ("cached", 1, routed(cached(LIVE), cached(LIVE))),
-        ("cached", 2, routed(cached(LIVE), cached(LIVE))),
     ],
 )
 def test_the_same_teacher_for_each_domain_is_one_teacher(runs, single, name, ranks, teacher):
@@ -101,7 +105,7 @@ def test_each_row_is_taught_by_its_own_domains_teacher(runs, single, mixed):
 @torch.no_grad()
 def first_loss(folder: Path, teachers: dict) -> float:
     """Mean of T^2 KL over the first batch, row by row; alpha is 1 and no weight has moved yet."""
-    run = Run.model_validate(settings(folder))
+    run = parse(Run, settings(folder), "")
     prepared = open_prepared(prepare(run.data))
     view = view_for(run.data, prepared.tokenizer, run.seed)
     loader = Loader(prepared.train, view, batch=8, micro_batch=8, rank=0, world=1, seed=run.seed)
@@ -160,15 +164,14 @@ def test_causal_cached_teacher_is_the_live_one(runs):
             f"llama-cached-{ds}", ranks, f"deepspeed={ds}", **causal() | {"teacher": teacher}
         )
         same(out, live)
-    manifest = runs.folder / "llama-cached-zero0" / "cache" / "manifest.json"
-    assert manifest.is_file()
+        assert (out / "cache" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("student", [GPT2, QWEN2], ids=lambda config: config["model_type"])
 def test_causal_families_sharded(runs, student):
     name = student["model_type"]
     plain = runs.run(name, 1, **causal(student))
-    assert losses(plain)[0] != pytest.approx(losses(plain)[-1], abs=0.05)
+    assert learns(plain)
     same(runs.run(f"{name}-zero3", 2, "deepspeed=zero3", **causal(student)), plain)
 
 
@@ -180,29 +183,27 @@ def test_activation_checkpointing_changes_nothing(runs, single):
     assert losses(out) == pytest.approx(losses(single), abs=1e-6)
 
 
-@pytest.mark.parametrize(("ranks", "ds"), [(1, "zero0"), (2, "zero3")])
-def test_activation_checkpointing_repeats_dropout(runs, single, ranks, ds):
+def test_activation_checkpointing_repeats_dropout(runs, single):
     """The recomputed forward drops what the first one dropped."""
-    words = [f"deepspeed={ds}", "train.micro_batch=2"]
-    plain = runs.run(f"dropout-{ds}", ranks, *words, model=DROPOUT)
+    words = ["deepspeed=zero3", "train.micro_batch=2"]
+    plain = runs.run("dropout", 2, *words, model=DROPOUT)
     words.append("train.activation_checkpointing=true")
-    again = runs.run(f"dropout-recomputed-{ds}", ranks, *words, model=DROPOUT)
+    again = runs.run("dropout-recomputed", 2, *words, model=DROPOUT)
     assert losses(again) == pytest.approx(losses(plain), abs=1e-6)
     assert losses(plain) != pytest.approx(losses(single), abs=1e-3)  # there was dropout
 
 
 @pytest.mark.parametrize("option", ["whole_word=true", "sampler=fairseq"])
 def test_other_masks_train(runs, single, option):
-    out = runs.run(option, 1, f"data.masking.{option}", "train.steps=6")
+    out = runs.run(option.partition("=")[0], 1, f"data.masking.{option}", "train.steps=6")
     assert len(losses(out)) == 6 and all(map(math.isfinite, losses(out)))
-    assert losses(out)[-1] < losses(out)[0] - 0.05
+    assert learns(out)
     assert losses(out)[0] != pytest.approx(losses(single)[0], abs=1e-4)  # other masks
 
 
-@pytest.mark.parametrize("schedule", ["linear", "switch"])
-def test_the_teacher_rests_once_alpha_is_0(runs, monkeypatch, schedule):
+def test_the_teacher_rests_once_alpha_is_0(runs, monkeypatch):
     """Forked ranks inherit the patch that counts the teacher's forward passes."""
-    calls = runs.folder / f"calls-{schedule}"
+    calls = runs.folder / "calls"
     original = Live.__call__
 
     def counted(self, batch):
@@ -211,8 +212,7 @@ def test_the_teacher_rests_once_alpha_is_0(runs, monkeypatch, schedule):
         return original(self, batch)
 
     monkeypatch.setattr(Live, "__call__", counted)
-    words = [f"method.schedule={schedule}", "method.steps=2", "train.micro_batch=4"]
-    out = runs.run(f"rest-{schedule}", 1, *words)
+    out = runs.run("rest", 1, "method.steps=2")
     lines = [line for line in read_metrics(out / "train" / "metrics.jsonl") if "loss" in line]
     assert ["kl" in line["terms"] for line in lines] == [True, True, False, False]
     assert ["alpha" in line and line["alpha"] > 0 for line in lines] == [True, True, False, False]

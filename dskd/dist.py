@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ import torch.distributed as torch_dist
 from dskd.errors import DskdError, StoreError
 
 Value = TypeVar("Value")
+
+_ALONE = "dskd-rank0"
+"""Name of the thread in which rank 0 works alone: a collective in it would wait for ever."""
 
 
 def _grouped() -> bool:
@@ -29,22 +33,28 @@ def world() -> int:
     return torch_dist.get_world_size() if _grouped() else 1
 
 
+def _together() -> bool:
+    """Whether there are others to take part in a collective."""
+    assert not threading.current_thread().name.startswith(_ALONE), "a collective inside on_rank0"
+    return _grouped()
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
-    if _grouped():
+    if _together():
         torch_dist.barrier()
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Sum ``value`` over the ranks in place (identical on every rank afterwards); return it."""
-    if _grouped():
+    if _together():
         torch_dist.all_reduce(value)
     return value
 
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's ``value`` (picklable), on every rank."""
-    if not _grouped():
+    if not _together():
         return value
     box = [value]
     torch_dist.broadcast_object_list(box, src=0)
@@ -53,7 +63,7 @@ def broadcast_object(value: Any) -> Any:
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's ``value`` (picklable), by rank, on every rank."""
-    if not _grouped():
+    if not _together():
         return [value]
     values: list[Any] = [None] * world()
     torch_dist.all_gather_object(values, value)
@@ -92,7 +102,7 @@ def on_rank0(function: Callable[[], Value]) -> Value:
     """
     if world() == 1:
         return function()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix=_ALONE) as pool:
         work = pool.submit(function) if rank() == 0 else None
         busy = True
         while busy:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dskd.errors import ConfigError
-from dskd.files import read_manifest
+from dskd.files import fingerprint, read_manifest
 from dskd.models.build import model_fingerprint
 from dskd.settings import Model
+from dskd.store import read_spec
 from dskd.train import main
 from dskd.tree import load
 from tests.equivalence.small import source, write_corpora
@@ -20,7 +21,6 @@ from tests.launching import ROOT, forked, losses
 
 KI = ROOT / "launch" / "ki"
 TINY = [
-    "data.tokenizer.vocab_size=320",
     "data.block_size=32",
     "model.config.num_attention_heads=2",
     "model.config.num_hidden_layers=1",
@@ -72,6 +72,7 @@ def test_generations(tmp_path, capsys):
         f"data.sources=[{source(tmp_path, 'left')}]",
         f"data.validation=[{source(tmp_path, 'valid')}]",
         *TINY,
+        "data.tokenizer.vocab_size=320",
         "runs.medium.method.steps=2",
         "runs.large.method.steps=2",
         *(f"runs.{name}.model.config.hidden_size={size}" for name, size in sizes.items()),
@@ -105,12 +106,11 @@ def test_domains(tmp_path, capsys, kind, ranks):
         *TINY,
         "runs.ki.method.steps=2",
         "model.config.hidden_size=16",
+        "runs.scratch.model.config.hidden_size=32",
         "runs.ki.model.config.hidden_size=32",
+        "runs.scratch.data.tokenizer.vocab_size=320",  # the others take this one
         "data.masking.draws=2",
     ]
-    # The recipe's own words name the tokenizer by `run:scratch`; only scratch trains one.
-    words.remove("data.tokenizer.vocab_size=320")
-    words.append("runs.scratch.data.tokenizer.vocab_size=320")
     for name, one in sources.items():
         words.append(f"runs.{name}.data.sources=[{one}]")
         if kind == "cached":
@@ -122,12 +122,11 @@ def test_domains(tmp_path, capsys, kind, ranks):
     for name in sources:
         assert inputs(out / "ki")[f"teacher.domains.{name}.model"] == print_of(out / name)
         assert inputs(out / name)["data"] != inputs(out / "ki")["data"]
+        if kind == "cached":
+            spec, _ = read_spec(out / "ki" / "cache" / name)
+            assert spec.fingerprints["teacher"] == fingerprint([print_of(out / name), "fp32"])
     assert print_of(out / "biology") != print_of(out / "computing")
     assert inputs(out / "scratch")["masking"] == inputs(out / "ki")["masking"]
-    vocabularies = {
-        (out / name / "export" / "tokenizer.json").read_bytes()
-        for name in os.listdir(out)
-        if (out / name / "export").is_dir()
-    }
-    assert len(vocabularies) == 1
+    tokenizers = [path.read_bytes() for path in out.glob("*/export/tokenizer.json")]
+    assert len(tokenizers) == 4 and len(set(tokenizers)) == 1
     has_nothing_to_do(out, words, capsys)

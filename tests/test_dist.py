@@ -17,7 +17,7 @@ def _refusal(rank):
     def work():
         raise ConfigError("no")
 
-    with pytest.raises(ConfigError, match="^no$") as caught:
+    with pytest.raises(ConfigError, match=r"^no$") as caught:
         dist.on_rank0(work)
     return caught.value.elsewhere
 

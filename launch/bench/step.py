@@ -120,7 +120,7 @@ class Step:
             run=run,
             precision=precision_of(job.ds),
             method=job.method,
-            engine=Engine(objective, groups, job.ds),
+            engine=Engine(objective, groups, job.ds, monitor=False),
             loader=self.loader,
             evaluate=dict,
             checkpoints=Checkpoints(run.out / "checkpoints", 1),

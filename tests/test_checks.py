@@ -83,11 +83,26 @@ def test_the_toy_is_sound():
             "teacher.temperatures: [2.0, 2.0] has one twice",
         ),
         (
+            ["teacher={kind: cached}", "data.masking.draws=3"],
+            "teacher.model: missing; name a model to capture from, or teacher.path",
+        ),
+        (
+            ["evaluation.every=4", "checkpoint.every=10"],
+            "checkpoint.every: 10 is not a multiple of evaluation.every 4; the best checkpoint is"
+            " chosen by its evaluation",
+        ),
+        (
             [CACHED, "teacher.k=8", "teacher.use_k=9", "data.masking.draws=3"],
             "teacher.use_k: 9 is more than teacher.k 8",
         ),
         (
-            [ROUTED, SOURCES, "teacher.domains.b.kind=cached", "data.masking.draws=1"],
+            [
+                ROUTED,
+                SOURCES,
+                "teacher.domains.b.kind=cached",
+                "teacher.domains.b.path=x",
+                "data.masking.draws=1",
+            ],
             "teacher.domains: all must be live or all cached, but: a live, b cached",
         ),
         (

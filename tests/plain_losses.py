@@ -1,44 +1,13 @@
-"""The losses as they are defined, term by term, with plain differentiable operations."""
+"""What tests of the losses share: a cache's view of logits, and the golden names of the modes."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 
 from dskd.batch import TopK
 
 MODES = {"tail": "tail", "renormalised": "renorm", "truncated": "renorm_both"}
 """Our names of the top-k losses, and those of the golden values."""
-
-
-def plain_ce(logits_NV, labels_N):
-    return F.nll_loss(logits_NV.log_softmax(1), labels_N, reduction="sum")
-
-
-def plain_kl(student_NV, teacher_NW, t):
-    width = teacher_NW.shape[1]
-    logp = (student_NV / t).log_softmax(1)[:, :width]
-    return t**2 * _divergence((teacher_NW / t).log_softmax(1), logp)
-
-
-def plain_topk(student_NV, teacher_NV, k, t, mode):
-    """From the full distributions of both, one row at a time."""
-    total = 0.0
-    for s_V, z_V in zip(student_NV / t, teacher_NV / t, strict=True):
-        kept = torch.zeros(len(z_V), dtype=torch.bool)
-        kept[z_V.topk(k).indices] = True
-        logq, logp = z_V.log_softmax(0), s_V.log_softmax(0)
-        if mode == "tail":
-            logq, logp = (
-                torch.cat((x[kept], x.masked_fill(kept, -math.inf).logsumexp(0, True)))
-                for x in (logq, logp)
-            )
-        elif mode == "renormalised":
-            logq, logp = z_V[kept].log_softmax(0), logp[kept]
-        else:
-            logq, logp = z_V[kept].log_softmax(0), s_V[kept].log_softmax(0)
-        total = total + _divergence(logq, logp)
-    return t**2 * total
 
 
 def top_k(teacher_NV, k, *temperatures):
@@ -49,5 +18,8 @@ def top_k(teacher_NV, k, *temperatures):
     return TopK(ids_NK, kept_NK, {t: (rest_NV / t).logsumexp(1) for t in temperatures})
 
 
-def _divergence(logq, logp):
-    return torch.where(logq > -math.inf, logq.exp() * (logq - logp), 0.0).sum()
+def at_temperature(signal, t):
+    """A cached signal's log-probabilities [N, K] and the logarithm of its tail's mass [N], at T."""
+    kept_NK, tail_N = signal.logprobs_NK / t, signal.tail_N[t]
+    lse_N = torch.logaddexp(kept_NK.logsumexp(1), tail_N)
+    return kept_NK - lse_N[:, None], tail_N - lse_N

@@ -21,6 +21,7 @@ setup(
     packages=[
         "dskd",
         "dskd.data",
+        "dskd.fused",
         "dskd.models",
         "dskd.methods",
         "dskd.kernels",

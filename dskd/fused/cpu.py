@@ -1,0 +1,122 @@
+"""Row functions on a CPU (and any device that has no kernels): dense divergences, label loss.
+
+Closed forms, the gradient in the visit of the loss, by chunks of rows that stay in the cache
+(:mod:`dskd.fused.cpu_chunks`). Arithmetic in fp32, or float64 for float64 logits. The callers have
+checked the arguments.
+
+Shape letters: N rows (tokens), C of them in a chunk, V student columns, W teacher columns (W <= V).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dskd.fused.arguments import wide
+from dskd.fused.cpu_chunks import (
+    Chunk,
+    Hot,
+    Logits,
+    Map,
+    Rows,
+    add_label,
+    chunked,
+    exponentials,
+    labels_of,
+    live,
+    rows_of,
+    scratch,
+)
+from dskd.fused.cpu_kinds import KINDS, Pair, mixed
+
+
+def dense_rows(
+    student_NV: Tensor,
+    teacher_NW: Tensor,
+    labels_N: Tensor | None,
+    weight_N: Tensor,
+    reverse_N: Tensor | None,
+    label_weight_N: Tensor | None,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float,
+    student_map: Map,
+    teacher_map: Map,
+    grad_NV: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Divergence [N] of ``kind`` and label loss [N] or None, both unweighted; and the gradient.
+
+    Args:
+        student_NV: fp32, fp16, bf16 or float64, unit column stride.
+        teacher_NW: likewise; no probability beyond its W columns.
+        labels_N: int64; not looked at where the label's weight is 0. None: no label loss.
+        weight_N: fp32 (float64 for float64 logits), the divergence's weights.
+        reverse_N: kind ``mixed`` only: weights of KL(q || p), ``weight_N`` being those of
+            KL(p || q). Its divergence is their weighted sum.
+        label_weight_N: the label loss's weights; None with ``labels_N``.
+        kind, beta, temperature: see :func:`dskd.losses.divergence`; no factor T^2.
+        student_map, teacher_map: scale and softcap (0: none) of each side's logits.
+        grad_NV: receives the gradient of the weighted sum of the losses by ``student_NV``; it may
+            be that tensor, or have another dtype and row stride. None: losses only.
+
+    A row without any weight has losses and gradient 0, and its logits are not looked at.
+    """
+    dtype = wide(student_NV.dtype)
+    student = Logits(student_NV, student_map, temperature, dtype)
+    teacher = Logits(teacher_NW, teacher_map, temperature, dtype)
+    divergence_N = student_NV.new_zeros(len(student_NV), dtype=dtype)
+    label_N = None if labels_N is None else torch.zeros_like(divergence_N)
+    buffers = scratch(5, student_NV)
+
+    def compute(rows: Rows, shifted: bool) -> Chunk:
+        *own, spare_CV = rows_of(buffers, rows)
+        pair = Pair(student, teacher, rows, shifted, own)
+        weight_C1 = weight_N[rows, None]
+        if reverse_N is None:
+            loss_C1, terms = KINDS[kind](pair, beta)
+            terms = [(matrix, column_C1 * weight_C1) for matrix, column_C1 in terms]
+        else:
+            loss_C1, terms = mixed(pair, weight_C1, reverse_N[rows, None])
+        terms = [(matrix, column_C1 * student.over) for matrix, column_C1 in terms]
+        chunk = Chunk([pair.zs, pair.zt], [loss_C1], terms)
+        if labels_N is not None:
+            hot = Hot(pair.s, pair.es, pair.zs, shifted)
+            labels = labels_of(pair.s, labels_N, label_weight_N, rows)
+            add_label(chunk, student, hot, labels, spare_CV)
+        return chunk
+
+    live_N = live(weight_N, reverse_N, label_weight_N)
+    for rows, chunk in chunked(live_N, [student, teacher], compute, grad_NV):
+        divergence_N[rows] = chunk.losses[0][:, 0]
+        if label_N is not None:
+            label_N[rows] = chunk.losses[1][:, 0]
+    return divergence_N, label_N
+
+
+def label_rows(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    label_weight_N: Tensor,
+    *,
+    student_map: Map,
+    grad_NV: Tensor | None,
+) -> Tensor:
+    """Cross entropy [N] alone; the arguments are those of :func:`dense_rows`."""
+    dtype = wide(logits_NV.dtype)
+    logits = Logits(logits_NV, student_map, 1.0, dtype)
+    label_N = logits_NV.new_zeros(len(logits_NV), dtype=dtype)
+    buffers = scratch(1, logits_NV)
+
+    def compute(rows: Rows, shifted: bool) -> Chunk:
+        (exps_CV,) = rows_of(buffers, rows)
+        s_CV = logits.read(rows, shifted)
+        total_C1 = exponentials(s_CV, logits.unit, shifted, exps_CV)
+        chunk = Chunk([total_C1], [], [(exps_CV, torch.zeros_like(total_C1))])
+        labels = labels_of(s_CV, labels_N, label_weight_N, rows)
+        add_label(chunk, logits, Hot(s_CV, exps_CV, total_C1, shifted), labels, exps_CV)
+        return chunk
+
+    for rows, chunk in chunked(live(label_weight_N), [logits], compute, grad_NV):
+        label_N[rows] = chunk.losses[0][:, 0]
+    return label_N

@@ -1,0 +1,276 @@
+"""Chunks of rows for the closed forms on a CPU: cutting, reading, exponentials, writing.
+
+The rows of a chunk and the scratch for them fit a core's cache: a pass over them costs a few
+microseconds, and only the first one goes to memory. A chunk is computed in one of two ways:
+
+* plain: ``exp`` of the logits as they are, which saves finding and subtracting each row's largest.
+  Right whenever a row's sum of exponentials is a moderate number, as a trained model's is;
+* shifted: of the logits less their row's largest, ``-inf`` being made a huge negative number, so
+  that no difference of two logits is NaN. Once a chunk has needed it, all later ones do it.
+
+Shape letters: N rows, C of them in a chunk, V columns, K columns of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dskd.fused.arguments import wide
+
+Rows: TypeAlias = "slice | Tensor"
+"""The rows of a chunk: neighbours as a slice (indexing is a view), others by number (a copy)."""
+
+Term: TypeAlias = tuple[Tensor, Tensor]
+"""A matrix [C, <= V] and what its rows are multiplied by [C, 1]."""
+
+Map: TypeAlias = tuple[float, float]
+"""Scale and softcap (0: none) of logits, see :func:`dskd.losses.mapped`."""
+
+LOWEST = -1e30
+"""Stands for the logit of a token without probability: ``-inf - -inf`` would be NaN."""
+MASKED = LOWEST / 10
+"""Below this a shifted logit is such a token's."""
+
+_MODERATE = (1e-6, 1e18)
+"""Sums of exponentials between these keep clear of the ends of fp32, and so do their squares."""
+_SAMPLE = 61
+"""Of the first chunk, every 61st column is looked at for logits whose exponential underflows."""
+_UNDERFLOW = -80.0
+"""Close to where that is in fp32: from -87 on, MKL's ``exp`` takes 100 times as long."""
+
+
+@dataclass
+class Chunk:
+    """What is known of a chunk of rows before its gradient is written.
+
+    Attributes:
+        totals: sums of exponentials [C, 1], which must be moderate for plain to be right.
+        losses: per-token losses [C, 1], which must be finite for that.
+        terms: the gradient is the sum of ``matrix * column`` over these, [C, <= V] and [C, 1]; the
+            first matrix covers all columns.
+        steps: what is added at some columns, ids and addends [C, K].
+    """
+
+    totals: list[Tensor]
+    losses: list[Tensor]
+    terms: list[Term]
+    steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def moderate(self) -> bool:
+        """Whether plain was right."""
+        low, high = _MODERATE
+        return all(low < x < high for z in self.totals for x in z.flatten().tolist()) and all(
+            math.isfinite(x) for loss in self.losses for x in loss.flatten().tolist()
+        )
+
+    def write(self, grad_NV: Tensor, rows: Rows, slope_CV: Tensor | None) -> None:
+        """Put the gradient (times ``slope_CV``, if any) into its rows; uses up the terms."""
+        (matrix_CV, column_C1), *others = self.terms
+        direct = isinstance(rows, slice) and grad_NV.dtype == matrix_CV.dtype
+        sum_CV = torch.mul(matrix_CV, column_C1, out=grad_NV[rows] if direct else matrix_CV)
+        for matrix, column_C1 in others:
+            sum_CV[:, : matrix.shape[1]].addcmul_(matrix, column_C1)
+        for ids_CK, addends_CK in self.steps:
+            sum_CV.scatter_add_(1, ids_CK, addends_CK)
+        if slope_CV is not None:
+            sum_CV.mul_(slope_CV)
+        if not direct:
+            grad_NV[rows] = sum_CV.to(grad_NV.dtype)
+
+
+class Labels(NamedTuple):
+    """Labels of a chunk, their logits as the chunk was read, and their weights, [C, 1] each."""
+
+    ids_C1: Tensor
+    logits_C1: Tensor
+    weight_C1: Tensor
+
+
+class Hot(NamedTuple):
+    """A chunk, its exponentials at the temperature, and their sums.
+
+    With kept logits [C, K], which are apart, these are struck out of the exponentials.
+    """
+
+    chunk_CV: Tensor
+    exps_CV: Tensor
+    total_C1: Tensor
+    shifted: bool
+    ids_CK: Tensor | None = None
+    kept_CK: Tensor | None = None
+
+
+class Logits:
+    """A matrix of logits, read by chunks in the arithmetic's dtype.
+
+    Attributes:
+        over: a chunk times ``over`` is the mapped logits divided by the temperature.
+        unit: a chunk times ``unit`` is the mapped logits.
+        columns: V.
+    """
+
+    def __init__(
+        self,
+        logits_NV: Tensor,
+        mapping: Map,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> None:
+        scale, self._softcap = mapping
+        self._logits_NV, self._dtype = logits_NV, dtype
+        self.columns = logits_NV.shape[1]
+        self.unit = self._softcap or scale
+        self.over = self.unit / temperature
+        self._inner = scale / self.unit
+
+    def read(self, rows: Rows, shifted: bool) -> Tensor:
+        """A chunk [C, V], less each row's largest if ``shifted``; may be a view of the logits."""
+        chunk_CV = self._logits_NV[rows].to(self._dtype)
+        if self._softcap:
+            chunk_CV = self._tanh(chunk_CV)
+        if not shifted:
+            return chunk_CV
+        peak_C1 = chunk_CV.amax(1, keepdim=True).clamp_(min=LOWEST)
+        return (chunk_CV - peak_C1).clamp_(min=LOWEST)
+
+    def slope(self, rows: Rows) -> Tensor | None:
+        """Derivative of what :meth:`read` gives by the logits; None where that is 1."""
+        if not self._softcap:
+            return None
+        tanh_CV = self._tanh(self._logits_NV[rows].to(self._dtype))
+        F.threshold_(tanh_CV, -2.0, 0.0)  # a masked logit is not mapped
+        return tanh_CV.square_().neg_().add_(1.0).mul_(self._inner)
+
+    def _tanh(self, chunk_CV: Tensor) -> Tensor:
+        tanh_CV = torch.mul(chunk_CV, self._inner).tanh_()
+        if chunk_CV.amin() == -torch.inf:  # stays masked
+            tanh_CV.masked_fill_(chunk_CV == -torch.inf, -torch.inf)
+        return tanh_CV
+
+    def underflows(self, rows: Rows) -> bool:
+        """Whether a sample of these rows' logits has one whose exponential underflows."""
+        sample = self.read(rows, False)[:, ::_SAMPLE]
+        return bool((sample.amin() * self.over) < _UNDERFLOW)
+
+
+def live(*weights: Tensor | None) -> Tensor:
+    """Rows that have some weight: the others are left alone."""
+    (first_N, *others_N) = (weight_N != 0 for weight_N in weights if weight_N is not None)
+    for other_N in others_N:
+        first_N.logical_or_(other_N)
+    return first_N
+
+
+def chunked(
+    live_N: Tensor,
+    logits: list[Logits],
+    compute: Callable[[Rows, bool], Chunk],
+    grad_NV: Tensor | None,
+) -> Iterator[tuple[Rows, Chunk]]:
+    """``compute(rows, shifted)`` of chunks of the live rows, and the gradient written.
+
+    A chunk may be computed twice, so ``compute`` leaves its inputs as they are. The gradient of the
+    rows that are not live is 0. ``logits`` are what is read, the student's first.
+    """
+    if grad_NV is not None and not live_N.all():
+        grad_NV[~live_N] = 0.0
+    shifted: bool | None = None
+    for rows in _cut(live_N, rows_per_chunk(live_N, logits[0].columns)):
+        if shifted is None:
+            shifted = any(each.underflows(rows) for each in logits)
+        chunk = compute(rows, shifted)
+        if not shifted and not chunk.moderate():
+            shifted = True
+            chunk = compute(rows, shifted)
+        yield rows, chunk
+        if grad_NV is not None:
+            chunk.write(grad_NV, rows, logits[0].slope(rows))
+
+
+def rows_per_chunk(like: Tensor, columns: int) -> int:
+    """As many as stay in the cache; on other devices, enough for few launches."""
+    on_cpu = like.device.type == "cpu"
+    budget = torch.get_num_threads() << 17 if on_cpu else 1 << 24
+    return max(1, budget // columns)
+
+
+def scratch(count: int, logits_NV: Tensor) -> Tensor:
+    """``count`` buffers [C, V] of the arithmetic's dtype, for the largest chunk."""
+    rows, columns = logits_NV.shape
+    rows = min(rows, rows_per_chunk(logits_NV, columns))
+    return logits_NV.new_empty(count, rows, columns, dtype=wide(logits_NV.dtype))
+
+
+def rows_of(scratch_BCV: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+    """As much of the buffers as a chunk fills."""
+    count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    return scratch_BCV[:, :count].unbind()
+
+
+def _cut(live_N: Tensor, step: int) -> Iterator[Rows]:
+    for part in live_N.nonzero().flatten().split(step):
+        if len(part):
+            first, beyond = part[0].item(), part[-1].item() + 1
+            yield slice(first, beyond) if beyond - first == len(part) else part
+
+
+def exponentials(
+    chunk_CV: Tensor, factor: float, shifted: bool, out: Tensor, struck_CK: Tensor | None = None
+) -> Tensor:
+    """Fill ``out`` with ``exp(factor * chunk)``, struck-out ids at 0; returns its sums [C, 1]."""
+    if factor != 1.0:
+        chunk_CV = torch.mul(chunk_CV, factor, out=out)
+    if shifted:
+        lowest = math.log(torch.finfo(out.dtype).tiny) + 1.0
+        torch.clamp(chunk_CV, min=lowest, out=out).exp_()
+        # what was clamped has no probability at all
+        F.threshold_(out, math.exp(lowest + 1e-2), 0.0)
+    else:
+        torch.exp(chunk_CV, out=out)
+    if struck_CK is not None:
+        out.scatter_(1, struck_CK, 0.0)
+    return out.sum(1, keepdim=True)
+
+
+def labels_of(chunk_CV: Tensor, labels_N: Tensor, weight_N: Tensor, rows: Rows) -> Labels:
+    """A chunk's labels; those without a weight, which may be anything, stand for column 0."""
+    weight_C1 = weight_N[rows, None]
+    ids_C1 = torch.where(weight_C1 != 0, labels_N[rows, None], 0)
+    return Labels(ids_C1, chunk_CV.gather(1, ids_C1), weight_C1)
+
+
+def add_label(chunk: Chunk, logits: Logits, hot: Hot, labels: Labels, spare_CV: Tensor) -> None:
+    """Add the cross entropy at temperature 1, as the chunk's next loss, and its gradient.
+
+    ``hot`` was read from ``logits`` and has the matrix of the chunk's first term; kept ids have the
+    first step. Exponentials at 1 come from those at 1 or 2 without computing any.
+    """
+    exps_CV, total_C1 = hot.exps_CV, hot.total_C1
+    if logits.unit == 2.0 * logits.over:  # exp(x) = exp(x / 2)^2
+        exps_CV = torch.mul(exps_CV, exps_CV, out=spare_CV)
+        total_C1 = exps_CV.sum(1, keepdim=True)
+    elif logits.unit != logits.over:
+        exps_CV = spare_CV
+        total_C1 = exponentials(hot.chunk_CV, logits.unit, hot.shifted, exps_CV, hot.ids_CK)
+    slope_C1, log_z_C1 = labels.weight_C1 * logits.unit, total_C1.log()
+    if hot.kept_CK is not None:
+        kept_CK = hot.kept_CK * logits.unit
+        log_z_C1 = torch.logaddexp(log_z_C1, kept_CK.logsumexp(1, keepdim=True))
+        chunk.steps[0][1].addcmul_(slope_C1, (kept_CK - log_z_C1).exp_())
+    column_C1 = slope_C1 * (-log_z_C1).exp_()
+    if exps_CV is hot.exps_CV:
+        chunk.terms[0] = (exps_CV, chunk.terms[0][1] + column_C1)
+    else:
+        chunk.terms.append((exps_CV, column_C1))
+        chunk.totals.append(total_C1)
+    chunk.steps.append((labels.ids_C1, -slope_C1))
+    label_C1 = torch.where(labels.logits_C1 < MASKED, -torch.inf, labels.logits_C1)
+    loss_C1 = log_z_C1 - label_C1 * logits.unit
+    chunk.losses.append(torch.where(labels.weight_C1 == 0, 0.0, loss_C1))

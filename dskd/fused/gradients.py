@@ -1,0 +1,129 @@
+"""How the closed-form gradient of a fused loss meets autograd.
+
+A fused operator computes its gradient together with the loss. The backward pass multiplies it by
+the upstream gradient, a scalar that stays on the device, and leaves what was saved as it was, so
+that it may run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskd.fused.arguments import Losses, unit_columns
+from dskd.fused.backend import on_triton, row_functions
+
+
+def wanted(value: Tensor) -> bool:
+    """Whether anyone may ask for this argument's gradient."""
+    return torch.is_grad_enabled() and value.requires_grad
+
+
+def total_of(
+    divergence_N: Tensor, weight_N: Tensor, label_N: Tensor | None, label_weight_N: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted sum, and the losses it is made of; a token of weight 0 adds nothing."""
+    # not 0 * inf: a divergence may be infinite where only the label counts
+    total = (divergence_N * weight_N).where(weight_N != 0, 0.0).sum()
+    if label_N is None:
+        return total, divergence_N, divergence_N.new_empty(0)
+    return total + (label_N * label_weight_N).sum(), divergence_N, label_N
+
+
+def detached(outputs: Sequence[Tensor]) -> Losses:
+    """An operator's first three outputs; the gradient flows into the total alone."""
+    total, divergence_N, label_N = outputs[:3]
+    return Losses(total, divergence_N.detach(), label_N.detach())
+
+
+def operator(name: str, rest: str, rows: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Register a loss of logits [N, V] as a PyTorch operator, for autograd and torch.compile.
+
+    Args:
+        name: below ``dskd::``.
+        rest: schema of the arguments after ``student, weight, label_weight``.
+        rows: ``(student_NV, weight, label_weight_N, *rest, grad_NV)`` -> total, divergence [N],
+            label loss [N] or [0]; ``weight`` has N rows, ``grad_NV`` may be None.
+
+    Returns:
+        The operator: takes the arguments of ``rows``, but for the last a bool, whether to compute
+        the gradient; returns a fourth thing, the gradient (or an empty matrix).
+    """
+    schema = (
+        f"(Tensor student, Tensor weight, Tensor? label_weight, {rest}, bool gradient) "
+        f"-> (Tensor, Tensor, Tensor, Tensor)"
+    )
+
+    def compute(student_NV: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *arguments, gradient = arguments
+        shape = student_NV.shape if gradient else (0, 0)
+        grad_NV = torch.empty(shape, dtype=student_NV.dtype, device=student_NV.device)
+        student_NV = unit_columns(student_NV)
+        return *rows(student_NV, *arguments, grad_NV if gradient else None), grad_NV
+
+    def shapes(student_NV: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        weight, label_weight_N, gradient = *arguments[:2], arguments[-1]
+        count = len(student_NV)
+        grad_NV = torch.empty(
+            student_NV.shape if gradient else (0, 0),
+            dtype=student_NV.dtype,
+            device=student_NV.device,
+        )
+        label_N = weight.new_empty(0 if label_weight_N is None else count)
+        return weight.new_empty(()), weight.new_empty(count), label_N, grad_NV
+
+    def keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(output[3])
+        # a list of tensors has a list of gradients
+        ctx.others = [[None] * len(x) if _is_tensors(x) else None for x in inputs[1:]]
+
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        refuse_second_order()
+        (grad_NV,) = ctx.saved_tensors
+        return scaled(grad_NV, upstream), *ctx.others
+
+    registered = torch.library.custom_op(f"dskd::{name}", compute, mutates_args=(), schema=schema)
+    registered.register_fake(shapes)
+    registered.register_autograd(backward, setup_context=keep)
+    return registered
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Tensor)
+
+
+def refuse_second_order() -> None:
+    """Raise under ``create_graph=True``: the gradient is a number here, without a graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a fused loss cannot be differentiated with create_graph=True")
+
+
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``gradient * upstream``, multiplied in fp32 and rounded once, to ``dtype`` (or its own)."""
+    dtype = dtype or gradient.dtype
+    if gradient.dtype == dtype and dtype in (torch.float32, torch.float64):
+        return gradient * upstream.to(dtype)
+    return _scaled(gradient, upstream, dtype)
+
+
+@torch.library.custom_op(
+    "dskd::scaled",
+    mutates_args=(),
+    schema="(Tensor x, Tensor by, ScalarType dtype) -> Tensor",
+)
+def _scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if on_triton(x):
+        row_functions("scale", x).scale(x, by, out)
+        return out
+    for part, into in zip(x.split(1024), out.split(1024), strict=True):
+        torch.mul(part.float(), by, out=into)
+    return out
+
+
+@_scaled.register_fake
+def _(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)

@@ -1,0 +1,266 @@
+"""KD through the head: hidden states times head matrix, loss and gradient, chunk by chunk.
+
+The logits of no more than a chunk of tokens exist at a time. Loss and gradient come in one visit:
+three products with the student's head and one with the teacher's (a recomputing backward pass would
+take four and two).
+
+Shape letters: N tokens, C of them in a chunk, V student columns, W teacher columns, D and E hidden
+sizes of student and teacher, K kept logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskd.fused.arguments import (
+    SAME,
+    LogitMap,
+    Losses,
+    Weight,
+    Weights,
+    kind_of,
+    map_of,
+    matrix,
+    refuse,
+    teacher_columns,
+    temperature_of,
+    topk_of,
+    unit_columns,
+    weights_of,
+    wide,
+)
+from dskd.fused.gradients import detached, refuse_second_order, scaled, wanted
+from dskd.fused.linear_visit import Loss, visit
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """Logits [N, W] that are there already."""
+
+    logits_NW: Tensor
+
+
+@dataclass(frozen=True)
+class LinearTeacher:
+    """Hidden states [N, E], head [W, E] and its bias [W]: the logits are made by chunks."""
+
+    hidden_NE: Tensor
+    weight_WE: Tensor
+    bias_W: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TopKTeacher:
+    """See :func:`~dskd.fused.topk.topk_kd`."""
+
+    ids_NK: Tensor
+    logprobs_NK: Tensor
+    tail_N: Tensor | None = None
+
+
+LogitTeacher = DenseTeacher | LinearTeacher | TopKTeacher | None
+
+
+def linear_kd(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    teacher: LogitTeacher,
+    labels_N: Tensor | None = None,
+    kind: str = "forward_kl",
+    mode: str = "tail",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weight: Weight = 1.0,
+    reverse_weight: Weight | None = None,
+    label_weight: Weight = 0.0,
+    ignore_index: int = -100,
+    student_map: LogitMap = SAME,
+    teacher_map: LogitMap = SAME,
+    vocabulary: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+) -> Losses:
+    """Divergence from a teacher, and cross entropy, of the logits ``hidden weight^T + bias``.
+
+    The gradient reaches hidden states, weight and bias (a tied weight adds it to its other use's).
+    Under ZeRO-3 call it inside the forward of the module that owns the weight.
+
+    Args:
+        hidden_ND: fp32, bf16, fp16 or float64; inside autocast it is cast as a linear layer's.
+        weight_VD: of the same type.
+        bias_V: likewise.
+        teacher: whose divergence; None: cross entropy alone.
+        kind, beta, teacher_map, vocabulary: of dense and linear teachers, see
+            :func:`~dskd.fused.dense.dense_kd`.
+        mode: of a top-k teacher, see :func:`~dskd.fused.topk.topk_kd`.
+        logits_dtype: what the logits of 16-bit operands are kept in; fp32 by default. 16-bit
+            logits save memory and cost precision: where student and teacher differ little, the
+            rounding of the logits is a large part of the difference of their softmaxes.
+        chunk: tokens per chunk; by default what a fixed budget of memory holds.
+
+    The other arguments are those of :func:`~dskd.fused.dense.dense_kd`.
+
+    Raises:
+        ValueError: an argument of a wrong shape, type, device or range, named.
+    """
+    hidden_ND, weight_VD, bias_V = _autocast(hidden_ND, weight_VD, bias_V)
+    _check_head("", hidden_ND, weight_VD, bias_V)
+    columns, dtype = len(weight_VD), logits_dtype or wide(hidden_ND.dtype)
+    widest = wide(hidden_ND.dtype)
+    refuse(
+        dtype not in (hidden_ND.dtype, widest),
+        f"logits_dtype: must be {hidden_ND.dtype} or {widest}, not {dtype}",
+    )
+    refuse(chunk is not None and chunk < 1, f"chunk: must be at least 1, not {chunk}")
+    # as the row functions will see them
+    logits_NV = hidden_ND.new_empty(0, dtype=dtype).expand(len(hidden_ND), 0)
+    form, tensors, narrower = _teacher(teacher, logits_NV, columns, mode, vocabulary)
+    if form in ("dense", "linear"):
+        kind_of(kind, beta, reverse_weight, narrower)
+    else:
+        refuse(reverse_weight is not None, "reverse_weight: only the mixed divergence has one")
+    weights = weights_of(
+        logits_NV,
+        labels_N,
+        weight=0.0 if teacher is None else weight,
+        reverse_weight=reverse_weight,
+        label_weight=label_weight,
+        ignore_index=ignore_index,
+        columns=columns,
+    )
+    refuse(teacher is None and weights.label_N is None, "teacher: neither a teacher nor labels")
+    inputs = (hidden_ND, weight_VD, bias_V)
+    outputs = _linear(
+        *inputs,
+        tensors,
+        *weights,
+        form,
+        kind if form in ("dense", "linear") else mode,
+        float(beta),
+        temperature_of(temperature),
+        [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)],
+        dtype,
+        chunk or 0,
+        [x is not None and wanted(x) for x in inputs],
+    )
+    return detached(outputs)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The operands of a linear layer as autocast would cast them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+def _check_head(owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    matrix(f"{owner}hidden", hidden)
+    matrix(f"{owner}weight", weight, like=hidden)
+    refuse(
+        weight.shape[1] != hidden.shape[1],
+        f"{owner}weight: has {weight.shape[1]} columns, the hidden states {hidden.shape[1]}",
+    )
+    refuse(
+        weight.dtype != hidden.dtype,
+        f"{owner}weight: is {weight.dtype}, the hidden states are {hidden.dtype}",
+    )
+    if bias is not None:
+        refuse(
+            bias.shape != weight.shape[:1] or bias.dtype != weight.dtype,
+            f"{owner}bias: must be {weight.dtype} [{len(weight)}], not {bias.dtype} "
+            f"{list(bias.shape)}",
+        )
+        refuse(bias.device != weight.device, f"{owner}bias: is on {bias.device}, not the weight's")
+
+
+def _teacher(
+    teacher: LogitTeacher, logits_NV: Tensor, columns: int, mode: str, vocabulary: int | None
+) -> tuple[str, list[Tensor], bool]:
+    """Its form, its tensors, and whether it has fewer columns than the student."""
+    count = len(logits_NV)
+    if teacher is None:
+        return "label", [], False
+    if isinstance(teacher, TopKTeacher):
+        parts = (teacher.ids_NK, teacher.logprobs_NK, teacher.tail_N)
+        found = topk_of(*parts, mode, logits_NV, columns)
+        return "topk", [x for x in found if x is not None], False
+    if isinstance(teacher, DenseTeacher):
+        matrix("teacher", teacher.logits_NW, rows=count, like=logits_NV)
+        shared = teacher_columns(teacher.logits_NW.shape[1], columns, vocabulary)
+        logits_NW = unit_columns(teacher.logits_NW.detach()[:, :shared])
+        return "dense", [logits_NW], shared < columns
+    hidden_NE, weight_WE, bias_W = _autocast(teacher.hidden_NE, teacher.weight_WE, teacher.bias_W)
+    _check_head("teacher's ", hidden_NE, weight_WE, bias_W)
+    matrix("teacher's hidden", hidden_NE, rows=count, like=logits_NV)
+    shared = teacher_columns(len(weight_WE), columns, vocabulary)
+    tensors = [hidden_NE, weight_WE[:shared]] + ([] if bias_W is None else [bias_W[:shared]])
+    return "linear", [x.detach() for x in tensors], shared < columns
+
+
+@torch.library.custom_op(
+    "dskd::linear_kd",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor token_weight, "
+    "Tensor? reverse, Tensor? labels, Tensor? label_weight, str form, str kind, float beta, "
+    "float temperature, float[] maps, ScalarType logits_dtype, int chunk, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    teacher: list[Tensor],
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    weights, (form, *kind), (dtype, chunk, needs) = arguments[:4], arguments[4:9], arguments[9:]
+    loss = Loss(form, teacher, Weights(*weights), *kind)
+    *losses, gradients = visit(
+        hidden_ND, weight_VD, bias_V, loss, logits_dtype=dtype, chunk=chunk, needs=needs
+    )
+    return *losses, gradients.hidden_ND, gradients.weight_VD, gradients.bias_V
+
+
+@_linear.register_fake
+def _(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    teacher: list[Tensor],
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    divergence_N, labels_N, needs = arguments[0], arguments[2], arguments[-1]
+    need_hidden, need_weight, need_bias = needs
+    operands = hidden_ND if hidden_ND.device.type == "cuda" else divergence_N
+    return (
+        divergence_N.new_empty(()),
+        torch.empty_like(divergence_N),
+        divergence_N.new_empty(0 if labels_N is None else len(hidden_ND)),
+        operands.new_empty(hidden_ND.shape if need_hidden else (0, 0)),
+        divergence_N.new_empty(weight_VD.shape if need_weight else (0, 0)),
+        divergence_N.new_empty(len(weight_VD) if need_bias else 0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[3:])
+    ctx.dtype, ctx.needs, ctx.teachers = inputs[0].dtype, inputs[-1], len(inputs[3])
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_order()
+    found = [
+        scaled(gradient, upstream, ctx.dtype) if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    ]
+    return *found, [None] * ctx.teachers, *[None] * 12
+
+
+_linear.register_autograd(_backward, setup_context=_setup)

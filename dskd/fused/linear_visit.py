@@ -1,0 +1,156 @@
+"""The work of :func:`~dskd.fused.linear.linear_kd` on checked arguments.
+
+Shape letters: N tokens, C of them in a chunk, V student columns, W teacher columns, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dskd.fused.arguments import Weights, wide
+from dskd.fused.backend import row_functions
+from dskd.fused.chunking import Buffer, Gradients, chunk_of, chunks, operand, project
+from dskd.fused.gradients import total_of
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Which loss: what of a teacher there is, the divergence, the weights of all tokens.
+
+    ``teacher`` holds, by ``form``: ``dense``: logits; ``linear``: hidden states, weight and maybe
+    bias; ``topk``: ids, log-probabilities and maybe tail; ``label``: nothing.
+    """
+
+    form: str
+    teacher: list[Tensor]
+    weights: Weights
+    kind: str
+    beta: float
+    temperature: float
+    maps: list[float]
+
+    def label(self, rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
+        """Cross entropy alone; the divergence is 0."""
+        labels_C, weight_C = self.weights.labels_N[rows], self.weights.label_N[rows]
+        label_C = row_functions("label", logits_CV).label_rows(
+            logits_CV, labels_C, weight_C, student_map=tuple(self.maps[:2]), grad_NV=grad_CV
+        )
+        return torch.zeros_like(label_C), label_C
+
+    def topk(self, rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
+        """From kept log-probabilities; the logits are used up."""
+        weight_C, _, labels_C, label_C = self._weights(rows)
+        ids_CK, logprobs_CK, *tail = (tensor[rows] for tensor in self.teacher)
+        return row_functions("topk", logits_CV).topk_rows(
+            logits_CV,
+            ids_CK,
+            logprobs_CK,
+            tail[0] if tail else None,
+            labels_C,
+            weight_C,
+            label_C,
+            mode=self.kind,
+            temperature=self.temperature,
+            student_map=tuple(self.maps[:2]),
+            grad_NV=grad_CV,
+        )
+
+    def dense(
+        self, rows: slice, logits_CV: Tensor, teacher_CW: Tensor, grad_CV: Tensor | None
+    ) -> tuple:
+        """From the teacher's logits."""
+        weight_C, reverse_C, labels_C, label_C = self._weights(rows)
+        return row_functions("dense", logits_CV).dense_rows(
+            logits_CV,
+            teacher_CW,
+            labels_C,
+            weight_C,
+            reverse_C,
+            label_C,
+            kind=self.kind,
+            beta=self.beta,
+            temperature=self.temperature,
+            student_map=tuple(self.maps[:2]),
+            teacher_map=tuple(self.maps[2:]),
+            grad_NV=grad_CV,
+        )
+
+    def total(self, divergence_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sum, and the losses it is made of."""
+        weight_N = self.weights.divergence_N
+        if self.kind == "mixed":
+            weight_N = torch.ones_like(weight_N)
+        labelled = self.weights.label_N is not None
+        return total_of(divergence_N, weight_N, label_N if labelled else None, self.weights.label_N)
+
+    def _weights(self, rows: slice) -> list[Tensor | None]:
+        return [None if vector is None else vector[rows] for vector in self.weights]
+
+
+Rows = Callable[[slice, Tensor, Tensor | None], tuple]
+"""(tokens of the chunk, their logits, room for the gradient) -> divergence [C], label loss [C]."""
+
+
+def visit(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    loss: Loss,
+    *,
+    logits_dtype: torch.dtype,
+    chunk: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Total, divergence [N], label loss [N] or [0], and the gradients that are needed."""
+    count, columns = len(hidden_ND), len(weight_VD)
+    hidden_ND, weight_VD = operand(hidden_ND), operand(weight_VD)
+    bias_V = None if bias_V is None else operand(bias_V)
+    device, in_place = hidden_ND.device, hidden_ND.dtype == logits_dtype
+    bytes_per_logit = logits_dtype.itemsize * (2 if loss.form == "linear" else 1)
+    bytes_per_logit += 0 if in_place else hidden_ND.dtype.itemsize
+    size = chunk or chunk_of(count, columns, bytes_per_logit, device)
+    size = min(size, max(1, count))
+    rows_of = _rows_of(loss, size, logits_dtype)
+    gradients = Gradients(hidden_ND, weight_VD, bias_V, needs)
+    logits = Buffer(size, columns, logits_dtype, device)
+    rounded = None if in_place else Buffer(size, columns, hidden_ND.dtype, device)
+    losses = {"dtype": wide(hidden_ND.dtype), "device": device}
+    divergence_N = torch.empty(count, **losses)
+    label_N = torch.empty(0 if loss.weights.label_N is None else count, **losses)
+    for rows in chunks(count, size):
+        hidden_CD = hidden_ND[rows]
+        logits_CV = logits.first(len(hidden_CD))
+        project(hidden_CD, weight_VD, bias_V, logits_CV)
+        grad_CV = None
+        if any(needs):
+            grad_CV = logits_CV if rounded is None else rounded.first(len(hidden_CD))
+        divergence_N[rows], label_C = rows_of(rows, logits_CV, grad_CV)
+        if label_C is not None:
+            label_N[rows] = label_C
+        if grad_CV is not None:
+            gradients.add(rows, hidden_CD, grad_CV)
+    return *loss.total(divergence_N, label_N), gradients
+
+
+def _rows_of(loss: Loss, size: int, logits_dtype: torch.dtype) -> Rows:
+    if loss.form == "label":
+        return loss.label
+    if loss.form == "topk":
+        return loss.topk
+    if loss.form == "dense":
+        return lambda rows, logits_CV, grad_CV: loss.dense(
+            rows, logits_CV, loss.teacher[0][rows], grad_CV
+        )
+    hidden_NE, weight_WE, *bias = map(operand, loss.teacher)
+    buffer = Buffer(size, len(weight_WE), logits_dtype, weight_WE.device)
+
+    def rows_of(rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
+        teacher_CW = buffer.first(len(logits_CV))
+        project(hidden_NE[rows], weight_WE, bias[0] if bias else None, teacher_CW)
+        return loss.dense(rows, logits_CV, teacher_CW, grad_CV)
+
+    return rows_of

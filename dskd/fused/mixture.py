@@ -1,0 +1,112 @@
+"""KD from several teachers at once.
+
+Shape letters: N tokens, V student columns, W_k columns of teacher k, n teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dskd.fused.arguments import (
+    FLOATING,
+    SAME,
+    LogitMap,
+    Losses,
+    gradient_room,
+    map_of,
+    matrix,
+    refuse,
+    temperature_of,
+    unit_columns,
+    wide,
+)
+from dskd.fused.backend import row_functions
+from dskd.fused.gradients import detached, operator, total_of, wanted
+
+
+def mixture_kd(
+    student_NV: Tensor,
+    teachers: Sequence[Tensor],
+    weights_Nn: Tensor,
+    *,
+    firsts: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    student_map: LogitMap = SAME,
+    out: Tensor | None = None,
+) -> Losses:
+    """Forward KL from each token's own mixture of teachers, in one pass over all logits.
+
+    ``pbar = sum_k w_k softmax(t_k / T) / sum_k w_k``; the loss of a token is
+    ``(sum_k w_k) KL(pbar || q)``, whose gradient is that of ``sum_k w_k KL(p_k || q)``.
+    ``divergence_N`` is the unweighted ``KL(pbar || q)``. There is no factor T^2.
+
+    Args:
+        student_NV: logits of any floating type and strides; may hold -inf.
+        teachers: logits [N, W_k]; teacher k speaks of the student's columns from ``firsts[k]`` on:
+            all teachers of the same columns, or of disjoint classes (MUKI), or any mix.
+        weights_Nn: at least 0, without gradient; a row of zeros is a token that does not count.
+        firsts: by default all 0.
+        out: takes the gradient, for a caller without autograd; it may be ``student_NV``.
+
+    Raises:
+        ValueError: an argument of a wrong shape, type, device or range, named.
+    """
+    matrix("student", student_NV)
+    count, columns = student_NV.shape
+    firsts = [0] * len(teachers) if firsts is None else [int(first) for first in firsts]
+    refuse(not teachers, "teachers: there are none")
+    refuse(len(firsts) != len(teachers), f"firsts: {len(firsts)} for {len(teachers)} teachers")
+    for k, (logits, first) in enumerate(zip(teachers, firsts, strict=True)):
+        matrix(f"teachers[{k}]", logits, rows=count, like=student_NV)
+        last = first + logits.shape[1]
+        refuse(
+            not 0 <= first < last <= columns,
+            f"teachers[{k}]: columns {first} to {last} are not within the student's {columns}",
+        )
+    shape = tuple(weights_Nn.shape)
+    refuse(
+        shape != (count, len(teachers)) or weights_Nn.dtype not in FLOATING,
+        f"weights: must be floating-point [{count}, {len(teachers)}], not {shape}",
+    )
+    arguments = (
+        weights_Nn.detach().to(wide(student_NV.dtype)).contiguous(),
+        None,
+        [unit_columns(logits.detach()) for logits in teachers],
+        firsts,
+        temperature_of(temperature),
+        [*map_of("student_map", student_map)],
+    )
+    if out is not None:
+        gradient_room(out, student_NV)
+        return Losses(*_rows(unit_columns(student_NV), *arguments, out))
+    return detached(_operator(student_NV, *arguments, wanted(student_NV)))
+
+
+def _rows(
+    student_NV: Tensor,
+    weights_Nn: Tensor,
+    no_labels: None,
+    teachers: list[Tensor],
+    firsts: list[int],
+    temperature: float,
+    maps: list[float],
+    grad_NV: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Total, divergence [N] and no label losses; the gradient into ``grad_NV``."""
+    divergence_N = row_functions("mixture", student_NV).mixture_rows(
+        student_NV,
+        teachers,
+        firsts,
+        weights_Nn,
+        temperature=temperature,
+        student_map=tuple(maps),
+        grad_NV=grad_NV,
+    )
+    return total_of(divergence_N, weights_Nn.sum(1), None, no_labels)
+
+
+_operator = operator(
+    "mixture_kd", "Tensor[] teachers, int[] firsts, float temperature, float[] maps", _rows
+)

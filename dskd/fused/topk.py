@@ -1,0 +1,131 @@
+"""KD from a teacher known by its K largest log-probabilities.
+
+Shape letters: N tokens, V columns, K kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dskd.fused.arguments import (
+    SAME,
+    LogitMap,
+    Losses,
+    Weight,
+    gradient_room,
+    map_of,
+    matrix,
+    temperature_of,
+    topk_of,
+    unit_columns,
+    weights_of,
+)
+from dskd.fused.backend import row_functions
+from dskd.fused.gradients import detached, operator, total_of, wanted
+
+
+def topk_kd(
+    student_NV: Tensor,
+    ids_NK: Tensor,
+    logprobs_NK: Tensor,
+    tail_N: Tensor | None = None,
+    labels_N: Tensor | None = None,
+    *,
+    mode: str = "tail",
+    temperature: float = 1.0,
+    weight: Weight = 1.0,
+    label_weight: Weight = 0.0,
+    ignore_index: int = -100,
+    student_map: LogitMap = SAME,
+    out: Tensor | None = None,
+) -> Losses:
+    """Forward KL from a top-k teacher, and cross entropy with the labels.
+
+    ``tail``: K + 1 buckets, the last one being all dropped tokens together; it never exceeds the
+    dense KL and equals it at K = V. ``renormalised``: the teacher's kept tokens are scaled up to
+    mass 1, the student keeps its full softmax. ``truncated``: both are restricted to the kept
+    tokens. There is no factor T^2, see :func:`~dskd.fused.dense.dense_kd`.
+
+    Args:
+        student_NV: logits of any floating type and strides; may hold -inf.
+        ids_NK: int32 or int64 tokens; negative on unused slots.
+        logprobs_NK: the teacher's log-probabilities AT the temperature, over its whole vocabulary;
+            -inf on unused slots.
+        tail_N: for ``tail``: log of the mass of all that is not kept, at the temperature; -inf
+            where nothing is left.
+        labels_N: int64; the cross entropy is at temperature 1.
+        out: takes the gradient, for a caller without autograd; it may be ``student_NV``.
+
+    The other arguments are those of :func:`~dskd.fused.dense.dense_kd`.
+
+    Raises:
+        ValueError: an argument of a wrong shape, type, device or range, named.
+    """
+    matrix("student", student_NV)
+    columns = student_NV.shape[1]
+    teacher = topk_of(ids_NK, logprobs_NK, tail_N, mode, student_NV, columns)
+    weights = weights_of(
+        student_NV,
+        labels_N,
+        weight=weight,
+        reverse_weight=None,
+        label_weight=label_weight,
+        ignore_index=ignore_index,
+        columns=columns,
+    )
+    arguments = (
+        weights.divergence_N,
+        weights.label_N,
+        *teacher,
+        weights.labels_N,
+        mode,
+        temperature_of(temperature),
+        [*map_of("student_map", student_map)],
+    )
+    if out is not None:
+        gradient_room(out, student_NV)
+        return Losses(*_rows(unit_columns(student_NV), *arguments, out))
+    return detached(_operator(student_NV, *arguments, wanted(student_NV)))
+
+
+def _rows(
+    student_NV: Tensor,
+    weight_N: Tensor,
+    label_weight_N: Tensor | None,
+    ids_NK: Tensor,
+    logprobs_NK: Tensor,
+    tail_N: Tensor | None,
+    labels_N: Tensor | None,
+    mode: str,
+    temperature: float,
+    maps: list[float],
+    grad_NV: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Total, divergence [N] and label loss [N] or [0]; the gradient into ``grad_NV``."""
+    if grad_NV is not None and grad_NV.data_ptr() == student_NV.data_ptr():
+        scratch_NV = student_NV
+    else:  # the row function writes into the logits that it is given
+        scratch_NV = student_NV.clone(memory_format=torch.contiguous_format)
+    divergence_N, label_N = row_functions("topk", scratch_NV).topk_rows(
+        scratch_NV,
+        ids_NK,
+        logprobs_NK,
+        tail_N,
+        labels_N,
+        weight_N,
+        label_weight_N,
+        mode=mode,
+        temperature=temperature,
+        student_map=tuple(maps),
+        grad_NV=grad_NV,
+    )
+    return total_of(divergence_N, weight_N, label_N, label_weight_N)
+
+
+_operator = operator(
+    "topk_kd",
+    "Tensor ids, Tensor logprobs, Tensor? tail, Tensor? labels, str mode, float temperature, "
+    "float[] maps",
+    _rows,
+)

@@ -1,0 +1,130 @@
+"""The one door to the fused losses: Triton kernels on a GPU, chunked closed forms elsewhere.
+
+Every function takes weights per token (or one number) for the divergence and the label's cross
+entropy, into which the caller folds whatever its method asks for: mask, rate, T^2, re-weighting.
+It returns :class:`Losses`, whose ``total`` is a weighted SUM with a gradient, computed together
+with the loss; nothing is divided by a count here.
+
+The same in plain differentiable torch, for any dtype, is in ``dskd/losses.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dskd.batch import Dense, Projected, Rows, Signal, TopK
+from dskd.errors import ConfigError
+from dskd.fused.arguments import KINDS, MODES, LogitMap, Losses, Weight
+from dskd.fused.backend import implementation, triton_everywhere
+from dskd.fused.dense import dense_kd
+from dskd.fused.label import label_ce
+from dskd.fused.linear import DenseTeacher, LinearTeacher, LogitTeacher, TopKTeacher, linear_kd
+from dskd.fused.mixture import mixture_kd
+from dskd.fused.topk import topk_kd
+from dskd.fused.vocab_parallel import vocab_parallel_kd
+from dskd.losses import TopKMode
+
+__all__ = [
+    "KINDS",
+    "MODES",
+    "DenseTeacher",
+    "LinearTeacher",
+    "LogitMap",
+    "Losses",
+    "TopKTeacher",
+    "dense_kd",
+    "implementation",
+    "label_ce",
+    "linear_kd",
+    "mixture_kd",
+    "rows_ce",
+    "rows_kd",
+    "topk_kd",
+    "triton_everywhere",
+    "vocab_parallel_kd",
+]
+
+
+def rows_ce(rows: Rows) -> Losses:
+    """Cross entropy of a student's supervised positions, through its head."""
+    return _through_head(rows, None, label_weight=1.0)
+
+
+def rows_kd(
+    rows: Rows,
+    signal: Signal,
+    *,
+    temperature: float,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    mode: TopKMode = "tail",
+    weight: Weight = 1.0,
+    label_weight: Weight = 0.0,
+) -> Losses:
+    """:func:`linear_kd` of a student's supervised positions against whatever teaches them.
+
+    It runs inside the forward of the heads of student and teacher, where ZeRO-3 has their weights
+    together.
+
+    Args:
+        kind, beta: of a teacher with full logits.
+        mode: of a top-k teacher, whose divergence is the forward KL.
+
+    Raises:
+        ConfigError: a top-k teacher has no tail mass at this temperature.
+    """
+    options = {"temperature": temperature, "weight": weight, "label_weight": label_weight}
+    if isinstance(signal, TopK):
+        return _through_head(rows, topk_teacher(signal, temperature, mode), mode=mode, **options)
+    options |= {"kind": kind, "beta": beta}
+    if isinstance(signal, Dense):
+        return _through_head(rows, DenseTeacher(signal.logits_NV), **options)
+    return _through_heads(rows, signal, options)
+
+
+def _through_head(rows: Rows, teacher: LogitTeacher, **options: object) -> Losses:
+    def use(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, ...]:
+        labels_N = rows.labels_N
+        return tuple(
+            linear_kd(hidden_ND, weight_VD, bias_V, teacher=teacher, labels_N=labels_N, **options)
+        )
+
+    return Losses(*rows.projection(rows.hidden_ND, use))
+
+
+def _through_heads(rows: Rows, signal: Projected, options: dict[str, object]) -> Losses:
+    found: list[Losses] = []
+    with_gradient = torch.is_grad_enabled()
+
+    def use(hidden_NE: Tensor, weight_WE: Tensor, bias_W: Tensor | None) -> Tensor:
+        teacher = LinearTeacher(hidden_NE, weight_WE, bias_W)
+        with torch.set_grad_enabled(with_gradient):
+            vocabulary = signal.vocabulary
+            found.append(_through_head(rows, teacher, vocabulary=vocabulary, **options))
+        return hidden_NE
+
+    # The result leaves by the side: as the module's output it would take the hooks of the
+    # teacher's engine into the student's backward pass.
+    with torch.no_grad():
+        signal.projection(signal.hidden_NE, use)
+    return found[0]
+
+
+def topk_teacher(teacher: TopK, temperature: float, mode: TopKMode) -> TopKTeacher:
+    """A cached teacher's log-probabilities and tail, taken to a temperature.
+
+    Raises:
+        ConfigError: the mode needs the tail mass at a temperature that was not stored.
+    """
+    logits_NK = teacher.logprobs_NK.detach() / temperature
+    if mode != "tail":
+        return TopKTeacher(teacher.ids_NK, logits_NK.log_softmax(1))
+    if temperature not in teacher.tail_N:
+        stored = ", ".join(map(str, teacher.tail_N))
+        raise ConfigError(
+            f"the top-k teacher has no tail mass at temperature {temperature}: {stored}"
+        )
+    tail_N = teacher.tail_N[temperature].detach().to(logits_NK.dtype)
+    buckets_NB = torch.cat((logits_NK, tail_N[:, None]), 1).log_softmax(1)
+    return TopKTeacher(teacher.ids_NK, buckets_NB[:, :-1], buckets_NB[:, -1])

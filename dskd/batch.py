@@ -1,7 +1,8 @@
 """What flows through a training step: Batch -> Signal -> Rows -> Terms.
 
 Shape letters: B rows of a micro-batch, T tokens of a row, N supervised positions of the micro-batch
-(row-major order over ``labels_BT != IGNORE``), V vocabulary, D hidden size, K kept logits.
+(row-major order over ``labels_BT != IGNORE``), V vocabulary, D and E hidden sizes of student and
+teacher, K kept logits.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -74,22 +75,56 @@ class Batch:
         )
 
 
+Use = Callable[[Tensor, Tensor, Tensor | None], Any]
+"""What is done with ``(hidden_ND, weight_VD, bias_V)`` in the place of a matrix product."""
+
+
+class Projection(Protocol):
+    """A model's last linear map, from hidden states to logits.
+
+    It is a module: called, it runs its hooks, by which ZeRO-3 puts its weights together for the
+    time of the call. So a loss that multiplies by them itself has to be handed in.
+    """
+
+    def __call__(self, hidden_ND: Tensor, use: Use | None = None) -> Any:
+        """Logits [N, V], or what ``use`` makes of the hidden states, the weight and the bias."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rows:
-    """The supervised positions of a student's forward pass.
+    """The supervised positions of a student's forward pass, up to its last linear map.
 
-    ``logits_NV`` is computed on first use and kept; a loss that fuses the head uses ``hidden_ND``
-    and ``head`` instead and never makes it.
+    ``logits_NV`` is computed on first use and kept; a fused loss goes through ``projection``
+    instead and never makes it.
     """
 
     hidden_ND: Tensor
-    head: Callable[[Tensor], Tensor]
+    projection: Projection
     labels_N: Tensor
 
     @cached_property
     def logits_NV(self) -> Tensor:
         """Student logits [N, V] in the model's dtype, V its own (maybe padded) vocabulary."""
-        return self.head(self.hidden_ND)
+        return self.projection(self.hidden_ND)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """A teacher's hidden states [N, E], its last linear map not applied yet.
+
+    ``vocabulary`` is the number of real tokens; the projection may have padding columns beyond.
+    """
+
+    hidden_NE: Tensor
+    projection: Projection
+    vocabulary: int
+
+    @cached_property
+    def logits_NV(self) -> Tensor:
+        """Teacher logits [N, vocabulary], without gradient."""
+        with torch.no_grad():
+            return self.projection(self.hidden_NE)[:, : self.vocabulary]
 
 
 @dataclass(frozen=True)
@@ -118,11 +153,17 @@ class TopK:
     tail_N: Mapping[float, Tensor]
 
 
-Signal = Dense | TopK
+Signal = Projected | Dense | TopK
 
 
 class Term(NamedTuple):
-    """A weighted loss term; the trainer divides ``weight * total`` by the global count."""
+    """What the positions under one denominator contribute to the loss.
 
-    weight: float
-    total: Tensor  # a SUM over the positions of this micro-batch, fp32 scalar
+    Attributes:
+        total: the weighted SUM over the positions of this micro-batch, an fp32 scalar (float64 for
+            float64 logits) with a gradient; the trainer divides it by the global count.
+        parts: unweighted SUMs by name, without gradient, for the log.
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor]

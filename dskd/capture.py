@@ -87,7 +87,8 @@ def capture(
     live = Live(model(), layout.vocabulary)
 
     def forward(batch: Batch) -> Dense:
-        return live(batch.to(device))
+        # with the head here: a sharded one is a collective, and not every batch is scored
+        return Dense(live(batch.to(device)).logits_NV)
 
     def score(batch: Batch, signal: Dense) -> dict[str, np.ndarray]:
         return layout.encode(batch, signal.logits_NV)

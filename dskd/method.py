@@ -29,7 +29,8 @@ class Method(Section):
     """Base of the methods.
 
     Attributes:
-        terms: names of all terms that :meth:`loss` may return.
+        terms: names of all terms that :meth:`loss` may return: one for each number that sums are
+            divided by.
         kind: the method's name in the settings. A method of this package narrows it to a literal;
             one from elsewhere leaves it alone, since its kind is ``my_package.my_module:MyMethod``.
 
@@ -37,12 +38,15 @@ class Method(Section):
     mass of a top-k teacher.
     """
 
-    terms: ClassVar[tuple[str, ...]] = ("ce",)
+    terms: ClassVar[tuple[str, ...]] = ("tokens",)
 
     kind: str
 
     def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
         """The weighted sums of one micro-batch, a function of its arguments alone.
+
+        The fused losses of ``dskd.ops`` compute loss and gradient in one visit, so what has one
+        denominator is one term, its weights folded in.
 
         Args:
             rows: the student's supervised positions.
@@ -52,9 +56,9 @@ class Method(Section):
             step: completed optimiser steps.
 
         Returns:
-            By name, a subset of :attr:`terms`: each total is a sum over positions (fp32 scalar,
-            connected to the student's graph and exactly 0 when there is none); the trainer
-            multiplies it by the weight and divides by the global count of :meth:`counts`.
+            By name, a subset of :attr:`terms`: each total is a weighted sum over positions (fp32
+            scalar, connected to the student's graph and exactly 0 when there is none); the trainer
+            divides it, and the parts it is made of, by the global count of :meth:`counts`.
         """
         raise NotImplementedError
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from torch import nn
 
 from dskd.batch import Batch, Term
-from dskd.losses import cross_entropy
 from dskd.method import Method
 from dskd.models.families import rows_of
+from dskd.ops import rows_ce
 from dskd.teacher import Teacher
 
 
@@ -29,8 +29,7 @@ class Objective(nn.Module):
         """Terms of the method at ``step``; with step None the plain LM loss (evaluation)."""
         (teacher,) = self._unregistered
         if step is None:
-            rows = rows_of(self.student, batch)
-            return {"nll": Term(1.0, cross_entropy(rows.logits_NV, rows.labels_N))}
+            return {"nll": Term(rows_ce(rows_of(self.student, batch)).total, {})}
         signal = None
         if teacher is not None and self.method.needs_teacher(step):
             signal = teacher(batch)

@@ -32,6 +32,7 @@ from dskd.method import Method
 from dskd.models.build import build, hidden_size
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.objective import Objective
+from dskd.ops import implementation
 from dskd.settings import CachedTeacher, Model, Run
 from dskd.trainer import Progress, Trainer
 from dskd.zero import full_shape
@@ -137,6 +138,7 @@ def _train(job: Job, summary: Path) -> None:
         metrics=Metrics(run.out / "train" / "metrics.jsonl", progress.step),
         progress=progress,
     )
+    say(f"losses by {implementation(job.device)}, weights in {precision}")
     try:
         trainer.train()
     finally:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dskd.batch import IGNORE, Batch, Dense, Signal, TopK
+from dskd.batch import IGNORE, Batch, Dense, Projected, Signal, TopK
 from dskd.models.families import rows_of
 
 
@@ -37,9 +37,10 @@ class Live:
         self._vocabulary = vocabulary
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Dense:
-        """Run the model on the batch."""
-        return Dense(rows_of(self._model, batch).logits_NV[:, : self._vocabulary])
+    def __call__(self, batch: Batch) -> Projected:
+        """Run the model on the batch, up to its last linear map."""
+        rows = rows_of(self._model, batch)
+        return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
 
 
 class Cached:

@@ -1,8 +1,8 @@
 """The step loop: counts first, loss inside the forward, one division, one optimiser step.
 
-The gradient of a step is that of ``sum_k weight_k * total_k / count_k`` over the whole effective
-batch, with the counts summed over all micro-batches of all ranks before the first forward: never a
-mean of means. So the trajectory does not depend on micro-batch size, accumulation or world size.
+The gradient of a step is that of ``sum_k total_k / count_k`` over the whole effective batch, with
+the counts summed over all micro-batches of all ranks before the first forward: never a mean of
+means. So the trajectory does not depend on micro-batch size, accumulation or world size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dskd import dist
-from dskd.batch import Batch
+from dskd.batch import Batch, Term
 from dskd.checkpoint import Checkpoints
 from dskd.data.counter import mix
 from dskd.data.loader import Loader
@@ -65,11 +65,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Taken:
-    """What became of one optimiser step: each term's weight and global mean, and the rates."""
+    """What became of one optimiser step: its loss and the parts of it, as global means."""
 
     applied: bool
     stop: bool
-    weights: dict[str, float]
+    loss: float
     means: dict[str, float]
     lr: float
     grad_norm: float | None
@@ -122,7 +122,7 @@ class Trainer:
         with _stop_requested() as requested:
             while progress.step < run.train.steps:
                 clock = time.monotonic()
-                taken = self._step(requested())
+                taken = self.step(requested())
                 progress.train_seconds += time.monotonic() - clock
                 progress.wall_seconds = time.monotonic() - begun
                 if not taken.applied:
@@ -137,22 +137,19 @@ class Trainer:
                     raise Interrupted(progress.step)
         return progress
 
-    def _step(self, stop: bool) -> Taken:
+    def step(self, stop: bool) -> Taken:
         """Forward, backward and optimiser step over one effective batch."""
         progress, engine = self._progress, self._engine
         batches = [batch.to(engine.device) for batch in self._loader.next_step()]
         counts = self._count(batches, stop)
-        totals: dict[str, Tensor] = {}
-        weights: dict[str, float] = {}
+        shares: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             self._seed(micro)
             terms = engine.forward(batch, progress.step)
-            shares = [t.weight * t.total / counts.by_term[k] for k, t in terms.items()]
-            engine.backward(torch.stack(shares).sum())
-            for name, term in terms.items():
-                weights[name] = term.weight
-                totals[name] = totals.get(name, 0) + term.total.detach().double()
-        means = self._means(totals, counts)
+            totals = [term.total / counts.by_term[name] for name, term in terms.items()]
+            engine.backward(torch.stack(totals).sum())
+            _add(shares, terms, counts)
+        loss, means = self._means(shares)
         lr = learning_rate(self._run.train, progress.step)
         plain = engine.stage == 0 and self._precision == "fp32"  # DeepSpeed keeps no norm there
         before = engine.grad_norm() if plain else None
@@ -162,7 +159,7 @@ class Trainer:
             _finite(progress.step + 1, "the gradient's norm", norm if applied else math.nan)
         progress.position = self._loader.position
         progress.tokens += counts.tokens
-        return Taken(applied, counts.stop, weights, means, lr, norm)
+        return Taken(applied, counts.stop, loss, means, lr, norm)
 
     def _count(self, batches: Sequence[Batch], stop: bool) -> Counts:
         parts = [self._method.counts(batch) for batch in batches]
@@ -175,14 +172,15 @@ class Trainer:
         by_term = {name: value.clamp_min(1) for name, value in zip(names, sums, strict=True)}
         return Counts(by_term, int(tokens), bool(flag))
 
-    def _means(self, totals: dict[str, Tensor], counts: Counts) -> dict[str, float]:
-        """Each term's global mean; all ranks see the same values, so all stop or none."""
-        names = sorted(totals)
-        sums = dist.sum_over_ranks(torch.stack([totals[name] for name in names]))
-        means = {n: float(s / counts.by_term[n]) for n, s in zip(names, sums, strict=True)}
+    def _means(self, shares: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+        """Loss and parts; all ranks see the same values, so all stop or none."""
+        names = sorted(shares)
+        sums = dist.sum_over_ranks(torch.stack([shares[name] for name in names])).tolist()
+        means = dict(zip(names, sums, strict=True))
         for name, mean in means.items():
-            _finite(self._progress.step + 1, f"loss term '{name}'", mean)
-        return means
+            named = f"loss term '{name}'" if name else "the loss"
+            _finite(self._progress.step + 1, named, mean)
+        return means.pop(_LOSS), means
 
     def _refuse_endless(self, skipped: int) -> None:
         """Say that fp16 overflow skipped a step; stop where no loss scale is small enough."""
@@ -203,7 +201,7 @@ class Trainer:
         progress, steps = self._progress, self._run.train.steps
         if progress.step % self._run.log_every and progress.step < steps:
             return
-        loss = sum(taken.weights[name] * mean for name, mean in taken.means.items())
+        loss = taken.loss
         rates = {"lr": taken.lr, **self._method.rates(progress.step - 1)}
         tokens, seconds = self._since
         speed = (progress.tokens - tokens) / (progress.train_seconds - seconds)
@@ -249,6 +247,18 @@ class Trainer:
             "state": asdict(self._progress),
         }
         self._checkpoints.commit(step, about)
+
+
+_LOSS = ""
+"""Key of the loss among its parts."""
+
+
+def _add(shares: dict[str, Tensor], terms: dict[str, Term], counts: Counts) -> None:
+    """Add a micro-batch's loss and parts, each divided by the global count of its term."""
+    for name, term in terms.items():
+        for part, total in {_LOSS: term.total, **term.parts}.items():
+            share = total.detach().double() / counts.by_term[name]
+            shares[part] = shares.get(part, 0) + share
 
 
 def _finite(step: int, name: str, value: float | None) -> None:

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if os.environ["DS_ACCELERATOR"] == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers and triton look past DS_ACCELERATOR
+    os.environ["TRITON_INTERPRET"] = "1"  # triton decides when it is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dskd.batch import IGNORE, Batch, Dense, Rows
+from dskd.batch import IGNORE, Batch, Dense, Projected, Rows
 from dskd.errors import ConfigError
 from dskd.method import METHODS, Method, build_method
+from dskd.models.families import LinearProjection
 from tests.plain_losses import top_k
 
 VOCABULARY, WIDTH = 13, 6
@@ -31,7 +32,7 @@ CASES = [
     pytest.param(settings, signal, step, id=f"{kind}{i}-{signal}-step{step}")
     for kind, several in SETTINGS.items()
     for i, settings in enumerate(several)
-    for signal in ("dense", "topk")
+    for signal in ("dense", "topk", "projected")
     for step in (0, 3, 10)
 ]
 
@@ -41,29 +42,31 @@ class Toy:
 
     def __init__(self, kind):
         generator = torch.Generator().manual_seed(3)
-        self.body, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY + 3)
+        self.body = nn.Embedding(VOCABULARY, WIDTH)
+        self.head = LinearProjection(WIDTH, VOCABULARY + 3)
         for parameter in (self.body.weight, self.head.weight, self.head.bias):
             nn.init.normal_(parameter, generator=generator)
-        self.teacher = torch.randn(VOCABULARY, VOCABULARY, generator=generator) * 2
+        self.teacher = torch.randn(VOCABULARY, WIDTH, generator=generator)
+        self.teacher_head = LinearProjection(WIDTH, VOCABULARY + 1)
+        nn.init.normal_(self.teacher_head.weight, generator=generator)
         self.kind = kind
 
     def terms(self, method, batch, step):
         chosen_BT = batch.supervised_BT
         rows = Rows(self.body(batch.ids_BT)[chosen_BT], self.head, batch.labels_N)
-        logits_NV = self.teacher[batch.ids_BT[chosen_BT]]
         signal = None
         if method.needs_teacher(step):
-            signal = (
-                Dense(logits_NV)
-                if self.kind == "dense"
-                else top_k(logits_NV, 4, method.temperature)
-            )
+            hidden_ND = self.teacher[batch.ids_BT[chosen_BT]]
+            signal = Projected(hidden_ND, self.teacher_head, VOCABULARY)
+            if self.kind == "dense":
+                signal = Dense(signal.logits_NV)
+            if self.kind == "topk":
+                signal = top_k(signal.logits_NV, 4, method.temperature)
         return method.loss(rows, signal, batch, step)
 
     def gradients(self, terms):
         parameters = [self.body.weight, self.head.weight, self.head.bias]
-        loss = sum(term.weight * term.total for term in terms.values())
-        return torch.autograd.grad(loss, parameters)
+        return torch.autograd.grad(sum(term.total for term in terms.values()), parameters)
 
 
 def make_batch(rows=6, tokens=7):
@@ -91,8 +94,10 @@ def padded(batch, columns=5):
     )
 
 
-def weighted(terms):
-    return {name: term.weight * term.total.item() for name, term in terms.items()}
+def numbers(terms):
+    """Every total and part, by name."""
+    totals = {name: term.total.item() for name, term in terms.items()}
+    return totals | {part: v.item() for term in terms.values() for part, v in term.parts.items()}
 
 
 def test_every_method_is_covered():
@@ -107,7 +112,7 @@ def test_terms_are_finite_sums_with_a_count_each(settings, signal, step):
     assert set(terms) <= set(counts)
     assert set(counts) == set(method.terms)
     for name, term in terms.items():
-        assert term.weight > 0
+        assert all(part.isfinite() and not part.requires_grad for part in term.parts.values())
         assert term.total.dtype == torch.float32
         assert term.total.shape == ()
         assert term.total.isfinite()
@@ -123,8 +128,8 @@ def test_a_batch_is_the_sum_of_its_parts(settings, signal, step):
     parts = [batch.select(torch.arange(*ends)) for ends in ((0, 1), (1, 4), (4, 6))]
     whole = toy.terms(method, batch, step)
     split = [toy.terms(method, part, step) for part in parts]
-    for name, value in weighted(whole).items():
-        assert value == pytest.approx(sum(weighted(terms)[name] for terms in split), rel=1e-5)
+    for name, value in numbers(whole).items():
+        assert value == pytest.approx(sum(numbers(terms)[name] for terms in split), rel=1e-5)
     for name, count in method.counts(batch).items():
         assert count == sum(method.counts(part)[name] for part in parts)
     gradients = zip(*(toy.gradients(terms) for terms in split), strict=True)
@@ -135,7 +140,7 @@ def test_a_batch_is_the_sum_of_its_parts(settings, signal, step):
 @pytest.mark.parametrize(("settings", "signal", "step"), CASES)
 def test_padding_does_not_count(settings, signal, step):
     method, toy, batch = build_method(settings), Toy(signal), make_batch()
-    assert weighted(toy.terms(method, padded(batch), step)) == weighted(
+    assert numbers(toy.terms(method, padded(batch), step)) == numbers(
         toy.terms(method, batch, step)
     )
     assert method.counts(padded(batch)) == method.counts(batch)
@@ -153,7 +158,7 @@ def test_no_supervised_position_gives_zero_with_a_graph(settings, signal, step):
     )
     terms = toy.terms(method, nothing, step)
     assert set(terms) == set(toy.terms(method, batch, step))  # every rank has the same terms
-    assert all(term.total.item() == 0.0 for term in terms.values())
+    assert all(number == 0.0 for number in numbers(terms).values())
     assert all((gradient == 0).all() for gradient in toy.gradients(terms))
     assert all(count == 0 for count in method.counts(nothing).values())
 
@@ -162,7 +167,7 @@ def test_no_supervised_position_gives_zero_with_a_graph(settings, signal, step):
 def test_the_same_call_gives_the_same_bits(settings, signal, step):
     method, toy, batch = build_method(settings), Toy(signal), make_batch()
     first, second = (toy.terms(method, batch, step) for _ in range(2))
-    assert weighted(first) == weighted(second)
+    assert numbers(first) == numbers(second)
     for a, b in zip(toy.gradients(first), toy.gradients(second), strict=True):
         assert torch.equal(a, b)
 
@@ -208,12 +213,11 @@ def test_a_kind_that_names_nothing_is_refused(settings, message):
 
 OUTSIDE = """
 from dskd.batch import Term
-from dskd.losses import kl
 from dskd.method import Method
+from dskd.ops import rows_kd
 
 
-class Distil(Method):
-    terms = ("kl",)
+class JSD(Method):
     temperature: float = 1.0
 
     def wants_teacher(self):
@@ -223,7 +227,8 @@ class Distil(Method):
         return True
 
     def loss(self, rows, signal, batch, step):
-        return {"kl": Term(1.0, kl(rows.logits_NV, signal.logits_NV, self.temperature))}
+        losses = rows_kd(rows, signal, kind="jsd", temperature=self.temperature)
+        return {"tokens": Term(losses.total, {"jsd": losses.divergence_N.sum()})}
 """
 
 
@@ -231,10 +236,10 @@ def test_a_method_from_elsewhere(tmp_path, monkeypatch):
     (tmp_path / "outside_method.py").write_text(OUTSIDE)
     (tmp_path / "broken_method.py").write_text("import no_such_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)
-    method = build_method({"kind": "outside_method:Distil", "temperature": 2.0})
+    method = build_method({"kind": "outside_method:JSD", "temperature": 2.0})
     assert isinstance(method, Method)
     assert build_method(method.model_dump(mode="json")) == method
     terms = Toy("dense").terms(method, make_batch(), 0)
-    assert terms["kl"].total > 0
+    assert terms["tokens"].total == terms["tokens"].parts["jsd"] > 0
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        build_method({"kind": "broken_method:Distil"})
+        build_method({"kind": "broken_method:JSD"})

@@ -8,21 +8,19 @@ teacher.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
-from torch import Tensor
 
-from dskd.batch import Batch, Rows, Signal, Term, TopK
-from dskd.losses import TopKMode, cross_entropy, cross_entropy_and_kl, kl, topk_kl
+from dskd.batch import Batch, Rows, Signal, Term
+from dskd.losses import TopKMode
 from dskd.method import Method
+from dskd.ops import rows_ce, rows_kd
 from dskd.schedule import RateSchedule, inheritance_rate
 
 
 class KnowledgeInheritance(Method):
     """Cross entropy with the labels and, while alpha lasts, KL from the teacher."""
-
-    terms: ClassVar[tuple[str, ...]] = ("ce", "kl")
 
     kind: Literal["ki"] = "ki"
     temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
@@ -67,23 +65,25 @@ class KnowledgeInheritance(Method):
         return self.alpha(step) > 0.0
 
     def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
-        """``ce`` and ``kl`` (T^2 times the KL), summed over the supervised positions, in nats.
+        """``(1 - alpha) CE + alpha T^2 KL``, summed over the supervised positions, in nats.
 
-        A term whose weight is 0 is neither computed nor returned.
+        Logged as ``ce`` and ``kl`` (with its T^2); what has weight 0 is not computed.
         """
         del batch
-        alpha, student_NV, labels_N = self.alpha(step), rows.logits_NV, rows.labels_N
+        alpha, heat = self.alpha(step), self.temperature**2
         if alpha == 0.0:
-            return {"ce": Term(1.0, cross_entropy(student_NV, labels_N))}
+            losses = rows_ce(rows)
+            return {"tokens": Term(losses.total, {"ce": losses.label_N.sum()})}
         assert signal is not None, f"step {step} needs the teacher"
-        if alpha == 1.0:
-            return {"kl": Term(1.0, self._divergence(student_NV, signal))}
-        ce, divergence = cross_entropy_and_kl(
-            student_NV, labels_N, signal, self.temperature, self.topk
+        losses = rows_kd(
+            rows,
+            signal,
+            temperature=self.temperature,
+            mode=self.topk,
+            weight=alpha * heat,
+            label_weight=1.0 - alpha,
         )
-        return {"ce": Term(1.0 - alpha, ce), "kl": Term(alpha, divergence)}
-
-    def _divergence(self, student_NV: Tensor, signal: Signal) -> Tensor:
-        if isinstance(signal, TopK):
-            return topk_kl(student_NV, signal, self.temperature, self.topk)
-        return kl(student_NV, signal.logits_NV, self.temperature)
+        parts = {"kl": losses.divergence_N.sum() * heat}
+        if alpha < 1.0:
+            parts["ce"] = losses.label_N.sum()
+        return {"tokens": Term(losses.total, parts)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from dskd.batch import Batch, Rows, Signal, Term
-from dskd.losses import cross_entropy
 from dskd.method import Method
+from dskd.ops import rows_ce
 
 
 class LanguageModelling(Method):
@@ -15,6 +15,7 @@ class LanguageModelling(Method):
     kind: Literal["lm"] = "lm"
 
     def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
-        """``ce``: the cross entropy summed over the supervised positions, in nats."""
+        """The cross entropy summed over the supervised positions, in nats, logged as ``ce``."""
         del signal, batch, step
-        return {"ce": Term(1.0, cross_entropy(rows.logits_NV, rows.labels_N))}
+        losses = rows_ce(rows)
+        return {"tokens": Term(losses.total, {"ce": losses.label_N.sum()})}

@@ -1,7 +1,7 @@
 """The model families dskd knows, and the one forward pass everything uses.
 
-A family says what a ``model_type`` is trained on, how its head turns hidden states into logits, and
-how its positions are counted. A new one is a line in ``FAMILIES`` and is then tested against
+A family says what a ``model_type`` is trained on, how its head turns hidden states into logits
+and how its positions are counted. A new one is a line in ``FAMILIES`` and is then tested against
 its HuggingFace class by ``tests/models/test_families.py``.
 """
 
@@ -13,13 +13,14 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dskd.batch import Batch, Rows
+from dskd.batch import Batch, Rows, Use
 from dskd.errors import ConfigError
 
-Head = Callable[[Any, Tensor], Tensor]
-"""(model, hidden states [N, D]) -> logits [N, V], through modules of the model only."""
+Transform = Callable[[Any, Tensor], Tensor]
+"""(model, the body's hidden states [N, D]) -> those its last linear map takes, [N, D']."""
 
 
 @dataclass(frozen=True)
@@ -28,43 +29,58 @@ class Family:
 
     Attributes:
         objective: what it is trained on.
-        head: the whole head, from the body's hidden states to the logits.
-        bias: the head's own copy of its decoder's bias, as (module path, decoder's module path).
+        projection: module path of the last linear map, from hidden states to logits.
+        transform: what its head does before, through modules of the model only.
+        bias: the head's own copy of the projection's bias, as the module path of its owner.
         past_padding: positions are counted from ``pad_token_id + 1`` (RoBERTa), not from 0.
     """
 
     objective: Literal["masked", "causal"]
-    head: Head
-    bias: tuple[str, str] | None = None
+    projection: str
+    transform: Transform = lambda model, hidden_ND: hidden_ND
+    bias: str | None = None
     past_padding: bool = False
 
 
-def _distilbert_head(model: Any, hidden_ND: Tensor) -> Tensor:
-    hidden_ND = model.activation(model.vocab_transform(hidden_ND))
-    return model.vocab_projector(model.vocab_layer_norm(hidden_ND))
+class LinearProjection(nn.Linear):
+    """A :class:`~dskd.batch.Projection`; a model's own ``nn.Linear`` becomes one in place."""
+
+    def forward(self, hidden_ND: Tensor, use: Use | None = None) -> Any:
+        """Logits, or what ``use`` makes of (hidden states, weight, bias)."""
+        if use is None:
+            return super().forward(hidden_ND)
+        return use(hidden_ND, self.weight, self.bias)
 
 
-def _lm_head(model: Any, hidden_ND: Tensor) -> Tensor:
-    return model.lm_head(hidden_ND)
+def _distilbert_transform(model: Any, hidden_ND: Tensor) -> Tensor:
+    return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND)))
+
+
+def _roberta_transform(model: Any, hidden_ND: Tensor) -> Tensor:
+    return model.lm_head.layer_norm(gelu(model.lm_head.dense(hidden_ND)))
 
 
 _BERT = Family(
     "masked",
-    lambda model, hidden_ND: model.cls(hidden_ND),
-    bias=("cls.predictions", "cls.predictions.decoder"),
+    "cls.predictions.decoder",
+    lambda model, hidden_ND: model.cls.predictions.transform(hidden_ND),
+    bias="cls.predictions",
 )
-_ROBERTA = Family("masked", _lm_head, bias=("lm_head", "lm_head.decoder"), past_padding=True)
-_CAUSAL = Family("causal", _lm_head)
+_ROBERTA = Family(
+    "masked", "lm_head.decoder", _roberta_transform, bias="lm_head", past_padding=True
+)
+_CAUSAL = Family("causal", "lm_head")
 
 FAMILIES: dict[str, Family] = {
     "bert": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
-    "distilbert": Family("masked", _distilbert_head),
-    "modernbert": Family("masked", lambda model, hidden_ND: model.decoder(model.head(hidden_ND))),
+    "distilbert": Family("masked", "vocab_projector", _distilbert_transform),
+    "modernbert": Family("masked", "decoder", lambda model, hidden_ND: model.head(hidden_ND)),
     "electra": Family(
         "masked",
-        lambda model, hidden_ND: model.generator_lm_head(model.generator_predictions(hidden_ND)),
+        "generator_lm_head",
+        lambda model, hidden_ND: model.generator_predictions(hidden_ND),
     ),
     "gpt2": _CAUSAL,
     "llama": _CAUSAL,
@@ -88,7 +104,7 @@ def family_of(model_type: str, where: str) -> Family:
 
 
 def rows_of(model: nn.Module, batch: Batch) -> Rows:
-    """Run the body on a batch; the head waits in the result and sees supervised positions only.
+    """Run the body on a batch and its head up to the last linear map, on supervised positions only.
 
     Under ZeRO-3 call it inside the forward of the module DeepSpeed wraps. With N = 0 every
     parameter is still in the graph (products with empty matrices), with gradients of zero.
@@ -104,8 +120,17 @@ def rows_of(model: nn.Module, batch: Batch) -> Rows:
     # A cache of keys and values serves generation only.
     options = {"use_cache": False} if family.objective == "causal" else {}
     body = model.base_model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options)
-    hidden_ND = body.last_hidden_state[batch.supervised_BT]
-    return Rows(hidden_ND, lambda hidden_MD: family.head(model, hidden_MD), batch.labels_N)
+    hidden_ND = family.transform(model, body.last_hidden_state[batch.supervised_BT])
+    return Rows(hidden_ND, projection_of(model), batch.labels_N)
+
+
+def projection_of(model: nn.Module) -> LinearProjection:
+    """The model's last linear map, made able to run a fused loss in its forward."""
+    linear = model.get_submodule(FAMILIES[model.config.model_type].projection)
+    if type(linear) is nn.Linear:
+        linear.__class__ = LinearProjection
+    assert isinstance(linear, LinearProjection), f"logits come from a {type(linear).__name__}"
+    return linear
 
 
 def longest_row(config: PreTrainedConfig) -> int:
@@ -124,5 +149,4 @@ def tie_head_bias(model: PreTrainedModel) -> None:
     """
     bias = FAMILIES[model.config.model_type].bias
     if bias is not None:
-        head, decoder = (model.get_submodule(path) for path in bias)
-        head.bias = decoder.bias
+        model.get_submodule(bias).bias = projection_of(model).bias

@@ -186,9 +186,9 @@ def _the_one(
     model: PreTrainedModel, found: list[str], stored: Mapping[str, _Source], where: str
 ) -> str:
     """The name to read a parameter under, of those it is stored under."""
-    bias = FAMILIES[model.config.model_type].bias
-    if bias is not None and f"{bias[1]}.bias" in found:
-        return f"{bias[1]}.bias"  # the head's own copy takes no part in the forward pass
+    family = FAMILIES[model.config.model_type]
+    if family.bias is not None and f"{family.projection}.bias" in found:
+        return f"{family.projection}.bias"  # the head's own copy is not in the forward pass
     first, *others = found
     for other in others:
         a, b = stored[first], stored[other]

@@ -17,7 +17,12 @@ from dskd.settings import Run
 
 FORWARD = "forward"
 """The teacher's forward pass alone, on the batches of the step."""
-VARIANTS = {"plain": "plain LM", "cached": "KI, cached", "live": "KI, live"}
+VARIANTS = {
+    "plain": "plain LM",
+    "cached": "KI, cached",
+    "live": "KI, live",
+    "eager": "KI, cached, eager loss",
+}
 BOUNDS = {"cached": ("plain",), "live": ("plain", FORWARD)}
 LIMITS = {"cached": 1.10, "live": 1.15}
 """Most that a step may cost, times the sum of its bounds."""
@@ -112,7 +117,8 @@ def table(result: dict[str, Any]) -> str:
             "" if peak is None else f"{peak / 2**20:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
+    cached, eager = (result["variants"][name]["peak_memory_bytes"] for name in ("cached", "eager"))
+    lines += ["", f"- peak memory of the eager loss over the fused one: {eager / cached:.2f}"]
     for name, target in result["targets"].items():
         verdict = "met" if target["met"] else "MISSED"
         lines.append(

@@ -59,6 +59,8 @@ from dskd.trainer import Progress, Trainer
 from dskd.zero import full_shape
 
 ROOT = Path(__file__).resolve().parents[2]
+EAGER = "eager:EagerInheritance"
+"""The cached variant without the fused losses, for comparison."""
 WARM_UP = 3
 """Untimed rounds at the start; as many steps are taken to see a variant's peak memory."""
 
@@ -72,6 +74,7 @@ def variants(settings: Path, overrides: list[str], folder: Path, steps: int) -> 
         "plain": ({"kind": "lm"}, None),
         "cached": (inherited, _cached(student, teacher)),
         "live": (inherited, LiveTeacher(model=teacher)),
+        "eager": ({**inherited, "kind": EAGER}, _cached(student, teacher)),
     }
     train = student.train.model_copy(update={"steps": steps})
     shared = {"out": folder, "train": train}
@@ -130,7 +133,7 @@ class Step:
 
     def step(self) -> None:
         """The body of the trainer's loop, without log lines, evaluations and checkpoints."""
-        self._trainer._step(False)
+        self._trainer.step(False)
         self.progress.step += 1
 
 
@@ -160,7 +163,7 @@ def forwards(run: Run, device: torch.device, rounds: int) -> Callable[[], None]:
 
     def forward() -> None:
         for batch in steps.pop(0):
-            teacher(batch.to(device))
+            _ = teacher(batch.to(device)).logits_NV  # with its head, which waits to be asked
 
     return forward
 

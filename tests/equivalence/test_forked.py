@@ -19,6 +19,7 @@ from dskd.data.loader import Loader
 from dskd.data.masking import view_for
 from dskd.log import read_metrics
 from dskd.models.build import build
+from dskd.ops import triton_everywhere
 from dskd.settings import Model, Run
 from dskd.teacher import Live
 from tests.equivalence.small import (
@@ -63,6 +64,13 @@ def same(a: Path, b: Path) -> None:
 
 def learns(out: Path) -> bool:
     return evaluations(out)[-1] < evaluations(out)[0] - 0.02
+
+
+@pytest.mark.parametrize("teacher", [LIVE, cached(LIVE)], ids=["live", "cached"])
+def test_the_kernels_train_like_the_closed_forms(runs, single, teacher):
+    """In Triton's interpreter: every loss and gradient of the run, evaluations included."""
+    with triton_everywhere():
+        same(runs.run(f"kernels-{teacher['kind']}", 1, teacher=teacher), single)
 
 
 SHARDED = LIVE | {"deepspeed": "zero3"}

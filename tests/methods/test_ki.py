@@ -9,7 +9,6 @@ import torch
 
 from dskd.batch import IGNORE, Batch, Dense, Rows
 from dskd.errors import ConfigError
-from dskd.losses import cross_entropy, kl
 from dskd.method import build_method
 from tests.plain_losses import MODES, top_k
 
@@ -46,15 +45,21 @@ def forward(method, inputs, step, *, pad=1, dtype=torch.float64, k=None):
     batch = batch_of(inputs, pad)
     student_BTV = torch.tensor(inputs["student_logits"], dtype=dtype).requires_grad_()
     teacher_NV = torch.tensor(inputs["teacher_logits"], dtype=dtype)[batch.supervised_BT]
-    rows = Rows(student_BTV[batch.supervised_BT], lambda hidden: hidden, batch.labels_N)
+    rows = Rows(student_BTV[batch.supervised_BT], Identity(student_BTV), batch.labels_N)
     signal = None
     if method.needs_teacher(step):
         signal = Dense(teacher_NV) if k is None else top_k(teacher_NV, k, method.temperature)
     return method.loss(rows, signal, batch, step), student_BTV, batch
 
 
-def weighted(terms):
-    return sum(term.weight * term.total for term in terms.values())
+class Identity:
+    """A head that changes nothing: hidden states are logits."""
+
+    def __init__(self, like):
+        self.weight = torch.eye(like.shape[-1], dtype=like.dtype)
+
+    def __call__(self, hidden_NV, use=None):
+        return hidden_NV if use is None else use(hidden_NV, self.weight, None)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), PRECISIONS)
@@ -68,12 +73,12 @@ def test_loss_and_gradient(case, k, dtype, rtol):
     assert method.alpha(step) == expected["alpha"]
     assert method.rates(step) == {"alpha": expected["alpha"]}
     weights = {"ce": 1 - expected["alpha"], "kl": expected["alpha"]}
-    assert set(terms) == {name for name, weight in weights.items() if weight}
-    if "ce" in terms:
-        assert terms["ce"].total.item() == pytest.approx(expected["loss_mlm_sum"], **close)
-    if "kl" in terms:
-        assert terms["kl"].total.item() == pytest.approx(expected["loss_kd_sum"], **close)
-    loss = weighted(terms)
+    ((loss, parts),) = terms.values()
+    assert set(parts) == {name for name, weight in weights.items() if weight}
+    if "ce" in parts:
+        assert parts["ce"].item() == pytest.approx(expected["loss_mlm_sum"], **close)
+    if "kl" in parts:
+        assert parts["kl"].item() == pytest.approx(expected["loss_kd_sum"], **close)
     assert loss.item() == pytest.approx(expected["loss_sum"], **close)
     (count,) = set(method.counts(batch).values())
     assert count == expected["sample_size"]
@@ -88,26 +93,20 @@ def test_loss_and_gradient(case, k, dtype, rtol):
 @pytest.mark.parametrize(("dtype", "rtol"), PRECISIONS)
 @pytest.mark.parametrize("case", GOLDEN["loss_cases"], ids=lambda c: c["name"])
 def test_both_losses_and_their_logged_values(case, dtype, rtol):
-    """The original logs both terms whatever alpha is."""
+    """The original logs both terms whatever alpha is; so does a constant rate."""
     inputs, expected = case["inputs"], case["expected"]
-    chosen_BT = torch.tensor(inputs["labels"]) != inputs["pad"]
-    labels_N = torch.tensor(inputs["labels"])[chosen_BT]
-    student_NV, teacher_NV = (
-        torch.tensor(inputs[f"{name}_logits"], dtype=dtype)[chosen_BT]
-        for name in ("student", "teacher")
-    )
-    ce, divergence = (
-        cross_entropy(student_NV, labels_N),
-        kl(student_NV, teacher_NV, inputs["temperature"]),
-    )
+    half = {"schedule": "constant", "rate": 0.5, "temperature": inputs["temperature"]}
+    method = build_method({"kind": "ki", **half})
+    terms, _, batch = forward(method, inputs, 0, pad=inputs["pad"], dtype=dtype)
+    ce, divergence = (terms["tokens"].parts[name].item() for name in ("ce", "kl"))
     close = {"rel": rtol, "abs": rtol}
-    assert ce.item() == pytest.approx(expected["loss_mlm_sum"], **close)
-    assert divergence.item() == pytest.approx(expected["loss_kd_sum"], **close)
-    bits = 1 / len(labels_N) / math.log(2)
+    assert ce == pytest.approx(expected["loss_mlm_sum"], **close)
+    assert divergence == pytest.approx(expected["loss_kd_sum"], **close)
+    bits = 1 / batch.supervised().item() / math.log(2)
     logged = {"rel": max(rtol, LOGGED), "abs": max(rtol, LOGGED)}
-    assert ce.item() * bits == pytest.approx(expected["log_loss_mlm_bits"], **logged)
-    assert divergence.item() * bits == pytest.approx(expected["log_loss_distil_bits"], **logged)
-    assert 2 ** (ce.item() * bits) == pytest.approx(expected["ppl"], rel=max(10 * rtol, LOGGED))
+    assert ce * bits == pytest.approx(expected["log_loss_mlm_bits"], **logged)
+    assert divergence * bits == pytest.approx(expected["log_loss_distil_bits"], **logged)
+    assert 2 ** (ce * bits) == pytest.approx(expected["ppl"], rel=max(10 * rtol, LOGGED))
 
 
 def test_constant_half():
@@ -116,7 +115,7 @@ def test_constant_half():
     method = build_method({"kind": "ki", "schedule": "constant", "rate": 0.5, "temperature": 2.0})
     expected = GOLDEN["loss_cases"][0]["expected"]
     for step in (0, 10**6):
-        loss = weighted(forward(method, inputs, step)[0]).item()
+        loss = forward(method, inputs, step)[0]["tokens"].total.item()
         half = (expected["loss_mlm_sum"] + expected["loss_kd_sum"]) / 2
         assert loss == pytest.approx(half, rel=1e-9)
 
@@ -127,8 +126,8 @@ def test_no_masked_position_is_exactly_zero():
     inputs["labels"] = [[inputs["pad"]] * 6] * 2
     for k in (None, 3):
         terms, student_BTV, batch = forward(method_of(inputs), inputs, 27500, k=k)
-        assert set(terms) == {"ce", "kl"}
-        loss = weighted(terms)
+        loss, parts = terms["tokens"]
+        assert {name: part.item() for name, part in parts.items()} == {"ce": 0.0, "kl": 0.0}
         assert loss.item() == edge["wanted"]["loss"] == 0.0
         assert batch.supervised() == edge["wanted"]["sample_size"] == 0
         loss.backward()
@@ -162,16 +161,13 @@ def test_normalisation_is_the_mean_over_all_tokens_of_the_step(dtype, rtol):
     sums, counts = [], []
     for inputs, loss_sum in zip(golden["micro_batches"], golden["loss_sums"], strict=True):
         terms, _, batch = forward(method, inputs, golden["step"], pad=golden["pad"], dtype=dtype)
-        assert weighted(terms).item() == pytest.approx(loss_sum, rel=rtol)
-        sums.append(terms)
-        counts.append(method.counts(batch))
-    assert [int(count["ce"]) for count in counts] == golden["n"]
-    totals = {name: counts[0][name] + counts[1][name] for name in ("ce", "kl")}
-    mean = sum(
-        term.weight * term.total / totals[name] for terms in sums for name, term in terms.items()
-    )
+        assert terms["tokens"].total.item() == pytest.approx(loss_sum, rel=rtol)
+        sums.append(terms["tokens"].total)
+        counts.append(method.counts(batch)["tokens"])
+    assert [int(count) for count in counts] == golden["n"]
+    mean = sum(sums) / sum(counts)
     assert mean.item() == pytest.approx(golden["global_token_mean"], rel=rtol)
-    assert (1 / totals["ce"]).item() == golden["grad_scale"]
+    assert (1 / sum(counts)).item() == golden["grad_scale"]
     assert abs(mean.item() - golden["wrong_mean_of_means"]) > 0.1
 
 
@@ -198,5 +194,7 @@ def test_topk_modes_reach_the_loss(topk):
         section = {"kind": "ki", "steps": 2, "temperature": case["T"], "topk": topk}
         for step in (0, 1):
             terms, _, _ = forward(build_method(section), inputs, step, k=case["K"])
-            assert terms["kl"].weight == 1 - step / 2
-            assert terms["kl"].total.item() == pytest.approx(case[MODES[topk]], rel=1e-9, abs=1e-9)
+            assert ("ce" in terms["tokens"].parts) == (step == 1)
+            assert terms["tokens"].parts["kl"].item() == pytest.approx(
+                case[MODES[topk]], rel=1e-9, abs=1e-9
+            )

@@ -73,12 +73,25 @@ def refuse(problem: bool, message: str) -> None:
 
 
 def matrix(
-    name: str, value: Tensor, *, rows: int | None = None, like: Tensor | None = None
+    name: str,
+    value: Tensor,
+    *,
+    rows: int | None = None,
+    like: Tensor | None = None,
+    empty: bool = False,
 ) -> None:
-    """Check a floating-point matrix: its number of rows, and the device of another argument."""
+    """Check a floating-point matrix: its number of rows, and the device of another argument.
+
+    It has columns, unless it may be ``empty``.
+    """
     refuse(value.dim() != 2, f"{name}: must have two axes, not shape {tuple(value.shape)}")
     refuse(value.dtype not in FLOATING, f"{name}: must be floating-point, not {value.dtype}")
-    refuse(value.shape[1] == 0, f"{name}: has no columns")
+    on_gpu = value.device.type == "cuda"
+    refuse(
+        on_gpu and value.dtype == torch.float64,
+        f"{name}: the kernels do not compute in float64; dskd.losses does",
+    )
+    refuse(value.shape[1] == 0 and not empty, f"{name}: has no columns")
     if rows is not None:
         refuse(len(value) != rows, f"{name}: has {len(value)} rows where there are {rows} tokens")
     if like is not None:
@@ -250,7 +263,7 @@ def index_vector(name: str, value: Tensor, logits_NV: Tensor) -> None:
     refuse(value.device != logits_NV.device, f"{name}: is on {value.device}, not the logits'")
 
 
-def in_range(name: str, ids: Tensor, columns: int, counted: Tensor) -> None:
+def in_range(name: str, ids: Tensor, columns: int | Tensor, counted: Tensor) -> None:
     """Check that the counted ids name columns, where looking is free or asked for."""
     if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or DEBUG):
         return

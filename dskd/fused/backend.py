@@ -16,9 +16,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dskd.fused import cpu, cpu_mixture, cpu_topk
+from dskd.fused import cpu, cpu_mixture, cpu_topk, cpu_vocab_parallel
 
-_PLAIN = {"dense": cpu, "label": cpu, "topk": cpu_topk, "mixture": cpu_mixture}
+_PLAIN = {
+    "dense": cpu,
+    "label": cpu,
+    "topk": cpu_topk,
+    "mixture": cpu_mixture,
+    "vocab_parallel": cpu_vocab_parallel,
+}
 _FORCED: ContextVar[bool] = ContextVar("triton_everywhere", default=False)
 
 

@@ -16,13 +16,13 @@ from dskd.fused.arguments import wide
 from dskd.fused.cpu_chunks import (
     Chunk,
     Hot,
+    Labels,
     Logits,
     Map,
     Rows,
     add_label,
     chunked,
     exponentials,
-    labels_of,
     live,
     rows_of,
     scratch,
@@ -67,27 +67,29 @@ def dense_rows(
     teacher = Logits(teacher_NW, teacher_map, temperature, dtype)
     divergence_N = student_NV.new_zeros(len(student_NV), dtype=dtype)
     label_N = None if labels_N is None else torch.zeros_like(divergence_N)
+    labels = None if labels_N is None else Labels(labels_N, label_weight_N)
+    slope_N1 = weight_N[:, None] * student.over
     buffers = scratch(5, student_NV)
 
     def compute(rows: Rows, shifted: bool) -> Chunk:
         *own, spare_CV = rows_of(buffers, rows)
         pair = Pair(student, teacher, rows, shifted, own)
-        weight_C1 = weight_N[rows, None]
         if reverse_N is None:
             loss_C1, terms = KINDS[kind](pair, beta)
-            terms = [(matrix, column_C1 * weight_C1) for matrix, column_C1 in terms]
+            slope_C1 = slope_N1[rows]
         else:
-            loss_C1, terms = mixed(pair, weight_C1, reverse_N[rows, None])
-        terms = [(matrix, column_C1 * student.over) for matrix, column_C1 in terms]
+            loss_C1, terms = mixed(pair, weight_N[rows, None], reverse_N[rows, None])
+            slope_C1 = student.over
+        terms = [(matrix, column_C1 * slope_C1) for matrix, column_C1 in terms]
         chunk = Chunk([pair.zs, pair.zt], [loss_C1], terms)
-        if labels_N is not None:
-            hot = Hot(pair.s, pair.es, pair.zs, shifted)
-            labels = labels_of(pair.s, labels_N, label_weight_N, rows)
+        if labels is not None:
+            label_C1 = pair.s.gather(1, labels.ids_N1[rows])
+            hot = Hot(rows, shifted, pair.s, pair.es, pair.zs, label_C1)
             add_label(chunk, student, hot, labels, spare_CV)
         return chunk
 
     live_N = live(weight_N, reverse_N, label_weight_N)
-    for rows, chunk in chunked(live_N, [student, teacher], compute, grad_NV):
+    for rows, chunk in chunked(live_N, buffers.shape[1], [student, teacher], compute, grad_NV):
         divergence_N[rows] = chunk.losses[0][:, 0]
         if label_N is not None:
             label_N[rows] = chunk.losses[1][:, 0]
@@ -106,6 +108,7 @@ def label_rows(
     dtype = wide(logits_NV.dtype)
     logits = Logits(logits_NV, student_map, 1.0, dtype)
     label_N = logits_NV.new_zeros(len(logits_NV), dtype=dtype)
+    labels = Labels(labels_N, label_weight_N)
     buffers = scratch(1, logits_NV)
 
     def compute(rows: Rows, shifted: bool) -> Chunk:
@@ -113,10 +116,11 @@ def label_rows(
         s_CV = logits.read(rows, shifted)
         total_C1 = exponentials(s_CV, logits.unit, shifted, exps_CV)
         chunk = Chunk([total_C1], [], [(exps_CV, torch.zeros_like(total_C1))])
-        labels = labels_of(s_CV, labels_N, label_weight_N, rows)
-        add_label(chunk, logits, Hot(s_CV, exps_CV, total_C1, shifted), labels, exps_CV)
+        label_C1 = s_CV.gather(1, labels.ids_N1[rows])
+        hot = Hot(rows, shifted, s_CV, exps_CV, total_C1, label_C1)
+        add_label(chunk, logits, hot, labels, exps_CV)
         return chunk
 
-    for rows, chunk in chunked(live(label_weight_N), [logits], compute, grad_NV):
+    for rows, chunk in chunked(live(label_weight_N), buffers.shape[1], [logits], compute, grad_NV):
         label_N[rows] = chunk.losses[0][:, 0]
     return label_N

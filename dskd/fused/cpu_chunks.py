@@ -1,7 +1,7 @@
 """Chunks of rows for the closed forms on a CPU: cutting, reading, exponentials, writing.
 
-The rows of a chunk and the scratch for them fit a core's cache: a pass over them costs a few
-microseconds, and only the first one goes to memory. A chunk is computed in one of two ways:
+The rows of a chunk and the scratch for them stay in the caches: only the first pass over them goes
+to memory. A chunk is computed in one of two ways:
 
 * plain: ``exp`` of the logits as they are, which saves finding and subtracting each row's largest.
   Right whenever a row's sum of exponentials is a moderate number, as a trained model's is;
@@ -66,9 +66,11 @@ class Chunk:
     def moderate(self) -> bool:
         """Whether plain was right."""
         low, high = _MODERATE
-        return all(low < x < high for z in self.totals for x in z.flatten().tolist()) and all(
-            math.isfinite(x) for loss in self.losses for x in loss.flatten().tolist()
-        )
+        # on the host: the numbers are few, and a tensor operation costs more than all of them
+        totals = [x for total in self.totals for x in total.flatten().tolist()]
+        losses = [x for loss in self.losses for x in loss.flatten().tolist()]
+        within = not totals or (low < min(totals) and max(totals) < high)
+        return within and math.isfinite(sum(totals) + sum(losses))
 
     def write(self, grad_NV: Tensor, rows: Rows, slope_CV: Tensor | None) -> None:
         """Put the gradient (times ``slope_CV``, if any) into its rows; uses up the terms."""
@@ -85,24 +87,32 @@ class Chunk:
             grad_NV[rows] = sum_CV.to(grad_NV.dtype)
 
 
-class Labels(NamedTuple):
-    """Labels of a chunk, their logits as the chunk was read, and their weights, [C, 1] each."""
+class Labels:
+    """Labels and their weights; a label without a weight may be anything, and stands for column 0.
 
-    ids_C1: Tensor
-    logits_C1: Tensor
-    weight_C1: Tensor
+    Attributes:
+        ids_N1, weight_N1: [N, 1].
+        unweighted_N1: bool.
+    """
+
+    def __init__(self, labels_N: Tensor, weight_N: Tensor) -> None:
+        self.weight_N1 = weight_N[:, None]
+        self.unweighted_N1 = self.weight_N1 == 0
+        self.ids_N1 = torch.where(self.unweighted_N1, 0, labels_N[:, None])
 
 
 class Hot(NamedTuple):
-    """A chunk, its exponentials at the temperature, and their sums.
+    """A chunk, its exponentials at the temperature, their sums, and the labels' logits.
 
     With kept logits [C, K], which are apart, these are struck out of the exponentials.
     """
 
+    rows: Rows
+    shifted: bool
     chunk_CV: Tensor
     exps_CV: Tensor
     total_C1: Tensor
-    shifted: bool
+    label_C1: Tensor
     ids_CK: Tensor | None = None
     kept_CK: Tensor | None = None
 
@@ -170,11 +180,12 @@ def live(*weights: Tensor | None) -> Tensor:
 
 def chunked(
     live_N: Tensor,
+    step: int,
     logits: list[Logits],
     compute: Callable[[Rows, bool], Chunk],
     grad_NV: Tensor | None,
 ) -> Iterator[tuple[Rows, Chunk]]:
-    """``compute(rows, shifted)`` of chunks of the live rows, and the gradient written.
+    """``compute(rows, shifted)`` of chunks of ``step`` live rows, and the gradient written.
 
     A chunk may be computed twice, so ``compute`` leaves its inputs as they are. The gradient of the
     rows that are not live is 0. ``logits`` are what is read, the student's first.
@@ -182,7 +193,7 @@ def chunked(
     if grad_NV is not None and not live_N.all():
         grad_NV[~live_N] = 0.0
     shifted: bool | None = None
-    for rows in _cut(live_N, rows_per_chunk(live_N, logits[0].columns)):
+    for rows in _cut(live_N, step):
         if shifted is None:
             shifted = any(each.underflows(rows) for each in logits)
         chunk = compute(rows, shifted)
@@ -194,18 +205,23 @@ def chunked(
             chunk.write(grad_NV, rows, logits[0].slope(rows))
 
 
-def rows_per_chunk(like: Tensor, columns: int) -> int:
-    """As many as stay in the cache; on other devices, enough for few launches."""
-    on_cpu = like.device.type == "cpu"
-    budget = torch.get_num_threads() << 17 if on_cpu else 1 << 24
-    return max(1, budget // columns)
+def rows_per_chunk(buffers: int, columns: int, on_cpu: bool) -> int:
+    """As many as keep the buffers in the caches, and make an operation worth its start.
+
+    Several threads meet at the end of each operation, and wait long for one another on a busy
+    machine: they get fewer and larger ones.
+    """
+    elements = 1 << 26
+    if on_cpu:
+        elements = 1 << 21 if torch.get_num_threads() == 1 else 1 << 23
+    return max(1, elements // (buffers * columns))
 
 
-def scratch(count: int, logits_NV: Tensor) -> Tensor:
-    """``count`` buffers [C, V] of the arithmetic's dtype, for the largest chunk."""
-    rows, columns = logits_NV.shape
-    rows = min(rows, rows_per_chunk(logits_NV, columns))
-    return logits_NV.new_empty(count, rows, columns, dtype=wide(logits_NV.dtype))
+def scratch(buffers: int, logits_NV: Tensor) -> Tensor:
+    """Buffers [C, V] of the arithmetic's dtype for the largest chunk: it says how large that is."""
+    rows = rows_per_chunk(buffers, logits_NV.shape[1], logits_NV.device.type == "cpu")
+    shape = (buffers, max(1, min(rows, len(logits_NV))), logits_NV.shape[1])
+    return logits_NV.new_empty(shape, dtype=wide(logits_NV.dtype))
 
 
 def rows_of(scratch_BCV: Tensor, rows: Rows) -> tuple[Tensor, ...]:
@@ -239,13 +255,6 @@ def exponentials(
     return out.sum(1, keepdim=True)
 
 
-def labels_of(chunk_CV: Tensor, labels_N: Tensor, weight_N: Tensor, rows: Rows) -> Labels:
-    """A chunk's labels; those without a weight, which may be anything, stand for column 0."""
-    weight_C1 = weight_N[rows, None]
-    ids_C1 = torch.where(weight_C1 != 0, labels_N[rows, None], 0)
-    return Labels(ids_C1, chunk_CV.gather(1, ids_C1), weight_C1)
-
-
 def add_label(chunk: Chunk, logits: Logits, hot: Hot, labels: Labels, spare_CV: Tensor) -> None:
     """Add the cross entropy at temperature 1, as the chunk's next loss, and its gradient.
 
@@ -259,18 +268,19 @@ def add_label(chunk: Chunk, logits: Logits, hot: Hot, labels: Labels, spare_CV: 
     elif logits.unit != logits.over:
         exps_CV = spare_CV
         total_C1 = exponentials(hot.chunk_CV, logits.unit, hot.shifted, exps_CV, hot.ids_CK)
-    slope_C1, log_z_C1 = labels.weight_C1 * logits.unit, total_C1.log()
+    slope_C1, log_z_C1 = labels.weight_N1[hot.rows] * logits.unit, total_C1.log()
     if hot.kept_CK is not None:
         kept_CK = hot.kept_CK * logits.unit
         log_z_C1 = torch.logaddexp(log_z_C1, kept_CK.logsumexp(1, keepdim=True))
-        chunk.steps[0][1].addcmul_(slope_C1, (kept_CK - log_z_C1).exp_())
+        chunk.steps[0][1].addcmul_(slope_C1, kept_CK.sub_(log_z_C1).exp_())
     column_C1 = slope_C1 * (-log_z_C1).exp_()
     if exps_CV is hot.exps_CV:
         chunk.terms[0] = (exps_CV, chunk.terms[0][1] + column_C1)
     else:
         chunk.terms.append((exps_CV, column_C1))
         chunk.totals.append(total_C1)
-    chunk.steps.append((labels.ids_C1, -slope_C1))
-    label_C1 = torch.where(labels.logits_C1 < MASKED, -torch.inf, labels.logits_C1)
-    loss_C1 = log_z_C1 - label_C1 * logits.unit
-    chunk.losses.append(torch.where(labels.weight_C1 == 0, 0.0, loss_C1))
+    chunk.steps.append((labels.ids_N1[hot.rows], -slope_C1))
+    loss_C1 = log_z_C1 - hot.label_C1 * logits.unit
+    if hot.shifted:
+        loss_C1.masked_fill_(hot.label_C1 < MASKED, torch.inf)
+    chunk.losses.append(loss_C1.masked_fill_(labels.unweighted_N1[hot.rows], 0.0))

@@ -76,7 +76,9 @@ def mixture_rows(
         terms = [(es_CV, scale_C1), (x_CV, torch.full_like(scale_C1, -student.over))]
         return Chunk(totals, [loss_C1], terms)
 
-    for rows, chunk in chunked(live(total_N), [student, *several], compute, grad_NV):
+    for rows, chunk in chunked(
+        live(total_N), buffers.shape[1], [student, *several], compute, grad_NV
+    ):
         divergence_N[rows] = chunk.losses[0][:, 0]
     return divergence_N
 

@@ -21,13 +21,13 @@ from dskd.fused.cpu_chunks import (
     LOWEST,
     Chunk,
     Hot,
+    Labels,
     Logits,
     Map,
     Rows,
     add_label,
     chunked,
     exponentials,
-    labels_of,
     live,
     rows_of,
     scratch,
@@ -64,103 +64,124 @@ def topk_rows(
     student = Logits(student_NV, student_map, temperature, dtype)
     divergence_N = student_NV.new_zeros(len(student_NV), dtype=dtype)
     label_N = None if labels_N is None else torch.zeros_like(divergence_N)
+    labels = None if labels_N is None else Labels(labels_N, label_weight_N)
+    slots = _Slots(ids_NK)
+    teacher = _Teacher(slots, logprobs_NK, tail_N if mode == "tail" else None)
+    slope_N1 = weight_N[:, None].masked_fill(slots.empty_N1, 0.0) * student.over
     buffers = scratch(2, student_NV)
 
     def compute(rows: Rows, shifted: bool) -> Chunk:
         exps_CV, spare_CV = rows_of(buffers, rows)
-        part = _split(student, rows, ids_NK[rows], shifted)
-        if mode == "truncated" and labels_N is None:
+        part = _split(student.read(rows, False), slots, rows, shifted)
+        if mode == "truncated" and labels is None:
             total_C1, totals = exps_CV.zero_()[:, :1], []
         else:
             total_C1 = exponentials(part.others_CV, student.over, shifted, exps_CV, part.ids_CK)
             totals = [total_C1]
-        tail_C1 = tail_N[rows, None] if mode == "tail" else None
-        log_p_CB = _teacher(part.used_CK, logprobs_NK[rows], tail_C1)
-        buckets_CB = _buckets(part.kept_CK * student.over, total_C1)
+        buckets_CB = torch.cat((part.kept_CK * student.over, total_C1.log()), 1)
         if mode == "truncated":
             buckets_CB[:, -1] = -torch.inf
-        loss_C1, grad_CB = _divergence(log_p_CB, buckets_CB)
-        grad_CB *= torch.where(part.empty_C1, 0.0, weight_N[rows, None] * student.over)
-        grad_CK, grad_C1 = grad_CB[:, :-1], grad_CB[:, -1:]
-        scale_C1 = torch.where(total_C1 > 0, grad_C1 / total_C1, 0.0)
-        loss_C1 = torch.where(part.empty_C1, 0.0, loss_C1)
+        loss_C1, grad_CB = teacher.divergence(rows, buckets_CB)
+        grad_CK, grad_C1 = grad_CB.mul_(slope_N1[rows]).split((grad_CB.shape[1] - 1, 1), 1)
+        scale_C1 = (grad_C1 / total_C1).masked_fill_(total_C1 == 0, 0.0)
         chunk = Chunk(totals, [loss_C1], [(exps_CV, scale_C1)], [(part.ids_CK, grad_CK)])
-        if labels_N is not None:
+        if labels is not None:
+            label_C1 = part.logits_CV.gather(1, labels.ids_N1[rows])
             hot = Hot(
-                part.others_CV, exps_CV, total_C1, shifted, ids_CK=part.ids_CK, kept_CK=part.kept_CK
+                rows,
+                shifted,
+                part.others_CV,
+                exps_CV,
+                total_C1,
+                label_C1 - part.peak_C1 if shifted else label_C1,
+                part.ids_CK,
+                part.kept_CK,
             )
-            labels = labels_of(part.logits_CV, labels_N, label_weight_N, rows)
-            labels = labels._replace(logits_C1=labels.logits_C1 - part.peak_C1)
             add_label(chunk, student, hot, labels, spare_CV)
         return chunk
 
-    for rows, chunk in chunked(live(weight_N, label_weight_N), [student], compute, grad_NV):
+    for rows, chunk in chunked(
+        live(weight_N, label_weight_N), buffers.shape[1], [student], compute, grad_NV
+    ):
         divergence_N[rows] = chunk.losses[0][:, 0]
         if label_N is not None:
             label_N[rows] = chunk.losses[1][:, 0]
     return divergence_N, label_N
 
 
+class _Slots:
+    """Slots of kept tokens.
+
+    Attributes:
+        ids_NK: int64; an unused slot repeats an id of its row.
+        unused_NK: bool, slots that name no token; None if there are none.
+        empty_N1: bool, rows without any used slot. Their first slot holds column 0.
+    """
+
+    def __init__(self, ids_NK: Tensor) -> None:
+        unused_NK = ids_NK < 0
+        self.ids_NK, self.unused_NK = ids_NK.long(), None
+        self.empty_N1 = unused_NK.all(1, keepdim=True)
+        if unused_NK.any():
+            largest_N1 = self.ids_NK.amax(1, keepdim=True).clamp_(min=0)
+            self.ids_NK = torch.where(unused_NK, largest_N1, self.ids_NK)
+            self.unused_NK = unused_NK
+
+
+class _Teacher:
+    """The teacher's view of the buckets: with its tail, or scaled to mass 1 without."""
+
+    def __init__(self, slots: _Slots, logprobs_NK: Tensor, tail_N: Tensor | None) -> None:
+        if slots.unused_NK is not None:
+            logprobs_NK = logprobs_NK.masked_fill(slots.unused_NK, -torch.inf)
+        if tail_N is None:
+            total_N1 = logprobs_NK.logsumexp(1, keepdim=True)
+            logprobs_NK = logprobs_NK - total_N1.masked_fill_(total_N1 == -torch.inf, 0.0)
+            self._log_p_NB = F.pad(logprobs_NK, (0, 1), value=-torch.inf)
+        else:
+            self._log_p_NB = torch.cat((logprobs_NK, tail_N[:, None]), 1)
+        self._p_NB = self._log_p_NB.exp()
+        self._mass_N1 = self._p_NB.sum(1, keepdim=True)
+        self._none_NB = (self._p_NB == 0) | slots.empty_N1
+
+    def divergence(self, rows: Rows, buckets_CB: Tensor) -> tuple[Tensor, Tensor]:
+        """``sum p log(p / q)`` [C, 1], q the softmax of the buckets, and its gradient by them."""
+        p_CB, log_q_CB = self._p_NB[rows], buckets_CB.log_softmax(1)
+        terms_CB = (self._log_p_NB[rows] - log_q_CB).mul_(p_CB)
+        loss_C1 = terms_CB.masked_fill_(self._none_NB[rows], 0.0).sum(1, keepdim=True)
+        return loss_C1, log_q_CB.exp_().mul_(self._mass_N1[rows]).sub_(p_CB)
+
+
 class _Part(NamedTuple):
     """A chunk of the student's logits taken apart into kept tokens and others.
 
     Attributes:
-        ids_CK: int64; an unused slot repeats an id of its row.
-        used_CK: bool, slots that name a token.
-        empty_C1: bool, rows without any; their first slot holds column 0.
+        ids_CK: as in :class:`_Slots`.
         kept_CK: logits of the kept tokens, ``-inf`` on unused slots.
         logits_CV: the chunk as read.
         others_CV: it, or, shifted, a copy of it less ``peak``, the kept ones at ``-inf``.
-        peak_C1: the largest of the others if shifted, which ``kept_CK`` is relative to; or 0.
+        peak_C1: the largest of the others, which shifted ``kept_CK`` is relative to.
     """
 
     ids_CK: Tensor
-    used_CK: Tensor
-    empty_C1: Tensor
     kept_CK: Tensor
     logits_CV: Tensor
     others_CV: Tensor
-    peak_C1: Tensor
+    peak_C1: Tensor | None
 
 
-def _split(student: Logits, rows: Rows, ids_CK: Tensor, shifted: bool) -> _Part:
-    logits_CV = student.read(rows, False)
-    used_CK = ids_CK >= 0
-    largest_C1 = ids_CK.amax(1, keepdim=True)
-    empty_C1 = largest_C1 < 0
-    ids_CK = torch.where(used_CK, ids_CK, largest_C1.clamp(min=0)).long()
-    held_CK = used_CK.clone()
-    held_CK[:, :1] |= empty_C1
-    kept_CK = logits_CV.gather(1, ids_CK).masked_fill_(~held_CK, -torch.inf)
-    peak_C1, others_CV = logits_CV.new_zeros(()), logits_CV
-    if shifted:
-        others_CV = logits_CV.scatter(1, ids_CK, -torch.inf)
-        peak_C1 = others_CV.amax(1, keepdim=True)
-        # without others, the kept ones must not lose their digits to LOWEST
-        peak_C1 = torch.where(peak_C1 == -torch.inf, kept_CK.amax(1, keepdim=True), peak_C1)
-        peak_C1.clamp_(min=LOWEST)
-        others_CV.sub_(peak_C1)
-        kept_CK.sub_(peak_C1)
-    return _Part(ids_CK, used_CK, empty_C1, kept_CK, logits_CV, others_CV, peak_C1)
-
-
-def _teacher(used_CK: Tensor, logprobs_CK: Tensor, tail_C1: Tensor | None) -> Tensor:
-    """The log-probabilities of its buckets: with the tail, or scaled to mass 1 without it."""
-    logprobs_CK = torch.where(used_CK, logprobs_CK, -torch.inf)
-    if tail_C1 is not None:
-        return torch.cat((logprobs_CK, tail_C1), 1)
-    total_C1 = logprobs_CK.logsumexp(1, keepdim=True)
-    logprobs_CK -= torch.where(total_C1 == -torch.inf, 0.0, total_C1)
-    return F.pad(logprobs_CK, (0, 1), value=-torch.inf)
-
-
-def _buckets(kept_CK: Tensor, total_C1: Tensor) -> Tensor:
-    return torch.cat((kept_CK, total_C1.log()), 1)
-
-
-def _divergence(log_p_CB: Tensor, buckets_CB: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum p log(p / q)`` [C, 1] with q the softmax of the buckets, and its gradient by them."""
-    log_q_CB = buckets_CB.log_softmax(1)
-    p_CB = log_p_CB.exp()
-    loss_C1 = torch.where(p_CB == 0, 0.0, p_CB * (log_p_CB - log_q_CB)).sum(1, keepdim=True)
-    return loss_C1, log_q_CB.exp_().mul_(p_CB.sum(1, keepdim=True)).sub_(p_CB)
+def _split(logits_CV: Tensor, slots: _Slots, rows: Rows, shifted: bool) -> _Part:
+    ids_CK = slots.ids_NK[rows]
+    kept_CK = logits_CV.gather(1, ids_CK)
+    if slots.unused_NK is not None:
+        first_C1 = kept_CK[:, :1].clone()
+        kept_CK.masked_fill_(slots.unused_NK[rows], -torch.inf)
+        kept_CK[:, :1] = torch.where(slots.empty_N1[rows], first_C1, kept_CK[:, :1])
+    if not shifted:
+        return _Part(ids_CK, kept_CK, logits_CV, logits_CV, None)
+    others_CV = logits_CV.scatter(1, ids_CK, -torch.inf)
+    peak_C1 = others_CV.amax(1, keepdim=True)
+    # without others, the kept ones must not lose their digits to LOWEST
+    peak_C1 = torch.where(peak_C1 == -torch.inf, kept_CK.amax(1, keepdim=True), peak_C1)
+    peak_C1.clamp_(min=LOWEST)
+    return _Part(ids_CK, kept_CK.sub_(peak_C1), logits_CV, others_CV.sub_(peak_C1), peak_C1)

@@ -1,10 +1,10 @@
 """KD where every rank of a group holds some of the vocabulary's columns.
 
-A rank sums up its shard, one all-gather of [N, 8] numbers tells every rank all ranks' sums, and each
-computes the gradient of its own columns. An all-gather and not a MAX and a SUM all-reduce: one
-latency instead of two, and every rank combines the same numbers in the same order, so that
-the losses are equal to the last bit. It moves 32 N bytes to every other rank; from about 16 ranks on
-two all-reduces would move less.
+A rank sums up its shard, one all-gather of [N, 8] numbers tells every rank the others' sums, and
+each computes the gradient of its own columns. Not a MAX and a SUM all-reduce: one latency instead
+of two, and every rank combines the same numbers in the same order, so that the losses are equal to
+the last bit. A rank receives 32 N bytes of each other; from about 16 ranks on two all-reduces would
+move less.
 
 ================================  ============================================================
 always                            one all-gather of [N, 8] fp32
@@ -22,34 +22,31 @@ Shape letters: N tokens, R student columns of this rank, S teacher columns of th
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dskd.fused import cpu_vocab_parallel
 from dskd.fused.arguments import (
-    FLOATING,
     Losses,
     Weight,
     Weights,
     in_range,
     kind_of,
+    matrix,
     refuse,
     temperature_of,
     unit_columns,
     weights_of,
 )
-from dskd.fused.backend import on_triton, row_functions
+from dskd.fused.backend import row_functions
 from dskd.fused.gradients import detached, refuse_second_order, scaled, total_of, wanted
 
 _SUMMED = ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 """Kinds whose slope has to be averaged over the whole vocabulary."""
 
 
-@torch.compiler.disable
 def vocab_parallel_kd(
     student_NR: Tensor,
     teacher_NS: Tensor,
@@ -79,8 +76,8 @@ def vocab_parallel_kd(
         group: the ranks that share the vocabulary.
         kind, beta, temperature, weight, reverse_weight, label_weight, ignore_index: see there.
 
-    A row of nothing but -inf has no softmax: its losses are NaN, its gradient is 0. On a GPU a label
-    that no rank has gives an infinite loss (in debug mode and on a CPU a ValueError).
+    A row of nothing but -inf has no softmax: its losses are NaN, its gradient is 0. A label that no
+    rank has is a ValueError on a CPU and in debug mode; on a GPU its loss is infinite.
 
     Raises:
         ValueError: an argument of a wrong shape, type, device or range, named. If it is wrong on
@@ -143,7 +140,7 @@ def _losses(
     """Total, divergence [N] and label loss [N] or [0]; this rank's gradient into ``grad_NR``."""
     teacher_NS, weights, group, kind, settings = case
     student_NR = unit_columns(student_NR)
-    rows = _rows(student_NR)
+    rows = row_functions("vocab_parallel", student_NR)
     weight_N, reverse_N, labels_N, label_weight_N = weights
     shards = (student_NR, teacher_NS)
     columns = None if labels_N is None else _Columns(student_NR, group)
@@ -196,27 +193,17 @@ def _label_logit(student_NR: Tensor, column_N: Tensor, dtype: torch.dtype) -> Te
 
 def _gathered(parts_N8: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[P, N, 8]"""
-    parts_PN8 = parts_N8.new_empty(dist.get_world_size(group), *parts_N8.shape)
-    dist.all_gather_into_tensor(parts_PN8, parts_N8, group)
-    return parts_PN8
-
-
-def _rows(student_NR: Tensor) -> ModuleType:
-    if on_triton(student_NR):
-        return row_functions("vocab_parallel", student_NR)
-    return cpu_vocab_parallel
+    ranks, (rows, numbers) = dist.get_world_size(group), parts_N8.shape
+    gathered = parts_N8.new_empty(ranks * rows, numbers)
+    dist.all_gather_into_tensor(gathered, parts_N8, group)
+    return gathered.view(ranks, rows, numbers)
 
 
 def _check(student_NR: Tensor, teacher_NS: Tensor) -> None:
-    """Like ``matrix``, but a shard may be without columns."""
-    for name, value in (("student", student_NR), ("teacher", teacher_NS)):
-        refuse(value.dim() != 2, f"{name}: must have two axes, not shape {tuple(value.shape)}")
-        refuse(value.dtype not in FLOATING, f"{name}: must be floating-point, not {value.dtype}")
-        refuse(
-            value.device != student_NR.device, f"{name}: is on {value.device}, not the student's"
-        )
-    (rows, width), (teacher_rows, teacher_width) = student_NR.shape, teacher_NS.shape
-    refuse(teacher_rows != rows, f"teacher: has {teacher_rows} rows where there are {rows} tokens")
+    """Like other logits, but a shard may be without columns."""
+    matrix("student", student_NR, empty=True)
+    matrix("teacher", teacher_NS, rows=len(student_NR), like=student_NR, empty=True)
+    width, teacher_width = student_NR.shape[1], teacher_NS.shape[1]
     refuse(
         teacher_width > width,
         f"teacher: has {teacher_width} columns on this rank, the student {width}; both must be "

@@ -11,7 +11,7 @@ from dskd.ops import topk_teacher
 class EagerInheritance(KnowledgeInheritance):
     """The same loss from whole logits, differentiated by autograd."""
 
-    kind: str = "eager:EagerInheritance"
+    kind: str = "launch.bench.eager:EagerInheritance"
 
     def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
         del batch

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 
 from dskd.settings import Run
+from launch.bench.timing import over, spread
 
 FORWARD = "forward"
 """The teacher's forward pass alone, on the batches of the step."""
@@ -55,12 +56,6 @@ def about(runs: Mapping[str, Run], settings: Path, overrides: list[str]) -> dict
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    lower, middle, upper = quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "lower": lower, "upper": upper}
-
-
 def summarise(measured: dict[str, Any], peaks: Mapping[str, int]) -> dict[str, Any]:
     """Medians and spreads of times and of ratios within a round, and whether the limits hold."""
     wall, cores, tokens = (measured[key] for key in ("wall_ms", "cpu_ms", "tokens_per_step"))
@@ -84,12 +79,6 @@ def summarise(measured: dict[str, Any], peaks: Mapping[str, int]) -> dict[str, A
             "met": ratio["median"] <= LIMITS[name],
         }
     return {"variants": rows, "targets": targets}
-
-
-def over(samples: Mapping[str, list[float]], name: str, *others: str) -> dict[str, float]:
-    """Spread of a variant's time over the sum of the others' in the same round."""
-    sums = [sum(times) for times in zip(*(samples[other] for other in others), strict=True)]
-    return spread([own / whole for own, whole in zip(samples[name], sums, strict=True)])
 
 
 def table(result: dict[str, Any]) -> str:

@@ -18,6 +18,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+# Python put this folder first, where kernels.py would pass for the package that transformers
+# imports.
+sys.path.remove(str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
@@ -36,7 +39,6 @@ import deepspeed.compile.backend
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
-from figures import FORWARD, about, summarise, table
 
 from dskd import dist, engine, stages
 from dskd.batch import Batch
@@ -57,9 +59,10 @@ from dskd.settings import CachedTeacher, LiveTeacher, Model, Run
 from dskd.stages import Job
 from dskd.trainer import Progress, Trainer
 from dskd.zero import full_shape
+from launch.bench.figures import FORWARD, about, summarise, table
 
 ROOT = Path(__file__).resolve().parents[2]
-EAGER = "eager:EagerInheritance"
+EAGER = "launch.bench.eager:EagerInheritance"
 """The cached variant without the fused losses, for comparison."""
 WARM_UP = 3
 """Untimed rounds at the start; as many steps are taken to see a variant's peak memory."""

@@ -1,0 +1,347 @@
+"""The measured cases: inputs, our call, its peers, the floor, and the truth in float64.
+
+The loss of every case is a mean over its tokens, with gradients to the student's logits, or to its
+hidden states and head.
+
+Shape letters: N tokens, C of them in a chunk, V columns, D and E hidden sizes of student and
+teacher, K kept logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskd import losses, ops
+from launch.bench import peers
+from launch.bench.peers import Head, Outcome, Peer
+from launch.bench.truth import Truth, products, stream, through_head, through_logits
+
+OURS, FLOOR = "ours", "floor"
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+
+
+@dataclass
+class Case:
+    """One row of shapes: ``variants`` holds ours and the peers, ``floor`` what they are held to.
+
+    ``before`` restores, unmeasured, what a call overwrites.
+    """
+
+    op: str
+    name: str
+    shape: dict[str, int]
+    variants: dict[str, Peer]
+    floor: Callable[[], object]
+    truth: Truth
+    before: dict[str, Callable[[], object]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a run.
+
+    ``columns``: vocabularies, and in how many of the first cases peers are compiled as well, which
+    takes seconds each; ``hidden``: sizes of student and teacher.
+    """
+
+    tokens: int
+    columns: dict[int, int]
+    kept: int
+    hidden: tuple[tuple[int, int], ...]
+
+
+LARGE = Shapes(8192, {131072: 10, 32768: 1, 151936: 1}, 64, ((4096, 4096), (2048, 4096)))
+SMALL = Shapes(4, {1003: 2}, 8, ((64, 64), (32, 64)))
+"""For Triton's interpreter."""
+
+
+def cases(
+    wanted: Collection[str], shapes: Shapes, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """A name and a maker of each case, the most wanted first, for time may run out."""
+    wide, narrow = shapes.hidden
+    listed = [
+        (dense, "forward_kl", torch.bfloat16),
+        (linear, "forward_kl", wide),
+        (topk,),
+        (dense, "jsd", torch.bfloat16),
+        (linear, "jsd", wide),
+        (dense, "reverse_kl", torch.bfloat16),
+        (linear_topk, wide),
+        (mixture,),
+        (label,),
+        *((dense, kind, torch.float32) for kind in KINDS),
+        *((linear, kind, narrow) for kind in ("forward_kl", "jsd")),
+        (linear_topk, narrow),
+    ]
+    for columns, compiled in shapes.columns.items():
+        for place, (builder, *arguments) in enumerate(listed):
+            if builder.__name__ in wanted:
+                words = " ".join(map(str, (builder.__name__, *arguments, "V", columns)))
+                sizes = (shapes.tokens, columns, *arguments, shapes.kept, device)
+                yield words, partial(_seeded, builder, *sizes, compiled=place < compiled)
+
+
+def _seeded(builder: Callable[..., Case], *sizes: Any, compiled: bool) -> Case:
+    torch.manual_seed(0)
+    return builder(*sizes, compiled=compiled)
+
+
+def dense(
+    tokens: int,
+    columns: int,
+    kind: str,
+    dtype: torch.dtype,
+    kept: int,
+    device: torch.device,
+    *,
+    compiled: bool,
+) -> Case:
+    """Two logits matrices; bf16 in place, fp32 into a new bf16 gradient."""
+    del kept
+    student_NV, teacher_NV = (_logits(tokens, columns, dtype, device) for _ in range(2))
+    in_place = dtype == torch.bfloat16
+    work_NV = student_NV.clone() if in_place else student_NV
+    arguments = {"kind": kind, "weight": 1 / tokens}
+
+    def ours() -> Outcome:
+        grad_NV = work_NV if in_place else torch.empty_like(student_NV, dtype=torch.bfloat16)
+        return Outcome(
+            ops.dense_kd(work_NV, teacher_NV, out=grad_NV, **arguments).total, (grad_NV,)
+        )
+
+    def per_token(logits_CV: Tensor, rows: slice) -> Tensor:
+        return losses.divergence(logits_CV, teacher_NV[rows].double(), kind)
+
+    return Case(
+        "dense",
+        f"{kind} {_short(dtype)}",
+        {"N": tokens, "V": columns},
+        {OURS: ours} | peers.dense_peers(student_NV, teacher_NV, kind, compiled=compiled),
+        stream(tokens * columns * (2 * student_NV.element_size() + 2), reads=2, device=device),
+        through_logits(student_NV, per_token),
+        before={OURS: partial(work_NV.copy_, student_NV)} if in_place else {},
+    )
+
+
+def label(tokens: int, columns: int, kept: int, device: torch.device, *, compiled: bool) -> Case:
+    """Cross entropy of bf16 logits, in place."""
+    del kept
+    student_NV = _logits(tokens, columns, torch.bfloat16, device)
+    labels_N = torch.randint(columns, (tokens,), device=device)
+    work_NV = student_NV.clone()
+
+    def ours() -> Outcome:
+        found = ops.label_ce(work_NV, labels_N, label_weight=1 / tokens, out=work_NV)
+        return Outcome(found.total, (work_NV,))
+
+    restore = partial(work_NV.copy_, student_NV)
+    return Case(
+        "label",
+        "cross entropy bf16",
+        {"N": tokens, "V": columns},
+        {OURS: ours} | peers.label_peers(student_NV, work_NV, labels_N, compiled=compiled),
+        stream(tokens * columns * 4, reads=1, device=device),
+        through_logits(student_NV, lambda z_CV, rows: losses.cross_entropy(z_CV, labels_N[rows])),
+        before={OURS: restore, "Liger cross entropy": restore},
+    )
+
+
+def topk(tokens: int, columns: int, kept: int, device: torch.device, *, compiled: bool) -> Case:
+    """The tail mode on bf16 logits, in place."""
+    student_NV = _logits(tokens, columns, torch.bfloat16, device)
+    teacher = _kept(_logits(tokens, columns, torch.float32, device), kept)
+    work_NV = student_NV.clone()
+
+    def ours() -> Outcome:
+        found = ops.topk_kd(work_NV, *teacher, weight=1 / tokens, out=work_NV)
+        return Outcome(found.total, (work_NV,))
+
+    return Case(
+        "topk",
+        f"tail bf16, K {kept}",
+        {"N": tokens, "V": columns, "K": kept},
+        {OURS: ours}
+        | peers.logits_peers(
+            student_NV, lambda x: losses.topk_divergence(x, *teacher).mean(), compiled=compiled
+        ),
+        stream(tokens * columns * 4, reads=1, device=device),
+        through_logits(student_NV, partial(_topk_per_token, teacher)),
+        before={OURS: partial(work_NV.copy_, student_NV)},
+    )
+
+
+def mixture(tokens: int, columns: int, kept: int, device: torch.device, *, compiled: bool) -> Case:
+    """Two teachers of the whole vocabulary, bf16, in place."""
+    del kept
+    student_NV, *teachers = (_logits(tokens, columns, torch.bfloat16, device) for _ in range(3))
+    weights_N2 = torch.rand(tokens, 2, device=device)
+    weights_N2 /= weights_N2.sum(1, keepdim=True)
+    work_NV = student_NV.clone()
+
+    def ours() -> Outcome:
+        found = ops.mixture_kd(work_NV, teachers, weights_N2 / tokens, out=work_NV)
+        return Outcome(found.total, (work_NV,))
+
+    def divergence(logits_CV: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        others = [logits_NV[rows].to(dtype) for logits_NV in teachers]
+        return losses.mixture_divergence(logits_CV, others, (0, 0), weights_N2[rows].to(dtype))
+
+    def eager(logits_NV: Tensor) -> Tensor:
+        return divergence(logits_NV, slice(None), torch.float32).mean()
+
+    return Case(
+        "mixture",
+        "two teachers bf16",
+        {"N": tokens, "V": columns},
+        {OURS: ours} | peers.logits_peers(student_NV, eager, compiled=compiled),
+        stream(tokens * columns * 8, reads=2, device=device),
+        through_logits(student_NV, partial(divergence, dtype=torch.float64)),
+        before={OURS: partial(work_NV.copy_, student_NV)},
+    )
+
+
+def linear(
+    tokens: int,
+    columns: int,
+    kind: str,
+    hidden: tuple[int, int],
+    kept: int,
+    device: torch.device,
+    *,
+    compiled: bool,
+) -> Case:
+    """Two heads, bf16."""
+    del kept
+    head = head_of(tokens, columns, hidden, torch.bfloat16, device)
+    teacher = ops.LinearTeacher(head.teacher_NE, head.teacher_VE)
+
+    return Case(
+        "linear",
+        f"{kind} bf16, H {hidden[0]}/{hidden[1]}",
+        {"N": tokens, "V": columns, "D": hidden[0], "E": hidden[1]},
+        {OURS: partial(_linear, head, teacher, kind=kind)}
+        | peers.linear_peers(head, kind)
+        | peers.liger_chunked(head, kind, chunk=1024, compiled=False)
+        | (peers.liger_chunked(head, kind, chunk=1024, compiled=True) if compiled else {})
+        | peers.fused_peers(head, kind, compiled=compiled),
+        products(head),
+        through_head(head, partial(_linear_per_token, head, kind)),
+    )
+
+
+def linear_on_cpu(tokens: int, columns: int, width: int, *, compiled: bool) -> Case:
+    """Two heads of one hidden size, forward KL, fp32."""
+    torch.manual_seed(0)
+    kind, head = (
+        "forward_kl",
+        head_of(tokens, columns, (width, width), torch.float32, torch.device("cpu")),
+    )
+    teacher = ops.LinearTeacher(head.teacher_NE, head.teacher_VE)
+    # their default makes one chunk of all 512 tokens; a quarter of the tokens makes four
+    found = peers.linear_peers(head, kind)
+    for chunk in (1024, max(1, tokens // 4)):
+        found |= peers.liger_chunked(head, kind, chunk=chunk, compiled=False)
+    if compiled:
+        found |= peers.liger_chunked(head, kind, chunk=1024, compiled=True)
+    return Case(
+        "cpu",
+        f"linear {kind} fp32, H {width}",
+        {"N": tokens, "V": columns, "D": width, "E": width},
+        {OURS: partial(_linear, head, teacher, kind=kind)} | found,
+        products(head),
+        through_head(head, partial(_linear_per_token, head, kind)),
+    )
+
+
+def linear_topk(
+    tokens: int,
+    columns: int,
+    hidden: tuple[int, int],
+    kept: int,
+    device: torch.device,
+    *,
+    compiled: bool,
+) -> Case:
+    """The student's head against a top-k teacher, bf16."""
+    head = head_of(tokens, columns, hidden, torch.bfloat16, device)
+    teacher = _kept(_logits(tokens, columns, torch.float32, device), kept)
+
+    def eager() -> Outcome:
+        return peers.differentiate(
+            lambda h, w: losses.topk_divergence((h @ w.t()).float(), *teacher).mean(),
+            head.hidden_ND,
+            head.weight_VD,
+        )
+
+    del compiled
+    return Case(
+        "linear_topk",
+        f"tail bf16, K {kept}, H {hidden[0]}",
+        {"N": tokens, "V": columns, "D": hidden[0], "K": kept},
+        {OURS: partial(_linear, head, ops.TopKTeacher(*teacher)), "torch eager": eager},
+        products(Head(head.hidden_ND, head.weight_VD, None, None, head.labels_N)),
+        through_head(head, partial(_topk_per_token, teacher)),
+    )
+
+
+def head_of(
+    tokens: int, columns: int, hidden: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Head:
+    """Random heads whose logits have a standard deviation of 2."""
+    student, teacher = hidden
+
+    def normal(rows: int, width: int, scale: float) -> Tensor:
+        return torch.randn(rows, width, device=device, dtype=dtype).mul_(scale)
+
+    return Head(
+        normal(tokens, student, 1.0),
+        normal(columns, student, 2.0 * student**-0.5),
+        normal(tokens, teacher, 1.0),
+        normal(columns, teacher, 2.0 * teacher**-0.5),
+        torch.randint(columns, (tokens,), device=device),
+    )
+
+
+def _linear(head: Head, teacher: ops.LogitTeacher, **arguments: str) -> Outcome:
+    def loss(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        each = 1 / len(hidden_ND)
+        return ops.linear_kd(hidden_ND, weight_VD, teacher=teacher, weight=each, **arguments).total
+
+    return peers.differentiate(loss, head.hidden_ND, head.weight_VD)
+
+
+def _linear_per_token(head: Head, kind: str, logits_CV: Tensor, rows: slice) -> Tensor:
+    teacher_CV = head.teacher_NE[rows].double() @ head.teacher_VE.double().t()
+    return losses.divergence(logits_CV, teacher_CV, kind)
+
+
+def _logits(tokens: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(tokens, columns, dtype=dtype, device=device).mul_(3.0)
+
+
+def _kept(teacher_NV: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, log-probabilities and tail of a top-k teacher."""
+    total_N1 = teacher_NV.logsumexp(1, keepdim=True)
+    values_NK, ids_NK = teacher_NV.topk(kept, 1)
+    tail_N = teacher_NV.scatter_(1, ids_NK, -torch.inf).logsumexp(1) - total_N1[:, 0]
+    return ids_NK.int(), values_NK - total_N1, tail_N
+
+
+def _topk_per_token(
+    teacher: tuple[Tensor, Tensor, Tensor], logits_CV: Tensor, rows: slice
+) -> Tensor:
+    ids_NK, logprobs_NK, tail_N = teacher
+    return losses.topk_divergence(
+        logits_CV, ids_NK[rows].long(), logprobs_NK[rows].double(), tail_N[rows].double()
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]

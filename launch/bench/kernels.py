@@ -1,0 +1,265 @@
+"""The fused losses against PyTorch, Liger and TRL: times, share of the floor, memory, errors.
+
+    python launch/bench/kernels.py [--device cuda|cpu] [--ops dense,linear] [--rounds N]
+                                   [--seconds S] [--results FOLDER] [--small] [--tests FILE]
+
+``cuda``: every operation at 8192 tokens x 32k, 128k and 152k columns. The floor is measured in the
+same rounds: moving the same bytes (two matrices read and one written, ``torch.add``; one and one, a
+copy, for losses without a teacher's logits), or the products of the heads by themselves. Memory is
+what a call allocates beyond its inputs, with all the gradients it returns; ours writes the gradient
+of bf16 logits over the logits. The cases come in the order of their interest until ``--seconds``
+are over; what was left out is listed. Results are written after every case.
+
+``cpu``: the fused linear forward KL at 512 x 32000, hidden size 256, fp32. Memory is what a call
+adds to the resident set of a fresh process. Every loss and gradient is compared with float64
+before its time counts.
+
+``--small`` takes the path of ``cuda`` at small sizes, for a machine without a GPU: on CPU tensors
+with the kernels in Triton's interpreter (TRITON_INTERPRET=1). Its times mean nothing.
+
+Peers that are not installed are rows that say so; ``launch/bench/peers.py`` says what they need.
+Exit status 1: ours is wrong or failed somewhere, or its tests are red.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Python put this folder first, where this file passes for the package called kernels, which
+    # transformers imports
+    sys.path.remove(str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import argparse
+import gc
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from dskd import ops
+from launch.bench import cases, timing, verdicts
+from launch.bench.cases import FLOOR, OURS, Case
+from launch.bench.peers import Outcome, Peer
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU_SHAPE = (512, 32000, 256)
+"""Tokens, columns and hidden size of the CPU table; the small one is a test's."""
+CPU_SMALL = (32, 500, 16)
+CASE_SECONDS = {"cuda": 1.5, "cpu": 60.0}
+"""How long the rounds of a case may take, where ``--rounds`` does not say how many."""
+LEFT_AT_LEAST = 15.0
+"""Seconds that must be left for another case to begin."""
+
+
+class Bench:
+    """One run: its rows so far, and where they are written."""
+
+    def __init__(self, device: torch.device, words: argparse.Namespace, note: str) -> None:
+        self.device, self._words = device, words
+        self._red = verdicts.red_operations(words.tests)
+        self._clock = timing.clock_for(device)
+        settings = {key: str(value) for key, value in vars(words).items() if value is not None}
+        self.result = verdicts.about(device, settings) | {
+            "note": note,
+            "small": words.small,
+            "red": self._red,
+            "rows": [],
+            "left_out": [],
+        }
+
+    def measure(self, case: Case, peaks: Mapping[str, int | str] | None = None) -> None:
+        """Check, time and record one case; ``peaks`` where they were measured beforehand."""
+        expected = case.truth.compute()
+        found = {
+            name: self._prove(case, name, call, expected) for name, call in case.variants.items()
+        }
+        calls = {
+            name: case.variants[name]
+            for name, row in found.items()
+            if not (row.get("wrong") or "failed" in row)
+        }
+        samples = timing.interleave(
+            {**calls, FLOOR: case.floor},
+            self._clock,
+            before=case.before,
+            rounds=self._words.rounds,
+            seconds=CASE_SECONDS[self._words.device],
+        )
+        for name in calls:
+            found[name] |= _times(samples, name)
+        for name, peak in (peaks or {}).items():
+            found[name] |= {"peak_bytes": peak} if isinstance(peak, int) else {"peak_note": peak}
+        floor = _times(samples, FLOOR)
+        self.result["rows"].append(
+            {
+                "op": case.op,
+                "case": case.name,
+                "shape": case.shape,
+                "rounds": len(samples["wall_ms"][FLOOR]),
+                "held": verdicts.held_back(case.op, self._red, found[OURS]),
+                "variants": {**found, FLOOR: floor},
+                "samples": samples,
+            }
+        )
+        self.write()
+
+    def _prove(self, case: Case, name: str, call: Peer, expected: Outcome) -> dict[str, Any]:
+        """Errors and peak memory of a variant, or why it cannot run."""
+        restore = case.before.get(name, _nothing)
+        try:
+            restore()
+            errors = case.truth.errors(call(), expected)
+            row = {"loss_error": errors[0], "gradient_error": errors[1]}
+            # 16-bit peers are shown as they are
+            row["wrong"] = (name == OURS or case.op == "cpu") and verdicts.wrong(case.op, *errors)
+            if self.device.type == "cuda":
+                restore()
+                row["peak_bytes"] = timing.peak_on_cuda(call)
+        except torch.OutOfMemoryError:
+            row = {"failed": "out of memory"}
+        except Exception as error:  # a library's failure is a row of the table, not our end
+            row = {"failed": timing.short(error)}
+        self.free()
+        print(f"  {name}: {row}", flush=True)
+        return row
+
+    def free(self) -> None:
+        """Let go of what the last variant left behind."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def write(self) -> None:
+        """Put what there is into the folder of results."""
+        words = self._words
+        device = self.result["device"].replace(" ", "-").lower()
+        versions = self.result["versions"]
+        stem = (
+            f"{self.result['date']}-kernels-{device}-torch{versions['torch'].partition('+')[0]}"
+            f"-triton{versions['triton']}{'-small' if words.small else ''}"
+        )
+        data = self.result | {
+            "targets": [verdicts.as_data(x) for x in verdicts.targets(self.result)]
+        }
+        folder = words.results
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            (f"{stem}.json", json.dumps(data, indent=1)),
+            (f"{stem}.md", verdicts.table(self.result)),
+        ):
+            # whole or as it was: the run may be cut off here
+            (folder / f".{name}").write_text(text)
+            (folder / f".{name}").replace(folder / name)
+
+    def good(self) -> bool:
+        """Whether ours ran, was right and green everywhere."""
+        return bool(self.result["rows"]) and not any(row["held"] for row in self.result["rows"])
+
+
+def _nothing() -> None:
+    """Nothing is to be restored."""
+
+
+def on_cuda(words: argparse.Namespace, device: torch.device, begin: float) -> Bench:
+    """All cases, as far as the time goes."""
+    shapes = cases.SMALL if words.small else cases.LARGE
+    note = "Small sizes; times mean nothing." if words.small else ""
+    bench = Bench(device, words, note)
+    for what, make in cases.cases(words.ops, shapes, device):
+        left = words.seconds - (time.perf_counter() - begin)
+        if left < LEFT_AT_LEAST:
+            bench.result["left_out"].append(f"{what} (time)")
+            continue
+        print(f"{what}, {left:.0f} s left", flush=True)
+        torch.compiler.reset()  # else the compiler gives up after some shapes
+        try:
+            bench.measure(make())
+        except torch.OutOfMemoryError:
+            bench.result["left_out"].append(f"{what} (its inputs or its truth: out of memory)")
+        bench.free()
+    bench.write()
+    return bench
+
+
+def on_cpu(words: argparse.Namespace, device: torch.device) -> Bench:
+    """The fused linear forward KL in fp32."""
+    shape = CPU_SMALL if words.small else CPU_SHAPE
+    compiled = not words.small
+
+    def call_of(name: str) -> Peer:
+        return cases.linear_on_cpu(*shape, compiled=compiled).variants[name]
+
+    load = os.getloadavg()[0]
+    # before anything of size runs here
+    names = cases.linear_on_cpu(shape[0], 8, 4, compiled=compiled).variants
+    peaks = {name: timing.peak_in_child(call_of, name) for name in names}
+    bench = Bench(device, words, f"Load {load:.1f} at the start.")
+    bench.measure(cases.linear_on_cpu(*shape, compiled=compiled), peaks)
+    return bench
+
+
+def _times(samples: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A variant's times, and their ratios to the floor's and ours in the same rounds."""
+    wall = samples["wall_ms"]
+    row: dict[str, Any] = {
+        "ms": timing.spread(wall[name]),
+        "cpu_ms": timing.spread(samples["cpu_ms"][name])["median"],
+        "of_floor": timing.over(wall, FLOOR, name)["median"],
+    }
+    if OURS in wall:
+        row |= {
+            "over_ours": timing.over(wall, name, OURS),
+            "ours_over": timing.over(wall, OURS, name),
+        }
+    return row
+
+
+def read_words() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--ops", default=",".join(verdicts.OPS))
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--results", type=Path, default=ROOT / "launch/bench/results")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--tests", type=Path, help="JUnit XML of the kernel tests")
+    words = parser.parse_args()
+    words.ops = words.ops.split(",")
+    unknown = sorted(set(words.ops) - set(verdicts.OPS))
+    if unknown:
+        parser.error(f"--ops: {', '.join(unknown)} not among {', '.join(verdicts.OPS)}")
+    if words.rounds is not None and words.rounds < 2:
+        parser.error("--rounds: a spread needs at least 2")
+    if words.device == "cuda" and not torch.cuda.is_available():
+        if not words.small:
+            parser.error("--device: there is no CUDA device (--small proves the path without one)")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            parser.error("--small: without a CUDA device, set TRITON_INTERPRET=1")
+    return words
+
+
+def main() -> None:
+    """Measure, print the table, and write it with all numbers into the folder of results."""
+    begin = time.perf_counter()
+    words = read_words()
+    on_gpu = words.device == "cuda" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if words.device == "cpu":
+        bench = on_cpu(words, device)
+    else:
+        with nullcontext() if on_gpu else ops.triton_everywhere():
+            bench = on_cuda(words, device, begin)
+    print(verdicts.table(bench.result), flush=True)
+    sys.exit(0 if bench.good() else 1)
+
+
+if __name__ == "__main__":
+    main()

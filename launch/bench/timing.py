@@ -1,0 +1,200 @@
+"""Medians of several variants of one computation in one interleaved run, and their peak memory.
+
+Every round takes one sample of each variant, in an order that shifts from round to round; ratios
+are taken within a round, so that a change of the machine's load or clock hits both of their sides.
+On a CUDA device a sample is the time between two events, with the L2 cache flushed before it;
+elsewhere it is the host's clock, and the CPU time of the process beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+"""One loss with its gradients, from scratch."""
+
+FEWEST, MOST = 5, 40
+"""Rounds, where time decides how many."""
+FLUSH = 256 << 20
+"""Bytes written between two samples, at least; twice the L2 cache if that is more."""
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(values) == 1:
+        return dict.fromkeys(("median", "lower", "upper"), values[0])
+    lower, middle, upper = quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "lower": lower, "upper": upper}
+
+
+def over(samples: Mapping[str, Sequence[float]], name: str, *others: str) -> dict[str, float]:
+    """Spread of a variant's time over the sum of the others' in the same round."""
+    sums = [sum(times) for times in zip(*(samples[other] for other in others), strict=True)]
+    return spread([own / whole for own, whole in zip(samples[name], sums, strict=True)])
+
+
+class HostClock:
+    """The host's clock: milliseconds on the wall and of this process on its cores."""
+
+    def round(
+        self, calls: Mapping[str, Call], before: Mapping[str, Call]
+    ) -> dict[str, tuple[float, float]]:
+        """One sample of each variant, in the order given."""
+        taken = {}
+        for name, call in calls.items():
+            gc.collect()  # not in the sample, and not the garbage of another variant
+            if name in before:
+                before[name]()
+            begin, busy = time.perf_counter(), time.process_time()
+            call()
+            wall, cores = time.perf_counter() - begin, time.process_time() - busy
+            taken[name] = 1e3 * wall, 1e3 * cores
+        return taken
+
+
+class CudaClock:
+    """Device events around each sample; the host queues a whole round before it waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(FLUSH, 2 * cache) // 4, dtype=torch.int32, device=device)
+
+    def round(
+        self, calls: Mapping[str, Call], before: Mapping[str, Call]
+    ) -> dict[str, tuple[float, float]]:
+        """One sample of each variant, in the order given; no CPU time."""
+        events = {}
+        for name, call in calls.items():
+            if name in before:
+                before[name]()
+            self._flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            events[name] = begin, end
+        torch.cuda.synchronize()
+        return {name: (begin.elapsed_time(end), 0.0) for name, (begin, end) in events.items()}
+
+
+Clock = HostClock | CudaClock
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    clock: Clock,
+    *,
+    before: Mapping[str, Call],
+    rounds: int | None,
+    seconds: float,
+) -> dict[str, dict[str, list[float]]]:
+    """Samples of every variant: ``{"wall_ms": {name: [...]}, "cpu_ms": {name: [...]}}``.
+
+    Args:
+        calls: all of them have run before, so that nothing is compiled here.
+        clock: what measures.
+        before: by variant, what runs unmeasured before each of its samples.
+        rounds: how many; None: what fits into ``seconds``, from 5 to 40.
+        seconds: see ``rounds``.
+    """
+    names = list(calls)
+    begin = time.perf_counter()
+    clock.round(calls, before)  # not counted: caches, allocator and clock frequency settle
+    each = time.perf_counter() - begin
+    if rounds is None:
+        rounds = min(MOST, max(FEWEST, int(seconds / each)))
+    samples: dict[str, dict[str, list[float]]] = {
+        key: {name: [] for name in names} for key in ("wall_ms", "cpu_ms")
+    }
+    for turn in range(rounds):
+        shift = turn % len(names)
+        order = names[shift:] + names[:shift]
+        taken = clock.round({name: calls[name] for name in order}, before)
+        for name, (wall, cores) in taken.items():
+            samples["wall_ms"][name].append(wall)
+            samples["cpu_ms"][name].append(cores)
+    return samples
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """``|found - expected| / |expected|`` in the Euclidean norm; NaN and inf come out as inf."""
+    difference = (found.double() - expected.double()).norm() / expected.double().norm()
+    return float(difference.nan_to_num(torch.inf))
+
+
+def peak_on_cuda(call: Call) -> int:
+    """Bytes that a call allocates on the device beyond what is there when it begins."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_in_child(make: Callable[[str], Call], name: str) -> int | str:
+    """Bytes that a call adds to the resident set of a process, or why it could not run.
+
+    A fork of this process makes the inputs (``make(name)``), calls once to load and compile what is
+    loaded and compiled but once, gives every freed byte back to the system, sets the kernel's
+    high-water mark back (``/proc/self/clear_refs``) and calls again. This process must not have run
+    anything in parallel yet: a fork cannot use its threads.
+    """
+    here, there = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_measure, args=(make, name, there))
+    child.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        return f"the measuring process died ({name})"
+    finally:
+        child.join()
+
+
+def _measure(make: Callable[[str], Call], name: str, there: Any) -> None:
+    libc = ctypes.CDLL("libc.so.6")
+    # M_MMAP_THRESHOLD: a freed tensor leaves the process at once instead of waiting in the heap
+    libc.mallopt(-3, 1 << 16)
+    try:
+        call = make(name)
+        call()
+        gc.collect()
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        call()
+        there.send(_resident("VmHWM") - before)
+    except ImportError as error:
+        there.send(short(error))
+    except Exception as error:  # a peer's, whatever it is, is its row of the table
+        traceback.print_exc()
+        there.send(short(error))
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
+
+
+def short(error: BaseException) -> str:
+    """An error in one line of a table."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"[:160].replace("|", "/")

@@ -76,11 +76,12 @@ def operator(name: str, rest: str, rows: Callable[..., tuple]) -> Callable[..., 
         return weight.new_empty(()), weight.new_empty(count), label_N, grad_NV
 
     def keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.set_materialize_grads(False)  # a matrix of zeros, for an output without a gradient
         ctx.save_for_backward(output[3])
         # a list of tensors has a list of gradients
         ctx.others = [[None] * len(x) if _is_tensors(x) else None for x in inputs[1:]]
 
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         refuse_second_order()
         (grad_NV,) = ctx.saved_tensors
         return scaled(grad_NV, upstream), *ctx.others
@@ -101,8 +102,15 @@ def refuse_second_order() -> None:
         raise RuntimeError("a fused loss cannot be differentiated with create_graph=True")
 
 
-def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``gradient * upstream``, multiplied in fp32 and rounded once, to ``dtype`` (or its own)."""
+def scaled(
+    gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """``gradient * upstream``, multiplied in fp32 and rounded once, to ``dtype`` (or its own).
+
+    None where nothing comes from upstream.
+    """
+    if upstream is None:
+        return None
     dtype = dtype or gradient.dtype
     if gradient.dtype == dtype and dtype in (torch.float32, torch.float64):
         return gradient * upstream.to(dtype)

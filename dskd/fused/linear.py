@@ -99,9 +99,10 @@ def linear_kd(
         kind, beta, teacher_map, vocabulary: of dense and linear teachers, see
             :func:`~dskd.fused.dense.dense_kd`.
         mode: of a top-k teacher, see :func:`~dskd.fused.topk.topk_kd`.
-        logits_dtype: what the logits of 16-bit operands are kept in; fp32 by default. 16-bit
-            logits save memory and cost precision: where student and teacher differ little, the
-            rounding of the logits is a large part of the difference of their softmaxes.
+        logits_dtype: what the logits of 16-bit operands are kept in; fp32 by default. bf16
+            logits save memory and cost precision: their rounding hides small differences of the
+            softmaxes. Measured error of the gradient (bf16 operands, hidden states of student and
+            teacher apart by 0.5, 0.1, 0.03, 0.01): 2, 6, 18, 66 %; with fp32 0.2 % throughout.
         chunk: tokens per chunk; by default what a fixed budget of memory holds.
 
     The other arguments are those of :func:`~dskd.fused.dense.dense_kd`.
@@ -250,11 +251,12 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)  # zeros as large as the head, for outputs without a gradient
     ctx.save_for_backward(*output[3:])
     ctx.dtype, ctx.needs, ctx.teachers = inputs[0].dtype, inputs[-1], len(inputs[3])
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_second_order()
     found = [
         scaled(gradient, upstream, ctx.dtype) if needed else None

@@ -103,10 +103,11 @@ def _rows(
     grad_NV: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Total, divergence [N] and label loss [N] or [0]; the gradient into ``grad_NV``."""
-    if grad_NV is not None and grad_NV.data_ptr() == student_NV.data_ptr():
-        scratch_NV = student_NV
-    else:  # the row function writes into the logits that it is given
+    # the row function writes into the logits that it is given: let it be the gradient's room
+    if grad_NV is None or grad_NV.dtype != student_NV.dtype:
         scratch_NV = student_NV.clone(memory_format=torch.contiguous_format)
+    else:
+        scratch_NV = grad_NV.copy_(student_NV)
     divergence_N, label_N = row_functions("topk", scratch_NV).topk_rows(
         scratch_NV,
         ids_NK,

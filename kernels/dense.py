@@ -1,0 +1,348 @@
+"""Dense knowledge distillation: a divergence, the label's cross entropy, and their gradient.
+
+One kernel, one program a row; the mathematics and the passes are in ``divergence.py``. A row is
+read twice, or three times for jsd, the skew KLs and total variation; its gradient is written once,
+over the student's logits if wanted. The label's one-hot part is one more number, stored after the
+dense pass.
+
+Shapes: N rows (tokens), V student columns, W <= V teacher columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dskd.kernels.common import (
+    CAPPED,
+    EVEN,
+    LN2,
+    LOG2E,
+    LOW,
+    PLAIN,
+    RAGGED,
+    Configuration,
+    alignment,
+    fast,
+    finite,
+    launch,
+    map_kind,
+    mapped,
+    row_shift,
+    row_start,
+    row_tiles,
+    zero_row,
+)
+from dskd.kernels.divergence import (
+    FORWARD_KL,
+    HALF,
+    KINDS,
+    MIXED,
+    NO_LABELS,
+    OTHER,
+    REVERSE_KL,
+    SAME,
+    gradient,
+    label_mode,
+    row_sums,
+    through_map,
+    tilt_factors,
+    tilt_sums,
+    write_gradient,
+)
+
+MAX_REGISTERS = 64
+"""What 1024 threads have each; some compilers would go for 32 and spill."""
+
+
+@triton.jit
+def row_weights(
+    row, weight_ptr, reverse_ptr, label_weight_ptr, KIND: tl.constexpr, LABELS: tl.constexpr
+):
+    """Weights of the divergence, the reverse part and the label; 0 if there is none"""
+    reverse_weight = 0.0
+    label_weight = 0.0
+    if KIND == MIXED:
+        reverse_weight = tl.load(reverse_ptr + row)
+    if LABELS != NO_LABELS:
+        label_weight = tl.load(label_weight_ptr + row)
+    return tl.load(weight_ptr + row), reverse_weight, label_weight
+
+
+@triton.jit
+def dense_kernel(
+    student_ptr,
+    teacher_ptr,
+    grad_ptr,
+    labels_ptr,
+    weight_ptr,
+    reverse_ptr,
+    label_weight_ptr,
+    divergence_ptr,
+    label_loss_ptr,
+    V,
+    W,
+    student_stride,
+    teacher_stride,
+    grad_stride,
+    lead,
+    inverse_t,
+    beta,
+    student_scale,
+    student_cap,
+    teacher_scale,
+    teacher_cap,
+    KIND: tl.constexpr,
+    LABELS: tl.constexpr,
+    STUDENT_MAP: tl.constexpr,
+    TEACHER_MAP: tl.constexpr,
+    GRAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """One row: its losses and, if GRAD, its gradient, which may overwrite the student's logits"""
+    row = tl.program_id(0).to(tl.int64)
+    shift = row_shift(row, student_stride, lead, ALIGN)
+    weight, reverse_weight, label_weight = row_weights(
+        row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS
+    )
+    if (weight == 0) & (reverse_weight == 0) & (label_weight == 0):
+        tl.store(divergence_ptr + row, 0.0)
+        if LABELS != NO_LABELS:
+            tl.store(label_loss_ptr + row, 0.0)
+        if GRAD:
+            zero_row(row_start(grad_ptr, row, grad_stride, shift, ALIGN), shift, shift + V, B)
+        return
+
+    c = inverse_t * LOG2E
+    student = row_start(student_ptr, row, student_stride, shift, ALIGN)
+    teacher = row_start(teacher_ptr, row, teacher_stride, shift, ALIGN)
+    ends = (shift, shift + V, shift + W)
+    maps = (student_scale, student_cap, teacher_scale, teacher_cap)
+    rows = (student, teacher, ends, maps)
+    tiles = row_tiles(shift, shift + V, shift + W, B, ALIGN)
+    s_max, s_sum, t_max, t_sum, forward, reverse, hot = row_sums(
+        rows, tiles, c, KIND, LABELS, STUDENT_MAP, TEACHER_MAP, ALIGN, B, G, FAST
+    )
+    # loaded again: registers are scarce in the first pass
+    weight, reverse_weight, label_weight = row_weights(
+        row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS
+    )
+    # the difference of the maxima is taken by itself: that of the log-sums would cancel
+    log_ratio = (tl.log2(s_sum) - tl.log2(t_sum)) * LN2
+    s_log = s_max * c + tl.log2(s_sum)
+    t_log = t_max * c + tl.log2(t_sum)
+    loss = 0.0
+    k_p = weight * inverse_t
+    k_q = 0.0
+    k_h = 0.0
+    if KIND == FORWARD_KL or KIND == MIXED:
+        loss = inverse_t * (forward / t_sum - (t_max - s_max)) + log_ratio
+        k_q = k_p
+    if KIND == REVERSE_KL or KIND == MIXED:
+        mean = reverse / s_sum
+        backward = inverse_t * (mean - (s_max - t_max)) - log_ratio
+        if KIND == MIXED:
+            loss = weight * loss + reverse_weight * backward
+            k_h = reverse_weight * inverse_t * inverse_t
+        else:
+            loss = backward
+            k_h = k_p * inverse_t
+        k_q -= k_h * mean
+    if KIND > MIXED:
+        logs = (c, s_log, t_log)
+        total, mean = tilt_sums(
+            rows, tiles, logs, beta, KIND, STUDENT_MAP, TEACHER_MAP, ALIGN, B, G, FAST
+        )
+        loss, k_h = tilt_factors(total, mean, weight, inverse_t, beta, KIND)
+        k_q = -k_h * mean
+    tl.store(divergence_ptr + row, loss)
+
+    hot_log = 0.0
+    k_hot = 0.0
+    if LABELS != NO_LABELS:
+        if LABELS == SAME:
+            hot = s_sum
+            k_q += label_weight
+        if LABELS == HALF:
+            k_hot = label_weight * (s_sum * s_sum / hot)
+        if LABELS == OTHER:
+            hot_log = s_max * LOG2E + tl.log2(hot)
+            k_hot = label_weight
+        # an ignored label may be anything: it must not index
+        label = tl.where(label_weight == 0, 0, tl.load(labels_ptr + row)) + shift
+        s_label = mapped(
+            finite(tl.load(student + label), False), student_scale, student_cap, STUDENT_MAP, FAST
+        )
+        label_loss = (s_max - s_label) + tl.log2(hot) * LN2
+        tl.store(label_loss_ptr + row, tl.where(label_weight == 0, 0.0, label_loss))
+    if GRAD:
+        # all threads have read the label's logit before one overwrites it
+        tl.debug_barrier()
+        grad = row_start(grad_ptr, row, grad_stride, shift, ALIGN)
+        factors = (c, s_log, t_log, hot_log, beta, k_q, k_p, k_h, k_hot)
+        write_gradient(
+            rows, tiles, grad, factors, KIND, LABELS, STUDENT_MAP, TEACHER_MAP, ALIGN, B, FAST
+        )
+        if LABELS != NO_LABELS:
+            tl.debug_barrier()
+            if label_weight != 0:
+                t_label = tl.load(teacher + label, mask=label < shift + W, other=LOW)
+                t_label = mapped(
+                    finite(t_label, False), teacher_scale, teacher_cap, TEACHER_MAP, FAST
+                )
+                g = gradient(s_label, t_label, factors, KIND, LABELS, FAST) - label_weight
+                g = through_map(g, s_label, rows, STUDENT_MAP)
+                tl.store(grad + label, g.to(grad_ptr.dtype.element_ty))
+
+
+def dense_rows(
+    student_NV: Tensor,
+    teacher_NW: Tensor,
+    labels_N: Tensor | None,
+    weight_N: Tensor,
+    reverse_N: Tensor | None,
+    label_weight_N: Tensor | None,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float,
+    student_map: tuple[float, float],
+    teacher_map: tuple[float, float],
+    grad_NV: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Divergence [N] and label loss [N] (None without labels) of every row, fp32, in nats.
+
+    Both are unweighted, but for the kind "mixed", which is weight * KL(p || q) + reverse *
+    KL(q || p); 0 in a row whose weights are all 0, and whose logits are not read.
+
+    Args:
+        student_NV, teacher_NW: logits, fp32, fp16 or bf16, of unit column stride and any row
+            stride; W <= V.
+        labels_N: int64, below V; not looked at where their weight is 0.
+        weight_N, reverse_N, label_weight_N: fp32, of the divergence, the reverse part of "mixed",
+            and the label's cross entropy at temperature 1.
+        kind: a key of ``divergence.KINDS``.
+        student_map, teacher_map: (scale, softcap); no softcap is 0.
+        grad_NV: gets the gradient of the weighted sum of everything with respect to the student's
+            logits, in its own dtype; ``student_NV`` itself, another tensor, or None.
+    """
+    count, width = student_NV.shape
+    divergence_N = torch.empty(count, dtype=torch.float32, device=student_NV.device)
+    label_loss_N = None if labels_N is None else torch.empty_like(divergence_N)
+    if not count:
+        return divergence_N, label_loss_N
+    tensors = [student_NV, teacher_NW] + ([] if grad_NV is None else [grad_NV])
+    align, lead = alignment(*tensors, widths=(width, teacher_NW.shape[1]))
+    tile, _, warps = launch(width, student_NV.dtype)
+    # only NVIDIA knows the option
+    limits = {"maxnreg": MAX_REGISTERS} if fast() else {}
+    with torch.cuda.device_of(student_NV):
+        dense_kernel[(count,)](
+            student_NV,
+            teacher_NW,
+            grad_NV,
+            labels_N,
+            weight_N,
+            reverse_N,
+            label_weight_N,
+            divergence_N,
+            label_loss_N,
+            width,
+            teacher_NW.shape[1],
+            student_NV.stride(0),
+            teacher_NW.stride(0),
+            0 if grad_NV is None else grad_NV.stride(0),
+            lead,
+            1.0 / temperature,
+            beta,
+            *student_map,
+            *teacher_map,
+            KIND=KINDS[kind],
+            LABELS=label_mode(labels_N, temperature),
+            STUDENT_MAP=map_kind(student_map),
+            TEACHER_MAP=map_kind(teacher_map),
+            GRAD=grad_NV is not None,
+            ALIGN=align,
+            B=tile,
+            G=max(launch(width, t.dtype).group for t in tensors),
+            FAST=fast(),
+            num_warps=warps,
+            num_stages=1,
+            enable_fp_fusion=True,
+            **limits,
+        )
+    return divergence_N, label_loss_N
+
+
+def configuration(
+    kind: str,
+    labels: tl.constexpr,
+    logits: str = "bf16",
+    grad: str | None = "bf16",
+    *,
+    align: tl.constexpr = EVEN,
+    logit_map: tl.constexpr = PLAIN,
+    columns_V: int = 131072,
+) -> Configuration:
+    """One compiled form; types as Triton spells them, no `grad`: evaluation."""
+    dtypes = [{"bf16": torch.bfloat16, "fp32": torch.float32}[t] for t in (logits, grad) if t]
+    tile, _, warps = launch(columns_V, dtypes[0])
+    strides = ("student_stride", "teacher_stride", "grad_stride")
+    maps = ("student_scale", "student_cap", "teacher_scale", "teacher_cap")
+    vectors = ["weight_ptr", "divergence_ptr"]
+    absent = [] if grad else ["grad_ptr"]
+    (vectors if kind == "mixed" else absent).append("reverse_ptr")
+    (absent if labels == NO_LABELS else vectors).extend(("label_weight_ptr", "label_loss_ptr"))
+    signature = {
+        "student_ptr": f"*{logits}",
+        "teacher_ptr": f"*{logits}",
+        **({"grad_ptr": f"*{grad}"} if grad else {}),
+        **({"labels_ptr": "*i64"} if labels != NO_LABELS else {}),
+        **dict.fromkeys(vectors, "*fp32"),
+        **dict.fromkeys(("V", "W", *strides, "lead"), "i32"),
+        **dict.fromkeys(("inverse_t", "beta", *maps), "fp32"),
+    }
+    constants = {
+        "KIND": KINDS[kind],
+        "LABELS": labels.value,
+        "STUDENT_MAP": logit_map.value,
+        "TEACHER_MAP": logit_map.value,
+        "GRAD": grad is not None,
+        "ALIGN": align.value,
+        "B": tile,
+        "G": max(launch(columns_V, dtype).group for dtype in dtypes),
+        "FAST": True,
+        **dict.fromkeys(absent + (["labels_ptr"] if labels == NO_LABELS else [])),
+    }
+    label_name = ("unlabelled", "same", "half", "other")[labels.value]
+    aligned = [name for name in signature if name.endswith("_ptr")]
+    if align == EVEN:
+        aligned += ["V", "W", *strides[: 3 if grad else 2]]
+    return Configuration(
+        name=f"{kind}/{label_name}/{logits}-{grad}/V{columns_V}/map{logit_map.value}",
+        kernel=dense_kernel,
+        signature=signature,
+        constants=constants,
+        num_warps=warps,
+        num_stages=1,
+        aligned=tuple(aligned),
+        tensors_per_column=2,
+        maxnreg=MAX_REGISTERS,
+    )
+
+
+def configurations() -> list[Configuration]:
+    """What is compiled ahead of time in the tests, see ``common.py``."""
+    return [
+        *(configuration(kind, NO_LABELS) for kind in KINDS),
+        *(configuration(kind, HALF, "fp32", "bf16") for kind in KINDS),
+        *(configuration("forward_kl", labels) for labels in (SAME, HALF, OTHER)),
+        configuration("forward_kl", NO_LABELS, "fp32", "fp32"),
+        configuration("forward_kl", NO_LABELS, columns_V=32768),
+        configuration("forward_kl", SAME, align=RAGGED, columns_V=50257),
+        configuration("forward_kl", SAME, logit_map=CAPPED),
+        configuration("forward_kl", SAME, grad=None),
+    ]

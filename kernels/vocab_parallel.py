@@ -1,0 +1,576 @@
+"""Dense knowledge distillation of one rank's shard of the vocabulary's columns.
+
+The passes of ``divergence.py``, each a kernel, because the ranks talk in between:
+`statistics_rows`, an all-gather; for the kinds of three passes `divergence_rows`, a sum over the
+ranks; `gradient_rows`. Every kernel combines the ranks' statistics itself, P times 8 numbers a row.
+
+Statistics of a shard, [N, 8]; sums over its columns, relative to its maxima:
+
+    0 max s   1 sum e^((s - max)/T)   4 sum e^((t - max)/T) (t - s)   6 sum e^(s - max), if T != 1
+    2 max t   3 sum e^((t - max)/T)   5 sum e^((s - max)/T) (s - t)   7 logit of the label
+
+7 is for the caller to fill in (-inf where the label is not in the shard). A shard without columns
+or with nothing but -inf has the maximum LOW and any sums: they fade to 0 beside those of others.
+
+Shapes: N rows (tokens), R student columns of the shard, S <= R teacher columns, P ranks.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dskd.kernels.common import (
+    EVEN,
+    LN2,
+    LOG2E,
+    LOW,
+    PLAIN,
+    RAGGED,
+    Configuration,
+    alignment,
+    fast,
+    finite,
+    launch,
+    row_shift,
+    row_start,
+    row_tiles,
+    zero_row,
+)
+from dskd.kernels.dense import label_mode, tilt_factors
+from dskd.kernels.divergence import (
+    FORWARD_KL,
+    HALF,
+    KINDS,
+    MIXED,
+    NO_LABELS,
+    OTHER,
+    REVERSE_KL,
+    SAME,
+    gradient,
+    row_sums,
+    tilt_sums,
+    write_gradient,
+)
+
+STATISTICS = tl.constexpr(8)
+
+
+@triton.jit
+def row_weights(
+    weight_ptr, reverse_ptr, label_weight_ptr, row, KIND: tl.constexpr, LABELS: tl.constexpr
+):
+    """A row's three weights, 0 where there is none, and whether any is not 0"""
+    weight = tl.load(weight_ptr + row)
+    reverse_weight = 0.0
+    label_weight = 0.0
+    if KIND == MIXED:
+        reverse_weight = tl.load(reverse_ptr + row)
+    if LABELS != NO_LABELS:
+        label_weight = tl.load(label_weight_ptr + row)
+    counts = (weight != 0) | (reverse_weight != 0) | (label_weight != 0)
+    return weight, reverse_weight, label_weight, counts
+
+
+@triton.jit
+def row_pair(
+    student_ptr, teacher_ptr, row, R, S, student_stride, teacher_stride, lead, ALIGN: tl.constexpr
+):
+    """`rows` and shift of the passes in ``divergence.py``, without logit maps"""
+    shift = row_shift(row, student_stride, lead, ALIGN)
+    student = row_start(student_ptr, row, student_stride, shift, ALIGN)
+    teacher = row_start(teacher_ptr, row, teacher_stride, shift, ALIGN)
+    return (student, teacher, (shift, shift + R, shift + S), (1.0, 0.0, 1.0, 0.0)), shift
+
+
+@triton.jit
+def whole_sums(parts_ptr, row, N, ranks, c, LABELS: tl.constexpr, P: tl.constexpr):
+    """`row_sums` of all columns, from every rank's; the label's logit; what softmaxes there are.
+
+    Maxima and sums of a side that has no softmax are made harmless: 0 and 1
+    """
+    rank = tl.arange(0, P)
+    part = parts_ptr + (rank * N + row) * STATISTICS
+    some = rank < ranks
+    s_top = tl.load(part, mask=some, other=LOW)
+    t_top = tl.load(part + 2, mask=some, other=LOW)
+    s_max = tl.max(s_top, 0)
+    t_max = tl.max(t_top, 0)
+    s_fade = tl.exp2((s_top - s_max) * c)
+    t_fade = tl.exp2((t_top - t_max) * c)
+    s_sum = tl.sum(tl.load(part + 1, mask=some, other=0.0) * s_fade, 0)
+    t_sum = tl.sum(tl.load(part + 3, mask=some, other=0.0) * t_fade, 0)
+    forward = tl.sum(tl.load(part + 4, mask=some, other=0.0) * t_fade, 0)
+    reverse = tl.sum(tl.load(part + 5, mask=some, other=0.0) * s_fade, 0)
+    hot = s_sum
+    if (LABELS == HALF) | (LABELS == OTHER):
+        hot_fade = tl.exp2((s_top - s_max) * LOG2E)
+        hot = tl.sum(tl.load(part + 6, mask=some, other=0.0) * hot_fade, 0)
+    s_label = 0.0
+    if LABELS != NO_LABELS:
+        s_label = tl.max(tl.load(part + 7, mask=some, other=-float("inf")), 0)
+    # not `<`: a NaN has a softmax, one of NaN
+    s_none = s_max <= 0.5 * LOW
+    t_none = t_max <= 0.5 * LOW
+    s_sum = tl.where(s_none, 1.0, s_sum)
+    t_sum = tl.where(t_none, 1.0, t_sum)
+    hot = tl.where(s_none, 1.0, hot)
+    s_max = tl.where(s_none, 0.0, s_max)
+    t_max = tl.where(t_none, 0.0, t_max)
+    return (s_max, s_sum, t_max, t_sum, forward, reverse, hot), s_label, s_none, t_none
+
+
+@triton.jit
+def statistics_kernel(
+    student_ptr,
+    teacher_ptr,
+    weight_ptr,
+    reverse_ptr,
+    label_weight_ptr,
+    parts_ptr,
+    R,
+    S,
+    student_stride,
+    teacher_stride,
+    lead,
+    inverse_t,
+    KIND: tl.constexpr,
+    LABELS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """One row's statistics of this shard; a row without weight keeps those of no columns"""
+    row = tl.program_id(0).to(tl.int64)
+    part = parts_ptr + row * STATISTICS
+    _, _, _, counts = row_weights(weight_ptr, reverse_ptr, label_weight_ptr, row, KIND, LABELS)
+    if not counts:
+        return
+    rows, shift = row_pair(
+        student_ptr, teacher_ptr, row, R, S, student_stride, teacher_stride, lead, ALIGN
+    )
+    tiles = row_tiles(shift, shift + R, shift + S, B, ALIGN)
+    s_max, s_sum, t_max, t_sum, forward, reverse, hot = row_sums(
+        rows, tiles, inverse_t * LOG2E, KIND, LABELS, PLAIN, PLAIN, ALIGN, B, G, FAST
+    )
+    tl.store(part, s_max)
+    tl.store(part + 1, s_sum)
+    tl.store(part + 2, t_max)
+    tl.store(part + 3, t_sum)
+    tl.store(part + 4, forward)
+    tl.store(part + 5, reverse)
+    tl.store(part + 6, hot)
+
+
+@triton.jit
+def divergence_kernel(
+    student_ptr,
+    teacher_ptr,
+    parts_ptr,
+    weight_ptr,
+    reverse_ptr,
+    label_weight_ptr,
+    sums_ptr,
+    N,
+    ranks,
+    R,
+    S,
+    student_stride,
+    teacher_stride,
+    lead,
+    inverse_t,
+    beta,
+    KIND: tl.constexpr,
+    LABELS: tl.constexpr,
+    P: tl.constexpr,
+    ALIGN: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """One row's `tilt_sums` of this shard"""
+    row = tl.program_id(0).to(tl.int64)
+    _, _, _, counts = row_weights(weight_ptr, reverse_ptr, label_weight_ptr, row, KIND, LABELS)
+    if not counts:
+        tl.store(sums_ptr + row * 2, 0.0)
+        tl.store(sums_ptr + row * 2 + 1, 0.0)
+        return
+    c = inverse_t * LOG2E
+    sums, _, _, _ = whole_sums(parts_ptr, row, N, ranks, c, NO_LABELS, P)
+    s_max, s_sum, t_max, t_sum, _, _, _ = sums
+    logs = (c, s_max * c + tl.log2(s_sum), t_max * c + tl.log2(t_sum))
+    rows, shift = row_pair(
+        student_ptr, teacher_ptr, row, R, S, student_stride, teacher_stride, lead, ALIGN
+    )
+    tiles = row_tiles(shift, shift + R, shift + S, B, ALIGN)
+    total, mean = tilt_sums(rows, tiles, logs, beta, KIND, PLAIN, PLAIN, ALIGN, B, G, FAST)
+    tl.store(sums_ptr + row * 2, total)
+    tl.store(sums_ptr + row * 2 + 1, mean)
+
+
+@triton.jit
+def row_factors(sums, tilts, weights, c, inverse_t, beta, KIND: tl.constexpr, LABELS: tl.constexpr):
+    """Divergence (nats) of a row and the factors of `gradient`, from the whole row's sums"""
+    s_max, s_sum, t_max, t_sum, forward, reverse, hot = sums
+    weight, reverse_weight, label_weight = weights
+    # differences of the maxima are exact where those of the log-sums would cancel
+    apart = inverse_t * (t_max - s_max) + (tl.log2(t_sum) - tl.log2(s_sum)) * LN2
+    k_p = weight * inverse_t
+    k_q = 0.0
+    k_h = 0.0
+    loss = 0.0
+    if KIND == FORWARD_KL or KIND == MIXED:
+        loss = inverse_t * (forward / t_sum) - apart
+        k_q = k_p
+    if KIND == REVERSE_KL or KIND == MIXED:
+        mean = reverse / s_sum
+        backward = inverse_t * mean + apart
+        k_h = weight * inverse_t * inverse_t
+        if KIND == MIXED:
+            k_h = reverse_weight * inverse_t * inverse_t
+            loss = weight * loss + reverse_weight * backward
+        else:
+            loss = backward
+        k_q -= k_h * mean
+    if KIND > MIXED:
+        total, mean = tilts
+        loss, k_h = tilt_factors(total, mean, weight, inverse_t, beta, KIND)
+        k_q = -k_h * mean
+    hot_log = 0.0
+    k_hot = 0.0
+    if LABELS == SAME:
+        k_q += label_weight
+    if LABELS == HALF:
+        k_hot = label_weight * (s_sum * s_sum / hot)
+    if LABELS == OTHER:
+        hot_log = s_max * LOG2E + tl.log2(hot)
+        k_hot = label_weight
+    s_log = s_max * c + tl.log2(s_sum)
+    t_log = t_max * c + tl.log2(t_sum)
+    return loss, (c, s_log, t_log, hot_log, beta, k_q, k_p, k_h, k_hot)
+
+
+@triton.jit
+def gradient_kernel(
+    student_ptr,
+    teacher_ptr,
+    grad_ptr,
+    parts_ptr,
+    sums_ptr,
+    column_ptr,
+    weight_ptr,
+    reverse_ptr,
+    label_weight_ptr,
+    divergence_ptr,
+    label_loss_ptr,
+    N,
+    ranks,
+    R,
+    S,
+    student_stride,
+    teacher_stride,
+    grad_stride,
+    lead,
+    inverse_t,
+    beta,
+    KIND: tl.constexpr,
+    LABELS: tl.constexpr,
+    GRAD: tl.constexpr,
+    P: tl.constexpr,
+    ALIGN: tl.constexpr,
+    B: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """One row's losses, the same on every rank, and if GRAD the gradient of this shard"""
+    row = tl.program_id(0).to(tl.int64)
+    rows, shift = row_pair(
+        student_ptr, teacher_ptr, row, R, S, student_stride, teacher_stride, lead, ALIGN
+    )
+    weight, reverse_weight, label_weight, counts = row_weights(
+        weight_ptr, reverse_ptr, label_weight_ptr, row, KIND, LABELS
+    )
+    if not counts:
+        tl.store(divergence_ptr + row, 0.0)
+        if LABELS != NO_LABELS:
+            tl.store(label_loss_ptr + row, 0.0)
+        if GRAD:
+            zero_row(row_start(grad_ptr, row, grad_stride, shift, ALIGN), shift, shift + R, B)
+        return
+
+    c = inverse_t * LOG2E
+    sums, s_label, s_none, t_none = whole_sums(parts_ptr, row, N, ranks, c, LABELS, P)
+    # a row without a softmax has no gradient, and losses of NaN
+    none = s_none | t_none
+    tilts = (0.0, 0.0)
+    if KIND > MIXED:
+        tilts = (tl.load(sums_ptr + row * 2), tl.load(sums_ptr + row * 2 + 1))
+    weights = (
+        tl.where(none, 0.0, weight),
+        tl.where(none, 0.0, reverse_weight),
+        tl.where(s_none, 0.0, label_weight),
+    )
+    loss, factors = row_factors(sums, tilts, weights, c, inverse_t, beta, KIND, LABELS)
+    tl.store(divergence_ptr + row, tl.where(none, float("nan"), loss))
+    if LABELS != NO_LABELS:
+        s_max, _, _, _, _, _, hot = sums
+        label_loss = tl.where(s_none, float("nan"), (s_max - s_label) + tl.log2(hot) * LN2)
+        tl.store(label_loss_ptr + row, tl.where(label_weight == 0, 0.0, label_loss))
+
+    if GRAD:
+        grad = row_start(grad_ptr, row, grad_stride, shift, ALIGN)
+        tiles = row_tiles(shift, shift + R, shift + S, B, ALIGN)
+        write_gradient(rows, tiles, grad, factors, KIND, LABELS, PLAIN, PLAIN, ALIGN, B, FAST)
+        if LABELS != NO_LABELS:
+            column = tl.load(column_ptr + row)
+            here = (column >= 0) & (label_weight != 0) & (s_none == 0)
+            at = shift + column
+            student, teacher, _, _ = rows
+            s = finite(tl.load(student + at, mask=here, other=-float("inf")), False)
+            known = here & (column < S)
+            t = finite(tl.load(teacher + at, mask=known, other=-float("inf")), False)
+            g = gradient(s, t, factors, KIND, LABELS, FAST) - label_weight
+            # the dense pass has stored there before
+            tl.debug_barrier()
+            tl.store(grad + at, g.to(grad_ptr.dtype.element_ty), mask=here)
+
+
+def statistics_rows(
+    student_NR: Tensor,
+    teacher_NS: Tensor,
+    weight_N: Tensor,
+    reverse_N: Tensor | None,
+    label_weight_N: Tensor | None,
+    *,
+    kind: str,
+    temperature: float,
+) -> Tensor:
+    """Statistics of this shard [N, 8], fp32, see above; the label's logit is left at -inf.
+
+    A row whose weights are all 0 is not read, and has those of no columns.
+
+    Args:
+        student_NR, teacher_NS: logits, fp32, fp16 or bf16, of unit column stride and any row
+            stride; S <= R, and either may be 0.
+        weight_N, reverse_N, label_weight_N: fp32, of the divergence, the reverse part of "mixed"
+            (None otherwise), and the label (None without labels).
+        kind: a key of ``divergence.KINDS``.
+    """
+    parts_N8 = torch.zeros(len(weight_N), 8, device=student_NR.device)
+    parts_N8[:, 0:3:2] = LOW.value
+    parts_N8[:, 7] = -torch.inf
+    if student_NR.numel():
+        shard = _Shard(student_NR, teacher_NS, None)
+        shard.launch(
+            statistics_kernel,
+            (weight_N, reverse_N, label_weight_N),
+            kind,
+            temperature,
+            parts_ptr=parts_N8,
+            G=shard.group,
+        )
+    return parts_N8
+
+
+def divergence_rows(
+    student_NR: Tensor,
+    teacher_NS: Tensor,
+    parts_PN8: Tensor,
+    weight_N: Tensor,
+    reverse_N: Tensor | None,
+    label_weight_N: Tensor | None,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """`tilt_sums` of this shard [N, 2], fp32, given the statistics of all ranks [P, N, 8]."""
+    sums_N2 = torch.zeros(len(weight_N), 2, device=student_NR.device)
+    if student_NR.numel():
+        shard = _Shard(student_NR, teacher_NS, None)
+        shard.launch(
+            divergence_kernel,
+            (weight_N, reverse_N, label_weight_N),
+            kind,
+            temperature,
+            **_gathered(parts_PN8),
+            sums_ptr=sums_N2,
+            beta=beta,
+            G=shard.group,
+        )
+    return sums_N2
+
+
+def gradient_rows(
+    student_NR: Tensor,
+    teacher_NS: Tensor,
+    parts_PN8: Tensor,
+    sums_N2: Tensor | None,
+    column_N: Tensor | None,
+    weight_N: Tensor,
+    reverse_N: Tensor | None,
+    label_weight_N: Tensor | None,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float,
+    grad_NR: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Divergence [N] and label loss [N] (None without labels) of the whole vocabulary, fp32.
+
+    As ``dense_rows`` has them; NaN in a row of nothing but -inf, whose gradient is 0.
+
+    Args:
+        parts_PN8: statistics of all ranks, the label's logits filled in.
+        sums_N2: sum over the ranks of what `divergence_rows` gave; None for kinds without.
+        column_N: int64, the label's column in this shard, or -1; None without labels.
+        grad_NR: gets this shard's gradient, in its own dtype; not the logits themselves. Or None.
+    """
+    divergence_N = torch.empty(len(weight_N), dtype=torch.float32, device=student_NR.device)
+    label_loss_N = None if label_weight_N is None else torch.empty_like(divergence_N)
+    if len(weight_N):
+        if not student_NR.shape[1]:
+            grad_NR = None
+        _Shard(student_NR, teacher_NS, grad_NR).launch(
+            gradient_kernel,
+            (weight_N, reverse_N, label_weight_N),
+            kind,
+            temperature,
+            **_gathered(parts_PN8),
+            grad_ptr=grad_NR,
+            grad_stride=0 if grad_NR is None else grad_NR.stride(0),
+            GRAD=grad_NR is not None,
+            sums_ptr=sums_N2,
+            column_ptr=column_N,
+            divergence_ptr=divergence_N,
+            label_loss_ptr=label_loss_N,
+            beta=beta,
+        )
+    return divergence_N, label_loss_N
+
+
+def _gathered(parts_PN8: Tensor) -> dict[str, Any]:
+    ranks, rows, _ = parts_PN8.shape
+    return {"parts_ptr": parts_PN8, "N": rows, "ranks": ranks, "P": triton.next_power_of_2(ranks)}
+
+
+class _Shard:
+    """Where a shard lies in memory; launches a kernel on it."""
+
+    def __init__(self, student_NR: Tensor, teacher_NS: Tensor, grad_NR: Tensor | None) -> None:
+        width, shared = student_NR.shape[1], teacher_NS.shape[1]
+        if not shared:
+            # a tensor of no columns has no address, and nothing of the teacher counts
+            teacher_NS = student_NR
+        tensors = [student_NR, teacher_NS] + ([] if grad_NR is None else [grad_NR])
+        align, lead = alignment(*tensors, widths=(width, shared))
+        tile, self.group, warps = launch(width, student_NR.dtype)
+        self._arguments = {
+            "student_ptr": student_NR,
+            "teacher_ptr": teacher_NS,
+            "R": width,
+            "S": shared,
+            "student_stride": student_NR.stride(0),
+            "teacher_stride": teacher_NS.stride(0),
+            "lead": lead,
+            "ALIGN": align,
+            "B": tile,
+            "FAST": fast(),
+            "num_warps": warps,
+            "num_stages": 1,
+            "enable_fp_fusion": True,
+        }
+
+    def launch(
+        self,
+        kernel: Any,
+        weights: tuple[Tensor, Tensor | None, Tensor | None],
+        kind: str,
+        temperature: float,
+        **own: Any,
+    ) -> None:
+        """A program for every row."""
+        weight_N, reverse_N, label_weight_N = weights
+        with torch.cuda.device_of(weight_N):
+            kernel[(len(weight_N),)](
+                weight_ptr=weight_N,
+                reverse_ptr=reverse_N,
+                label_weight_ptr=label_weight_N,
+                inverse_t=1.0 / temperature,
+                KIND=KINDS[kind],
+                LABELS=label_mode(label_weight_N, temperature),
+                **self._arguments,
+                **own,
+            )
+
+
+def configuration(
+    kernel: Any,
+    kind: str,
+    labels: tl.constexpr = NO_LABELS,
+    dtype: str = "bf16",
+    align: tl.constexpr = EVEN,
+) -> Configuration:
+    """One compiled form: 8 ranks, of 16384 columns each."""
+    itemsize = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    tile, group, num_warps = launch(16384, itemsize[dtype])
+    signature = {
+        **dict.fromkeys(("student_ptr", "teacher_ptr", "grad_ptr"), f"*{dtype}"),
+        **dict.fromkeys(("parts_ptr", "sums_ptr", "weight_ptr", "reverse_ptr"), "*fp32"),
+        **dict.fromkeys(("label_weight_ptr", "divergence_ptr", "label_loss_ptr"), "*fp32"),
+        "column_ptr": "*i64",
+        **dict.fromkeys(("N", "ranks", "R", "S", "lead"), "i32"),
+        **dict.fromkeys(("student_stride", "teacher_stride", "grad_stride"), "i32"),
+        **dict.fromkeys(("inverse_t", "beta"), "fp32"),
+    }
+    constants = {
+        "KIND": KINDS[kind],
+        "LABELS": labels.value,
+        "GRAD": True,
+        "P": 8,
+        "ALIGN": align.value,
+        "B": tile,
+        "G": group,
+        "FAST": True,
+    }
+    if kind != "mixed":
+        constants["reverse_ptr"] = None
+    if KINDS[kind] <= MIXED.value:
+        constants["sums_ptr"] = None
+    if labels == NO_LABELS:
+        constants |= dict.fromkeys(("column_ptr", "label_weight_ptr", "label_loss_ptr"))
+    aligned = ["student_ptr", "teacher_ptr", "grad_ptr", "parts_ptr", "weight_ptr"]
+    if align == EVEN:
+        aligned += ["R", "S", "student_stride", "teacher_stride", "grad_stride"]
+    takes = kernel.arg_names
+    label_name = ("unlabelled", "same", "half", "other")[labels.value]
+    return Configuration(
+        name=f"{kernel.__name__}/{kind}/{label_name}/{dtype}/align{align.value}",
+        kernel=kernel,
+        signature={n: t for n, t in signature.items() if n in takes and n not in constants},
+        constants={name: value for name, value in constants.items() if name in takes},
+        num_warps=num_warps,
+        num_stages=1,
+        aligned=tuple(name for name in aligned if name in takes),
+        tensors_per_column=2,
+    )
+
+
+def configurations() -> list[Configuration]:
+    """What is compiled ahead of time in the tests; the loops are those of the dense kernel."""
+    return [
+        configuration(statistics_kernel, "forward_kl"),
+        configuration(statistics_kernel, "mixed", HALF),
+        configuration(statistics_kernel, "jsd", dtype="fp32"),
+        configuration(statistics_kernel, "forward_kl", align=RAGGED),
+        configuration(divergence_kernel, "jsd", dtype="fp32"),
+        configuration(divergence_kernel, "skew_forward_kl"),
+        configuration(divergence_kernel, "skew_reverse_kl"),
+        configuration(divergence_kernel, "total_variation"),
+        configuration(gradient_kernel, "forward_kl", OTHER),
+        configuration(gradient_kernel, "mixed", SAME),
+        configuration(gradient_kernel, "jsd", dtype="fp32"),
+        configuration(gradient_kernel, "reverse_kl", align=RAGGED),
+    ]

@@ -1,0 +1,71 @@
+"""What the kernel tests share: logits of awkward shapes, and comparison with float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+ROUNDING = {torch.float32: 0.0, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+"""Relative error of storing a gradient: the interpreter truncates bf16, a GPU rounds to nearest."""
+if GPU:
+    ROUNDING |= {torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test of shapes that the interpreter would take hours for."""
+    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="needs a CUDA device")(test))
+
+
+def logits(
+    rows: int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    padding: int = 0,
+    offset: int = 0,
+    scale: float = 3.0,
+    device: str = "cpu",
+) -> Tensor:
+    """Random logits [rows, columns], a row every columns + padding, from element `offset` on.
+
+    What lies between and around the rows is NaN.
+    """
+    stride = columns + padding
+    storage = torch.full((offset + rows * stride,), float("nan"), dtype=dtype, device=device)
+    view = storage[offset:].view(rows, stride)[:, :columns]
+    return view.copy_(torch.randn(rows, columns, device=device) * scale)
+
+
+def surroundings(view: Tensor) -> Tensor:
+    """The elements of a view's storage that are not in the view."""
+    whole = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
+    outside = torch.ones_like(whole, dtype=torch.bool)
+    outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
+    return whole[outside]
+
+
+def gradient_of(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
+    """Gradient, by autograd in float64, of a scalar of the student's logits."""
+    leaf = student.detach().double().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    return gradient
+
+
+def close(
+    name: str, found: Tensor, wanted: Tensor, relative: float = 3e-5, absolute: float = 1e-6
+) -> None:
+    """Assert |found - wanted| <= absolute + relative |wanted|, finite, of the same shape."""
+    assert found.shape == wanted.shape, f"{name}: {tuple(found.shape)} != {tuple(wanted.shape)}"
+    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
+    assert found.isfinite().all(), f"{name}: not finite at {(~found.isfinite()).nonzero()[:4]}"
+    excess = (found - wanted).abs() - relative * wanted.abs()
+    if excess.numel() and excess.max() > absolute:
+        where = tuple((excess == excess.max()).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}{list(where)}: {found[where]:.9g} instead of {wanted[where]:.9g}, "
+            f"{int((excess > absolute).sum())} of {excess.numel()} are off"
+        )

@@ -21,7 +21,7 @@ GPU_BYTES = 2 << 30
 """What the logits of a chunk may take on a GPU."""
 GPU_LEAST = 1024
 """Fewest tokens of a chunk there: dW is read and written once per chunk."""
-CPU_BYTES = 1 << 25
+CPU_BYTES = 1 << 26
 """What the logits of a chunk may take on a CPU."""
 CPU_LEAST = 64
 

@@ -213,7 +213,7 @@ def rows_per_chunk(buffers: int, columns: int, on_cpu: bool) -> int:
     """
     elements = 1 << 26
     if on_cpu:
-        elements = 1 << 21 if torch.get_num_threads() == 1 else 1 << 23
+        elements = 1 << 21 if torch.get_num_threads() == 1 else 1 << 22
     return max(1, elements // (buffers * columns))
 
 

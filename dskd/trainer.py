@@ -177,10 +177,11 @@ class Trainer:
         names = sorted(shares)
         sums = dist.sum_over_ranks(torch.stack([shares[name] for name in names])).tolist()
         means = dict(zip(names, sums, strict=True))
-        for name, mean in means.items():
-            named = f"loss term '{name}'" if name else "the loss"
-            _finite(self._progress.step + 1, named, mean)
-        return means.pop(_LOSS), means
+        loss = means.pop(_LOSS)
+        for name, mean in means.items():  # before their sum: they say which of them it is
+            _finite(self._progress.step + 1, f"loss term '{name}'", mean)
+        _finite(self._progress.step + 1, "the loss", loss)
+        return loss, means
 
     def _refuse_endless(self, skipped: int) -> None:
         """Say that fp16 overflow skipped a step; stop where no loss scale is small enough."""

@@ -327,7 +327,7 @@ class Compiled(TypedDict):
     num_warps: int
     num_stages: int
     aligned: tuple[str, ...]
-    tensors_per_column: int
+    tensors_per_column: int | tuple[int, ...]
 
 
 class Configuration(Compiled, total=False):
@@ -336,7 +336,8 @@ class Configuration(Compiled, total=False):
     signature: type of every argument that is no constexpr (``"*bf16"``, ``"i32"``, ``"fp32"``);
     constants: value of every constexpr, with ``FAST`` True (other targets than NVIDIA: False);
     num_warps: of 32 threads (a target with 64 takes half as many, at least 1); num_stages;
-    aligned: the arguments divisible by 16; tensors_per_column: [N, V] tensors a hot loop loads;
+    aligned: the arguments divisible by 16; tensors_per_column: [N, V] tensors that a hot loop
+    loads, or that each of them does;
     maxnreg: as launched, if launched with it, on NVIDIA only.
     """
 

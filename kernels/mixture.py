@@ -399,7 +399,7 @@ def configuration(
         num_stages=1,
         aligned=tuple(pointers),
         # loads of a range are guarded, and not counted
-        tensors_per_column=1 if ranges else 1 + teachers,
+        tensors_per_column=1 if ranges else (*[1] * (1 + teachers), 1 + teachers),
     )
 
 

@@ -64,7 +64,7 @@ def test_the_numbers_of_every_variant_are_there(folder):
     result = json.loads(path.read_text())
     assert result["rounds"] == 2
     assert result["tokens_per_step"] == 4 * 32
-    assert set(result["wall_ms"]) == {"plain", "cached", "live", "forward"}
+    assert set(result["wall_ms"]) == {"plain", "cached", "eager", "live", "forward"}
     for name, row in result["variants"].items():
         samples = result["wall_ms"][name]
         assert len(samples) == len(result["cpu_ms"][name]) == 2
@@ -98,5 +98,5 @@ def test_the_bounds_are_taken_within_a_round(folder):
 def test_the_table_is_markdown(folder):
     (path,) = folder.glob("*.md")
     rows = [line for line in path.read_text().splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 4
+    assert len(rows) == 2 + 5
     assert len({row.count("|") for row in rows}) == 1

@@ -1,0 +1,146 @@
+"""The entries of compactors around a step: any piece of any one, against whole matrices."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dskd.fused.update import Piece, update
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())["penalty_adamw"][
+    "cases"
+]
+SHAPES = {"matrix": (7, 7), "parts": (3, 5, 5)}
+
+
+def whole(shape, dtype=torch.float64):
+    """Weight, gradient and moment of a whole compactor, and four values a unit."""
+    tensors = [torch.randn(shape, dtype=dtype) for _ in range(3)]
+    values = torch.rand(4, shape[-1], dtype=dtype) + 0.1
+    values[:, 1] = 0
+    values[:, 2] = 1
+    return tensors, values
+
+
+def wanted(tensors, values, side, fade):
+    """Gradient, moment, weight and the units' squared entries, by the definition."""
+    weight, gradient, moment = tensors
+    gate, pull, push, ratio = (v[:, None] if side == "right" else v for v in values)
+    eye = torch.eye(weight.shape[-1], dtype=weight.dtype)
+    compactor = weight + eye
+    squares = compactor.square().view(-1, *eye.shape)
+    return (
+        gate * gradient + pull * compactor,
+        fade * moment + push * compactor,
+        ratio * compactor - eye,
+        squares.sum((0, 2) if side == "right" else (0, 1)),
+    )
+
+
+def piece_of(tensors, values, side, start, end, *, weights=False):
+    """Copies of the flat entries from start to end."""
+    weight, gradient, moment = (t.flatten()[start:end].clone() for t in tensors)
+    gate, pull, push, ratio = values
+    shape = tensors[0].shape
+    if weights:
+        return Piece(weight, start, shape, side, ratio_K=ratio)
+    return Piece(weight, start, shape, side, gradient, moment, gate, pull, push)
+
+
+def cuts(shape):
+    """Pieces that make up the whole: within a row, over several, over parts."""
+    size = math.prod(shape)
+    return [(0, 3), (3, 4), (4, 4 + size // 3), (4 + size // 3, size - 2), (size - 2, size)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pieces(shape, side):
+    """Before a step and after it; the norms of the pieces sum up to the whole's."""
+    tensors, values = whole(SHAPES[shape])
+    gradient, moment, weight, squares = (
+        t.flatten() for t in wanted(tensors, values, side, fade=0.9)
+    )
+    places = cuts(SHAPES[shape])
+    before = [piece_of(tensors, values, side, *place) for place in places]
+    found = update(before, fade=0.9)
+    torch.testing.assert_close(sum(found), squares, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(torch.cat([p.gradient for p in before]), gradient)
+    torch.testing.assert_close(torch.cat([p.moment for p in before]), moment)
+    assert torch.equal(torch.cat([p.weight for p in before]), tensors[0].flatten())
+    after = [piece_of(tensors, values, side, *place, weights=True) for place in places]
+    update(after)
+    torch.testing.assert_close(torch.cat([p.weight for p in after]), weight)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_is_kept_and_what_is_gone_is_so_exactly(side):
+    tensors, values = whole((7, 7), torch.float32)
+    piece = piece_of(tensors, values, side, 0, 49, weights=True)
+    update([piece])
+    found, before = piece.weight.view(7, 7), tensors[0]
+    if side == "right":
+        found, before = found.T, before.T
+    assert torch.equal(found[:, 2], before[:, 2])
+    assert torch.equal(found[:, 1], -torch.eye(7)[:, 1])
+
+
+def test_a_removed_unit_s_gradient_may_be_infinite():
+    tensors, values = whole((7, 7))
+    tensors[1][:, 1] = torch.inf
+    piece = piece_of(tensors, values, "left", 0, 49)
+    update([piece])
+    assert (piece.gradient.view(7, 7)[:, 1] == 0).all()
+
+
+def test_the_annealing_rule_in_two_calls():
+    """Removed units fade by a schedule, whatever the optimizer does to kept ones."""
+    weight = torch.randn(6, 6, dtype=torch.float64)
+    start = weight[:, 3] + torch.eye(6, dtype=torch.float64)[:, 3]
+    piece = Piece(weight.view(-1), 0, weight.shape, "left")
+    for step in range(1, 6):
+        ratio = torch.ones(6, dtype=torch.float64)
+        ratio[3] = (1 - step / 5) / (1 - (step - 1) / 5)
+        (squares,) = update([piece._replace(ratio_K=ratio)])
+        torch.testing.assert_close(squares[3], (start * (1 - (step - 1) / 5)).square().sum())
+    assert update([piece])[0][3] == 0
+
+
+@pytest.mark.parametrize("case", [c for c in GOLDEN if c["side"] in ("left", "right")])
+def test_the_original_s_penalty(case):
+    """The edited gradient; and the first moment, which Adam then mixes with it."""
+    double = {"dtype": torch.float64}
+    compactor, gradient, moment = (
+        torch.tensor(case[n], **double) for n in ("p", "grad", "exp_avg")
+    )
+    weight, keep = compactor - torch.eye(len(compactor)), torch.tensor(case["keep"], **double)
+    masked, removed = case["phase"] == "mask", 1 - keep
+    strong = max(case["lam"] - 1, 0.0) if masked else 0.0
+    piece = Piece(
+        weight.view(-1),
+        0,
+        weight.shape,
+        case["side"],
+        gradient.view(-1),
+        moment.view(-1),
+        gate_K=keep if masked else torch.ones_like(keep),
+        pull_K=min(case["lam"], 1.0) * removed if masked else torch.ones_like(keep),
+        push_K=0.1 * strong * removed,
+    )
+    update([piece], fade=0.9 if strong else 1.0)
+    wanted = {name: torch.tensor(case[name], **double) for name in ("grad_edited", "exp_avg_new")}
+    torch.testing.assert_close(gradient, wanted["grad_edited"], rtol=1e-12, atol=1e-12)
+    mixed = case["beta1"] * moment + (1 - case["beta1"]) * gradient
+    torch.testing.assert_close(mixed, wanted["exp_avg_new"], rtol=1e-9, atol=1e-9)
+
+
+def test_refused():
+    tensors, values = whole((7, 7))
+    before, after = (piece_of(tensors, values, "left", 0, 9, weights=w) for w in (False, True))
+    with pytest.raises(ValueError, match="some have a gradient"):
+        update([before, after])
+    with pytest.raises(ValueError, match="a gradient needs gate and pull"):
+        update([before._replace(gate_K=None)])
+    assert update([]) == []

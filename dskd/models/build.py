@@ -84,7 +84,7 @@ def build(
         _check_tokenizer(tokenizer, folder, f"{where}.path")
     _check_shape(config, objective, block_size, where)
     _check_vocabulary(config, tokenizer, where)
-    model = _construct(config, settings.attention, ds, dtype, where)
+    model = construct(config, settings.attention, ds, dtype, where)
     if folder is None:
         initialise(model, seed)
         tie_head_bias(model)
@@ -118,12 +118,41 @@ def model_fingerprint(settings: Model, *, seed: int, where: str) -> str:
     return fingerprint(fields | {"files": [file_hash(file) for file in files]})
 
 
+def construct(
+    config: PreTrainedConfig,
+    attention: str,
+    ds: dict[str, Any] | None,
+    dtype: torch.dtype,
+    where: str,
+) -> PreTrainedModel:
+    """The model of a config, in train mode, with its weights still to come.
+
+    Raises:
+        ConfigError: HuggingFace refuses the config; the message names the setting ``where``.
+    """
+    auto = _AUTO[FAMILIES[config.model_type].objective]
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    with _complaints(where), no_init_weights(), sharded_construction(ds):
+        model = auto.from_config(config, dtype=dtype, **options)
+    model.tie_weights()
+    return model.train()
+
+
 def hidden_size(settings: Model, *, where: str) -> int:
     """Width of the model's hidden states, from its config alone."""
+    return config_of(settings, where=where).hidden_size
+
+
+def config_of(settings: Model, *, where: str) -> PreTrainedConfig:
+    """The config of what :func:`build` would build, but for what a random one has of a tokenizer.
+
+    Raises:
+        ConfigError: as :func:`build` does.
+    """
     folder = _folder(settings, where)
     if folder is None:
-        return _random_config(settings, where, None).hidden_size
-    return _stored_config(settings, folder, where).hidden_size
+        return _random_config(settings, where, None)
+    return _stored_config(settings, folder, where)
 
 
 def _folder(settings: Model, where: str) -> Path | None:
@@ -240,22 +269,6 @@ def _check_vocabulary(
             f"{where}: its pad_token_id is {config.pad_token_id}, the tokenizer's "
             f"{tokenizer.pad_token_id}; {config.model_type} counts positions by it"
         )
-
-
-def _construct(
-    config: PreTrainedConfig,
-    attention: str,
-    ds: dict[str, Any] | None,
-    dtype: torch.dtype,
-    where: str,
-) -> PreTrainedModel:
-    """The model with its weights still to come."""
-    auto = _AUTO[FAMILIES[config.model_type].objective]
-    options = {} if attention == "auto" else {"attn_implementation": attention}
-    with _complaints(where), no_init_weights(), sharded_construction(ds):
-        model = auto.from_config(config, dtype=dtype, **options)
-    model.tie_weights()
-    return model.train()
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 A run's folder::
 
     config.yaml    the resolved settings          inputs.json   fingerprints of data and models
-    cache/         the teacher's top-k logits     train/        metrics, checkpoints, summary
-    export/        a HuggingFace folder           scores.json   the exported model's evaluation
+    cache/         the teacher's top-k logits     sliced/       the model a sliced student starts as
+    train/         metrics, checkpoints, summary  export/       a HuggingFace folder
+    scores.json    the exported model's evaluation
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from transformers import PreTrainedConfig
+
 from dskd import dist, engine
 from dskd.checks import validate
 from dskd.config import Recipe, differences, dump, read
@@ -24,9 +27,10 @@ from dskd.hardware import student_config, teacher_config
 from dskd.inheritance import each_teacher
 from dskd.log import say
 from dskd.method import Method
-from dskd.models.build import check_random, model_fingerprint
+from dskd.models.build import check_random, config_of, model_fingerprint
 from dskd.report import print_table, write_report
 from dskd.settings import Model, Run
+from dskd.sliced import sliced_config, source_settings
 from dskd.stages import STAGES, Job
 
 CONTROL = "scratch"
@@ -55,11 +59,35 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
                 check_random(model, **data, where=where)
         # The hidden size only sets buckets; a model that an earlier run will export has none yet.
         student_config(run, NOMINAL_HIDDEN, world=world)
+        try:
+            methods[name].check(run, _starts_as(recipe, methods, run))
+        except ConfigError as problem:
+            raise ConfigError(f"{prefix}.{problem}" if prefix else str(problem)) from problem
         for teacher in each_teacher(run).values():
             if teacher.deepspeed is not None:
                 ds, precision = teacher.deepspeed, teacher.precision
                 teacher_config(ds, precision, run, NOMINAL_HIDDEN, world=world)
         _refuse_other_settings(run)
+
+
+def _starts_as(recipe: Recipe, methods: Mapping[str, Method], run: Run) -> PreTrainedConfig | None:
+    """The config of a run's student before training; None if it is still to be downloaded.
+
+    What an earlier run of the recipe will export may not be there yet, but its settings say it.
+    """
+    model = run.model
+    left_by = {str(earlier.out / "export"): name for name, earlier in recipe.runs.items()}
+    if model.path in left_by:
+        name = left_by[model.path]
+        config = _starts_as(recipe, methods, recipe.runs[name])
+        config = None if config is None else methods[name].exported_config(config)
+    elif model.path is None or Path(model.path).is_dir():
+        config = config_of(source_settings(run), where="model")
+    else:
+        config = None
+    if config is None or model.slice is None:
+        return config
+    return sliced_config(config, model.slice)
 
 
 def is_done(recipe: Recipe) -> bool:
@@ -126,7 +154,7 @@ def _write_settings(recipe: Recipe) -> None:
 
 def _refuse_other_settings(run: Run) -> None:
     path = run.out / "config.yaml"
-    begun = any((run.out / name).exists() for name in ("cache", "train", "export"))
+    begun = any((run.out / name).exists() for name in ("cache", "sliced", "train", "export"))
     if not (begun and path.is_file()):
         return  # nothing was made with the other settings yet
     changed = differences(read(path).runs["run"], run)

@@ -1,0 +1,238 @@
+"""What this rank holds of each parameter: fp32 master, gradient and moments, editable in place.
+
+A method that changes its student between the backward pass and the optimiser's step, or after it,
+sees the same thing at every ZeRO stage: a flat piece of the parameter. Whole tensors at ZeRO-0, the
+part of the rank's flat partition at ZeRO-1 and 2, an even slice at ZeRO-3. The pieces are
+DeepSpeed's own memory: an edit before the step is what the step sees, an edit of a weight after it
+is what the model computes with once it is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's piece of one parameter; every tensor is flat, [piece], and may be edited.
+
+    Attributes:
+        name: the parameter's name in the student.
+        shape: of the whole parameter.
+        start: where the piece begins in the flattened parameter.
+        weight: fp32 (the parameter's dtype in a plain float64 model).
+        gradient: of the whole effective batch, before clipping, in the dtype that DeepSpeed sums
+            in (16 bits unless ``data_types.grad_accum_dtype`` says fp32) and times fp16's loss
+            scale; None after the step, or where the parameter has none.
+        moments: Adam's ``exp_avg`` and ``exp_avg_sq``; empty before the first step.
+    """
+
+    name: str
+    shape: torch.Size
+    start: int
+    weight: Tensor
+    gradient: Tensor | None
+    moments: Mapping[str, Tensor]
+
+
+class Weights:
+    """The pieces of all parameters: here those of plain torch, or of ZeRO-0 in fp32.
+
+    Args:
+        parameters: by name, those that are trained.
+        optimizer: torch's own, whose state belongs to what it steps.
+        gradients: whether the gradients are those of a step still to be taken.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: Any, *, gradients: bool
+    ) -> None:
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self._gradients = gradients
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups: ``lr``, ``eps`` ... as the next step will use them."""
+        return self._optimizer.param_groups
+
+    def shards(self) -> Iterator[Shard]:
+        """The pieces that this rank holds, in the parameters' order; none is empty."""
+        for name in self._parameters:
+            found = self.shard(name)
+            if found is not None:
+                yield found
+
+    def shard(self, name: str) -> Shard | None:
+        """This rank's piece of a parameter, if it holds any of it."""
+        parameter = self._parameters[name]
+        return self._piece(
+            name,
+            parameter.shape,
+            0,
+            parameter.detach(),
+            parameter.grad,
+            self._optimizer.state.get(parameter, {}),
+        )
+
+    def whole(self, name: str) -> Tensor:
+        """The whole fp32 weight, on every rank, not to be changed (collective under ZeRO)."""
+        return self._parameters[name].detach()
+
+    def publish(self) -> None:
+        """Make the model compute with the weights as edited (collective under ZeRO)."""
+
+    def _piece(
+        self,
+        name: str,
+        shape: torch.Size,
+        start: int,
+        weight: Tensor,
+        gradient: Tensor | None,
+        state: Mapping[str, Tensor],
+    ) -> Shard:
+        moments = {key: state[key].view(-1) for key in MOMENTS if key in state}
+        if not self._gradients:
+            gradient = None
+        flat = None if gradient is None else gradient.detach().view(-1)
+        return Shard(name, shape, start, weight.view(-1), flat, moments)
+
+
+class CopiedWeights(Weights):
+    """ZeRO-0 in 16 bits: DeepSpeed keeps an fp32 copy of each parameter and steps that."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: Any, *, gradients: bool
+    ) -> None:
+        super().__init__(parameters, optimizer.optimizer, gradients=gradients)
+        low = [parameter for group in optimizer.fp16_groups for parameter in group]
+        full = [master for group in optimizer.fp32_groups for master in group]
+        masters = {id(parameter): master for parameter, master in zip(low, full, strict=True)}
+        self._masters = {name: masters[id(parameter)] for name, parameter in parameters.items()}
+
+    def shard(self, name: str) -> Shard | None:
+        """The whole parameter: the copy's weight and moments, the parameter's own gradient."""
+        parameter, master = self._parameters[name], self._masters[name]
+        state = self._optimizer.state.get(master, {})
+        return self._piece(name, master.shape, 0, master.detach(), parameter.grad, state)
+
+    def whole(self, name: str) -> Tensor:
+        """The fp32 copy."""
+        return self._masters[name].detach()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the copies into the parameters."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._masters[name])
+
+
+class PartitionedWeights(Weights):
+    """ZeRO-1 and 2: the rank's partition of each group is one flat tensor, cut anywhere."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: Any, *, gradients: bool
+    ) -> None:
+        super().__init__(parameters, optimizer.optimizer, gradients=gradients)
+        self._zero = optimizer
+
+    def shard(self, name: str) -> Shard | None:
+        """The part of the parameter that lies in the rank's partition."""
+        parameter = self._parameters[name]
+        place = parameter._hp_mapping
+        if place is None:
+            return None
+        # Of the optimizer and not of the mapping, which learns only of the first group's moments.
+        flat = self._zero.single_partition_of_fp32_groups[place.param_group_index]
+        held, piece = place.hp_fragment_address, place.lp_fragment_address
+        state = {
+            key: value.narrow(0, held.start, held.numel)
+            for key, value in self._optimizer.state.get(flat, {}).items()
+            if key in MOMENTS
+        }
+        gradient = None
+        if self._gradients:
+            gradient = place.get_lp_grad_fragment(parameter._index_in_param_group)
+        weight = flat.detach().narrow(0, held.start, held.numel)
+        return self._piece(name, parameter.shape, piece.start, weight, gradient, state)
+
+    def whole(self, name: str) -> Tensor:
+        """The weight put together from the ranks' partitions."""
+        return safe_get_full_fp32_param(self._parameters[name])
+
+    def publish(self) -> None:
+        """Round the partitions into the parameters and gather them, as a step does."""
+        self._zero.update_lp_params()
+
+
+class SlicedWeights(Weights):
+    """ZeRO-3: every parameter is cut into one even slice per rank, the last ones padded."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: Any, *, gradients: bool
+    ) -> None:
+        super().__init__(parameters, optimizer.optimizer, gradients=gradients)
+        self._zero = optimizer
+
+    def shard(self, name: str) -> Shard | None:
+        """The rank's slice without the padding."""
+        parameter = self._parameters[name]
+        start = parameter.partition_numel() * self._zero._get_param_partition_rank(parameter)
+        size = min(parameter.partition_numel(), parameter.ds_numel - start)
+        if size <= 0:
+            return None
+        # safe_get_local_* would give copies of what is offloaded or not in fp32.
+        weight, group = self._zero._get_fp32_opt_state_partition(parameter, True)
+        flat = self._zero.fp32_partitioned_groups_flat[group]
+        _, place, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        state = {
+            key: value.narrow(0, place, size)
+            for key, value in self._optimizer.state.get(flat, {}).items()
+            if key in MOMENTS
+        }
+        gradient = None
+        if self._gradients:
+            held, _ = self._zero._get_fp32_grad_state_partition(parameter, True)
+            gradient = held.narrow(0, 0, size)
+        shape = torch.Size(parameter.ds_shape)
+        return self._piece(name, shape, start, weight.detach()[:size], gradient, state)
+
+    def whole(self, name: str) -> Tensor:
+        """The weight put together from the ranks' slices."""
+        return safe_get_full_fp32_param(self._parameters[name])
+
+    def publish(self) -> None:
+        """Round the masters into the slices; what is small enough to stay whole is gathered."""
+        for group in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        stay = [p for p in self._parameters.values() if p.ds_status == ZeroParamStatus.AVAILABLE]
+        if stay:
+            stay[0].partition(stay)
+            stay[0].all_gather(stay)
+
+
+def weights_of(engine: Any, *, gradients: bool) -> Weights:
+    """The pieces of a DeepSpeed engine's parameters (those of the objective's student).
+
+    Args:
+        engine: a ``DeepSpeedEngine``; no state swapped to NVMe.
+        gradients: whether a backward pass is done whose step is still to be taken.
+    """
+    named = engine.module.named_parameters()
+    trained = {name.removeprefix("student."): p for name, p in named if p.requires_grad}
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        plain = engine.basic_optimizer is optimizer
+        cls = Weights if plain else CopiedWeights
+    else:
+        cls = SlicedWeights if stage == 3 else PartitionedWeights
+    return cls(trained, optimizer, gradients=gradients)

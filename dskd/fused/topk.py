@@ -17,12 +17,11 @@ from dskd.fused.arguments import (
     map_of,
     matrix,
     temperature_of,
-    topk_of,
     unit_columns,
-    weights_of,
 )
 from dskd.fused.backend import row_functions
 from dskd.fused.gradients import detached, operator, total_of, wanted
+from dskd.fused.per_token import topk_of, weights_of
 
 
 def topk_kd(

@@ -233,10 +233,32 @@ def test_a_16_bit_gradient_is_rounded_once(dtype):
     """1/3 is no 16-bit number: multiplying by it in 16 bits would round it as well."""
     student_NV = normal(N, V, dtype=dtype).requires_grad_()
     teacher_NV, third = normal(N, V, seed=1, dtype=dtype), torch.tensor(1 / 3)
-    (one,) = gradients(ops.dense_kd(student_NV, teacher_NV).total, student_NV)
+    saved_NV = torch.empty(N, V, dtype=torch.float32 if dtype == torch.float16 else dtype)
+    ops.dense_kd(student_NV.detach(), teacher_NV, out=saved_NV)
     (found,) = gradients(ops.dense_kd(student_NV, teacher_NV).total * third, student_NV)
     assert found.dtype == dtype
-    torch.testing.assert_close(found, (one.float() * third).to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(found, (saved_NV.float() * third).to(dtype), rtol=0, atol=0)
+
+
+def test_the_loss_scale_saves_an_fp16_gradient():
+    """1e-9 and less of 1000 columns: nothing is left of it if rounded before the scale of 65536."""
+    student_NV = normal(4, 1000, dtype=torch.float16).requires_grad_()
+    teacher_NV = student_NV.detach().float() + 1e-3 * normal(4, 1000, seed=1).float()
+    exact_NV = student_NV.detach().double().requires_grad_()
+    reference = losses.divergence(exact_NV, teacher_NV.double(), temperature=4.0).sum()
+    (expected,) = gradients(reference * 65536.0, exact_NV)
+    for loss in (
+        lambda: ops.dense_kd(student_NV, teacher_NV, temperature=4.0),
+        lambda: ops.topk_kd(student_NV, *_all_kept(teacher_NV / 4.0), temperature=4.0),
+    ):
+        (found,) = gradients(loss().total * 65536.0, student_NV)
+        assert (found.double() - expected).norm() < 1e-3 * expected.norm()
+
+
+def _all_kept(teacher_NV):
+    logprobs_NV = teacher_NV.log_softmax(1)
+    ids_NV = torch.arange(logprobs_NV.shape[1]).expand_as(logprobs_NV)
+    return ids_NV, logprobs_NV, torch.full((len(logprobs_NV),), -torch.inf)
 
 
 def test_fp32_logits_keep_the_gradient_of_a_student_close_to_its_teacher():

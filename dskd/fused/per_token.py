@@ -72,7 +72,8 @@ def vector(name: str, value: Weight, logits_NV: Tensor) -> Tensor:
     dtype, count = wide(logits_NV.dtype), len(logits_NV)
     if not isinstance(value, Tensor):
         refuse(not -torch.inf < value < torch.inf, lambda: f"{name}: must be finite, not {value}")
-        return torch.full((count,), float(value), dtype=dtype, device=logits_NV.device)
+        # not torch.full: torch.compile would write the number into its code, as one of many
+        return torch.ones(count, dtype=dtype, device=logits_NV.device) * value
     shape = tuple(value.shape)
     refuse(shape != (count,), lambda: f"{name}: has shape {shape} where there are {count} tokens")
     refuse(

@@ -1,9 +1,9 @@
 """Dense knowledge distillation: a divergence, the label's cross entropy, and their gradient.
 
-One kernel, one program a row; the mathematics and the passes are in ``divergence.py``. A row is
-read twice, or three times for jsd, the skew KLs and total variation; its gradient is written once,
-over the student's logits if wanted. The label's one-hot part is one more number, stored after the
-dense pass.
+One kernel, one program a row; the mathematics and the passes are in ``divergence.py``, what lies
+between these in ``factors.py``. A row is read twice, or three times for jsd, the skew KLs and total
+variation; its gradient is written once, over the student's logits if wanted. The label's one-hot
+part is one more number, stored after the dense pass.
 
 Shapes: N rows (tokens), V student columns, W <= V teacher columns.
 """
@@ -34,39 +34,23 @@ from dskd.kernels.common import (
     zero_row,
 )
 from dskd.kernels.divergence import (
-    FORWARD_KL,
     HALF,
     KINDS,
     MIXED,
     NO_LABELS,
     OTHER,
-    REVERSE_KL,
     SAME,
     gradient,
     label_mode,
     row_sums,
     through_map,
-    tilt_factors,
     tilt_sums,
     write_gradient,
 )
+from dskd.kernels.factors import row_factors, row_logs, row_weights, weightless
 
 MAX_REGISTERS = 64
 """What 1024 threads have each; some compilers would go for 32 and spill."""
-
-
-@triton.jit
-def row_weights(
-    row, weight_ptr, reverse_ptr, label_weight_ptr, KIND: tl.constexpr, LABELS: tl.constexpr
-):
-    """Weights of the divergence, the reverse part and the label; 0 if there is none"""
-    reverse_weight = 0.0
-    label_weight = 0.0
-    if KIND == MIXED:
-        reverse_weight = tl.load(reverse_ptr + row)
-    if LABELS != NO_LABELS:
-        label_weight = tl.load(label_weight_ptr + row)
-    return tl.load(weight_ptr + row), reverse_weight, label_weight
 
 
 @triton.jit
@@ -105,10 +89,7 @@ def dense_kernel(
     """One row: its losses and, if GRAD, its gradient, which may overwrite the student's logits"""
     row = tl.program_id(0).to(tl.int64)
     shift = row_shift(row, student_stride, lead, ALIGN)
-    weight, reverse_weight, label_weight = row_weights(
-        row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS
-    )
-    if (weight == 0) & (reverse_weight == 0) & (label_weight == 0):
+    if weightless(row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)):
         tl.store(divergence_ptr + row, 0.0)
         if LABELS != NO_LABELS:
             tl.store(label_loss_ptr + row, 0.0)
@@ -123,54 +104,23 @@ def dense_kernel(
     maps = (student_scale, student_cap, teacher_scale, teacher_cap)
     rows = (student, teacher, ends, maps)
     tiles = row_tiles(shift, shift + V, shift + W, B, ALIGN)
-    s_max, s_sum, t_max, t_sum, forward, reverse, hot = row_sums(
-        rows, tiles, c, KIND, LABELS, STUDENT_MAP, TEACHER_MAP, ALIGN, B, G, FAST
-    )
+    sums = row_sums(rows, tiles, c, KIND, LABELS, STUDENT_MAP, TEACHER_MAP, ALIGN, B, G, FAST)
     # loaded again: registers are scarce in the first pass
-    weight, reverse_weight, label_weight = row_weights(
-        row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS
-    )
-    # the difference of the maxima is taken by itself: that of the log-sums would cancel
-    log_ratio = (tl.log2(s_sum) - tl.log2(t_sum)) * LN2
-    s_log = s_max * c + tl.log2(s_sum)
-    t_log = t_max * c + tl.log2(t_sum)
-    loss = 0.0
-    k_p = weight * inverse_t
-    k_q = 0.0
-    k_h = 0.0
-    if KIND == FORWARD_KL or KIND == MIXED:
-        loss = inverse_t * (forward / t_sum - (t_max - s_max)) + log_ratio
-        k_q = k_p
-    if KIND == REVERSE_KL or KIND == MIXED:
-        mean = reverse / s_sum
-        backward = inverse_t * (mean - (s_max - t_max)) - log_ratio
-        if KIND == MIXED:
-            loss = weight * loss + reverse_weight * backward
-            k_h = reverse_weight * inverse_t * inverse_t
-        else:
-            loss = backward
-            k_h = k_p * inverse_t
-        k_q -= k_h * mean
+    weights = row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)
+    logs = row_logs(sums, c)
+    tilts = (0.0, 0.0)
     if KIND > MIXED:
-        logs = (c, s_log, t_log)
-        total, mean = tilt_sums(
+        tilts = tilt_sums(
             rows, tiles, logs, beta, KIND, STUDENT_MAP, TEACHER_MAP, ALIGN, B, G, FAST
         )
-        loss, k_h = tilt_factors(total, mean, weight, inverse_t, beta, KIND)
-        k_q = -k_h * mean
+    loss, factors = row_factors(sums, logs, tilts, weights, inverse_t, beta, KIND, LABELS)
     tl.store(divergence_ptr + row, loss)
 
-    hot_log = 0.0
-    k_hot = 0.0
+    _, _, label_weight = weights
     if LABELS != NO_LABELS:
+        s_max, s_sum, _, _, _, _, hot = sums
         if LABELS == SAME:
             hot = s_sum
-            k_q += label_weight
-        if LABELS == HALF:
-            k_hot = label_weight * (s_sum * s_sum / hot)
-        if LABELS == OTHER:
-            hot_log = s_max * LOG2E + tl.log2(hot)
-            k_hot = label_weight
         # an ignored label may be anything: it must not index
         label = tl.where(label_weight == 0, 0, tl.load(labels_ptr + row)) + shift
         s_label = mapped(
@@ -182,7 +132,6 @@ def dense_kernel(
         # all threads have read the label's logit before one overwrites it
         tl.debug_barrier()
         grad = row_start(grad_ptr, row, grad_stride, shift, ALIGN)
-        factors = (c, s_log, t_log, hot_log, beta, k_q, k_p, k_h, k_hot)
         write_gradient(
             rows, tiles, grad, factors, KIND, LABELS, STUDENT_MAP, TEACHER_MAP, ALIGN, B, FAST
         )

@@ -28,7 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dskd.kernels.common import (
-    LN2,
     LOG2E,
     LOW,
     PLAIN,
@@ -234,24 +233,6 @@ def tilt_sums(
         sums = with_tilt(sums, s, t, logs, beta, KIND, G, FAST)
     total, mean = sums
     return tl.sum(total, 0), tl.sum(mean, 0)
-
-
-@triton.jit
-def tilt_factors(total, mean, weight, inverse_t, beta, KIND: tl.constexpr):
-    """Divergence (nats) and k_h of the kinds of three passes, from `tilt_sums`"""
-    loss = total * LN2
-    k_h = weight * inverse_t
-    if KIND == JSD:
-        loss = (beta * total + (1 - beta) * mean) * LN2
-        k_h *= (1 - beta) * LN2
-    elif KIND == SKEW_FORWARD_KL:
-        k_h *= -(1 - beta)
-    elif KIND == SKEW_REVERSE_KL:
-        k_h *= LN2
-    else:
-        loss = total * 0.5
-        k_h *= 0.5
-    return loss, k_h
 
 
 @triton.jit

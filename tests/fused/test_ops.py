@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from dskd import losses, ops
-from dskd.ops import LinearTeacher, LogitMap, TopKTeacher
+from dskd.ops import DenseTeacher, LinearTeacher, LogitMap, TopKTeacher
 from tests.fused.cases import (
     COMMON,
     FORMS,
@@ -16,6 +16,7 @@ from tests.fused.cases import (
     LABELS,
     REVERSE,
     WEIGHT,
+    D,
     N,
     V,
     W,

@@ -19,7 +19,6 @@ from dskd.kernels.common import (
     HUGE,
     LN2,
     LOG2E,
-    LOOSE,
     LOW,
     PLAIN,
     RAGGED,
@@ -247,11 +246,7 @@ def configuration(
     columns_V: int = 131072,
 ) -> Configuration:
     """One compiled form; types as Triton spells them, no `grad`: evaluation."""
-    dtypes = [
-        {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[t]
-        for t in (logits, grad)
-        if t
-    ]
+    dtypes = [{"bf16": torch.bfloat16, "fp32": torch.float32}[t] for t in (logits, grad) if t]
     tile, _, warps = launch(columns_V, dtypes[0])
     strides = ("student_stride", "teacher_stride", "grad_stride")
     maps = ("student_scale", "student_cap", "teacher_scale", "teacher_cap")
@@ -292,8 +287,7 @@ def configuration(
         num_warps=warps,
         num_stages=1,
         aligned=tuple(aligned),
-        # single elements are not counted
-        tensors_per_column=0 if align == LOOSE else 2,
+        tensors_per_column=2,
         maxnreg=MAX_REGISTERS,
     )
 
@@ -304,9 +298,6 @@ def configurations() -> list[Configuration]:
         *(configuration(kind, NO_LABELS) for kind in KINDS),
         *(configuration(kind, HALF, "fp32", "bf16") for kind in KINDS),
         *(configuration("forward_kl", labels) for labels in (SAME, HALF, OTHER)),
-        configuration("forward_kl", SAME, "fp32", "bf16"),  # linear_kd's
-        configuration("forward_kl", SAME, "fp16", "fp32"),
-        configuration("forward_kl", SAME, align=LOOSE, columns_V=50257),
         configuration("forward_kl", NO_LABELS, "fp32", "fp32"),
         configuration("forward_kl", NO_LABELS, columns_V=32768),
         configuration("forward_kl", SAME, align=RAGGED, columns_V=50257),

@@ -191,7 +191,6 @@ def configurations() -> list[Configuration]:
     return [
         *(configuration("tail", labels) for labels in (UNLABELLED, SAME, SQUARE, OTHER)),
         configuration("tail", SQUARE, "fp32", "bf16"),
-        configuration("tail", SAME, "fp16", "fp32"),
         configuration("tail", SAME, "fp32", "fp32", columns_V=8192),
         configuration("tail", UNLABELLED, grad=None),
         configuration("tail", SQUARE, align=RAGGED, columns_V=32768),

@@ -201,7 +201,7 @@ def topk_kernel(
     none = peak < -HUGE
     if MODE == TRUNCATED:
         none = kept_peak < -HUGE
-    none = none & (tl.sum(heard.to(tl.int32), 0) > 0)
+    none = none & (mass != 0)
     tl.store(divergence_ptr + row, shown(divergence * LN2, none))
 
     total_1 = total

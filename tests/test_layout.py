@@ -21,8 +21,9 @@ FLOORS = {
     1: "data.counter data.sources data.vocabulary data.packing data.building data.blocks "
     "data.masking data.loader store_format store logit_cache ds_keys ds_config hardware log zero "
     "fused.arguments fused.cpu_chunks fused.cpu_kinds fused.cpu fused.cpu_topk fused.cpu_mixture "
-    "fused.cpu_vocab_parallel fused.backend fused.gradients fused.dense fused.topk fused.label "
-    "fused.mixture fused.chunking fused.linear_visit fused.linear fused.vocab_parallel ops "
+    "fused.cpu_vocab_parallel fused.backend fused.per_token fused.gradients fused.dense fused.topk "
+    "fused.label fused.mixture fused.chunking fused.linear_visit fused.linear "
+    "fused.vocab_parallel ops "
     "models.families models.initial models.weights models.build models.speed",
     2: "teacher engine checkpoint universal",
     3: "method objective sweep evaluation export capture inheritance trainer report stages plan",

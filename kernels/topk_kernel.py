@@ -78,8 +78,8 @@ def teacher_row(log_p, some, row, weight, tail_ptr, MODE: tl.constexpr):
         p_peak = tl.max(log_p, 0)
         log_p -= p_peak + log_total(log_p, p_peak, some, 1.0)
         p = tl.where(some, tl.exp2(log_p), 0.0)
-        # a teacher that says nothing has no gradient either
-        mass = tl.where(p_peak == LOW, 0.0, 1.0)
+        # 1, or 0 of a teacher that says nothing, which has no gradient either
+        mass = tl.sum(p, 0)
     return log_p, p, log_p_rest, p_rest, mass
 
 

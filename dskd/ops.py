@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dskd.batch import Dense, Projected, Rows, Signal, TopK
 from dskd.errors import ConfigError
-from dskd.fused.arguments import KINDS, MODES, LogitMap, Losses, Weight
+from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, Weight
 from dskd.fused.backend import implementation, triton_everywhere
 from dskd.fused.compactor import Factors, Gradients, Merged, merge, unmerge
 from dskd.fused.dense import dense_kd
@@ -70,6 +70,7 @@ def rows_kd(
     beta: float = 0.5,
     mode: TopKMode = "tail",
     weight: Weight = 1.0,
+    reverse_weight: Weight | None = None,
     label_weight: Weight = 0.0,
 ) -> Losses:
     """:func:`linear_kd` of a student's supervised positions against whatever teaches them.
@@ -78,24 +79,39 @@ def rows_kd(
     together.
 
     Args:
-        kind, beta: of a teacher with full logits.
+        kind, beta, reverse_weight: of a teacher with full logits. Kinds that are infinite where the
+            teacher lacks a column (reverse KL, mixed) are of the shared vocabulary: what columns
+            the student has beyond, of padding, are left out of its softmax, the label's too.
         mode: of a top-k teacher, whose divergence is the forward KL.
 
     Raises:
-        ConfigError: a top-k teacher has no tail mass at this temperature.
+        ConfigError: a top-k teacher cannot give this kind of divergence, or has no tail mass at
+            this temperature.
     """
     options = {"temperature": temperature, "weight": weight, "label_weight": label_weight}
     if isinstance(signal, TopK):
+        if kind != "forward_kl":
+            raise ConfigError(
+                f"teacher: a cached teacher knows its largest logits only, and this method's "
+                f"divergence, {kind}, needs them all: use a live teacher"
+            )
         return _through_head(rows, topk_teacher(signal, temperature, mode), mode=mode, **options)
-    options |= {"kind": kind, "beta": beta}
+    options |= {"kind": kind, "beta": beta, "reverse_weight": reverse_weight}
     if isinstance(signal, Dense):
-        return _through_head(rows, DenseTeacher(signal.logits_NV), **options)
+        shared = signal.logits_NV.shape[1] if kind in INFINITE else None
+        return _through_head(rows, DenseTeacher(signal.logits_NV), shared, **options)
     return _through_heads(rows, signal, options)
 
 
-def _through_head(rows: Rows, teacher: LogitTeacher, **options: object) -> Losses:
+def _through_head(
+    rows: Rows, teacher: LogitTeacher, shared: int | None = None, **options: object
+) -> Losses:
+    """``shared``: how many columns of the student's head count; None: all."""
+
     def use(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, ...]:
         labels_N = rows.labels_N
+        if shared is not None and shared < len(weight_VD):
+            weight_VD, bias_V = weight_VD[:shared], None if bias_V is None else bias_V[:shared]
         return tuple(
             linear_kd(hidden_ND, weight_VD, bias_V, teacher=teacher, labels_N=labels_N, **options)
         )
@@ -111,7 +127,8 @@ def _through_heads(rows: Rows, signal: Projected, options: dict[str, object]) ->
         teacher = LinearTeacher(hidden_NE, weight_WE, bias_W)
         with torch.set_grad_enabled(with_gradient):
             vocabulary = signal.vocabulary
-            found.append(_through_head(rows, teacher, vocabulary=vocabulary, **options))
+            shared = vocabulary if options["kind"] in INFINITE else None
+            found.append(_through_head(rows, teacher, shared, vocabulary=vocabulary, **options))
         return hidden_NE
 
     # The result leaves by the side: as the module's output it would take the hooks of the

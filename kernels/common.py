@@ -22,6 +22,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOW = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-37)
+HUGE = tl.constexpr(1e15)  # beyond it a loss has a LOW in it, and a largest logit is one
 
 THREAD_COLUMNS = tl.constexpr(8)
 ALIGNED_COLUMNS = tl.constexpr(8)
@@ -35,9 +36,6 @@ LOOSE = tl.constexpr(2)
 PLAIN = tl.constexpr(0)
 SCALED = tl.constexpr(1)
 CAPPED = tl.constexpr(2)
-
-
-# ---- elementary functions
 
 
 @triton.jit
@@ -60,6 +58,12 @@ def reciprocal(x, FAST: tl.constexpr):
         )
     else:
         return 1.0 / x
+
+
+@triton.jit
+def shown(loss, none):
+    """A loss as it is stored: NaN without a softmax, inf with a LOW in it"""
+    return tl.where(none, float("nan"), tl.where(loss > HUGE, float("inf"), loss))
 
 
 # ---- logits of a row

@@ -16,6 +16,7 @@ from torch import Tensor
 from dskd.kernels.common import (
     CAPPED,
     EVEN,
+    HUGE,
     LN2,
     LOG2E,
     LOW,
@@ -31,6 +32,7 @@ from dskd.kernels.common import (
     row_shift,
     row_start,
     row_tiles,
+    shown,
     zero_row,
 )
 from dskd.kernels.divergence import (
@@ -47,7 +49,7 @@ from dskd.kernels.divergence import (
     tilt_sums,
     write_gradient,
 )
-from dskd.kernels.factors import row_factors, row_logs, row_weights, weightless
+from dskd.kernels.factors import row_factors, row_logs, row_weights, teacher_width, weightless
 
 MAX_REGISTERS = 64
 """What 1024 threads have each; some compilers would go for 32 and spill."""
@@ -89,7 +91,8 @@ def dense_kernel(
     """One row: its losses and, if GRAD, its gradient, which may overwrite the student's logits"""
     row = tl.program_id(0).to(tl.int64)
     shift = row_shift(row, student_stride, lead, ALIGN)
-    if weightless(row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)):
+    weights = row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)
+    if weightless(weights):
         tl.store(divergence_ptr + row, 0.0)
         if LABELS != NO_LABELS:
             tl.store(label_loss_ptr + row, 0.0)
@@ -98,6 +101,7 @@ def dense_kernel(
         return
 
     c = inverse_t * LOG2E
+    W = teacher_width(weights, W, LABELS)
     student = row_start(student_ptr, row, student_stride, shift, ALIGN)
     teacher = row_start(teacher_ptr, row, teacher_stride, shift, ALIGN)
     ends = (shift, shift + V, shift + W)
@@ -105,6 +109,10 @@ def dense_kernel(
     rows = (student, teacher, ends, maps)
     tiles = row_tiles(shift, shift + V, shift + W, B, ALIGN)
     sums = row_sums(rows, tiles, c, KIND, LABELS, STUDENT_MAP, TEACHER_MAP, ALIGN, B, G, FAST)
+    s_max, s_sum, t_max, t_sum, forward, reverse, hot = sums
+    if LABELS != NO_LABELS:
+        t_sum = tl.where(W == 0, 1.0, t_sum)
+        sums = (s_max, s_sum, t_max, t_sum, forward, reverse, hot)
     # loaded again: registers are scarce in the first pass
     weights = row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)
     logs = row_logs(sums, c)
@@ -114,11 +122,11 @@ def dense_kernel(
             rows, tiles, logs, beta, KIND, STUDENT_MAP, TEACHER_MAP, ALIGN, B, G, FAST
         )
     loss, factors = row_factors(sums, logs, tilts, weights, inverse_t, beta, KIND, LABELS)
-    tl.store(divergence_ptr + row, loss)
+    loss = shown(loss, (s_max < -HUGE) | (t_max < -HUGE))
+    tl.store(divergence_ptr + row, tl.where(W == 0, 0.0, loss))
 
     _, _, label_weight = weights
     if LABELS != NO_LABELS:
-        s_max, s_sum, _, _, _, _, hot = sums
         if LABELS == SAME:
             hot = s_sum
         # an ignored label may be anything: it must not index
@@ -126,7 +134,7 @@ def dense_kernel(
         s_label = mapped(
             finite(tl.load(student + label), False), student_scale, student_cap, STUDENT_MAP, FAST
         )
-        label_loss = (s_max - s_label) + tl.log2(hot) * LN2
+        label_loss = shown((s_max - s_label) + tl.log2(hot) * LN2, s_max < -HUGE)
         tl.store(label_loss_ptr + row, tl.where(label_weight == 0, 0.0, label_loss))
     if GRAD:
         # all threads have read the label's logit before one overwrites it
@@ -165,7 +173,8 @@ def dense_rows(
     """Divergence [N] and label loss [N] (None without labels) of every row, fp32, in nats.
 
     Both are unweighted, but for the kind "mixed", which is weight * KL(p || q) + reverse *
-    KL(q || p); 0 in a row whose weights are all 0, and whose logits are not read.
+    KL(q || p); each is 0 where its weight is. Where the divergence's is, the teacher's logits are
+    not read; where the label's is, too, nothing is.
 
     Args:
         student_NV, teacher_NW: logits, fp32, fp16 or bf16, of unit column stride and any row

@@ -44,6 +44,21 @@ def weightless(weights):
 
 
 @triton.jit
+def speechless(weights):
+    """Whether a row's divergence counts for nothing"""
+    weight, reverse_weight, _ = weights
+    return (weight == 0) & (reverse_weight == 0)
+
+
+@triton.jit
+def teacher_width(weights, width, LABELS: tl.constexpr):
+    """The teacher's columns that are read: none where only the label counts, they may be NaN"""
+    if LABELS != NO_LABELS:
+        width = tl.where(speechless(weights), 0, width)
+    return width
+
+
+@triton.jit
 def row_logs(sums, c):
     """(c, s_log, t_log): log2 of the sums of 2^(c s) and 2^(c t), from `row_sums`"""
     s_max, s_sum, t_max, t_sum, _, _, _ = sums

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dskd.kernels.common import (
     EVEN,
+    HUGE,
     LN2,
     LOG2E,
     LOW,
@@ -31,6 +32,7 @@ from dskd.kernels.common import (
     row_shift,
     row_start,
     row_tiles,
+    shown,
     slope,
     zero_row,
 )
@@ -97,7 +99,8 @@ def label_kernel(
 
     label = shift + tl.load(labels_ptr + row)
     z_label = mapped(finite(tl.load(logits + label), False), scale, cap, MAP, FAST)
-    tl.store(loss_ptr + row, (highest - z_label) + log_total * LN2)
+    loss = shown((highest - z_label) + log_total * LN2, highest < -HUGE)
+    tl.store(loss_ptr + row, loss)
     if GRAD:
         # all threads have read the label's logit before one overwrites it
         tl.debug_barrier()

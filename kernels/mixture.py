@@ -64,31 +64,32 @@ def mixture_rows(
     dtypes = tuple(logits.dtype for logits in (student_NV, *gradients))
     tile, group, num_warps = launch_of(columns_V, ranges, teacher_align == LOOSE.value, *dtypes)
     scale, cap = student_map
-    mixture_kernel[(rows,)](
-        student_NV,
-        grad_NV,
-        teacher_table(teachers, firsts),
-        weight_Nn,
-        divergence_N,
-        columns_V,
-        student_NV.stride(0),
-        0 if grad_NV is None else grad_NV.stride(0),
-        weight_Nn.stride(0),
-        lead,
-        1.0 / temperature,
-        scale,
-        cap,
-        TEACHERS=len(teachers),
-        RANGES=ranges,
-        MAP=map_kind(student_map),
-        GRAD=grad_NV is not None,
-        ALIGN=align,
-        TEACHER_ALIGN=teacher_align,
-        B=tile,
-        G=group,
-        FAST=fast(),
-        num_warps=num_warps,
-    )
+    with torch.cuda.device_of(student_NV):
+        mixture_kernel[(rows,)](
+            student_NV,
+            grad_NV,
+            teacher_table(teachers, firsts),
+            weight_Nn,
+            divergence_N,
+            columns_V,
+            student_NV.stride(0),
+            0 if grad_NV is None else grad_NV.stride(0),
+            weight_Nn.stride(0),
+            lead,
+            1.0 / temperature,
+            scale,
+            cap,
+            TEACHERS=len(teachers),
+            RANGES=ranges,
+            MAP=map_kind(student_map),
+            GRAD=grad_NV is not None,
+            ALIGN=align,
+            TEACHER_ALIGN=teacher_align,
+            B=tile,
+            G=group,
+            FAST=fast(),
+            num_warps=num_warps,
+        )
     return divergence_N
 
 

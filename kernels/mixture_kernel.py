@@ -16,6 +16,7 @@ from dskd.kernels.common import (
     ALIGNED_COLUMNS,
     CAPPED,
     EVEN,
+    HUGE,
     LN2,
     LOG2E,
     LOOSE,
@@ -31,6 +32,7 @@ from dskd.kernels.common import (
     row_shift,
     row_start,
     row_tiles,
+    shown,
     slope,
     thread_sum,
     zero_row,
@@ -77,7 +79,7 @@ def log_denominator(
         top, total, _, _ = online(z, top, total, c, G)
     peak = tl.max(top, 0)
     total = tl.sum(total * tl.exp2((top - peak) * c), 0)
-    return peak * c + tl.log2(total + TINY)
+    return shown(peak * c + tl.log2(total + TINY), peak < -HUGE)
 
 
 @triton.jit
@@ -249,4 +251,4 @@ def mixture_kernel(
             student, grad, teachers, firsts, lasts, logs, at, shift, end, c, s_log, weight, scale,
             cap, divergence, TEACHERS, False, RANGES, MAP, GRAD, ALIGN, TEACHER_ALIGN, G, FAST,
         )  # fmt: skip
-    tl.store(divergence_ptr + row, tl.sum(divergence, 0) * LN2)
+    tl.store(divergence_ptr + row, shown(tl.sum(divergence, 0) * LN2, False))

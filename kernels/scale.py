@@ -3,6 +3,7 @@
 ``torch.mul`` would round the scalar to the tensor's 16-bit type first.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,9 +25,11 @@ def scale_kernel(x_ptr, by_ptr, out_ptr, count, BLOCK: tl.constexpr):
 
 def scale(x: Tensor, by: Tensor, out: Tensor) -> None:
     """``out = x * by`` in fp32; x and out contiguous and of one shape, by a scalar tensor."""
+    assert x.is_contiguous() and out.is_contiguous(), "memory is scaled element by element"
     if x.numel():
         grid = (triton.cdiv(x.numel(), BLOCK),)
-        scale_kernel[grid](x, by, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS, num_stages=1)
+        with torch.cuda.device_of(x):
+            scale_kernel[grid](x, by, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS, num_stages=1)
 
 
 def configurations() -> list[Configuration]:

@@ -16,6 +16,7 @@ from dskd.kernels.common import (
     ALIGNED_COLUMNS,
     CAPPED,
     EVEN,
+    HUGE,
     LN2,
     LOG2E,
     LOW,
@@ -26,6 +27,7 @@ from dskd.kernels.common import (
     row_shift,
     row_start,
     row_tiles,
+    shown,
     slope,
     zero_row,
 )
@@ -62,22 +64,22 @@ def at_most_0(x):
 
 
 @triton.jit
-def teacher_row(log_p, some, row, tail_ptr, MODE: tl.constexpr):
+def teacher_row(log_p, some, row, weight, tail_ptr, MODE: tl.constexpr):
     """The teacher's log2 p and p of the slots, the same of the rest, and the sum of all p"""
     log_p = tl.where(some, log_p * LOG2E, LOW)
     log_p_rest = 0.0
     p_rest = 0.0
     if MODE == TAIL:
         p = tl.exp2(log_p)
-        log_p_rest = tl.load(tail_ptr + row) * LOG2E
+        log_p_rest = tl.load(tail_ptr + row, mask=weight != 0, other=-float("inf")) * LOG2E
         p_rest = tl.exp2(log_p_rest)
         mass = tl.sum(p, 0) + p_rest
     else:
         p_peak = tl.max(log_p, 0)
         log_p -= p_peak + log_total(log_p, p_peak, some, 1.0)
         p = tl.where(some, tl.exp2(log_p), 0.0)
-        # a teacher that says nothing has no gradient either
-        mass = tl.where(p_peak == LOW, 0.0, 1.0)
+        # 1, or 0 of a teacher that says nothing, which has no gradient either
+        mass = tl.sum(p, 0)
     return log_p, p, log_p_rest, p_rest, mass
 
 
@@ -183,9 +185,11 @@ def topk_kernel(
         total = log_add(total, rest)
     log_q = at_most_0((z - peak) * c - total)
 
-    log_p = tl.load(logprobs_ptr + row * logprobs_stride + slot, mask=used, other=-float("inf"))
+    # without a weight the teacher says nothing: 0 times what is there may be NaN
+    heard = used & (slot < tl.where(weight == 0, 0, K))
+    log_p = tl.load(logprobs_ptr + row * logprobs_stride + slot, mask=heard, other=-float("inf"))
     some = log_p != -float("inf")
-    log_p, p, log_p_rest, p_rest, mass = teacher_row(log_p, some, row, tail_ptr, MODE)
+    log_p, p, log_p_rest, p_rest, mass = teacher_row(log_p, some, row, weight, tail_ptr, MODE)
     divergence = 0.0
     if MODE == TAIL:
         divergence = tl.where(p_rest != 0, p_rest * (log_p_rest - (rest - total)), 0.0)
@@ -193,13 +197,18 @@ def topk_kernel(
     if MODE != TRUNCATED:
         q_rest = tl.exp2(rest - total)
     divergence += tl.sum(tl.where(some, p * (log_p - log_q), 0.0), 0)
-    tl.store(divergence_ptr + row, divergence * LN2)
+    # no softmax of the kept tokens, or of all
+    none = peak < -HUGE
+    if MODE == TRUNCATED:
+        none = kept_peak < -HUGE
+    none = none & (mass != 0)
+    tl.store(divergence_ptr + row, shown(divergence * LN2, none))
 
     total_1 = total
     if LABELS == SQUARE or LABELS == OTHER:
         total_1 = log_add(log_total(z, peak, used, LOG2E), rest_1)
     if LABELS != UNLABELLED:
-        loss = (total_1 - (z_label - peak) * LOG2E) * LN2
+        loss = shown((total_1 - (z_label - peak) * LOG2E) * LN2, peak < -HUGE)
         tl.store(label_loss_ptr + row, tl.where(label_weight == 0, 0.0, loss))
 
     if GRAD:

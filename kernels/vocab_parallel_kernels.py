@@ -25,6 +25,7 @@ from dskd.kernels.common import (
     row_shift,
     row_start,
     row_tiles,
+    shown,
     zero_row,
 )
 from dskd.kernels.divergence import (
@@ -37,7 +38,14 @@ from dskd.kernels.divergence import (
     tilt_sums,
     write_gradient,
 )
-from dskd.kernels.factors import row_factors, row_logs, row_weights, weightless
+from dskd.kernels.factors import (
+    row_factors,
+    row_logs,
+    row_weights,
+    speechless,
+    teacher_width,
+    weightless,
+)
 
 STATISTICS = tl.constexpr(8)
 
@@ -114,8 +122,10 @@ def statistics_kernel(
     """One row's statistics of this shard; a row without weight keeps those of no columns"""
     row = tl.program_id(0).to(tl.int64)
     part = parts_ptr + row * STATISTICS
-    if weightless(row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)):
+    weights = row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)
+    if weightless(weights):
         return
+    S = teacher_width(weights, S, LABELS)
     rows, shift = row_pair(
         student_ptr, teacher_ptr, row, R, S, student_stride, teacher_stride, lead, ALIGN
     )
@@ -160,12 +170,14 @@ def divergence_kernel(
 ):
     """One row's `tilt_sums` of this shard"""
     row = tl.program_id(0).to(tl.int64)
-    if weightless(row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)):
+    weights = row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)
+    if weightless(weights):
         tl.store(sums_ptr + row * 2, 0.0)
         tl.store(sums_ptr + row * 2 + 1, 0.0)
         return
     c = inverse_t * LOG2E
     sums, _, _, _ = whole_sums(parts_ptr, row, N, ranks, c, NO_LABELS, P)
+    S = teacher_width(weights, S, LABELS)
     rows, shift = row_pair(
         student_ptr, teacher_ptr, row, R, S, student_stride, teacher_stride, lead, ALIGN
     )
@@ -210,10 +222,11 @@ def gradient_kernel(
 ):
     """One row's losses, the same on every rank, and if GRAD the gradient of this shard"""
     row = tl.program_id(0).to(tl.int64)
+    weights = row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)
+    S = teacher_width(weights, S, LABELS)
     rows, shift = row_pair(
         student_ptr, teacher_ptr, row, R, S, student_stride, teacher_stride, lead, ALIGN
     )
-    weights = row_weights(row, weight_ptr, reverse_ptr, label_weight_ptr, KIND, LABELS)
     if weightless(weights):
         tl.store(divergence_ptr + row, 0.0)
         if LABELS != NO_LABELS:
@@ -226,6 +239,7 @@ def gradient_kernel(
     sums, s_label, s_none, t_none = whole_sums(parts_ptr, row, N, ranks, c, LABELS, P)
     # a row without a softmax has no gradient, and losses of NaN
     none = s_none | t_none
+    silent = speechless(weights)
     tilts = (0.0, 0.0)
     if KIND > MIXED:
         tilts = (tl.load(sums_ptr + row * 2), tl.load(sums_ptr + row * 2 + 1))
@@ -238,10 +252,10 @@ def gradient_kernel(
     loss, factors = row_factors(
         sums, row_logs(sums, c), tilts, weights, inverse_t, beta, KIND, LABELS
     )
-    tl.store(divergence_ptr + row, tl.where(none, float("nan"), loss))
+    tl.store(divergence_ptr + row, tl.where(silent, 0.0, shown(loss, none)))
     if LABELS != NO_LABELS:
         s_max, _, _, _, _, _, hot = sums
-        label_loss = tl.where(s_none, float("nan"), (s_max - s_label) + tl.log2(hot) * LN2)
+        label_loss = shown((s_max - s_label) + tl.log2(hot) * LN2, s_none)
         tl.store(label_loss_ptr + row, tl.where(label_weight == 0, 0.0, label_loss))
 
     if GRAD:

@@ -59,6 +59,28 @@ def folder(tmp_path_factory) -> Path:
     return folder / "results"
 
 
+@pytest.mark.parametrize("script", ["step", "kernels"])
+@pytest.mark.parametrize("safe", ["", "1"], ids=["python", "python -P"])
+def test_the_scripts_folder_is_off_the_path_and_the_checkout_on_it(tmp_path, script, safe):
+    """The lines above a script's imports, in a checkout of their own that is reached by a link."""
+    head, imports, _ = (ROOT / f"launch/bench/{script}.py").read_text().partition("import argparse")
+    assert imports
+    real, link = tmp_path / "real", tmp_path / "link"
+    (real / "launch/bench").mkdir(parents=True)
+    link.symlink_to(real)
+    (real / "launch/bench/head.py").write_text(f"{head}print(*sys.path, sep='\\n')\n")
+    done = subprocess.run(
+        [sys.executable, str(link / "launch/bench/head.py")],
+        env=environment() | {"PYTHONSAFEPATH": safe},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    places = done.stdout.splitlines()
+    assert places[0] == str(real)
+    assert not [place for place in places if place.endswith("bench")]
+
+
 def test_the_numbers_of_every_variant_are_there(folder):
     (path,) = folder.glob("*.json")
     result = json.loads(path.read_text())

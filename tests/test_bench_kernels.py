@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -12,8 +14,8 @@ import pytest
 import torch
 
 from dskd import losses
-from launch.bench import cases, peers, timing, truth, verdicts
-from launch.bench.cases import OURS
+from launch.bench import cases, kernels, peers, timing, truth, verdicts
+from launch.bench.logit_cases import FLOOR, OURS
 from launch.bench.peers import Outcome
 from tests.launching import environment
 
@@ -44,32 +46,47 @@ class CountingClock:
 
     def round(self, calls, before):
         self.orders.append("".join(calls))
-        for name in calls:
-            if name in before:
-                before[name]()
+        for _ in calls:
+            before()
             self.ticks += 1
         return dict.fromkeys(calls, (float(self.ticks), 0.5))
 
 
-def test_rounds_are_interleaved_in_shifting_order_after_one_that_does_not_count():
+def test_rounds_are_interleaved_after_one_that_does_not_count():
     clock, restored = CountingClock(), []
     samples = timing.interleave(
         dict.fromkeys("abc", lambda: None),
         clock,
-        before={"b": lambda: restored.append("b")},
+        before=lambda: restored.append(clock.ticks),
         rounds=4,
         seconds=0.0,
     )
-    assert clock.orders == ["abc", "abc", "bca", "cab", "abc"]
-    assert len(restored) == 5
+    assert clock.orders == ["abc", *map("".join, timing.orders("abc", 4))]
+    assert restored == list(range(15))  # before every sample, of whatever variant
     assert samples["wall_ms"]["a"] == [6.0, 9.0, 12.0, 15.0]
     assert samples["cpu_ms"]["c"] == [0.5] * 4
+
+
+def test_no_variant_always_follows_the_same_one():
+    orders = list(timing.orders("abcd", 24))
+    assert orders == list(timing.orders("abcd", 24))
+    assert all(sorted(order) == list("abcd") for order in orders)
+    followed = [tuple(order[place : place + 2]) for order in orders for place in range(3)]
+    for pair in itertools.permutations("abcd", 2):
+        assert 1 <= followed.count(pair) <= 12  # 6 on average; a rotation has 18 or 0
+
+
+def test_the_clock_gives_every_variant_the_same_work_before():
+    done, clock = [], timing.HostClock()
+    calls = {name: (lambda name=name: done.append(name)) for name in "ab"}
+    assert set(clock.round(calls, lambda: done.append("-"))) == {"a", "b"}
+    assert "".join(done) == "-a-b"
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, timing.FEWEST), (1e9, timing.MOST)])
 def test_time_decides_the_rounds_within_bounds(seconds, rounds):
     calls = {"a": lambda: None}
-    samples = timing.interleave(calls, CountingClock(), before={}, rounds=None, seconds=seconds)
+    samples = timing.interleave(calls, CountingClock(), before=list, rounds=None, seconds=seconds)
     assert len(samples["wall_ms"]["a"]) == rounds
 
 
@@ -91,7 +108,7 @@ def test_every_case_is_what_float64_says_and_its_eager_peer_too(what):
     case = MADE[what]()
     expected = case.truth.compute()
     for name in (OURS, "torch eager"):
-        case.before.get(name, lambda: None)()
+        case.restore()
         errors = case.truth.errors(case.variants[name](), expected)
         assert errors[0] < 3e-3, (name, errors)  # bf16 logits of the peers
         assert errors[1] < 2e-2, (name, errors)
@@ -145,119 +162,42 @@ def test_truth_goes_by_chunks_and_sees_a_wrong_row(monkeypatch):
         assert errors[1] > 0.5
 
 
-def row(op: str, case: str, shape: dict, held: str = "", **variants: dict) -> dict:
-    return {"op": op, "case": case, "shape": shape, "held": held, "variants": variants}
+def bench_of(folder: Path) -> kernels.Bench:
+    words = {"device": "cuda", "small": True, "tests": None, "rounds": 2, "results": folder}
+    return kernels.Bench(CPU, argparse.Namespace(**words), "")
 
 
-def result_of(found: dict, small: bool = False) -> dict:
-    return {"small": small, "rows": [found]}
+def test_memory_that_ends_while_timing_is_said_and_is_no_success(tmp_path, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    bench, case = bench_of(tmp_path), MADE["topk V 1003"]()
+    bench.measure(case)
+    assert bench.good()
+    monkeypatch.setattr(timing, "interleave", out_of_memory)
+    bench.measure(case)
+    assert not bench.good()
+    bench.write()
+    (data,) = tmp_path.glob("*.json")
+    timed, untimed = json.loads(data.read_text())["rows"]
+    assert (timed["held"], timed["rounds"]) == ("", 2)
+    assert (untimed["held"], untimed["rounds"]) == ("out of memory while timed", 0)
+    ours = untimed["variants"][OURS]
+    assert "ms" not in ours
+    assert ours["gradient_error"] == timed["variants"][OURS]["gradient_error"] < 4e-3
+    table = data.with_suffix(".md").read_text()
+    assert table.count("| not timed |") == len(untimed["variants"])
+    assert "WRONG" not in table
+    assert table.count("writes the gradient over the logits") == 1
+    assert untimed["variants"][FLOOR] == {}
 
 
-def verdict_of(found: dict) -> dict[str, str]:
-    """Verdicts by what is bounded."""
-    return {x.what.rsplit(": ", 1)[1]: x.verdict for x in verdicts.targets(result_of(found))}
-
-
-@pytest.mark.parametrize(
-    ("case", "columns", "share", "expected"),
-    [
-        ("forward_kl bf16", 32768, 0.86, "met"),
-        ("forward_kl bf16", 32768, 0.84, "MISSED"),
-        ("reverse_kl bf16", 131072, 0.76, "met"),
-        ("reverse_kl bf16", 151936, 0.74, "MISSED"),
-        ("jsd bf16", 32768, 0.51, "met"),
-        ("jsd fp32", 32768, 0.69, "MISSED"),
-        ("forward_kl fp32", 131072, 0.70, "met"),
-    ],
-)
-def test_shares_of_the_floor(case, columns, share, expected):
-    found = row("dense", case, {"N": 8192, "V": columns}, ours={"of_floor": share})
-    assert verdict_of(found)["share of the floor"] == expected
-    found["held"] = "red tests (test_dense)"
-    assert verdict_of(found)["share of the floor"] == "not judged: red tests (test_dense)"
-
-
-def test_dense_is_held_to_eager_compiled_and_no_memory():
-    logits = 2 * 8192 * 32768
-    found = row("dense", "forward_kl bf16", {"N": 8192, "V": 32768})
-    found["variants"] = {
-        "ours": {"of_floor": 0.9, "peak_bytes": logits // 50},
-        "torch eager": {"over_ours": {"median": 8.1}},
-        "torch compiled": {"failed": "out of memory"},
-    }
-    assert verdicts.targets(result_of(found, small=True)) == []
-    assert verdict_of(found) == {
-        "share of the floor": "met",
-        "times as fast as torch eager": "met",
-        "times as fast as torch compiled": "not measured",
-        "extra memory over the student's logits": "MISSED",
-    }
-
-
-def test_linear_is_held_to_liger():
-    shape = {"N": 8192, "V": 131072, "D": 4096, "E": 4096}
-    found = row("linear", "jsd bf16, H 4096/4096", shape)
-    chunked = "Liger chunked (1024), compiled"
-    found["variants"] = {
-        "ours": {"ms": {"median": 54.0}, "peak_bytes": 120},
-        "Liger fused": {"over_ours": {"median": 1.6}, "peak_bytes": 100},
-        chunked: {"over_ours": {"median": 1.05}, "peak_bytes": 100},
-    }
-    assert verdict_of(found) == {
-        "times as fast as Liger fused": "met",
-        "memory over Liger fused": "met",
-        "ms (a target for the H200)": "met",
-        f"times as fast as {chunked}": "MISSED",
-        f"memory over {chunked}": "MISSED",
-    }
-    found["shape"] = shape | {"D": 2048}
-    assert verdict_of(found)["times as fast as Liger fused"] == "MISSED"
-    assert len(verdict_of(found)) == 2
-
-
-def test_the_cpu_is_held_to_eager_and_the_fastest_peer():
-    found = row("cpu", "linear forward_kl fp32, H 256", {"N": 512})
-    found["variants"] = {
-        "ours": {"ms": {"median": 10.0}, "peak_bytes": 60},
-        "torch eager": {
-            "ms": {"median": 12.0},
-            "ours_over": {"median": 0.8},
-            "peak_bytes": 100,
-        },
-        "TRL chunked": {"ms": {"median": 9.0}, "ours_over": {"median": 1.1}},
-        "Liger chunked (1024)": {"ms": {"median": 11.0}, "ours_over": {"median": 0.9}},
-        "floor": {"ms": {"median": 5.0}, "ours_over": {"median": 2.0}},
-    }
-    assert verdict_of(found) == {
-        "memory over torch eager": "met",
-        "time over torch eager": "met",
-        "time over the fastest peer, TRL chunked": "MISSED",
-    }
-    del found["variants"]["TRL chunked"], found["variants"]["Liger chunked (1024)"]
-    assert verdict_of(found)["time over the fastest peer"] == "not measured"
-
-
-@pytest.mark.parametrize(
-    ("name", "red"),
-    [
-        ("tests.kernels.test_topk", {"topk", "linear_topk"}),
-        ("tests.kernels.test_dense.TestIt", {"dense", "linear"}),
-        ("tests.fused.test_linear", {"linear", "linear_topk"}),
-        ("tests.kernels.test_mixture", {"mixture"}),
-        ("tests.fused.test_ops", set(verdicts.OPS)),
-        ("tests.kernels.test_vocab_parallel", set()),
-    ],
-)
-def test_red_tests_make_operations_red(tmp_path, name, red):
-    report = tmp_path / "tests.xml"
-    report.write_text(
-        '<testsuites><testsuite><testcase classname="tests.kernels.test_label" name="test_a"/>'
-        f'<testcase classname="{name}" name="test_b"><failure message="no"/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    assert set(verdicts.red_operations(report)) == red
-    assert set(verdicts.red_operations(tmp_path / "none.xml")) == set(verdicts.OPS)
-    assert verdicts.red_operations(None) == {}
+@pytest.mark.parametrize("words", [["--ops", "dense"], ["--seconds", "9"], ["--tests", "a.xml"]])
+def test_the_cpu_table_refuses_what_it_does_not_take(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cpu", *words])
+    with pytest.raises(SystemExit, match="2"):
+        kernels.read_words()
+    assert f"{words[0]}: the table of --device cpu has one case" in capsys.readouterr().err
 
 
 def test_the_cpu_table_from_the_command_line(tmp_path):

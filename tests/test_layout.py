@@ -24,7 +24,7 @@ FLOORS = {
     "compaction.widths compaction.masks compaction.tiles compaction.rule compaction.rules "
     "fused.arguments fused.products fused.cpu_chunks fused.cpu_kinds fused.cpu fused.cpu_topk "
     "fused.cpu_mixture "
-    "fused.cpu_vocab_parallel fused.backend fused.gradients fused.dense fused.topk fused.label "
+    "fused.cpu_vocab_parallel fused.backend fused.per_token fused.gradients fused.dense fused.topk fused.label "
     "fused.mixture fused.chunking fused.linear_visit fused.linear fused.vocab_parallel "
     "fused.compactor fused.update ops "
     "inherited models.families models.initial models.weights models.build models.speed "

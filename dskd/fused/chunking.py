@@ -83,7 +83,8 @@ class Gradients:
     ) -> None:
         need_hidden, need_weight, need_bias = needs
         self._weight_VD = weight_VD
-        self.hidden_ND = torch.empty_like(hidden_ND) if need_hidden else hidden_ND.new_empty(0, 0)
+        # contiguous, however the hidden states lie: the operator's fake and `scaled` count on it
+        self.hidden_ND = hidden_ND.new_empty(hidden_ND.shape if need_hidden else (0, 0))
         total = {"dtype": wide(weight_VD.dtype), "device": weight_VD.device}
         # written by the first chunk, if there is one
         make = torch.empty if len(hidden_ND) else torch.zeros

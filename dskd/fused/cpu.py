@@ -26,6 +26,7 @@ from dskd.fused.cpu_chunks import (
     live,
     rows_of,
     scratch,
+    unweighted,
 )
 from dskd.fused.cpu_kinds import KINDS, Pair, mixed
 
@@ -60,7 +61,8 @@ def dense_rows(
         grad_NV: receives the gradient of the weighted sum of the losses by ``student_NV``; it may
             be that tensor, or have another dtype and row stride. None: losses only.
 
-    A row without any weight has losses and gradient 0, and its logits are not looked at.
+    Where a loss has no weight it is 0, and so is its gradient, whatever the logits are: those of a
+    row without any weight are not looked at.
     """
     dtype = wide(student_NV.dtype)
     student = Logits(student_NV, student_map, temperature, dtype)
@@ -81,6 +83,11 @@ def dense_rows(
             loss_C1, terms = mixed(pair, weight_N[rows, None], reverse_N[rows, None])
             slope_C1 = student.over
         terms = [(matrix, column_C1 * slope_C1) for matrix, column_C1 in terms]
+        if shifted:
+            # without a softmax
+            loss_C1.masked_fill_((pair.zs == 0) | (pair.zt == 0), torch.nan)
+        if labels is not None:
+            terms = unweighted(terms, loss_C1, ~divergent_N[rows, None])
         chunk = Chunk([pair.zs, pair.zt], [loss_C1], terms)
         if labels is not None:
             label_C1 = pair.s.gather(1, labels.ids_N1[rows])
@@ -88,6 +95,7 @@ def dense_rows(
             add_label(chunk, student, hot, labels, spare_CV)
         return chunk
 
+    divergent_N = live(weight_N, reverse_N)
     live_N = live(weight_N, reverse_N, label_weight_N)
     for rows, chunk in chunked(live_N, buffers.shape[1], [student, teacher], compute, grad_NV):
         divergence_N[rows] = chunk.losses[0][:, 0]

@@ -255,6 +255,19 @@ def exponentials(
     return out.sum(1, keepdim=True)
 
 
+def unweighted(terms: list[Term], loss_C1: Tensor, none_C1: Tensor) -> list[Term]:
+    """The terms, and the loss in place, at 0 in some rows: 0 times what is there may be NaN.
+
+    The first matrix, exponentials of the student, stays as it is, for the label's gradient.
+    """
+    if not none_C1.any():
+        return terms
+    loss_C1.masked_fill_(none_C1, 0.0)
+    for matrix, _ in terms[1:]:
+        matrix.masked_fill_(none_C1, 0.0)
+    return [(matrix, column_C1.masked_fill(none_C1, 0.0)) for matrix, column_C1 in terms]
+
+
 def add_label(chunk: Chunk, logits: Logits, hot: Hot, labels: Labels, spare_CV: Tensor) -> None:
     """Add the cross entropy at temperature 1, as the chunk's next loss, and its gradient.
 
@@ -283,4 +296,5 @@ def add_label(chunk: Chunk, logits: Logits, hot: Hot, labels: Labels, spare_CV: 
     loss_C1 = log_z_C1 - hot.label_C1 * logits.unit
     if hot.shifted:
         loss_C1.masked_fill_(hot.label_C1 < MASKED, torch.inf)
+        loss_C1.masked_fill_(log_z_C1 == -torch.inf, torch.nan)  # without a softmax
     chunk.losses.append(loss_C1.masked_fill_(labels.unweighted_N1[hot.rows], 0.0))

@@ -71,7 +71,7 @@ def mixture_rows(
         loss_C1 = log_CV.sum(1, keepdim=True) / total_C1 + (zs_C1 / total_C1).log()
         if shifted:
             lost_C1 = ((x_CV > 0) & (s_CV < MASKED)).any(1, keepdim=True)
-            loss_C1.masked_fill_(lost_C1, torch.inf)
+            loss_C1.masked_fill_(lost_C1, torch.inf).masked_fill_(zs_C1 == 0, torch.nan)
         scale_C1 = total_C1 * student.over / zs_C1
         terms = [(es_CV, scale_C1), (x_CV, torch.full_like(scale_C1, -student.over))]
         return Chunk(totals, [loss_C1], terms)

@@ -68,6 +68,7 @@ def topk_rows(
     slots = _Slots(ids_NK)
     teacher = _Teacher(slots, logprobs_NK, tail_N if mode == "tail" else None)
     slope_N1 = weight_N[:, None].masked_fill(slots.empty_N1, 0.0) * student.over
+    unweighted_N1 = slope_N1 == 0
     buffers = scratch(2, student_NV)
 
     def compute(rows: Rows, shifted: bool) -> Chunk:
@@ -82,7 +83,10 @@ def topk_rows(
         if mode == "truncated":
             buckets_CB[:, -1] = -torch.inf
         loss_C1, grad_CB = teacher.divergence(rows, buckets_CB)
-        grad_CK, grad_C1 = grad_CB.mul_(slope_N1[rows]).split((grad_CB.shape[1] - 1, 1), 1)
+        # 0 times what is there may be NaN
+        loss_C1.masked_fill_(unweighted_N1[rows], 0.0)
+        grad_CB.mul_(slope_N1[rows]).masked_fill_(unweighted_N1[rows], 0.0)
+        grad_CK, grad_C1 = grad_CB.split((grad_CB.shape[1] - 1, 1), 1)
         scale_C1 = (grad_C1 / total_C1).masked_fill_(total_C1 == 0, 0.0)
         chunk = Chunk(totals, [loss_C1], [(exps_CV, scale_C1)], [(part.ids_CK, grad_CK)])
         if labels is not None:

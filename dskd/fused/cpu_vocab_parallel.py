@@ -30,6 +30,8 @@ FORWARD = ("forward_kl", "mixed")
 REVERSE = ("reverse_kl", "mixed")
 LOWEST = -1e30
 """In the place of -inf where a product with probability 0 has to be 0."""
+HUGE = 1e15
+"""A divergence above this is infinite: mass of a side times -LOWEST."""
 _CHUNK = 1 << 19
 """Logits in a chunk of rows."""
 
@@ -115,14 +117,14 @@ def gradient_rows(
     and ``softmax(s) - onehot`` for the label (column ``column_N`` of this shard, -1 elsewhere).
     """
     whole = _whole(parts_PN8, temperature)
-    weighted_N = _weighted(weight_N, reverse_N, label_weight_N)
-    divergence_N = _divergence(whole, sums_N2, weight_N, reverse_N, kind).where(weighted_N, 0.0)
+    divergent_N = _weighted(weight_N, reverse_N, None)
+    divergence_N = _divergence(whole, sums_N2, weight_N, reverse_N, kind).where(divergent_N, 0.0)
     label_N = None
     if label_weight_N is not None:
         label_N = whole.label_loss_N.where(label_weight_N != 0, 0.0)
     if grad_NR is None:
         return divergence_N, label_N
-    defined_N = whole.defined_N & weighted_N
+    defined_N = whole.defined_N & divergent_N
     for rows, s, t in _chunks(student_NR, teacher_NS):
         log_q, log_p = _log_probabilities(s, t, whole, rows, temperature)
         q = log_q.exp()
@@ -177,25 +179,25 @@ def _whole(parts_PN8: Tensor, temperature: float) -> _Whole:
         log_label_N = _log((torch.exp(max_s - max_s_N) * sum_label).sum(0))
     # log(p/q) = (t - s)/T - (lse_t - lse_s)
     apart_N = (max_t_N - max_s_N) / temperature + log_t_N - log_s_N
-    some_s_N = sum_s_N > 0
+    some_s_N = sum_s_N != 0  # a NaN is something
     forward_N = (scale_t * forward).sum(0) / sum_t_N / temperature - apart_N
     reverse_N = (scale_s * reverse).sum(0) / sum_s_N / temperature + apart_N
     label_loss_N = (max_s_N - label.amax(0) + log_label_N).where(some_s_N, torch.nan)
     numbers = (max_s_N, log_s_N, max_t_N, log_t_N, log_label_N, forward_N, reverse_N, label_loss_N)
     return _Whole(
-        *(number.to(parts_PN8.dtype) for number in numbers), some_s_N, some_s_N & (sum_t_N > 0)
+        *(number.to(parts_PN8.dtype) for number in numbers), some_s_N, some_s_N & (sum_t_N != 0)
     )
 
 
 def _log(sum_N: Tensor) -> Tensor:
     """Logarithm; 0 of an empty sum, whose probabilities are 0 by their logits."""
-    return torch.where(sum_N > 0, sum_N, 1.0).log()
+    return torch.where(sum_N == 0, 1.0, sum_N).log()
 
 
 def _divergence(
     whole: _Whole, sums_N2: Tensor | None, weight_N: Tensor, reverse_N: Tensor | None, kind: str
 ) -> Tensor:
-    """Divergence [N], NaN where a row has nothing but -inf and thus no softmax."""
+    """Divergence [N]; NaN where a row of nothing but -inf has no softmax."""
     if kind == "forward_kl":
         divergence_N = whole.forward_N
     elif kind == "reverse_kl":
@@ -204,6 +206,7 @@ def _divergence(
         divergence_N = weight_N * whole.forward_N + reverse_N * whole.reverse_N
     else:
         divergence_N = sums_N2[:, 0]
+    divergence_N = divergence_N.masked_fill(divergence_N > HUGE, torch.inf)
     return divergence_N.where(whole.defined_N, torch.nan)
 
 

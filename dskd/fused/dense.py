@@ -20,10 +20,10 @@ from dskd.fused.arguments import (
     teacher_columns,
     temperature_of,
     unit_columns,
-    weights_of,
 )
 from dskd.fused.backend import row_functions
 from dskd.fused.gradients import detached, operator, total_of, wanted
+from dskd.fused.per_token import weights_of
 
 
 def dense_kd(

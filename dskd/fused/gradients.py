@@ -25,9 +25,8 @@ def wanted(value: Tensor) -> bool:
 def total_of(
     divergence_N: Tensor, weight_N: Tensor, label_N: Tensor | None, label_weight_N: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighted sum, and the losses it is made of; a token of weight 0 adds nothing."""
-    # not 0 * inf: a divergence may be infinite where only the label counts
-    total = (divergence_N * weight_N).where(weight_N != 0, 0.0).sum()
+    """The weighted sum, and the losses it is made of; where a weight is 0, so is its loss."""
+    total = (divergence_N * weight_N).sum()
     if label_N is None:
         return total, divergence_N, divergence_N.new_empty(0)
     return total + (label_N * label_weight_N).sum(), divergence_N, label_N
@@ -37,6 +36,20 @@ def detached(outputs: Sequence[Tensor]) -> Losses:
     """An operator's first three outputs; the gradient flows into the total alone."""
     total, divergence_N, label_N = outputs[:3]
     return Losses(total, divergence_N.detach(), label_N.detach())
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient waits in for the upstream one.
+
+    fp16 has no room for it before the loss scale, which is upstream, has been multiplied in.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def room(student_NV: Tensor, gradient: bool) -> Tensor:
+    """Where the gradient of logits goes until the backward pass; empty if there is none."""
+    shape = student_NV.shape if gradient else (0, 0)
+    return torch.empty(shape, dtype=saved_dtype(student_NV.dtype), device=student_NV.device)
 
 
 def operator(name: str, rest: str, rows: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -59,32 +72,28 @@ def operator(name: str, rest: str, rows: Callable[..., tuple]) -> Callable[..., 
 
     def compute(student_NV: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         *arguments, gradient = arguments
-        shape = student_NV.shape if gradient else (0, 0)
-        grad_NV = torch.empty(shape, dtype=student_NV.dtype, device=student_NV.device)
+        grad_NV = room(student_NV, gradient)
         student_NV = unit_columns(student_NV)
         return *rows(student_NV, *arguments, grad_NV if gradient else None), grad_NV
 
     def shapes(student_NV: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         weight, label_weight_N, gradient = *arguments[:2], arguments[-1]
-        count = len(student_NV)
-        grad_NV = torch.empty(
-            student_NV.shape if gradient else (0, 0),
-            dtype=student_NV.dtype,
-            device=student_NV.device,
-        )
+        count = student_NV.shape[0]
         label_N = weight.new_empty(0 if label_weight_N is None else count)
-        return weight.new_empty(()), weight.new_empty(count), label_N, grad_NV
+        losses = (weight.new_empty(()), weight.new_empty(count), label_N)
+        return *losses, room(student_NV, gradient)
 
     def keep(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.set_materialize_grads(False)  # a matrix of zeros, for an output without a gradient
         ctx.save_for_backward(output[3])
+        ctx.dtype = inputs[0].dtype
         # a list of tensors has a list of gradients
         ctx.others = [[None] * len(x) if _is_tensors(x) else None for x in inputs[1:]]
 
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         refuse_second_order()
         (grad_NV,) = ctx.saved_tensors
-        return scaled(grad_NV, upstream), *ctx.others
+        return scaled(grad_NV, upstream, ctx.dtype), *ctx.others
 
     registered = torch.library.custom_op(f"dskd::{name}", compute, mutates_args=(), schema=schema)
     registered.register_fake(shapes)
@@ -102,16 +111,13 @@ def refuse_second_order() -> None:
         raise RuntimeError("a fused loss cannot be differentiated with create_graph=True")
 
 
-def scaled(
-    gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype | None = None
-) -> Tensor | None:
-    """``gradient * upstream``, multiplied in fp32 and rounded once, to ``dtype`` (or its own).
+def scaled(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``gradient * upstream``, multiplied in fp32 and rounded once, to ``dtype``.
 
     None where nothing comes from upstream.
     """
     if upstream is None:
         return None
-    dtype = dtype or gradient.dtype
     if gradient.dtype == dtype and dtype in (torch.float32, torch.float64):
         return gradient * upstream.to(dtype)
     return _scaled(gradient, upstream, dtype)

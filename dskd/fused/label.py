@@ -15,11 +15,12 @@ from dskd.fused.arguments import (
     gradient_room,
     map_of,
     matrix,
+    refuse,
     unit_columns,
-    weights_of,
 )
 from dskd.fused.backend import row_functions
 from dskd.fused.gradients import detached, operator, total_of, wanted
+from dskd.fused.per_token import weights_of
 
 
 def label_ce(
@@ -39,6 +40,7 @@ def label_ce(
         ValueError: an argument of a wrong shape, type, device or range, named.
     """
     matrix("student", student_NV)
+    refuse(labels_N is None, lambda: "labels: there are none")
     weights = weights_of(
         student_NV,
         labels_N,

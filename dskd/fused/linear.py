@@ -21,20 +21,18 @@ from dskd.fused.arguments import (
     LogitMap,
     Losses,
     Weight,
-    Weights,
     kind_of,
     map_of,
     matrix,
     refuse,
     teacher_columns,
     temperature_of,
-    topk_of,
     unit_columns,
-    weights_of,
     wide,
 )
 from dskd.fused.gradients import detached, refuse_second_order, scaled, wanted
 from dskd.fused.linear_visit import Loss, visit
+from dskd.fused.per_token import Weights, topk_of, weights_of
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,8 @@ def linear_kd(
         bias_V: likewise.
         teacher: whose divergence; None: cross entropy alone.
         kind, beta, teacher_map, vocabulary: of dense and linear teachers, see
-            :func:`~dskd.fused.dense.dense_kd`.
-        mode: of a top-k teacher, see :func:`~dskd.fused.topk.topk_kd`.
+            :func:`~dskd.fused.dense.dense_kd`; a top-k teacher's is the forward KL.
+        mode: of a top-k teacher alone, see :func:`~dskd.fused.topk.topk_kd`.
         logits_dtype: what the logits of 16-bit operands are kept in; fp32 by default. bf16
             logits save memory and cost precision: their rounding hides small differences of the
             softmaxes. Measured error of the gradient (bf16 operands, hidden states of student and
@@ -113,19 +111,17 @@ def linear_kd(
     hidden_ND, weight_VD, bias_V = _autocast(hidden_ND, weight_VD, bias_V)
     _check_head("", hidden_ND, weight_VD, bias_V)
     columns, dtype = len(weight_VD), logits_dtype or wide(hidden_ND.dtype)
-    widest = wide(hidden_ND.dtype)
+    dtypes = dict.fromkeys((hidden_ND.dtype, wide(hidden_ND.dtype)))
     refuse(
-        dtype not in (hidden_ND.dtype, widest),
-        f"logits_dtype: must be {hidden_ND.dtype} or {widest}, not {dtype}",
+        dtype not in dtypes,
+        lambda: f"logits_dtype: must be {' or '.join(map(str, dtypes))}, not {dtype}",
     )
-    refuse(chunk is not None and chunk < 1, f"chunk: must be at least 1, not {chunk}")
+    refuse(chunk is not None and chunk < 1, lambda: f"chunk: must be at least 1, not {chunk}")
     # as the row functions will see them
     logits_NV = hidden_ND.new_empty(0, dtype=dtype).expand(len(hidden_ND), 0)
     form, tensors, narrower = _teacher(teacher, logits_NV, columns, mode, vocabulary)
-    if form in ("dense", "linear"):
-        kind_of(kind, beta, reverse_weight, narrower)
-    else:
-        refuse(reverse_weight is not None, "reverse_weight: only the mixed divergence has one")
+    kind_of(kind, beta, reverse_weight, narrower)
+    _check_form(form, kind, mode, vocabulary, teacher_map)
     weights = weights_of(
         logits_NV,
         labels_N,
@@ -135,7 +131,9 @@ def linear_kd(
         ignore_index=ignore_index,
         columns=columns,
     )
-    refuse(teacher is None and weights.label_N is None, "teacher: neither a teacher nor labels")
+    refuse(
+        teacher is None and weights.label_N is None, lambda: "teacher: neither a teacher nor labels"
+    )
     inputs = (hidden_ND, weight_VD, bias_V)
     outputs = _linear(
         *inputs,
@@ -167,19 +165,39 @@ def _check_head(owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
     matrix(f"{owner}weight", weight, like=hidden)
     refuse(
         weight.shape[1] != hidden.shape[1],
-        f"{owner}weight: has {weight.shape[1]} columns, the hidden states {hidden.shape[1]}",
+        lambda: (
+            f"{owner}weight: has {weight.shape[1]} columns, the hidden states {hidden.shape[1]}"
+        ),
     )
     refuse(
         weight.dtype != hidden.dtype,
-        f"{owner}weight: is {weight.dtype}, the hidden states are {hidden.dtype}",
+        lambda: f"{owner}weight: is {weight.dtype}, the hidden states are {hidden.dtype}",
     )
     if bias is not None:
         refuse(
             bias.shape != weight.shape[:1] or bias.dtype != weight.dtype,
-            f"{owner}bias: must be {weight.dtype} [{len(weight)}], not {bias.dtype} "
-            f"{list(bias.shape)}",
+            lambda: (
+                f"{owner}bias: must be {weight.dtype} [{len(weight)}], not {bias.dtype} "
+                f"{list(bias.shape)}"
+            ),
         )
-        refuse(bias.device != weight.device, f"{owner}bias: is on {bias.device}, not the weight's")
+        refuse(
+            bias.device != weight.device,
+            lambda: f"{owner}bias: is on {bias.device}, not the weight's",
+        )
+
+
+def _check_form(
+    form: str, kind: str, mode: str, vocabulary: int | None, teacher_map: LogitMap
+) -> None:
+    """Refuse what this form of a teacher would leave aside."""
+    if form != "topk":
+        refuse(mode != "tail", lambda: f"mode: {mode!r} is of a top-k teacher, which this is not")
+    if form in ("topk", "label"):
+        less = "the teacher's logits are not all there"
+        refuse(kind != "forward_kl", lambda: f"kind: {kind} cannot be computed, {less}")
+        refuse(vocabulary is not None, lambda: f"vocabulary: nothing to cut, {less}")
+        refuse(teacher_map != SAME, lambda: f"teacher_map: nothing to map, {less}")
 
 
 def _teacher(
@@ -198,6 +216,13 @@ def _teacher(
         shared = teacher_columns(teacher.logits_NW.shape[1], columns, vocabulary)
         logits_NW = unit_columns(teacher.logits_NW.detach()[:, :shared])
         return "dense", [logits_NW], shared < columns
+    refuse(
+        not isinstance(teacher, LinearTeacher),
+        lambda: (
+            f"teacher: must be a DenseTeacher, LinearTeacher, TopKTeacher or None, "
+            f"not {type(teacher).__name__}"
+        ),
+    )
     hidden_NE, weight_WE, bias_W = _autocast(teacher.hidden_NE, teacher.weight_WE, teacher.bias_W)
     _check_head("teacher's ", hidden_NE, weight_WE, bias_W)
     matrix("teacher's hidden", hidden_NE, rows=count, like=logits_NV)
@@ -243,10 +268,10 @@ def _(
     return (
         divergence_N.new_empty(()),
         torch.empty_like(divergence_N),
-        divergence_N.new_empty(0 if labels_N is None else len(hidden_ND)),
+        divergence_N.new_empty(0 if labels_N is None else hidden_ND.shape[0]),
         operands.new_empty(hidden_ND.shape if need_hidden else (0, 0)),
         divergence_N.new_empty(weight_VD.shape if need_weight else (0, 0)),
-        divergence_N.new_empty(len(weight_VD) if need_bias else 0),
+        divergence_N.new_empty(weight_VD.shape[0] if need_bias else 0),
     )
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dskd.fused.arguments import Weights, wide
+from dskd.fused.arguments import wide
 from dskd.fused.backend import row_functions
 from dskd.fused.chunking import Buffer, Gradients, chunk_of, chunks, operand, project
 from dskd.fused.gradients import total_of
+from dskd.fused.per_token import Weights
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def visit(
     rows_of = _rows_of(loss, size, logits_dtype)
     gradients = Gradients(hidden_ND, weight_VD, bias_V, needs)
     logits = Buffer(size, columns, logits_dtype, device)
-    rounded = None if in_place else Buffer(size, columns, hidden_ND.dtype, device)
+    rounded = None
+    if any(needs) and not in_place:
+        rounded = Buffer(size, columns, hidden_ND.dtype, device)
     losses = {"dtype": wide(hidden_ND.dtype), "device": device}
     divergence_N = torch.empty(count, **losses)
     label_N = torch.empty(0 if loss.weights.label_N is None else count, **losses)

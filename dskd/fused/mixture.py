@@ -24,6 +24,7 @@ from dskd.fused.arguments import (
 )
 from dskd.fused.backend import row_functions
 from dskd.fused.gradients import detached, operator, total_of, wanted
+from dskd.fused.per_token import looks
 
 
 def mixture_kd(
@@ -44,8 +45,9 @@ def mixture_kd(
 
     Args:
         student_NV: logits of any floating type and strides; may hold -inf.
-        teachers: logits [N, W_k]; teacher k speaks of the student's columns from ``firsts[k]`` on:
-            all teachers of the same columns, or of disjoint classes (MUKI), or any mix.
+        teachers: logits [N, W_k] of the student's type; teacher k speaks of the student's columns
+            from ``firsts[k]`` on: all of the same columns, or of disjoint classes (MUKI), or any
+            mix.
         weights_Nn: at least 0, without gradient; a row of zeros is a token that does not count.
         firsts: by default all 0.
         out: takes the gradient, for a caller without autograd; it may be ``student_NV``.
@@ -54,22 +56,15 @@ def mixture_kd(
         ValueError: an argument of a wrong shape, type, device or range, named.
     """
     matrix("student", student_NV)
-    count, columns = student_NV.shape
+    refuse(isinstance(teachers, Tensor), lambda: "teachers: must be a list of matrices")
+    refuse(not teachers, lambda: "teachers: there are none")
     firsts = [0] * len(teachers) if firsts is None else [int(first) for first in firsts]
-    refuse(not teachers, "teachers: there are none")
-    refuse(len(firsts) != len(teachers), f"firsts: {len(firsts)} for {len(teachers)} teachers")
-    for k, (logits, first) in enumerate(zip(teachers, firsts, strict=True)):
-        matrix(f"teachers[{k}]", logits, rows=count, like=student_NV)
-        last = first + logits.shape[1]
-        refuse(
-            not 0 <= first < last <= columns,
-            f"teachers[{k}]: columns {first} to {last} are not within the student's {columns}",
-        )
-    shape = tuple(weights_Nn.shape)
     refuse(
-        shape != (count, len(teachers)) or weights_Nn.dtype not in FLOATING,
-        f"weights: must be floating-point [{count}, {len(teachers)}], not {shape}",
+        len(firsts) != len(teachers), lambda: f"firsts: {len(firsts)} for {len(teachers)} teachers"
     )
+    for k, (logits, first) in enumerate(zip(teachers, firsts, strict=True)):
+        _check_teacher(f"teachers[{k}]", logits, first, student_NV)
+    _check_weights(weights_Nn, student_NV, len(teachers))
     arguments = (
         weights_Nn.detach().to(wide(student_NV.dtype)).contiguous(),
         None,
@@ -82,6 +77,35 @@ def mixture_kd(
         gradient_room(out, student_NV)
         return Losses(*_rows(unit_columns(student_NV), *arguments, out))
     return detached(_operator(student_NV, *arguments, wanted(student_NV)))
+
+
+def _check_teacher(name: str, logits: Tensor, first: int, student_NV: Tensor) -> None:
+    count, columns = student_NV.shape
+    matrix(name, logits, rows=count, like=student_NV)
+    # the kernel reads all rows through pointers of one type
+    refuse(
+        logits.dtype != student_NV.dtype,
+        lambda: f"{name}: is {logits.dtype}, the student's logits are {student_NV.dtype}",
+    )
+    last = first + logits.shape[1]
+    refuse(
+        not 0 <= first < last <= columns,
+        lambda: f"{name}: columns {first} to {last} are not within the student's {columns}",
+    )
+
+
+def _check_weights(weights_Nn: Tensor, student_NV: Tensor, teachers: int) -> None:
+    shape, wanted_shape = tuple(weights_Nn.shape), (student_NV.shape[0], teachers)
+    refuse(
+        shape != wanted_shape or weights_Nn.dtype not in FLOATING,
+        lambda: f"weights: must be floating-point {list(wanted_shape)}, not {shape}",
+    )
+    refuse(
+        weights_Nn.device != student_NV.device,
+        lambda: f"weights: is on {weights_Nn.device}, not the logits'",
+    )
+    if looks(weights_Nn):
+        refuse(bool((weights_Nn < 0).any()), lambda: "weights: a mixture has none below 0")
 
 
 def _rows(

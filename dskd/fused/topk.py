@@ -17,12 +17,11 @@ from dskd.fused.arguments import (
     map_of,
     matrix,
     temperature_of,
-    topk_of,
     unit_columns,
-    weights_of,
 )
 from dskd.fused.backend import row_functions
 from dskd.fused.gradients import detached, operator, total_of, wanted
+from dskd.fused.per_token import topk_of, weights_of
 
 
 def topk_kd(
@@ -45,7 +44,8 @@ def topk_kd(
     ``tail``: K + 1 buckets, the last one being all dropped tokens together; it never exceeds the
     dense KL and equals it at K = V. ``renormalised``: the teacher's kept tokens are scaled up to
     mass 1, the student keeps its full softmax. ``truncated``: both are restricted to the kept
-    tokens. There is no factor T^2, see :func:`~dskd.fused.dense.dense_kd`.
+    tokens (NaN where the student has masked all of them). There is no factor T^2,
+    see :func:`~dskd.fused.dense.dense_kd`.
 
     Args:
         student_NV: logits of any floating type and strides; may hold -inf.

@@ -31,17 +31,15 @@ from torch import Tensor
 from dskd.fused.arguments import (
     Losses,
     Weight,
-    Weights,
-    in_range,
     kind_of,
     matrix,
     refuse,
     temperature_of,
     unit_columns,
-    weights_of,
 )
 from dskd.fused.backend import row_functions
-from dskd.fused.gradients import detached, refuse_second_order, scaled, total_of, wanted
+from dskd.fused.gradients import detached, refuse_second_order, room, scaled, total_of, wanted
+from dskd.fused.per_token import Weights, in_range, weights_of
 
 _SUMMED = ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 """Kinds whose slope has to be averaged over the whole vocabulary."""
@@ -121,9 +119,10 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student_NR: Tensor, case: _Case) -> tuple[Tensor, Tensor, Tensor]:
-        grad_NR = torch.empty_like(student_NR, memory_format=torch.contiguous_format)
+        grad_NR = room(student_NR, True)
         losses = _losses(student_NR, case, grad_NR)
         ctx.save_for_backward(grad_NR)
+        ctx.dtype = student_NR.dtype
         ctx.mark_non_differentiable(*losses[1:])
         return losses
 
@@ -131,7 +130,7 @@ class _VocabParallel(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         refuse_second_order()
         (grad_NR,) = ctx.saved_tensors
-        return scaled(grad_NR, upstream), None
+        return scaled(grad_NR, upstream, ctx.dtype), None
 
 
 def _losses(
@@ -206,6 +205,8 @@ def _check(student_NR: Tensor, teacher_NS: Tensor) -> None:
     width, teacher_width = student_NR.shape[1], teacher_NS.shape[1]
     refuse(
         teacher_width > width,
-        f"teacher: has {teacher_width} columns on this rank, the student {width}; both must be "
-        f"spread alike",
+        lambda: (
+            f"teacher: has {teacher_width} columns on this rank, the student {width}; both must be "
+            f"spread alike"
+        ),
     )

@@ -1,7 +1,7 @@
-"""The measured cases: inputs, our call, its peers, the floor, and the truth in float64.
+"""The measured cases: their order, and those that go through a head.
 
-The loss of every case is a mean over its tokens, with gradients to the student's logits, or to its
-hidden states and head.
+A case has inputs, our call, its peers, the floor, and the truth in float64. The loss is a mean over
+its tokens, with gradients to the student's logits, or to its hidden states and head.
 
 Shape letters: N tokens, C of them in a chunk, V columns, D and E hidden sizes of student and
 teacher, K kept logits.
@@ -10,7 +10,7 @@ teacher, K kept logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,27 +19,22 @@ from torch import Tensor
 
 from dskd import losses, ops
 from launch.bench import peers
-from launch.bench.peers import Head, Outcome, Peer
-from launch.bench.truth import Truth, products, stream, through_head, through_logits
+from launch.bench.logit_cases import (
+    OURS,
+    Case,
+    dense,
+    kept_of,
+    label,
+    mixture,
+    random_logits,
+    topk,
+    topk_per_token,
+    vocab_parallel,
+)
+from launch.bench.peers import Head, Outcome
+from launch.bench.truth import products, through_head
 
-OURS, FLOOR = "ours", "floor"
 KINDS = ("forward_kl", "reverse_kl", "jsd")
-
-
-@dataclass
-class Case:
-    """One row of shapes: ``variants`` holds ours and the peers, ``floor`` what they are held to.
-
-    ``before`` restores, unmeasured, what a call overwrites.
-    """
-
-    op: str
-    name: str
-    shape: dict[str, int]
-    variants: dict[str, Peer]
-    floor: Callable[[], object]
-    truth: Truth
-    before: dict[str, Callable[[], object]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +72,7 @@ def cases(
         (mixture,),
         (label,),
         *((dense, kind, torch.float32) for kind in KINDS),
+        *((vocab_parallel, kind) for kind in ("forward_kl", "jsd")),
         *((linear, kind, narrow) for kind in ("forward_kl", "jsd")),
         (linear_topk, narrow),
     ]
@@ -91,120 +87,6 @@ def cases(
 def _seeded(builder: Callable[..., Case], *sizes: Any, compiled: bool) -> Case:
     torch.manual_seed(0)
     return builder(*sizes, compiled=compiled)
-
-
-def dense(
-    tokens: int,
-    columns: int,
-    kind: str,
-    dtype: torch.dtype,
-    kept: int,
-    device: torch.device,
-    *,
-    compiled: bool,
-) -> Case:
-    """Two logits matrices; bf16 in place, fp32 into a new bf16 gradient."""
-    del kept
-    student_NV, teacher_NV = (_logits(tokens, columns, dtype, device) for _ in range(2))
-    in_place = dtype == torch.bfloat16
-    work_NV = student_NV.clone() if in_place else student_NV
-    arguments = {"kind": kind, "weight": 1 / tokens}
-
-    def ours() -> Outcome:
-        grad_NV = work_NV if in_place else torch.empty_like(student_NV, dtype=torch.bfloat16)
-        return Outcome(
-            ops.dense_kd(work_NV, teacher_NV, out=grad_NV, **arguments).total, (grad_NV,)
-        )
-
-    def per_token(logits_CV: Tensor, rows: slice) -> Tensor:
-        return losses.divergence(logits_CV, teacher_NV[rows].double(), kind)
-
-    return Case(
-        "dense",
-        f"{kind} {_short(dtype)}",
-        {"N": tokens, "V": columns},
-        {OURS: ours} | peers.dense_peers(student_NV, teacher_NV, kind, compiled=compiled),
-        stream(tokens * columns * (2 * student_NV.element_size() + 2), reads=2, device=device),
-        through_logits(student_NV, per_token),
-        before={OURS: partial(work_NV.copy_, student_NV)} if in_place else {},
-    )
-
-
-def label(tokens: int, columns: int, kept: int, device: torch.device, *, compiled: bool) -> Case:
-    """Cross entropy of bf16 logits, in place."""
-    del kept
-    student_NV = _logits(tokens, columns, torch.bfloat16, device)
-    labels_N = torch.randint(columns, (tokens,), device=device)
-    work_NV = student_NV.clone()
-
-    def ours() -> Outcome:
-        found = ops.label_ce(work_NV, labels_N, label_weight=1 / tokens, out=work_NV)
-        return Outcome(found.total, (work_NV,))
-
-    restore = partial(work_NV.copy_, student_NV)
-    return Case(
-        "label",
-        "cross entropy bf16",
-        {"N": tokens, "V": columns},
-        {OURS: ours} | peers.label_peers(student_NV, work_NV, labels_N, compiled=compiled),
-        stream(tokens * columns * 4, reads=1, device=device),
-        through_logits(student_NV, lambda z_CV, rows: losses.cross_entropy(z_CV, labels_N[rows])),
-        before={OURS: restore, "Liger cross entropy": restore},
-    )
-
-
-def topk(tokens: int, columns: int, kept: int, device: torch.device, *, compiled: bool) -> Case:
-    """The tail mode on bf16 logits, in place."""
-    student_NV = _logits(tokens, columns, torch.bfloat16, device)
-    teacher = _kept(_logits(tokens, columns, torch.float32, device), kept)
-    work_NV = student_NV.clone()
-
-    def ours() -> Outcome:
-        found = ops.topk_kd(work_NV, *teacher, weight=1 / tokens, out=work_NV)
-        return Outcome(found.total, (work_NV,))
-
-    return Case(
-        "topk",
-        f"tail bf16, K {kept}",
-        {"N": tokens, "V": columns, "K": kept},
-        {OURS: ours}
-        | peers.logits_peers(
-            student_NV, lambda x: losses.topk_divergence(x, *teacher).mean(), compiled=compiled
-        ),
-        stream(tokens * columns * 4, reads=1, device=device),
-        through_logits(student_NV, partial(_topk_per_token, teacher)),
-        before={OURS: partial(work_NV.copy_, student_NV)},
-    )
-
-
-def mixture(tokens: int, columns: int, kept: int, device: torch.device, *, compiled: bool) -> Case:
-    """Two teachers of the whole vocabulary, bf16, in place."""
-    del kept
-    student_NV, *teachers = (_logits(tokens, columns, torch.bfloat16, device) for _ in range(3))
-    weights_N2 = torch.rand(tokens, 2, device=device)
-    weights_N2 /= weights_N2.sum(1, keepdim=True)
-    work_NV = student_NV.clone()
-
-    def ours() -> Outcome:
-        found = ops.mixture_kd(work_NV, teachers, weights_N2 / tokens, out=work_NV)
-        return Outcome(found.total, (work_NV,))
-
-    def divergence(logits_CV: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        others = [logits_NV[rows].to(dtype) for logits_NV in teachers]
-        return losses.mixture_divergence(logits_CV, others, (0, 0), weights_N2[rows].to(dtype))
-
-    def eager(logits_NV: Tensor) -> Tensor:
-        return divergence(logits_NV, slice(None), torch.float32).mean()
-
-    return Case(
-        "mixture",
-        "two teachers bf16",
-        {"N": tokens, "V": columns},
-        {OURS: ours} | peers.logits_peers(student_NV, eager, compiled=compiled),
-        stream(tokens * columns * 8, reads=2, device=device),
-        through_logits(student_NV, partial(divergence, dtype=torch.float64)),
-        before={OURS: partial(work_NV.copy_, student_NV)},
-    )
 
 
 def linear(
@@ -271,7 +153,7 @@ def linear_topk(
 ) -> Case:
     """The student's head against a top-k teacher, bf16."""
     head = head_of(tokens, columns, hidden, torch.bfloat16, device)
-    teacher = _kept(_logits(tokens, columns, torch.float32, device), kept)
+    teacher = kept_of(random_logits(tokens, columns, torch.float32, device), kept)
 
     def eager() -> Outcome:
         return peers.differentiate(
@@ -287,7 +169,7 @@ def linear_topk(
         {"N": tokens, "V": columns, "D": hidden[0], "K": kept},
         {OURS: partial(_linear, head, ops.TopKTeacher(*teacher)), "torch eager": eager},
         products(Head(head.hidden_ND, head.weight_VD, None, None, head.labels_N)),
-        through_head(head, partial(_topk_per_token, teacher)),
+        through_head(head, partial(topk_per_token, teacher)),
     )
 
 
@@ -320,28 +202,3 @@ def _linear(head: Head, teacher: ops.LogitTeacher, **arguments: str) -> Outcome:
 def _linear_per_token(head: Head, kind: str, logits_CV: Tensor, rows: slice) -> Tensor:
     teacher_CV = head.teacher_NE[rows].double() @ head.teacher_VE.double().t()
     return losses.divergence(logits_CV, teacher_CV, kind)
-
-
-def _logits(tokens: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(tokens, columns, dtype=dtype, device=device).mul_(3.0)
-
-
-def _kept(teacher_NV: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, log-probabilities and tail of a top-k teacher."""
-    total_N1 = teacher_NV.logsumexp(1, keepdim=True)
-    values_NK, ids_NK = teacher_NV.topk(kept, 1)
-    tail_N = teacher_NV.scatter_(1, ids_NK, -torch.inf).logsumexp(1) - total_N1[:, 0]
-    return ids_NK.int(), values_NK - total_N1, tail_N
-
-
-def _topk_per_token(
-    teacher: tuple[Tensor, Tensor, Tensor], logits_CV: Tensor, rows: slice
-) -> Tensor:
-    ids_NK, logprobs_NK, tail_N = teacher
-    return losses.topk_divergence(
-        logits_CV, ids_NK[rows].long(), logprobs_NK[rows].double(), tail_N[rows].double()
-    )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +11,8 @@ from typing import Any
 import torch
 
 from dskd.settings import Run
-from launch.bench.timing import over, spread
+from launch.bench import timing
+from launch.bench.timing import over, show, spread
 
 FORWARD = "forward"
 """The teacher's forward pass alone, on the batches of the step."""
@@ -31,22 +29,20 @@ LIMITS = {"cached": 1.10, "live": 1.15}
 
 def about(runs: Mapping[str, Run], settings: Path, overrides: list[str]) -> dict[str, Any]:
     """Date, machine, versions and settings of a measurement."""
-    cuda, info = torch.cuda.is_available(), Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    libraries = ("torch", "deepspeed", "transformers", "numpy")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = timing.about(device, ("torch", "deepspeed", "transformers", "numpy"))
     run = runs["cached"]
     return {
-        "date": date.today().isoformat(),
+        "date": found["date"],
         "machine": {
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "cpu": models[0] if models else platform.processor(),
+            "device": found["device"],
+            "cpu": found["cpu"],
             "cores": os.cpu_count(),
             "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-            "threads_per_rank": torch.get_num_threads(),
+            "threads_per_rank": found["threads"],
             "load": os.getloadavg(),
         },
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in libraries},
+        "versions": found["versions"],
         "settings": {
             "file": settings.name,
             "overrides": overrides,
@@ -99,10 +95,10 @@ def table(result: dict[str, Any]) -> str:
         peak = row["peak_memory_bytes"]
         cells = [
             VARIANTS.get(name, "teacher forward"),
-            _show(row["ms"], 1),
+            show(row["ms"], 1),
             f"{row['cpu_ms']['median']:.1f}",
             f"{row['tokens_per_second']:,.0f}",
-            _show(row["over_plain"], 3),
+            show(row["over_plain"], 3),
             "" if peak is None else f"{peak / 2**20:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -111,12 +107,7 @@ def table(result: dict[str, Any]) -> str:
     for name, target in result["targets"].items():
         verdict = "met" if target["met"] else "MISSED"
         lines.append(
-            f"- {name} / ({' + '.join(BOUNDS[name])}): {_show(target, 3)}, CPU time "
-            f"{_show(target['cpu'], 3)}; at most {target['limit']}: {verdict}"
+            f"- {name} / ({' + '.join(BOUNDS[name])}): {show(target, 3)}, CPU time "
+            f"{show(target['cpu'], 3)}; at most {target['limit']}: {verdict}"
         )
     return "\n".join(lines) + "\n"
-
-
-def _show(values: Mapping[str, float], digits: int) -> str:
-    middle, lower, upper = (f"{values[key]:.{digits}f}" for key in ("median", "lower", "upper"))
-    return f"{middle} [{lower} - {upper}]"

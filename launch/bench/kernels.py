@@ -6,19 +6,20 @@
 ``cuda``: every operation at 8192 tokens x 32k, 128k and 152k columns. The floor is measured in the
 same rounds: moving the same bytes (two matrices read and one written, ``torch.add``; one and one, a
 copy, for losses without a teacher's logits), or the products of the heads by themselves. Memory is
-what a call allocates beyond its inputs, with all the gradients it returns; ours writes the gradient
-of bf16 logits over the logits. The cases come in the order of their interest until ``--seconds``
-are over; what was left out is listed. Results are written after every case.
+what a call allocates beyond its inputs, with all the gradients it returns; the table says whose are
+written over the logits. The cases come in the order of their interest until ``--seconds`` are over;
+what was left out is listed. Results are written after every case.
 
 ``cpu``: the fused linear forward KL at 512 x 32000, hidden size 256, fp32. Memory is what a call
-adds to the resident set of a fresh process. Every loss and gradient is compared with float64
-before its time counts.
+adds to the resident set of a fresh process. It takes no ``--ops``, ``--seconds``, ``--tests``.
+
+Every loss and gradient is compared with float64 before its time counts.
 
 ``--small`` takes the path of ``cuda`` at small sizes, for a machine without a GPU: on CPU tensors
 with the kernels in Triton's interpreter (TRITON_INTERPRET=1). Its times mean nothing.
 
 Peers that are not installed are rows that say so; ``launch/bench/peers.py`` says what they need.
-Exit status 1: ours is wrong or failed somewhere, or its tests are red.
+Exit status 1: ours is wrong, failed or could not be timed somewhere, or its tests are red.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # Python put this folder first, where this file passes for the package called kernels, which
-    # transformers imports
-    sys.path.remove(str(Path(__file__).resolve().parent))
+if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Python put this folder first (not under -P), where this file passes for the package called
+    # kernels, which transformers imports
+    sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
@@ -45,7 +46,7 @@ import torch
 
 from dskd import ops
 from launch.bench import cases, timing, verdicts
-from launch.bench.cases import FLOOR, OURS, Case
+from launch.bench.logit_cases import FLOOR, OURS, Case
 from launch.bench.peers import Outcome, Peer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,8 @@ CASE_SECONDS = {"cuda": 1.5, "cpu": 60.0}
 """How long the rounds of a case may take, where ``--rounds`` does not say how many."""
 LEFT_AT_LEAST = 15.0
 """Seconds that must be left for another case to begin."""
+GPU_ALONE = {"ops": ",".join(verdicts.OPS), "seconds": 300.0, "tests": None}
+"""Settings of the cases of ``cuda``, and their defaults."""
 
 
 class Bench:
@@ -66,7 +69,8 @@ class Bench:
         self._red = verdicts.red_operations(words.tests)
         self._clock = timing.clock_for(device)
         settings = {key: str(value) for key, value in vars(words).items() if value is not None}
-        self.result = verdicts.about(device, settings) | {
+        self.result = timing.about(device, verdicts.LIBRARIES) | {
+            "settings": settings,
             "note": note,
             "small": words.small,
             "red": self._red,
@@ -85,25 +89,29 @@ class Bench:
             for name, row in found.items()
             if not (row.get("wrong") or "failed" in row)
         }
-        samples = timing.interleave(
-            {**calls, FLOOR: case.floor},
-            self._clock,
-            before=case.before,
-            rounds=self._words.rounds,
-            seconds=CASE_SECONDS[self._words.device],
-        )
-        for name in calls:
-            found[name] |= _times(samples, name)
         for name, peak in (peaks or {}).items():
             found[name] |= {"peak_bytes": peak} if isinstance(peak, int) else {"peak_note": peak}
-        floor = _times(samples, FLOOR)
+        samples, floor, untimed = {}, {}, ""
+        try:
+            samples = timing.interleave(
+                {**calls, FLOOR: case.floor},
+                self._clock,
+                before=case.restore,
+                rounds=self._words.rounds,
+                seconds=CASE_SECONDS[self._words.device],
+            )
+            for name in calls:
+                found[name] |= _times(samples, name)
+            floor = _times(samples, FLOOR)
+        except torch.OutOfMemoryError:  # each ran alone: a round leaves the memory in pieces
+            untimed = "out of memory while timed"
         self.result["rows"].append(
             {
                 "op": case.op,
                 "case": case.name,
                 "shape": case.shape,
-                "rounds": len(samples["wall_ms"][FLOOR]),
-                "held": verdicts.held_back(case.op, self._red, found[OURS]),
+                "rounds": len(samples["wall_ms"][FLOOR]) if samples else 0,
+                "held": verdicts.held_back(case.op, self._red, found[OURS]) or untimed,
                 "variants": {**found, FLOOR: floor},
                 "samples": samples,
             }
@@ -112,15 +120,16 @@ class Bench:
 
     def _prove(self, case: Case, name: str, call: Peer, expected: Outcome) -> dict[str, Any]:
         """Errors and peak memory of a variant, or why it cannot run."""
-        restore = case.before.get(name, _nothing)
         try:
-            restore()
+            case.restore()
             errors = case.truth.errors(call(), expected)
             row = {"loss_error": errors[0], "gradient_error": errors[1]}
             # 16-bit peers are shown as they are
-            row["wrong"] = (name == OURS or case.op == "cpu") and verdicts.wrong(case.op, *errors)
+            row["wrong"] = (name == OURS or case.op == "cpu") and verdicts.wrong(
+                case.op, *errors, interpreted=self.device.type == "cpu"
+            )
             if self.device.type == "cuda":
-                restore()
+                case.restore()
                 row["peak_bytes"] = timing.peak_on_cuda(call)
         except torch.OutOfMemoryError:
             row = {"failed": "out of memory"}
@@ -159,12 +168,8 @@ class Bench:
             (folder / f".{name}").replace(folder / name)
 
     def good(self) -> bool:
-        """Whether ours ran, was right and green everywhere."""
+        """Whether ours ran, was right, timed and green everywhere."""
         return bool(self.result["rows"]) and not any(row["held"] for row in self.result["rows"])
-
-
-def _nothing() -> None:
-    """Nothing is to be restored."""
 
 
 def on_cuda(words: argparse.Namespace, device: torch.device, begin: float) -> Bench:
@@ -225,13 +230,18 @@ def read_words() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--ops", default=",".join(verdicts.OPS))
+    parser.add_argument("--ops")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--results", type=Path, default=ROOT / "launch/bench/results")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--tests", type=Path, help="JUnit XML of the kernel tests")
     words = parser.parse_args()
+    for name, value in GPU_ALONE.items():
+        if getattr(words, name) is None:
+            setattr(words, name, value)
+        elif words.device == "cpu":
+            parser.error(f"--{name}: the table of --device cpu has one case and no tests")
     words.ops = words.ops.split(",")
     unknown = sorted(set(words.ops) - set(verdicts.OPS))
     if unknown:

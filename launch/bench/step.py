@@ -6,8 +6,9 @@
 FILE is a recipe with the runs ``teacher`` and ``ki`` (default: the quickstart), which give the
 shapes. Each variant is the real thing: DeepSpeed engine, trainer, loader, cache files. Only the
 teacher's weights are random, and alpha stays at 0.5, so that every step computes both terms. Every
-round times one step of each variant on the same rows, in turn; ratios are taken within a round, so
-that a change of the machine's load hits both of their sides, and their median is reported.
+round times one step of each variant on the same rows, in an order of its own; ratios are taken
+within a round, so that a change of the machine's load hits both of their sides, and their median is
+reported.
 
 Peak memory is what a few steps add to a fresh process: on a CPU the resident set of a fork per
 variant, on a GPU what PyTorch allocates.
@@ -18,9 +19,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Python put this folder first, where kernels.py would pass for the package that transformers
-# imports.
-sys.path.remove(str(Path(__file__).resolve().parent))
+# Python put this folder first (not under -P), where kernels.py would pass for the package that
+# transformers imports.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
@@ -59,6 +61,7 @@ from dskd.settings import CachedTeacher, LiveTeacher, Model, Run
 from dskd.stages import Job
 from dskd.trainer import Progress, Trainer
 from dskd.zero import full_shape, sharded_construction
+from launch.bench import timing
 from launch.bench.figures import FORWARD, about, summarise, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,9 +200,8 @@ def clock_rounds(runs: Mapping[str, Run], device: torch.device, rounds: int) -> 
     names = list(work)
     wall: dict[str, list[float]] = {name: [] for name in names}
     cores: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(WARM_UP + rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+    for turn, order in enumerate(timing.orders(names, WARM_UP + rounds)):
+        for name in order:
             dist.barrier()
             _finish(device)
             begin, busy = time.perf_counter(), time.process_time()

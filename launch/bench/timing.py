@@ -1,7 +1,7 @@
 """Medians of several variants of one computation in one interleaved run, and their peak memory.
 
-Every round takes one sample of each variant, in an order that shifts from round to round; ratios
-are taken within a round, so that a change of the machine's load or clock hits both of their sides.
+Every round takes one sample of each variant, in an order drawn anew for each round; ratios are
+taken within a round, so that a change of the machine's load or clock hits both of their sides.
 On a CUDA device a sample is the time between two events, with the L2 cache flushed before it;
 elsewhere it is the host's clock, and the CPU time of the process beside it.
 """
@@ -11,9 +11,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import platform
+import random
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -38,6 +42,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "lower": lower, "upper": upper}
 
 
+def show(values: Mapping[str, float], digits: int) -> str:
+    """A spread as a cell of a table."""
+    middle, lower, upper = (f"{values[key]:.{digits}f}" for key in ("median", "lower", "upper"))
+    return f"{middle} [{lower} - {upper}]"
+
+
 def over(samples: Mapping[str, Sequence[float]], name: str, *others: str) -> dict[str, float]:
     """Spread of a variant's time over the sum of the others' in the same round."""
     sums = [sum(times) for times in zip(*(samples[other] for other in others), strict=True)]
@@ -47,15 +57,12 @@ def over(samples: Mapping[str, Sequence[float]], name: str, *others: str) -> dic
 class HostClock:
     """The host's clock: milliseconds on the wall and of this process on its cores."""
 
-    def round(
-        self, calls: Mapping[str, Call], before: Mapping[str, Call]
-    ) -> dict[str, tuple[float, float]]:
+    def round(self, calls: Mapping[str, Call], before: Call) -> dict[str, tuple[float, float]]:
         """One sample of each variant, in the order given."""
         taken = {}
         for name, call in calls.items():
             gc.collect()  # not in the sample, and not the garbage of another variant
-            if name in before:
-                before[name]()
+            before()
             begin, busy = time.perf_counter(), time.process_time()
             call()
             wall, cores = time.perf_counter() - begin, time.process_time() - busy
@@ -70,14 +77,11 @@ class CudaClock:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(max(FLUSH, 2 * cache) // 4, dtype=torch.int32, device=device)
 
-    def round(
-        self, calls: Mapping[str, Call], before: Mapping[str, Call]
-    ) -> dict[str, tuple[float, float]]:
+    def round(self, calls: Mapping[str, Call], before: Call) -> dict[str, tuple[float, float]]:
         """One sample of each variant, in the order given; no CPU time."""
         events = {}
         for name, call in calls.items():
-            if name in before:
-                before[name]()
+            before()
             self._flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -96,11 +100,22 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
+def orders(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """An order of the variants for every round, the same in each run and on each rank.
+
+    Drawn, not rotated: a rotation has every variant always after the same one, whose heat and
+    leftovers in the caches it then gets in all rounds.
+    """
+    chance = random.Random(0)
+    for _ in range(rounds):
+        yield chance.sample(names, len(names))
+
+
 def interleave(
     calls: Mapping[str, Call],
     clock: Clock,
     *,
-    before: Mapping[str, Call],
+    before: Call,
     rounds: int | None,
     seconds: float,
 ) -> dict[str, dict[str, list[float]]]:
@@ -109,7 +124,7 @@ def interleave(
     Args:
         calls: all of them have run before, so that nothing is compiled here.
         clock: what measures.
-        before: by variant, what runs unmeasured before each of its samples.
+        before: runs unmeasured before every sample, of whatever variant.
         rounds: how many; None: what fits into ``seconds``, from 5 to 40.
         seconds: see ``rounds``.
     """
@@ -122,9 +137,7 @@ def interleave(
     samples: dict[str, dict[str, list[float]]] = {
         key: {name: [] for name in names} for key in ("wall_ms", "cpu_ms")
     }
-    for turn in range(rounds):
-        shift = turn % len(names)
-        order = names[shift:] + names[:shift]
+    for order in orders(names, rounds):
         taken = clock.round({name: calls[name] for name in order}, before)
         for name, (wall, cores) in taken.items():
             samples["wall_ms"][name].append(wall)
@@ -192,6 +205,27 @@ def _measure(make: Callable[[str], Call], name: str, there: Any) -> None:
 def _resident(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
+
+
+def about(device: torch.device, libraries: Sequence[str]) -> dict[str, Any]:
+    """Date, machine and versions of a measurement; None for a library that is not installed."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": models[0] if models else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in libraries},
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def short(error: BaseException) -> str:

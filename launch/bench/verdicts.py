@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import torch
-
-from launch.bench.cases import FLOOR, OURS
+from launch.bench.logit_cases import FLOOR, OURS
+from launch.bench.timing import show
 
 MIB = 1 << 20
-OPS = ("dense", "topk", "mixture", "label", "linear", "linear_topk")
+OPS = ("dense", "topk", "mixture", "label", "vocab_parallel", "linear", "linear_topk")
 BUILT_ON = {"linear": {"dense"}, "linear_topk": {"linear", "topk"}}
 """Whose red tests make an operation red too, besides its own."""
-APART = ("vocab_parallel", "aot", "cpu")
+APART = ("aot", "cpu")
 """Test files that say nothing about a measured operation."""
-RIGHT = (1e-4, 2e-2)
-"""Largest relative errors of loss and gradient of ours. Gradients of logits are rounded to bf16:
-0.2 %, and 0.5 % in Triton's interpreter, which truncates."""
+RIGHT = (1e-4, 4e-3)
+"""Largest relative errors of loss and gradient of ours on a GPU.
+
+Every gradient is rounded to bf16 once, 0.17 %, and that of a head once more, 0.24 % together. The
+error to be caught is that of bf16 logits in ``linear_kd``, 0.9 to 1.4 %."""
+RIGHT_INTERPRETED = (1e-4, 6e-3)
+"""In Triton's interpreter, which truncates where a GPU rounds: 0.2 to 0.5 %."""
 RIGHT_ON_CPU = (1e-4, 1e-4)
 """Of every variant of the CPU table, fp32 throughout."""
+LIBRARIES = ("torch", "triton", "numpy", "liger-kernel", "trl", "transformers")
+MEMORY_NOTE = (
+    "Peak: what a call allocates beyond its inputs. On bf16 logits ours (vocab_parallel apart) "
+    "writes the gradient over the logits, so that its peak is without the gradient, and the peers' "
+    "(but for Liger's cross entropy, in place too) is with theirs. On fp32 logits ours and torch "
+    "compiled write a bf16 gradient, torch eager and Liger one of fp32."
+)
 
 Row = dict[str, Any]
 
@@ -86,10 +93,9 @@ def _dense(row: Row) -> list[Bound]:
         bounds += [
             ("times as fast as torch eager", _gain(row, "torch eager"), 8.0, True),
             ("extra memory over the student's logits", _memory(row, logits), 0.01, False),
+            # peers are compiled for the first cases only; elsewhere the bound was not measured
+            ("times as fast as torch compiled", _gain(row, "torch compiled"), 1.5, True),
         ]
-        if "torch compiled" in row["variants"]:
-            gain = _gain(row, "torch compiled")
-            bounds.append(("times as fast as torch compiled", gain, 1.5, True))
     return bounds
 
 
@@ -152,9 +158,10 @@ def _memory_over(row: Row, name: str) -> float | None:
     return _memory(row, other) if other else None
 
 
-def wrong(op: str, loss_error: float, gradient_error: float) -> bool:
-    """Whether a variant computes something else."""
-    loss_limit, gradient_limit = RIGHT_ON_CPU if op == "cpu" else RIGHT
+def wrong(op: str, loss_error: float, gradient_error: float, *, interpreted: bool = False) -> bool:
+    """Whether a variant computes something else, or less precisely than it should."""
+    limits = RIGHT_INTERPRETED if interpreted else RIGHT
+    loss_limit, gradient_limit = RIGHT_ON_CPU if op == "cpu" else limits
     return not (loss_error <= loss_limit and gradient_error <= gradient_limit)
 
 
@@ -177,7 +184,7 @@ def red_operations(report: Path | None) -> dict[str, str]:
     if report is None:
         return {}
     if not report.exists():
-        return dict.fromkeys(OPS, "the tests did not finish")
+        return dict.fromkeys(OPS, "the tests did not come to their end")
     found: dict[str, str] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         if not any(child.tag in ("failure", "error") for child in case):
@@ -195,30 +202,6 @@ def red_operations(report: Path | None) -> dict[str, str]:
     return found
 
 
-def about(device: torch.device, words: Mapping[str, Any]) -> Row:
-    """Date, machine and versions of a measurement."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    on_gpu = device.type == "cuda"
-    libraries = ("torch", "triton", "numpy", "liger-kernel", "trl", "transformers")
-    return {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "cpu": models[0] if models else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in libraries},
-        "settings": dict(words),
-    }
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
-
-
 def table(result: Row) -> str:
     """The result as markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
@@ -226,6 +209,7 @@ def table(result: Row) -> str:
         f"{result['date']}, {result['device']} ({result['cpu']}, {result['threads']} threads); "
         f"{versions}. {result['note']}",
         "",
+        *((MEMORY_NOTE, "") if any(row["op"] != "cpu" for row in result["rows"]) else ()),
         "| operation | variant | ms, median [quartiles] | CPU ms | times ours | % of floor "
         "| peak, MiB | loss error | gradient error |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -244,13 +228,14 @@ def _cells(one: Row) -> str:
     if "failed" in one:
         return f"{one['failed']} | | | | | |"
     if "ms" not in one:
-        return f"WRONG, not timed | | | | | {_error(one, 'loss')} | {_error(one, 'gradient')}"
+        untimed = "WRONG, not timed" if one.get("wrong") else "not timed"
+        return f"{untimed} | | | | | {_error(one, 'loss')} | {_error(one, 'gradient')}"
     peak, share = one.get("peak_bytes"), one.get("of_floor")
     return " | ".join(
         (
-            _show(one["ms"], 3 if one["ms"]["median"] < 100 else 1),
+            show(one["ms"], 3 if one["ms"]["median"] < 100 else 1),
             f"{one['cpu_ms']:.1f}" if one["cpu_ms"] else "",
-            _show(one["over_ours"], 3) if "over_ours" in one else "",
+            show(one["over_ours"], 3) if "over_ours" in one else "",
             f"{100 * share:.1f}" if share is not None else "",
             f"{peak / MIB:.1f}" if peak is not None else one.get("peak_note", ""),
             _error(one, "loss"),
@@ -262,11 +247,6 @@ def _cells(one: Row) -> str:
 def _error(one: Row, which: str) -> str:
     value = one.get(f"{which}_error")
     return "" if value is None else f"{value:.1e}"
-
-
-def _show(values: Mapping[str, float], digits: int) -> str:
-    middle, lower, upper = (f"{values[key]:.{digits}f}" for key in ("median", "lower", "upper"))
-    return f"{middle} [{lower} - {upper}]"
 
 
 def _line(target: Target) -> str:

@@ -7,6 +7,7 @@ losses of runs that must be the same agree to 1e-5 (fp32, no dropout unless said
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,25 @@ def learns(out: Path) -> bool:
     return evaluations(out)[-1] < evaluations(out)[0] - 0.02
 
 
-@pytest.mark.parametrize("teacher", [LIVE, cached(LIVE)], ids=["live", "cached"])
-def test_the_kernels_train_like_the_closed_forms(runs, single, teacher):
+@pytest.mark.parametrize(
+    ("teacher", "operation"), [(LIVE, "dense"), (cached(LIVE), "topk")], ids=["live", "cached"]
+)
+def test_the_kernels_train_like_the_closed_forms(runs, single, monkeypatch, teacher, operation):
     """In Triton's interpreter: every loss and gradient of the run, evaluations included."""
+    launches = runs.folder / f"launches-{operation}"
+    kernels, name = import_module(f"dskd.kernels.{operation}"), f"{operation}_rows"
+    original = getattr(kernels, name)
+
+    def counted(*args, **kwargs):
+        with launches.open("a") as stream:
+            stream.write("x")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, name, counted)
     with triton_everywhere():
         same(runs.run(f"kernels-{teacher['kind']}", 1, teacher=teacher), single)
+    # at the least, every step's
+    assert len(launches.read_text()) >= STEPS
 
 
 SHARDED = LIVE | {"deepspeed": "zero3"}

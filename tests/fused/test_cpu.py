@@ -142,11 +142,12 @@ def test_rows_without_weight_are_not_looked_at(kind, monkeypatch):
     for weights in (w, r, lw):
         if weights is not None:
             weights[dead] = 0.0
-    w[3] = 0.0
+    w[3], r = 0.0, None if r is None else r.index_fill(0, torch.tensor([3]), 0.0)
     lw[4], labels[4] = 0.0, -100
     want = expected(s, t, labels, w, r, lw, kind, temperature=2.0)
-    want[0][dead], want[1][dead] = 0.0, 0.0
+    want[0][dead], want[1][dead], want[0][3] = 0.0, 0.0, 0.0
     s[dead], t[dead], labels[dead] = math.nan, math.nan, -100
+    t[3] = math.nan  # only the label of this row counts
     grad = poisoned(s)
     agree(ours(s, t, labels, w, r, lw, kind, temperature=2.0, grad=grad), grad, want, 1e-10)
     agree(ours(s, t, labels, w, r, lw, kind, temperature=2.0, grad=s), s, want, 1e-10)

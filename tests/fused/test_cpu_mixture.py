@@ -98,7 +98,10 @@ def test_one_teacher_is_the_dense_divergence():
         2.0,
     )
     loss = mixture_rows(*arguments, temperature=2.0, student_map=SAME, grad_NV=None)
-    assert loss.shape == weights[:, 0].shape
+    torch.testing.assert_close(loss, divergence(s, teacher, temperature=2.0), rtol=1e-12, atol=0)
+    weights *= 3  # the divergence is unweighted
+    again = mixture_rows(*arguments, temperature=2.0, student_map=SAME, grad_NV=None)
+    torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,4 +1,6 @@
-"""The door: autograd, compilation, checkpointing, autocast, precisions, chunks and refusals."""
+"""The door: autograd, checkpointing, autocast, precisions and chunks."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -7,29 +9,24 @@ from torch.utils.checkpoint import checkpoint
 
 from dskd import losses, ops
 from dskd.ops import DenseTeacher, LinearTeacher, LogitMap, TopKTeacher
-
-N, V, W, D, E, K = 5, 11, 9, 4, 3, 4
-KINDS = [kind for kind in ops.KINDS if kind != "mixed"]
-WEIGHT = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.5], dtype=torch.float64)
-REVERSE = torch.tensor([1.0, 0.0, 0.0, 0.5, 2.0], dtype=torch.float64)
-LABELS = torch.tensor([3, 0, 10, -100, 7])
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def kept(teacher_NV, temperature, dtype=torch.float64):
-    """A top-k teacher with an unused slot in row 1."""
-    logprobs_NV = (teacher_NV / temperature).log_softmax(1)
-    logprobs_NK, ids_NK = logprobs_NV.topk(K, 1)
-    ids_NK[1, -1], logprobs_NK[1, -1] = -1, -torch.inf
-    known_NV = torch.zeros(N, V + 1, dtype=torch.bool).scatter_(
-        1, ids_NK.where(ids_NK >= 0, V), True
-    )
-    tail_N = logprobs_NV.masked_fill(known_NV[:, :V], -torch.inf).logsumexp(1)
-    return TopKTeacher(ids_NK, logprobs_NK.to(dtype), tail_N.to(dtype))
+from tests.fused.cases import (
+    COMMON,
+    FORMS,
+    KINDS,
+    LABELS,
+    REVERSE,
+    WEIGHT,
+    D,
+    N,
+    V,
+    W,
+    gradients,
+    head,
+    kept,
+    linear_teacher,
+    logits_of,
+    normal,
+)
 
 
 def plain(logits_NV, teacher, *, kind="forward_kl", temperature=1.0, mode="tail", reverse=None):
@@ -54,13 +51,6 @@ def plain(logits_NV, teacher, *, kind="forward_kl", temperature=1.0, mode="tail"
             ].sum()
         )
     return total + 0.7 * losses.cross_entropy(logits_NV, LABELS)[labelled].sum()
-
-
-def gradients(total, *leaves):
-    return torch.autograd.grad(total, leaves)
-
-
-COMMON = {"labels_N": LABELS, "weight": WEIGHT, "label_weight": 0.7}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
@@ -130,28 +120,6 @@ def test_mixture_kd_passes_gradcheck():
     expected = (weights_Nn.sum(1) * found).sum()
     torch.testing.assert_close(total(student_NV), expected, rtol=1e-10, atol=1e-12)
     assert gradcheck(total, student_NV)
-
-
-def head(dtype=torch.float64, bias=True):
-    hidden_ND, weight_VD = normal(N, D, seed=5, dtype=dtype), normal(V, D, seed=6, dtype=dtype)
-    bias_V = normal(V, seed=7, dtype=dtype) if bias else None
-    return [x if x is None else x.requires_grad_() for x in (hidden_ND, weight_VD, bias_V)]
-
-
-def linear_teacher(dtype=torch.float64, rows=W):
-    parts = (normal(N, E, seed=8), normal(rows, E, seed=9), normal(rows, seed=10))
-    return LinearTeacher(*(part.to(dtype) for part in parts))
-
-
-def logits_of(teacher):
-    return teacher.hidden_NE @ teacher.weight_WE.t() + teacher.bias_W
-
-
-FORMS = {
-    "linear": lambda: (linear_teacher(), logits_of(linear_teacher())),
-    "dense": lambda: (DenseTeacher(normal(N, W, seed=1)), normal(N, W, seed=1)),
-    "topk": lambda: (kept(normal(N, V, seed=1), 2.0), kept(normal(N, V, seed=1), 2.0)),
-}
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 99, None])
@@ -233,10 +201,32 @@ def test_a_16_bit_gradient_is_rounded_once(dtype):
     """1/3 is no 16-bit number: multiplying by it in 16 bits would round it as well."""
     student_NV = normal(N, V, dtype=dtype).requires_grad_()
     teacher_NV, third = normal(N, V, seed=1, dtype=dtype), torch.tensor(1 / 3)
-    (one,) = gradients(ops.dense_kd(student_NV, teacher_NV).total, student_NV)
+    saved_NV = torch.empty(N, V, dtype=torch.float32 if dtype == torch.float16 else dtype)
+    ops.dense_kd(student_NV.detach(), teacher_NV, out=saved_NV)
     (found,) = gradients(ops.dense_kd(student_NV, teacher_NV).total * third, student_NV)
     assert found.dtype == dtype
-    torch.testing.assert_close(found, (one.float() * third).to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(found, (saved_NV.float() * third).to(dtype), rtol=0, atol=0)
+
+
+def test_the_loss_scale_saves_an_fp16_gradient():
+    """1e-9 and less of 1000 columns: nothing is left of it if rounded before the scale of 65536."""
+    student_NV = normal(4, 1000, dtype=torch.float16).requires_grad_()
+    teacher_NV = student_NV.detach().float() + 1e-3 * normal(4, 1000, seed=1).float()
+    exact_NV = student_NV.detach().double().requires_grad_()
+    reference = losses.divergence(exact_NV, teacher_NV.double(), temperature=4.0).sum()
+    (expected,) = gradients(reference * 65536.0, exact_NV)
+    for loss in (
+        lambda: ops.dense_kd(student_NV, teacher_NV, temperature=4.0),
+        lambda: ops.topk_kd(student_NV, *_all_kept(teacher_NV / 4.0), temperature=4.0),
+    ):
+        (found,) = gradients(loss().total * 65536.0, student_NV)
+        assert (found.double() - expected).norm() < 1e-3 * expected.norm()
+
+
+def _all_kept(teacher_NV):
+    logprobs_NV = teacher_NV.log_softmax(1)
+    ids_NV = torch.arange(logprobs_NV.shape[1]).expand_as(logprobs_NV)
+    return ids_NV, logprobs_NV, torch.full((len(logprobs_NV),), -torch.inf)
 
 
 def test_fp32_logits_keep_the_gradient_of_a_student_close_to_its_teacher():
@@ -255,43 +245,6 @@ def test_fp32_logits_keep_the_gradient_of_a_student_close_to_its_teacher():
         error[dtype] = ((found.double() - expected).norm() / expected.norm()).item()
     assert error[torch.float32] < 0.01
     assert error[torch.bfloat16] > 5 * error[torch.float32]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_torch_compile_takes_the_whole_function(form):
-    inputs, (teacher, _) = head(), FORMS[form]()
-
-    def total(*inputs):
-        hidden_ND, *rest = inputs
-        return (
-            2
-            * ops.linear_kd(
-                hidden_ND * 1.5, *rest, teacher=teacher, temperature=2.0, **COMMON
-            ).total
-        )
-
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
-    expected, found = total(*inputs), compiled(*inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(
-        gradients(found, *inputs), gradients(expected, *inputs), rtol=1e-12, atol=1e-14
-    )
-
-
-def test_operators_are_registered_as_pytorch_wants_them():
-    """Schema, autograd registration and fake results, by torch's own check."""
-    student_NV, teacher_NV = normal(N, V).requires_grad_(), normal(N, V, seed=1)
-    weight_N, maps = WEIGHT.clone(), [1.0, 0.0, 1.0, 0.0]
-    labels_N, label_N = LABELS.clamp_min(0), torch.ones(N, dtype=torch.float64)
-    dense = (student_NV, weight_N, label_N, teacher_NV, None, labels_N, "jsd", 0.5, 2.0, maps)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for gradient in (True, False):
-        torch.library.opcheck(torch.ops.dskd.dense_kd, (*dense, gradient), test_utils=tests)
-    inputs, teacher = head(), linear_teacher()
-    parts = [teacher.hidden_NE, teacher.weight_WE, teacher.bias_W]
-    rest = (weight_N, None, labels_N, label_N, "linear", "forward_kl", 0.5, 2.0, maps)
-    linear = (*inputs, parts, *rest, torch.float64, 2, [True] * 3)
-    torch.library.opcheck(torch.ops.dskd.linear_kd, linear, test_utils=tests)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -369,6 +322,21 @@ def test_transposed_and_strided_logits():
     assert torch.equal(*gradients(found, student_NV), *gradients(expected, plain_NV))
 
 
+@pytest.mark.parametrize("triton", [False, True])
+def test_transposed_hidden_states(triton):
+    """Their 16-bit gradient is scaled element by element of memory."""
+    hidden_ND = normal(D, N, dtype=torch.bfloat16).t().requires_grad_()
+    plain_ND = hidden_ND.detach().contiguous().requires_grad_()
+    weight_VD = normal(V, D, seed=1, dtype=torch.bfloat16)
+    teacher = DenseTeacher(normal(N, V, seed=2).float())
+    with ops.triton_everywhere() if triton else nullcontext():
+        found, expected = (
+            gradients(ops.linear_kd(each, weight_VD, teacher=teacher).total, each)
+            for each in (hidden_ND, plain_ND)
+        )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_the_logit_map_is_the_models():
     student_NV, teacher_NV = normal(N, V).requires_grad_(), normal(N, V, seed=1)
     own, other = LogitMap(1.3, 2.0), LogitMap(softcap=1.5)
@@ -378,130 +346,3 @@ def test_the_logit_map_is_the_models():
     ).sum()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(gradients(found, student_NV), gradients(expected, student_NV))
-
-
-S, T = normal(N, V), normal(N, V, seed=1)
-IDS, LOGPROBS, TAIL = vars(kept(T, 1.0)).values()
-H, B_VD = normal(N, D), normal(V, D)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: ops.dense_kd(S[0], T), r"student: must have two axes, not shape \(11,\)"),
-        (lambda: ops.dense_kd(S.long(), T), r"student: must be floating-point, not torch\.int64"),
-        (lambda: ops.dense_kd(S, T[:3]), r"teacher: has 3 rows where there are 5 tokens"),
-        (
-            lambda: ops.dense_kd(S[:, :W], T),
-            r"teacher: has 11 columns, the student 9; .*vocabulary=",
-        ),
-        (lambda: ops.dense_kd(S, T, vocabulary=12), r"vocabulary: 12 is not within the 11 columns"),
-        (lambda: ops.dense_kd(S, T, kind="kl"), r"kind: 'kl' is not one of forward_kl, "),
-        (
-            lambda: ops.dense_kd(S, T[:, :W], kind="reverse_kl"),
-            r"kind: reverse_kl is infinite where",
-        ),
-        (
-            lambda: ops.dense_kd(S, T, kind="jsd", beta=1.0),
-            r"beta: must lie between 0 and 1 for jsd",
-        ),
-        (lambda: ops.dense_kd(S, T, kind="mixed"), r"reverse_weight: the mixed divergence has one"),
-        (lambda: ops.dense_kd(S, T, reverse_weight=1.0), r"reverse_weight: .*kind is 'forward_kl'"),
-        (lambda: ops.dense_kd(S, T, temperature=0.0), r"temperature: must be positive and finite"),
-        (
-            lambda: ops.dense_kd(S, T, weight=T),
-            r"weight: has shape \(5, 11\) where there are 5 tokens",
-        ),
-        (lambda: ops.dense_kd(S, T, weight=float("nan")), r"weight: must be finite, not nan"),
-        (
-            lambda: ops.dense_kd(S, T, label_weight=1.0),
-            r"label_weight: is not 0, and there are no lab",
-        ),
-        (lambda: ops.dense_kd(S, T, LABELS.int()), r"labels: must be int64, not torch\.int32"),
-        (
-            lambda: ops.dense_kd(S, T, LABELS[:2]),
-            r"labels: has shape \(2,\) where there are 5 tokens",
-        ),
-        (
-            lambda: ops.dense_kd(S, T, LABELS + 1),
-            r"labels: 11 at \[2\] is not one of the 11 columns",
-        ),
-        (
-            lambda: ops.dense_kd(S, T, student_map=LogitMap(0.0)),
-            r"student_map\.scale: must be positive",
-        ),
-        (
-            lambda: ops.dense_kd(S, T, teacher_map=LogitMap(1.0, -1.0)),
-            r"teacher_map\.softcap: must be",
-        ),
-        (
-            lambda: ops.dense_kd(S, T, out=T[:, :W]),
-            r"out: has shape \(5, 9\), the student's logits",
-        ),
-        (lambda: ops.dense_kd(S.clone().requires_grad_(), T, out=T.clone()), r"out: .*detach them"),
-        (
-            lambda: ops.topk_kd(S, IDS, LOGPROBS, TAIL, mode="top"),
-            r"mode: 'top' is not one of tail",
-        ),
-        (
-            lambda: ops.topk_kd(S, IDS, LOGPROBS),
-            r"tail: the mode tail needs the mass of what is not",
-        ),
-        (
-            lambda: ops.topk_kd(S, IDS, LOGPROBS, TAIL, mode="truncated"),
-            r"tail: .*mode is 'truncated'",
-        ),
-        (
-            lambda: ops.topk_kd(S[:, :3], IDS, LOGPROBS, TAIL),
-            r"ids: must be \[5, K\] with K from 1 to 3, not \(5, 4\)",
-        ),
-        (lambda: ops.topk_kd(S, IDS.float(), LOGPROBS, TAIL), r"ids: must be int32 or int64"),
-        (
-            lambda: ops.topk_kd(S, IDS + 9, LOGPROBS, TAIL),
-            r"ids: \d+ at \[\d, \d\] is not one of the",
-        ),
-        (lambda: ops.topk_kd(S, IDS, LOGPROBS[:, 1:], TAIL), r"logprobs: has shape \(5, 3\), ids"),
-        (
-            lambda: ops.topk_kd(S, IDS, LOGPROBS, TAIL[1:]),
-            r"tail: has shape \(4,\) where there are 5",
-        ),
-        (lambda: ops.mixture_kd(S, [], T), r"teachers: there are none"),
-        (
-            lambda: ops.mixture_kd(S, [T], torch.ones(N, 1), firsts=[1]),
-            r"teachers\[0\]: columns 1 to 12 are not within the student's 11",
-        ),
-        (
-            lambda: ops.mixture_kd(S, [T], torch.ones(N, 2)),
-            r"weights: must be floating-point \[5, 1\], not \(5, 2\)",
-        ),
-        (lambda: ops.linear_kd(H, B_VD, teacher=None), r"teacher: neither a teacher nor labels"),
-        (lambda: ops.linear_kd(H, S, teacher=None), r"weight: has 11 columns, the hidden states 4"),
-        (
-            lambda: ops.linear_kd(H, B_VD.float(), teacher=None),
-            r"weight: is torch\.float32, the hidden states are torch\.float64",
-        ),
-        (
-            lambda: ops.linear_kd(H, B_VD, normal(N), teacher=None),
-            r"bias: must be torch\.float64 \[11\], not torch\.float64 \[5\]",
-        ),
-        (
-            lambda: ops.linear_kd(H, B_VD, teacher=LinearTeacher(H[1:], B_VD)),
-            r"teacher's hidden: has 4 rows where there are 5 tokens",
-        ),
-        (
-            lambda: ops.linear_kd(H, B_VD, teacher=LinearTeacher(H, T)),
-            r"teacher's weight: has 11 columns, the hidden states 4",
-        ),
-        (
-            lambda: ops.linear_kd(H, B_VD, teacher=DenseTeacher(T), logits_dtype=torch.float16),
-            r"logits_dtype: must be torch\.float64",
-        ),
-        (
-            lambda: ops.linear_kd(H, B_VD, teacher=DenseTeacher(T), chunk=0),
-            r"chunk: must be at least",
-        ),
-    ],
-)
-def test_what_is_wrong_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from importlib import import_module
 from itertools import accumulate
 
 import pytest
@@ -59,6 +60,7 @@ def on_rank(rank, widths, teacher_columns, cases, dtype, triton):
     bounds = [0, *accumulate(widths)]
     first, beyond = bounds[rank], bounds[rank + 1]
     found = []
+    launches = watched(import_module("dskd.kernels.vocab_parallel"), "gradient_rows")
     for kind, temperature, labelled in cases:
         student = logits(0)[:, first:beyond].to(dtype).requires_grad_()
         teacher = logits(1)[:, first : max(first, min(beyond, teacher_columns))].to(dtype)
@@ -79,7 +81,20 @@ def on_rank(rank, widths, teacher_columns, cases, dtype, triton):
         assert not result.divergence_N.requires_grad
         assert not result.label_N.requires_grad
         found.append((*(each.detach().numpy() for each in result), student.grad.numpy()))
+    assert len(launches) == (len(cases) if triton else 0)
     return found
+
+
+def watched(module, name):
+    """A list that grows with every call of a module's function; for a process of its own."""
+    calls, function = [], getattr(module, name)
+
+    def call(*args, **kwargs):
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    setattr(module, name, call)
+    return calls
 
 
 def compare(widths, teacher_columns, cases, dtype, tolerance, triton=False):

@@ -193,7 +193,7 @@ def test_student_rules_a_token_out(device):
     divergence = mixture.mixture_rows(
         student, teachers, firsts, weight, temperature=1.0, student_map=PLAIN, grad_NV=grad
     )
-    assert divergence[0] > 1e20
+    assert divergence[0] == math.inf
     assert divergence[2:].isfinite().all()
     assert grad.isfinite().all()
     q = student[0].double().softmax(0)

@@ -97,6 +97,7 @@ def whole(student, teacher, labels, vectors, kind, temperature):
     else:
         divergence = losses.divergence(x, t, kind, beta=BETA, **heat)
         total = (weight * divergence).sum()
+        divergence = divergence * (weight != 0)
     label = None
     if labels is not None:
         label = losses.cross_entropy(x, labels[counted])
@@ -203,7 +204,7 @@ def test_infinite_divergence_has_a_finite_gradient(device):
     student[:, 5] = -math.inf
     vectors = [torch.ones(4, device=device), None, None]
     divergence, _, grad = sharded(student, teacher, None, vectors, "forward_kl", 1.0)
-    assert (divergence > 1e20).all()
+    assert (divergence == math.inf).all()
     assert grad.isfinite().all()
 
 

@@ -1,0 +1,58 @@
+"""Logits, teachers, weights and heads for the tests of the door."""
+
+import torch
+
+from dskd import ops
+from dskd.ops import DenseTeacher, LinearTeacher, TopKTeacher
+
+N, V, W, D, E, K = 5, 11, 9, 4, 3, 4
+KINDS = [kind for kind in ops.KINDS if kind != "mixed"]
+WEIGHT = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.5], dtype=torch.float64)
+REVERSE = torch.tensor([1.0, 0.0, 0.0, 0.5, 2.0], dtype=torch.float64)
+LABELS = torch.tensor([3, 0, 10, -100, 7])
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def kept(teacher_NV, temperature, dtype=torch.float64):
+    """A top-k teacher with an unused slot in row 1."""
+    logprobs_NV = (teacher_NV / temperature).log_softmax(1)
+    logprobs_NK, ids_NK = logprobs_NV.topk(K, 1)
+    ids_NK[1, -1], logprobs_NK[1, -1] = -1, -torch.inf
+    known_NV = torch.zeros(N, V + 1, dtype=torch.bool).scatter_(
+        1, ids_NK.where(ids_NK >= 0, V), True
+    )
+    tail_N = logprobs_NV.masked_fill(known_NV[:, :V], -torch.inf).logsumexp(1)
+    return TopKTeacher(ids_NK, logprobs_NK.to(dtype), tail_N.to(dtype))
+
+
+def gradients(total, *leaves):
+    return torch.autograd.grad(total, leaves)
+
+
+COMMON = {"labels_N": LABELS, "weight": WEIGHT, "label_weight": 0.7}
+
+
+def head(dtype=torch.float64, bias=True):
+    hidden_ND, weight_VD = normal(N, D, seed=5, dtype=dtype), normal(V, D, seed=6, dtype=dtype)
+    bias_V = normal(V, seed=7, dtype=dtype) if bias else None
+    return [x if x is None else x.requires_grad_() for x in (hidden_ND, weight_VD, bias_V)]
+
+
+def linear_teacher(dtype=torch.float64, rows=W):
+    parts = (normal(N, E, seed=8), normal(rows, E, seed=9), normal(rows, seed=10))
+    return LinearTeacher(*(part.to(dtype) for part in parts))
+
+
+def logits_of(teacher):
+    return teacher.hidden_NE @ teacher.weight_WE.t() + teacher.bias_W
+
+
+FORMS = {
+    "linear": lambda: (linear_teacher(), logits_of(linear_teacher())),
+    "dense": lambda: (DenseTeacher(normal(N, W, seed=1)), normal(N, W, seed=1)),
+    "topk": lambda: (kept(normal(N, V, seed=1), 2.0), kept(normal(N, V, seed=1), 2.0)),
+}

@@ -1,0 +1,193 @@
+"""What is wrong with an argument is named."""
+
+import pytest
+import torch
+
+from dskd import ops
+from dskd.ops import DenseTeacher, LinearTeacher, LogitMap
+from tests.fused.cases import (
+    LABELS,
+    D,
+    N,
+    V,
+    W,
+    kept,
+    normal,
+)
+
+S, T = normal(N, V), normal(N, V, seed=1)
+IDS, LOGPROBS, TAIL = vars(kept(T, 1.0)).values()
+TOPK, TWICE = kept(T, 1.0), IDS.clone()
+TWICE[2, 1], TWICE[2, 3] = 5, 5
+H, B_VD = normal(N, D), normal(V, D)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.dense_kd(S[0], T), r"student: must have two axes, not shape \(11,\)"),
+        (lambda: ops.dense_kd(S.long(), T), r"student: must be floating-point, not torch\.int64"),
+        (lambda: ops.dense_kd(S, T[:3]), r"teacher: has 3 rows where there are 5 tokens"),
+        (
+            lambda: ops.dense_kd(S[:, :W], T),
+            r"teacher: has 11 columns, the student 9; .*vocabulary=",
+        ),
+        (lambda: ops.dense_kd(S, T, vocabulary=12), r"vocabulary: 12 is not within the 11 columns"),
+        (lambda: ops.dense_kd(S, T, kind="kl"), r"kind: 'kl' is not one of forward_kl, "),
+        (
+            lambda: ops.dense_kd(S, T[:, :W], kind="reverse_kl"),
+            r"kind: reverse_kl is infinite where",
+        ),
+        (
+            lambda: ops.dense_kd(S, T, kind="jsd", beta=1.0),
+            r"beta: must lie between 0 and 1 for jsd",
+        ),
+        (lambda: ops.dense_kd(S, T, kind="mixed"), r"reverse_weight: the mixed divergence has one"),
+        (lambda: ops.dense_kd(S, T, reverse_weight=1.0), r"reverse_weight: .*kind is 'forward_kl'"),
+        (lambda: ops.dense_kd(S, T, temperature=0.0), r"temperature: must be positive and finite"),
+        (
+            lambda: ops.dense_kd(S, T, weight=T),
+            r"weight: has shape \(5, 11\) where there are 5 tokens",
+        ),
+        (lambda: ops.dense_kd(S, T, weight=float("nan")), r"weight: must be finite, not nan"),
+        (
+            lambda: ops.dense_kd(S, T, label_weight=1.0),
+            r"label_weight: is not 0, and there are no lab",
+        ),
+        (lambda: ops.dense_kd(S, T, LABELS.int()), r"labels: must be int64, not torch\.int32"),
+        (
+            lambda: ops.dense_kd(S, T, LABELS[:2]),
+            r"labels: has shape \(2,\) where there are 5 tokens",
+        ),
+        (
+            lambda: ops.dense_kd(S, T, LABELS + 1),
+            r"labels: 11 at \[2\] is not one of the 11 columns",
+        ),
+        (
+            lambda: ops.dense_kd(S, T, student_map=LogitMap(0.0)),
+            r"student_map\.scale: must be positive",
+        ),
+        (
+            lambda: ops.dense_kd(S, T, teacher_map=LogitMap(1.0, -1.0)),
+            r"teacher_map\.softcap: must be",
+        ),
+        (
+            lambda: ops.dense_kd(S, T, out=T[:, :W]),
+            r"out: has shape \(5, 9\), the student's logits",
+        ),
+        (lambda: ops.dense_kd(S.clone().requires_grad_(), T, out=T.clone()), r"out: .*detach them"),
+        (
+            lambda: ops.topk_kd(S, IDS, LOGPROBS, TAIL, mode="top"),
+            r"mode: 'top' is not one of tail",
+        ),
+        (
+            lambda: ops.topk_kd(S, IDS, LOGPROBS),
+            r"tail: the mode tail needs the mass of what is not",
+        ),
+        (
+            lambda: ops.topk_kd(S, IDS, LOGPROBS, TAIL, mode="truncated"),
+            r"tail: .*mode is 'truncated'",
+        ),
+        (
+            lambda: ops.topk_kd(S[:, :3], IDS, LOGPROBS, TAIL),
+            r"ids: must be \[5, K\] with K from 1 to 3, not \(5, 4\)",
+        ),
+        (lambda: ops.topk_kd(S, IDS.float(), LOGPROBS, TAIL), r"ids: must be int32 or int64"),
+        (
+            lambda: ops.topk_kd(S, IDS + 9, LOGPROBS, TAIL),
+            r"ids: \d+ at \[\d, \d\] is not one of the",
+        ),
+        (lambda: ops.topk_kd(S, IDS, LOGPROBS[:, 1:], TAIL), r"logprobs: has shape \(5, 3\), ids"),
+        (
+            lambda: ops.topk_kd(S, IDS, LOGPROBS, TAIL[1:]),
+            r"tail: has shape \(4,\) where there are 5",
+        ),
+        (lambda: ops.mixture_kd(S, [], T), r"teachers: there are none"),
+        (
+            lambda: ops.mixture_kd(S, [T], torch.ones(N, 1), firsts=[1]),
+            r"teachers\[0\]: columns 1 to 12 are not within the student's 11",
+        ),
+        (
+            lambda: ops.mixture_kd(S, [T], torch.ones(N, 2)),
+            r"weights: must be floating-point \[5, 1\], not \(5, 2\)",
+        ),
+        (lambda: ops.linear_kd(H, B_VD, teacher=None), r"teacher: neither a teacher nor labels"),
+        (lambda: ops.linear_kd(H, S, teacher=None), r"weight: has 11 columns, the hidden states 4"),
+        (
+            lambda: ops.linear_kd(H, B_VD.float(), teacher=None),
+            r"weight: is torch\.float32, the hidden states are torch\.float64",
+        ),
+        (
+            lambda: ops.linear_kd(H, B_VD, normal(N), teacher=None),
+            r"bias: must be torch\.float64 \[11\], not torch\.float64 \[5\]",
+        ),
+        (
+            lambda: ops.linear_kd(H, B_VD, teacher=LinearTeacher(H[1:], B_VD)),
+            r"teacher's hidden: has 4 rows where there are 5 tokens",
+        ),
+        (
+            lambda: ops.linear_kd(H, B_VD, teacher=LinearTeacher(H, T)),
+            r"teacher's weight: has 11 columns, the hidden states 4",
+        ),
+        (
+            lambda: ops.linear_kd(H, B_VD, teacher=DenseTeacher(T), logits_dtype=torch.float16),
+            r"logits_dtype: must be torch\.float64",
+        ),
+        (
+            lambda: ops.linear_kd(H, B_VD, teacher=DenseTeacher(T), chunk=0),
+            r"chunk: must be at least",
+        ),
+        (
+            lambda: ops.linear_kd(H, B_VD, teacher=T),
+            r"teacher: must be a DenseTeacher, .*not Tensor",
+        ),
+        (lambda: ops.linear_kd(H, B_VD, teacher=TOPK, kind="jsd"), r"kind: jsd cannot be computed"),
+        (lambda: ops.linear_kd(H, B_VD, teacher=TOPK, kind="kl"), r"kind: 'kl' is not one of"),
+        (lambda: ops.linear_kd(H, B_VD, teacher=TOPK, vocabulary=3), r"vocabulary: nothing to cut"),
+        (
+            lambda: ops.linear_kd(H, B_VD, teacher=TOPK, teacher_map=LogitMap(2.0)),
+            r"teacher_map: nothing to map",
+        ),
+        (
+            lambda: ops.linear_kd(H, B_VD, teacher=TOPK, reverse_weight=1.0),
+            r"reverse_weight: .*kind is 'forward_kl'",
+        ),
+        (
+            lambda: ops.linear_kd(H, B_VD, teacher=DenseTeacher(T), mode="truncated"),
+            r"mode: 'truncated' is of a top-k teacher",
+        ),
+        (
+            lambda: ops.linear_kd(H.float(), B_VD.float(), teacher=None, logits_dtype=torch.half),
+            r"logits_dtype: must be torch\.float32, not torch\.float16",
+        ),
+        (
+            lambda: ops.topk_kd(S, TWICE, LOGPROBS, TAIL),
+            r"ids: row 2 has 5 twice",
+        ),
+        (lambda: ops.dense_kd(S, T, student_map=(1.0, 0.0)), r"student_map: must be a LogitMap"),
+        (lambda: ops.dense_kd(S, T, out=T[:1].expand(N, V)), r"out: its rows share memory"),
+        (lambda: ops.label_ce(S, None), r"labels: there are none"),
+        (lambda: ops.mixture_kd(S, torch.stack([T, T]), T), r"teachers: must be a list"),
+        (
+            lambda: ops.mixture_kd(S, [T.float()], T[:, :1].abs()),
+            r"teachers\[0\]: is torch\.float32, the student's logits are torch\.float64",
+        ),
+        (lambda: ops.mixture_kd(S, [T, T], T[:, :2] - 9), r"weights: a mixture has none below 0"),
+        (
+            lambda: ops.mixture_kd(S, [T], torch.ones(N, 1, device="meta")),
+            r"weights: is on meta, not the logits'",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_more_kept_tokens_than_a_program_has_registers():
+    student_NV = torch.zeros(1, 5000)
+    ids_NK = torch.arange(4097)[None]
+    arguments = (student_NV, ids_NK, torch.zeros(1, 4097), torch.zeros(1))
+    assert ops.topk_kd(*arguments).total.isfinite()
+    with ops.triton_everywhere(), pytest.raises(ValueError, match="ids: the kernels take at most"):
+        ops.topk_kd(*arguments)

@@ -1,0 +1,68 @@
+"""What methods call: losses of a student's rows, whatever its head's padding and its teacher."""
+
+import pytest
+import torch
+
+from dskd import losses, ops
+from dskd.batch import Dense, Projected, Rows, TopK
+from dskd.errors import ConfigError
+from dskd.models.families import LinearProjection
+from tests.fused.cases import D, E, N, V, W, normal
+
+LABELS = torch.tensor([3, 0, 8, 5, 7])
+
+
+def student_and_teacher(vocabulary):
+    """Rows of a padded student, and a live teacher of the first columns."""
+    own, other = LinearProjection(D, V).double(), LinearProjection(E, V).double()
+    rows = Rows(normal(N, D).requires_grad_(), own, LABELS)
+    return rows, Projected(normal(N, E, seed=1), other, vocabulary)
+
+
+def leaves(rows):
+    return (rows.hidden_ND, *rows.projection.parameters())
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_reverse_kl_of_a_padded_student_is_of_the_shared_vocabulary(dense):
+    rows, signal = student_and_teacher(W)
+    found = ops.rows_kd(
+        rows,
+        Dense(signal.logits_NV) if dense else signal,
+        kind="reverse_kl",
+        temperature=2.0,
+        label_weight=0.5,
+    )
+    shared_NW = rows.logits_NV[:, :W]
+    divergence_N = losses.divergence(shared_NW, signal.logits_NV, "reverse_kl", temperature=2.0)
+    expected = divergence_N.sum() + 0.5 * losses.cross_entropy(shared_NW, LABELS).sum()
+    torch.testing.assert_close(found.total, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.total, leaves(rows)),
+        torch.autograd.grad(expected, leaves(rows)),
+        rtol=1e-9,
+        atol=1e-11,
+    )
+
+
+def test_the_mixed_divergence_has_its_weight():
+    rows, signal = student_and_teacher(V)
+    reverse_N = normal(N, seed=3).abs()
+    found = ops.rows_kd(
+        rows, signal, kind="mixed", temperature=1.0, weight=0.3, reverse_weight=reverse_N
+    )
+    forward_N, backward_N = (
+        losses.divergence(rows.logits_NV, signal.logits_NV, kind)
+        for kind in ("forward_kl", "reverse_kl")
+    )
+    expected = (0.3 * forward_N + reverse_N * backward_N).sum()
+    torch.testing.assert_close(found.total, expected, rtol=1e-10, atol=0)
+
+
+def test_a_cached_teacher_gives_no_other_divergence():
+    rows, _ = student_and_teacher(V)
+    logprobs_NK, ids_NK = normal(N, V).log_softmax(1).topk(3, 1)
+    signal = TopK(ids_NK, logprobs_NK, {1.0: torch.full((N,), -1.0)})
+    assert ops.rows_kd(rows, signal, temperature=1.0).total > 0
+    with pytest.raises(ConfigError, match=r"teacher: a cached teacher .* divergence, jsd, needs"):
+        ops.rows_kd(rows, signal, kind="jsd", temperature=1.0)

@@ -1,14 +1,14 @@
 """Norms of compactors, and what masks do to their gradients, moments and weights, in one launch.
 
-A compactor is C = I + D, stored as D; unit j of it is a column (left) or a row (right). A piece is
-what a rank holds of one: the flat entries f = start ... of [parts, rows, columns], row = f //
-columns. An entry of unit j becomes
+A compactor is C = I + D, stored as D; unit j of it is a column (left) or a row (right). A vector,
+C as it is, has columns only. A piece is what a rank holds of one: the flat entries f = start ... of
+[parts, rows, columns], row = f // columns. An entry of unit j becomes
 
-    gradient <- gate_j gradient + pull_j C,   moment <- fade moment + push_j C,   C <- ratio_j C
+    gradient <- gate_j gradient + pull_j C,   moment <- fade_j moment + push_j C,   C <- ratio_j C
 
 where asked for; the norms are those of C as found. Pieces are walked as rectangles: a program takes
-the columns of 128 units (left), or the rows of 4 (right), from end to end. So a
-norm is summed by one program in a fixed order, and every entry is read once.
+the columns of 128 units (left, vectors), or the rows of 4 (right), from end to end. So a norm is
+summed by one program in a fixed order, and every entry is read once.
 
 Shapes: R rows and C columns of a tile.
 """
@@ -41,6 +41,8 @@ AT_SIDE = tl.constexpr(8)
 AT_STRIPS = tl.constexpr(9)
 FIELDS = tl.constexpr(10)
 
+SIDES = {"left": 0, "right": 1, "vector": 2}
+
 
 @triton.jit
 def unit_value(values, which, unit, units, inside, RIGHT: tl.constexpr):
@@ -54,7 +56,6 @@ def strip(
     fields,
     weight_ptr,
     gradient_ptr,
-    fade,
     GRADIENT: tl.constexpr,
     MOMENT: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -67,6 +68,7 @@ def strip(
     start = tl.load(fields + AT_START)
     count = tl.load(fields + AT_COUNT)
     columns = tl.load(fields + AT_COLUMNS).to(tl.int32)
+    identity = tl.load(fields + AT_SIDE) != 2
     floats = tl.pointer_type(tl.float32)
     weight = tl.load(fields + AT_WEIGHT).to(tl.pointer_type(weight_ptr.dtype.element_ty))
     gradient = tl.load(fields + AT_GRADIENT).to(tl.pointer_type(gradient_ptr.dtype.element_ty))
@@ -92,9 +94,10 @@ def strip(
         gate = unit_value(values, 0, unit, columns, inside, RIGHT)
         pull = unit_value(values, 1, unit, columns, inside, RIGHT)
     if MOMENT:
-        push = unit_value(values, 2, unit, columns, inside, RIGHT)
+        fade = unit_value(values, 2, unit, columns, inside, RIGHT)
+        push = unit_value(values, 3, unit, columns, inside, RIGHT)
     if WEIGHT:
-        ratio = unit_value(values, 3, unit, columns, inside, RIGHT)
+        ratio = unit_value(values, 4, unit, columns, inside, RIGHT)
 
     squares = tl.zeros([R, C], tl.float32)
     for step in tl.range(0, steps):
@@ -111,7 +114,7 @@ def strip(
         high = tl.minimum(count - base, R * columns.to(tl.int64)).to(tl.int32)
         here = (at >= low) & (at < high) & (column < columns)[None, :]
         diagonal = ((row % columns).to(tl.int32) + r) % columns
-        one = diagonal[:, None] == column[None, :]
+        one = (diagonal[:, None] == column[None, :]) & identity
         difference = tl.load(weight + base + at, mask=here, other=0.0)
         whole = tl.where(one & here, difference + 1.0, difference)
         squares += whole * whole
@@ -138,7 +141,6 @@ def update_kernel(
     table_ptr,
     weight_ptr,
     gradient_ptr,
-    fade,
     GRADIENT: tl.constexpr,
     MOMENT: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -150,20 +152,19 @@ def update_kernel(
     # some pieces have more strips than others
     if tl.program_id(0) < tl.load(fields + AT_STRIPS):
         if tl.load(fields + AT_SIDE) == 1:
-            strip(fields, weight_ptr, gradient_ptr, fade, GRADIENT, MOMENT, WEIGHT, True, R, C)
+            strip(fields, weight_ptr, gradient_ptr, GRADIENT, MOMENT, WEIGHT, True, R, C)
         else:
-            strip(fields, weight_ptr, gradient_ptr, fade, GRADIENT, MOMENT, WEIGHT, False, R, C)
+            strip(fields, weight_ptr, gradient_ptr, GRADIENT, MOMENT, WEIGHT, False, R, C)
 
 
-def update(pieces: Sequence[Any], fade: float) -> list[Tensor]:
+def update(pieces: Sequence[Any]) -> list[Tensor]:
     """Edit the pieces in place; the squared norms of their units' entries, fp32 [columns] each.
 
     pieces: see :class:`dskd.fused.update.Piece`, all with the same ones of gradient, moment and
     ratio; weights and moments fp32, gradients of one dtype, all contiguous.
     """
     one = pieces[0]
-    squares = [_norms(piece) for piece in pieces]
-    values = [_values(piece) for piece in pieces]
+    squares, values = _norms(pieces), _values(pieces)  # of which the table holds addresses
     rows = []
     for piece, norms, value in zip(pieces, squares, values, strict=True):
         count, columns = piece.weight.numel(), piece.shape[-1]
@@ -172,7 +173,7 @@ def update(pieces: Sequence[Any], fade: float) -> list[Tensor]:
         strips = triton.cdiv(height, ROWS) if right else triton.cdiv(columns, COLUMNS)
         tensors = (piece.weight, piece.gradient, piece.moment, value, norms)
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        rows.append([*addresses, piece.start, count, columns, int(right), strips])
+        rows.append([*addresses, piece.start, count, columns, SIDES[piece.side], strips])
     table = torch.tensor(rows, dtype=torch.int64)
     if one.weight.device.type != "cpu":
         # from pageable memory the host would wait for the device
@@ -181,7 +182,6 @@ def update(pieces: Sequence[Any], fade: float) -> list[Tensor]:
         table,
         one.weight,
         one.weight if one.gradient is None else one.gradient,
-        fade,
         GRADIENT=one.gradient is not None,
         MOMENT=one.moment is not None,
         WEIGHT=one.ratio_K is not None,
@@ -190,41 +190,57 @@ def update(pieces: Sequence[Any], fade: float) -> list[Tensor]:
         num_warps=WARPS,
         num_stages=1,
     )
-    made = zip(pieces, squares, strict=True)
-    return [n.view(-1, p.shape[-1]).sum(0) if p.side == "right" else n for p, n in made]
+    return [
+        n.view(-1, p.shape[-1]).sum(0) if len(n) > p.shape[-1] else n
+        for p, n in zip(pieces, squares, strict=True)
+    ]
 
 
-def _norms(piece: Any) -> Tensor:
-    """Room for them: by column (left), or by row of each part."""
-    count = piece.shape[-1]
-    if piece.side == "right":
-        count *= piece.shape[0] if len(piece.shape) == 3 else 1
-    return torch.zeros(count, dtype=torch.float32, device=piece.weight.device)
+def _norms(pieces: Sequence[Any]) -> list[Tensor]:
+    """Room for them: by column (left, vector), or by row of each part; views of one tensor."""
+    counts = []
+    for piece in pieces:
+        stacked = piece.side == "right" and len(piece.shape) == 3
+        counts.append(piece.shape[-1] * (piece.shape[0] if stacked else 1))
+    room = torch.zeros(sum(counts), dtype=torch.float32, device=pieces[0].weight.device)
+    return list(room.split(counts))
 
 
-def _values(piece: Any) -> Tensor | None:
-    """fp32 [4, units]; a value that is not there is not read."""
-    given = (piece.gate_K, piece.pull_K, piece.push_K, piece.ratio_K)
-    some = next((v for v in given if v is not None), None)
-    if some is None:
-        return None
-    return torch.stack([some if v is None else v for v in given]).to(torch.float32)
+def _values(pieces: Sequence[Any]) -> list[Tensor | None]:
+    """fp32 [5, units] for each piece, made once of the same tensors; one not given is not read."""
+    made: dict[tuple[int, ...], Tensor | None] = {}
+    keys = []
+    for piece in pieces:
+        given = (piece.gate_K, piece.pull_K, piece.fade_K, piece.push_K, piece.ratio_K)
+        some = next((v for v in given if v is not None), None)
+        keys.append(tuple(map(id, given)))
+        if keys[-1] not in made:
+            filled = [some if v is None else v for v in given]
+            made[keys[-1]] = None if some is None else torch.stack(filled).to(torch.float32)
+    return [made[key] for key in keys]
 
 
 def configurations() -> list[Configuration]:
-    """What is compiled ahead of time in the tests: before a step and after it."""
+    """What is compiled ahead of time in the tests: before a step, after it, and norms only."""
     before = {"GRADIENT": True, "MOMENT": True, "WEIGHT": False}
+    gradient = {"GRADIENT": True, "MOMENT": False, "WEIGHT": False}
     after = {"GRADIENT": False, "MOMENT": False, "WEIGHT": True}
-    forms = [("before", "fp32", before), ("before", "bf16", before), ("after", "fp32", after)]
+    norms = {"GRADIENT": False, "MOMENT": False, "WEIGHT": False}
+    forms = [
+        ("before", "fp32", before),
+        ("before", "bf16", before),
+        ("gradient", "bf16", gradient),
+        ("after", "fp32", after),
+        ("norms", "fp32", norms),
+    ]
     return [
         Configuration(
-            name=f"{when}/{gradient}",
+            name=f"{when}/{dtype}",
             kernel=update_kernel,
             signature={
                 "table_ptr": "*i64",
                 "weight_ptr": "*fp32",
-                "gradient_ptr": f"*{gradient}",
-                "fade": "fp32",
+                "gradient_ptr": f"*{dtype}",
             },
             constants=asked | {"R": ROWS, "C": COLUMNS},
             num_warps=WARPS,
@@ -233,5 +249,5 @@ def configurations() -> list[Configuration]:
             # a piece may begin and end anywhere: all its loads are guarded
             tensors_per_column=0,
         )
-        for when, gradient, asked in forms
+        for when, dtype, asked in forms
     ]

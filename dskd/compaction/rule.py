@@ -2,24 +2,37 @@
 
 Masks are chosen at every ``every``-th step t (counted from 1; ``step`` completed ones come before
 it, t = step + 1), between its backward pass and the optimiser's step. All ranks have the same ones:
-rank 0's, from whole weights.
+rank 0's, from whole weights. What they do to the entries that a rank holds is one
+:func:`dskd.ops.update` of all of them.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dskd import dist
-from dskd.compaction.masks import Ranking, Side, Units, lowest, scores, spread
-from dskd.compaction.tiles import Tile, tiles
+from dskd.compaction.masks import Ranking, Units, lowest, scores, spread
 from dskd.errors import CheckpointError
+from dskd.ops import Piece, update
 from dskd.shards import Shard, Weights
+
+Edit = Callable[[Tensor], dict[str, Tensor]]
+"""From a group's ``removed_at`` [U] to the units' values [U], by their names in ``Piece``."""
+
+
+class Held(NamedTuple):
+    """A shard of a compactor, or of a vector (its shape: [parts, K]), that belongs to a group."""
+
+    group: str
+    side: Literal["left", "right", "vector"]
+    shard: Shard
 
 
 class Rule(ABC):
@@ -82,12 +95,11 @@ class Rule(ABC):
 
     def removed_norm(self, weights: Weights) -> float:
         """Euclidean norm of all removed entries of all compactors. Collective."""
+        matrices = self._matrices(weights, self.groups)
         here: dict[str, tuple[float, int, int]] = {}
-        for group, side, shard in self._shards(weights, self.groups):
-            square = 0.0
-            for tile in tiles(shard):
-                removed = self._removed(group, shard, tile, side)
-                square += tile.compactor().double().mul_(removed).square().sum().item()
+        for (group, _, shard), squares_K in zip(matrices, self._edit(matrices), strict=True):
+            removed_U = self._on(group, shard.weight.device) > 0
+            square = (squares_K.double() * spread(removed_U, shard.shape[-1])).sum().item()
             here[shard.name] = square, shard.weight.numel(), math.prod(shard.shape)
         total = 0.0
         ranks = dist.gather_objects(here)
@@ -157,21 +169,46 @@ class Rule(ABC):
         self._cached.clear()
         return changed
 
-    def _shards(self, weights: Weights, groups: Iterable[str]) -> Iterator[tuple[str, Side, Shard]]:
-        """What this rank holds of the groups' compactors, with group and side."""
-        for group in groups:
-            for member in self.groups[group].members:
-                shard = weights.shard(member.name)
+    def _matrices(self, weights: Weights, groups: Iterable[str]) -> list[Held]:
+        """What this rank holds of the groups' compactors."""
+        found = [
+            (group, member.side, weights.shard(member.name))
+            for group in groups
+            for member in self.groups[group].members
+        ]
+        return [Held(group, side, shard) for group, side, shard in found if shard is not None]
+
+    def _vectors(self, weights: Weights) -> list[Held]:
+        """What this rank holds of the groups' norms and biases."""
+        held = []
+        for group, units in self.groups.items():
+            for vector in units.vectors:
+                shard = weights.shard(vector.name)
                 if shard is not None:
-                    yield group, member.side, shard
+                    rows = torch.Size((vector.parts, shard.shape[0] // vector.parts))
+                    held.append(Held(group, "vector", replace(shard, shape=rows)))
+        return held
+
+    def _edit(self, held: Sequence[Held], edit: Edit = lambda _: {}) -> list[Tensor]:
+        """Edit what is held; the squared norms [K] of each one's entries as they were."""
+        made: dict[tuple[str, int], dict[str, Tensor]] = {}
+        pieces = []
+        for group, side, shard in held:
+            weight, entries = shard.weight, shard.shape[-1]
+            if (group, entries) not in made:
+                values = edit(self._on(group, weight.device))
+                made[group, entries] = {
+                    name: spread(value_U, entries).to(weight.dtype)
+                    for name, value_U in values.items()
+                }
+            values = made[group, entries]
+            gradient = shard.gradient if "gate_K" in values else None
+            moment = shard.moments["exp_avg"] if "push_K" in values else None
+            pieces.append(Piece(weight, shard.start, shard.shape, side, gradient, moment, **values))
+        return update(pieces)
 
     def _on(self, group: str, device: torch.device) -> Tensor:
         """``removed_at`` on a device, copied there once a mask."""
         if (group, device) not in self._cached:
             self._cached[group, device] = self.removed_at[group].to(device)
         return self._cached[group, device]
-
-    def _removed(self, group: str, shard: Shard, tile: Tile, side: Side) -> Tensor:
-        """Which rows or columns of a tile are removed, to be broadcast over it; bool."""
-        at_U = self._on(group, shard.weight.device)
-        return tile.along(spread(at_U > 0, shard.shape[-1]), side)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dskd.compaction.masks import Ranking, Units, original_count, original_end, ramp_count, spread
-from dskd.compaction.rule import Rule
-from dskd.compaction.tiles import Tile, tiles
+from dskd.compaction.masks import Ranking, Units, original_count, original_end, ramp_count
+from dskd.compaction.rule import Edit, Rule
 from dskd.errors import ConfigError
 from dskd.shards import Weights
 
@@ -48,13 +46,8 @@ class Annealed(Rule):
     def after_step(self, weights: Weights, step: int, lr: float) -> None:
         """Scale the removed entries of C down; ``lr`` plays no part."""
         del lr
-        for group, side, shard in self._shards(weights, self._begun()):
-            ratio_U = self._ratio(self._on(group, shard.weight.device), step + 1)
-            ratio_K = spread(ratio_U, shard.shape[-1]).to(shard.weight.dtype)
-            for tile in tiles(shard):
-                # C <- ratio C; of D = C - I that is ratio D - (1 - ratio) I
-                tile.weight_RC.mul_(tile.along(ratio_K, side))
-                tile.diagonal().sub_(1 - tile.on_diagonal(ratio_K))
+        matrices = self._matrices(weights, self._begun())
+        self._edit(matrices, lambda at_U: {"ratio_K": self._ratio(at_U, step + 1)})
 
     def ends_at(self) -> int:
         """The step after which the last units are zero."""
@@ -79,13 +72,17 @@ class Annealed(Rule):
         return torch.where(at_U > 0, left_U / (left_U + 1), 1.0)
 
     def _before(self, weights: Weights, t: int, changed: list[str]) -> None:
-        for group, side, shard in self._shards(weights, self._begun()):
-            for tile in tiles(shard):
-                removed = self._removed(group, shard, tile, side)
-                if tile.gradient_RC is not None:
-                    tile.gradient_RC.masked_fill_(removed, 0)
-                if group in changed and "exp_avg" in tile.moments:
-                    tile.moments["exp_avg"].masked_fill_(removed, 0)
+        matrices = self._matrices(weights, self._begun())
+        # a moment stays 0 once the gradient is; before the first step there are none
+        reset = bool(changed) and any(shard.moments for *_, shard in matrices)
+
+        def edit(at_U: Tensor) -> dict[str, Tensor]:
+            keep_U = (at_U == 0).double()
+            zero_U = torch.zeros_like(keep_U)
+            values = {"gate_K": keep_U, "pull_K": zero_U}
+            return values | {"fade_K": keep_U, "push_K": zero_U} if reset else values
+
+        self._edit(matrices, edit)
 
     def _count(self, units: Units, t: int) -> int:
         return ramp_count(units.cut, t, self.every, self.ramp)
@@ -146,14 +143,14 @@ class Original(Rule):
 
     def after_step(self, weights: Weights, step: int, lr: float) -> None:
         """Decay C of compactors, and the other parameters named in ``decay``."""
+        matrices = self._matrices(weights, self.groups)
+        for decay in set(self.decay.values()):
+            alike = [one for one in matrices if self.decay.get(one.shard.name) == decay]
+            self._edit(alike, _alike(ratio_K=1 - lr * decay))
         for name, decay in self.decay.items():
-            shard = weights.shard(name)
-            if shard is None:
-                continue
-            shard.weight.mul_(1 - lr * decay)
-            if name in self._compactors:  # C = I + D
-                for tile in tiles(shard):
-                    tile.diagonal().sub_(lr * decay)
+            shard = None if name in self._compactors else weights.shard(name)
+            if shard is not None:
+                shard.weight.mul_(1 - lr * decay)
 
     def ends_at(self) -> int:
         """The step of the last change of a mask's size; units are exchanged until the end."""
@@ -169,38 +166,30 @@ class Original(Rule):
             root = math.sqrt(1 - beta2**t)
             optimised["lr"] *= (1 - beta1**t) / root
             optimised["eps"] = self.eps / root
-        for group, side, shard in self._shards(weights, self.groups):
-            for tile in tiles(shard):
-                if t <= self.every:
-                    tile.gradient_RC.add_(tile.compactor())
-                else:
-                    removed = self._removed(group, shard, tile, side)
-                    self._pull(tile, tile.compactor(), removed)
-        if t > self.every:
-            self._pull_vectors(weights)
+        matrices = self._matrices(weights, self.groups)
+        if t <= self.every:
+            self._edit(matrices, _alike(gate_K=1.0, pull_K=1.0))
+        else:
+            self._edit([*matrices, *self._vectors(weights)], self._pull)
 
-    def _pull_vectors(self, weights: Weights) -> None:
-        for group, units in self.groups.items():
-            for vector in units.vectors:
-                shard = weights.shard(vector.name)
-                if shard is None:
-                    continue
-                rows = torch.Size((vector.parts, 1, shard.shape[0] // vector.parts))
-                shard = replace(shard, shape=rows)
-                for tile in tiles(shard):
-                    self._pull(tile, tile.weight_RC, self._removed(group, shard, tile, "left"))
-
-    def _pull(self, tile: Tile, value_RC: Tensor, removed: Tensor) -> None:
-        """The penalty on removed entries, whose values are those of C or of a vector."""
-        weak, strong = min(self.penalty, 1.0), max(self.penalty - 1.0, 0.0)
-        gradient_RC = tile.gradient_RC
-        gradient_RC.copy_(torch.where(removed, weak * value_RC, gradient_RC))
-        if strong:
-            pulled_RC = (1 - _MOMENTUM) * strong * value_RC * removed
-            tile.moments["exp_avg"].mul_(_MOMENTUM).add_(pulled_RC)
+    def _pull(self, at_U: Tensor) -> dict[str, Tensor]:
+        """The penalty on removed units, and where it is above 1 the injection."""
+        removed_U = (at_U > 0).double()
+        values = {"gate_K": 1 - removed_U, "pull_K": min(self.penalty, 1.0) * removed_U}
+        if self.penalty > 1:
+            push_U = (1 - _MOMENTUM) * (self.penalty - 1) * removed_U
+            values |= {"fade_K": torch.full_like(removed_U, _MOMENTUM), "push_K": push_U}
+        return values
 
     def _count(self, units: Units, t: int) -> int:
         return original_count(units.cut, t, self.every)
 
     def _staying(self, group: str) -> Tensor | None:
         return None
+
+
+def _alike(**values: float) -> Edit:
+    """The same values for every unit."""
+    return lambda at_U: {
+        name: torch.full_like(at_U, value, dtype=torch.float64) for name, value in values.items()
+    }

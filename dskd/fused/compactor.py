@@ -146,33 +146,46 @@ def _checked(
     layers: Sequence[Factors],
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None]:
     """Weights, lefts, rights and biases, none of them with a graph."""
-    refuse(not layers, "layers: there are none")
+    refuse(not layers, lambda: "layers: there are none")
     alike = {_look(factors) for factors in layers}
-    refuse(len(alike) > 1, "layers: they differ in shapes, strides, dtype, device or kept units")
+    refuse(
+        len(alike) > 1,
+        lambda: "layers: they differ in shapes, strides, dtype, device or kept units",
+    )
     weight, bias, left, right, *keeps = layers[0]
-    refuse(weight.dim() != 3, f"weight: must have three axes, not shape {tuple(weight.shape)}")
-    refuse(weight.dtype not in FLOATING, f"weight: must be floating-point, not {weight.dtype}")
+    refuse(
+        weight.dim() != 3, lambda: f"weight: must have three axes, not shape {tuple(weight.shape)}"
+    )
+    refuse(
+        weight.dtype not in FLOATING, lambda: f"weight: must be floating-point, not {weight.dtype}"
+    )
     parts, outputs, inputs = weight.shape
     wanted = [("left", left, (parts, inputs, inputs)), ("right", right, (parts, outputs, outputs))]
     if bias is not None:
         wanted.append(("bias", bias, (parts, outputs)))
     for name, given, shape in wanted:
-        refuse(given.shape != shape, f"{name}: must be {shape}, not {tuple(given.shape)}")
-        same = given.dtype == weight.dtype and given.device == weight.device
-        refuse(
-            not same,
-            f"{name}: is {given.dtype} on {given.device}, the weight {weight.dtype} on"
-            f" {weight.device}",
-        )
+        _alike(name, given, shape, weight)
     for name, keep in zip(("keep_in", "keep_out"), keeps, strict=True):
         indices = keep is None or (keep.dtype == torch.int64 and keep.dim() == 1)
-        refuse(not indices, f"{name}: must be int64 indices")
+        refuse(not indices, lambda name=name: f"{name}: must be int64 indices")
     biases = None if bias is None else [f.bias_PN.detach() for f in layers]
     return (
         [f.weight_PNK.detach() for f in layers],
         [f.left_PKK.detach() for f in layers],
         [f.right_PNN.detach() for f in layers],
         biases,
+    )
+
+
+def _alike(name: str, given: Tensor, shape: tuple[int, ...], weight: Tensor) -> None:
+    """Check a factor's shape, and that its type and device are the weight's."""
+    refuse(given.shape != shape, lambda: f"{name}: must be {shape}, not {tuple(given.shape)}")
+    refuse(
+        given.dtype != weight.dtype or given.device != weight.device,
+        lambda: (
+            f"{name}: is {given.dtype} on {given.device}, the weight {weight.dtype} on"
+            f" {weight.device}"
+        ),
     )
 
 

@@ -18,8 +18,8 @@ A line starting with FINDING names what is wrong, and the status is 1, if there 
   Triton (or the nearest earlier one), another number of loops, or nothing recorded. ``--record``
   writes the budget instead. Instructions of AMD's code are not counted.
 
-The loops over columns are those whose loads are unconditional; those over edges have guarded ones.
-A kernel whose configuration says tensors_per_column 0 (a matrix product) has none.
+The loops over columns are those whose loads are unconditional; those over edges have guarded ones
+(a kernel with tensors_per_column 0, a matrix product, has none).
 Of the forms that a compiler makes of a loop (unrolled, remainder) the one of most columns counts.
 """
 
@@ -226,15 +226,15 @@ def _number(pattern: str, text: str) -> int:
 
 def judge(report: Report, loops: Sequence[Loop], configuration: dict[str, Any]) -> None:
     """Fill in what the loops over columns do, and find what they should not."""
-    hot = [loop for loop in loops if any(not i.guarded for i, _ in loop.loads())]
-    if not configuration["tensors_per_column"]:
-        hot = []  # matrix products: their loops have barriers, and no columns to count
+    hot = []
+    if configuration["tensors_per_column"]:  # else a matrix product: no columns to count
+        hot = [loop for loop in loops if any(not i.guarded for i, _ in loop.loads())]
     report.wide_loads = sum(len(_wide(loop)) for loop in hot)
     report.barriers = sum(loop.barriers for loop in hot)
     if report.target == "sm90" and report.spilled:
         report.findings.append(f"{report.spilled} bytes of registers are spilled")
     if configuration["tensors_per_column"] and not report.wide_loads:
-        report.findings.append(f"{report.wide_loads} loads of 16 bytes in loops over columns")
+        report.findings.append("0 loads of 16 bytes in loops over columns")
     for loop in hot:
         if loop.barriers:
             report.findings.append(f"{loop.barriers} barriers {_at(loop)}")

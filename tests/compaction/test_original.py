@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dskd.compaction.masks import Member, Units, Vector
+from dskd.compaction.rule import Held
 from dskd.compaction.rules import Original
-from dskd.compaction.tiles import tiles
 from dskd.compaction.widths import Cut
 from dskd.errors import ConfigError
 from dskd.shards import Shard
@@ -172,9 +172,8 @@ def test_a_16_bit_gradient_gets_the_rounded_penalty():
     weight = torch.tensor([[0.1, 0.2], [0.3, 0.4]]).view(-1)
     gradient = torch.ones(4, dtype=torch.bfloat16)
     shard = Shard("p", torch.Size((2, 2)), 0, weight, gradient, {})
-    (tile,) = tiles(shard)
-    rule = golden_rule({**GOLDEN["cases"][0], "keep": [1, 0], "lam": 1.0})
-    rule._pull(tile, tile.compactor(), torch.tensor([[False, True]]))
+    rule = golden_rule({**GOLDEN["cases"][0], "keep": [1, 0], "lam": 1.0, "side": "left"})
+    rule._edit([Held("G", "left", shard)], rule._pull)
     wanted = torch.tensor([1.0, 0.2, 1.0, 1.4]).bfloat16()
     assert torch.equal(gradient, wanted)
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
+
+from dskd import dist
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -136,38 +138,74 @@ class CopiedWeights(Weights):
             parameter.copy_(self._masters[name])
 
 
+class _Place(NamedTuple):
+    """Where a piece is: its group, first entry in the flat partition and parameter, and size."""
+
+    group: int
+    held: int
+    start: int
+    size: int
+
+
 class PartitionedWeights(Weights):
-    """ZeRO-1 and 2: the rank's partition of each group is one flat tensor, cut anywhere."""
+    """ZeRO-1 and 2: the rank's partition of each group is one flat tensor, cut anywhere.
+
+    Places are counted here: DeepSpeed's own mapping of parameters to their pieces leaves out that
+    ``round_robin_gradients`` changes their order, and learns of the first group's moments only.
+    """
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Any, *, gradients: bool
     ) -> None:
         super().__init__(parameters, optimizer.optimizer, gradients=gradients)
         self._zero = optimizer
+        self._places: dict[int, _Place] = {}
+        self._held: dict[tuple[int, int], Tensor] = {}
+        ordered = zip(
+            optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True
+        )
+        for group, (members, offsets) in enumerate(ordered):
+            size = optimizer.partition_size[group]
+            begin = size * dist.rank()
+            for parameter, offset in zip(members, offsets, strict=True):
+                first = max(offset, begin)
+                count = min(offset + parameter.numel(), begin + size) - first
+                if count > 0:
+                    place = _Place(group, first - begin, first - offset, count)
+                    self._places[id(parameter)] = place
+            if gradients and not optimizer.cpu_offload:
+                position = 0
+                for gradient in optimizer.averaged_gradients[group]:
+                    self._held[group, position] = gradient
+                    position += gradient.numel()
 
     def shard(self, name: str) -> Shard | None:
         """The part of the parameter that lies in the rank's partition."""
         parameter = self._parameters[name]
-        place = parameter._hp_mapping
+        place = self._places.get(id(parameter))
         if place is None:
             return None
-        # Of the optimizer and not of the mapping, which learns only of the first group's moments.
-        flat = self._zero.single_partition_of_fp32_groups[place.param_group_index]
-        held, piece = place.hp_fragment_address, place.lp_fragment_address
+        flat = self._zero.single_partition_of_fp32_groups[place.group]
         state = {
-            key: value.narrow(0, held.start, held.numel)
+            key: value.narrow(0, place.held, place.size)
             for key, value in self._optimizer.state.get(flat, {}).items()
             if key in MOMENTS
         }
         gradient = None
-        if self._gradients:
-            gradient = place.get_lp_grad_fragment(parameter._index_in_param_group)
-        weight = flat.detach().narrow(0, held.start, held.numel)
-        return self._piece(name, parameter.shape, piece.start, weight, gradient, state)
+        if self._gradients and self._zero.cpu_offload:
+            gradient = flat.grad.narrow(0, place.held, place.size)
+        elif self._gradients:
+            gradient = self._held[place.group, place.held]
+        weight = flat.detach().narrow(0, place.held, place.size)
+        return self._piece(name, parameter.shape, place.start, weight, gradient, state)
 
     def whole(self, name: str) -> Tensor:
         """The weight put together from the ranks' partitions."""
-        return safe_get_full_fp32_param(self._parameters[name])
+        parameter, shard = self._parameters[name], self.shard(name)
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if shard is not None:
+            whole[shard.start : shard.start + len(shard.weight)] = shard.weight
+        return dist.sum_over_ranks(whole).view(parameter.shape)
 
     def publish(self) -> None:
         """Round the partitions into the parameters and gather them, as a step does."""

@@ -29,9 +29,11 @@ class Student(nn.Module):
 
 
 class Toy(nn.Module):
-    """An objective. ``late`` is used in the last micro-batch of a step only, as merged weights are;
-    ``always``: in all of them, as parameters must be under ZeRO-3 (else its trace of modules breaks)
-    and ZeRO-2 with offload (else it adds what the buffer holds of the step before)."""
+    """An objective. ``late`` is used in the last micro-batch of a step only, as merged weights are.
+
+    ``always``: in all of them, as parameters must be under ZeRO-3 (else its trace of modules
+    breaks) and under ZeRO-2 with offload (else it adds what is left of the step before).
+    """
 
     def __init__(self, always: bool = False) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ def edit_after(weights: Weights) -> None:
 
 
 def settings(stage: int, precision: str, world: int, offload: bool) -> dict:
-    """A DeepSpeed config; ZeRO-3 keeps the two smaller parameters whole.
+    """A DeepSpeed config; ZeRO-3 keeps the two smaller parameters whole, ZeRO-2 changes the order.
 
     An offloaded optimizer measures the gradient before the edits, so it does not clip.
     """
@@ -103,6 +105,7 @@ def settings(stage: int, precision: str, world: int, offload: bool) -> dict:
         "steps_per_print": 10**9,
         "zero_optimization": {
             "stage": stage,
+            "round_robin_gradients": stage == 2,
             "stage3_param_persistence_threshold": 20,
             "offload_optimizer": {"device": "cpu" if offload else "none"},
         },

@@ -176,7 +176,7 @@ class WeightInheritance(Method):
 
 
 def _offload(run: Run) -> str:
-    """Where the run's DeepSpeed config keeps the optimizer: ``none`` (with the model), ``cpu`` ..."""
+    """Where the run's DeepSpeed config keeps the optimizer; ``none``: with the model."""
     zero = load_preset(run.deepspeed).get("zero_optimization") or {}
     return (zero.get("offload_optimizer") or {}).get("device", "none")
 
@@ -258,13 +258,20 @@ class Narrowing(Change):
 
     def after_step(self, weights: Weights, step: int, lr: float) -> None:
         """Take removed entries further to zero; leave them out once they are there."""
-        if not self._compacted:
+        if self._moves(step):
             self._rule.after_step(weights, step, lr)
             weights.publish()
         self._weights = weights
         self._surgery.merging.forget()
         if self._method.compact and not self._compacted and self._rule.settled(step + 1):
             self._compact()
+
+    def _moves(self, step: int) -> bool:
+        """Whether the rule has weights to change after the step that follows ``step`` others."""
+        if self._method.rule == "original":
+            return True
+        begun = any(not keep_U.all() for keep_U in self._rule.keep.values())
+        return begun and not self._rule.settled(step)
 
     def _compact(self) -> None:
         self._surgery.compact(self._rule.keep)

@@ -11,8 +11,8 @@ A step is forward, backward and AdamW of a stack of BERT layers in fp32, from th
 * ``teacher``: the same stack without compactors;
 * ``student``: a plain stack of a quarter of the width, what is left at the end.
 
-All of them take a step in every round, in turn; ratios are taken within a round. Beside them stands
-the cost model of the spec (5.1): multiplications of the linear layers alone. Before anything is
+All take a step in every round, in a drawn order; ratios are taken within a round. Beside them
+stands the cost model of the spec (5.1): products of the linear layers alone. Before anything is
 timed, output and gradients of ``merged`` are compared with those of ``chained``.
 """
 
@@ -22,8 +22,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Python put this folder first, where kernels.py would pass for the package that transformers
-    # imports
+    # this folder, put first, has a kernels.py, and transformers imports a package of that name
     sys.path.remove(str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -53,9 +52,8 @@ from launch.bench import timing
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = ("teacher", "chained", "merged", "compacted", "student")
-LAYERS, HEADS, ROW = 2, 4, 128
-SHARE = 4
-"""The student has one unit of so many."""
+LAYERS, HEADS, ROW, SHARE = 2, 4, 128, 4
+"""Of the stack; tokens of a row; the student has one unit of so many."""
 AT_LEAST = {1024: 2.0, 4096: 3.0}
 """By tokens, how many times faster merging first must be than the chain."""
 TOLERANCE = 1e-4
@@ -169,8 +167,7 @@ def check_equal(width: int, tokens: int, device: torch.device) -> float:
                 off = torch.randn(parameter.shape, generator=generator).to(device) * 1e-2
                 parameter.copy_(off)
                 expected[name].add_(off)
-    assert found.keys() == expected.keys()
-    assert ours.surgery is not None
+    assert found.keys() == expected.keys() and ours.surgery is not None
     ours.surgery.merging.forget()
     errors = [timing.relative_error(ours.gradients().detach(), theirs.gradients().detach())]
     for name, parameter in found.items():
@@ -224,22 +221,22 @@ def measure(
     if device.type == "cuda":
         peaks = {name: timing.peak_on_cuda(step) for name, step in steps.items()}
     clock = timing.clock_for(device)
-    samples = timing.interleave(steps, clock, before={}, rounds=rounds, seconds=seconds)
-    model = products(width, tokens)
+    samples = timing.interleave(steps, clock, before=lambda: None, rounds=rounds, seconds=seconds)
+    model, wall = products(width, tokens), samples["wall_ms"]
     return {
         "tokens": tokens,
         "samples": samples,
         "variants": {
             name: {
-                "ms": timing.spread(samples["wall_ms"][name]),
+                "ms": timing.spread(wall[name]),
                 "cpu_ms": median(samples["cpu_ms"][name]),
-                "over_teacher": timing.over(samples["wall_ms"], name, "teacher"),
+                "over_teacher": timing.over(wall, name, "teacher"),
                 "predicted_over_teacher": model[name] / model["teacher"],
                 "peak_bytes": peaks[name],
             }
             for name in VARIANTS
         },
-        "speedup": timing.over(samples["wall_ms"], "chained", "merged"),
+        "speedup": timing.over(wall, "chained", "merged"),
         "predicted_speedup": model["chained"] / model["merged"],
     }
 
@@ -249,8 +246,7 @@ def verdicts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for case in cases:
         tokens, ratio = case["tokens"], case["speedup"]["median"]
-        if tokens in AT_LEAST:
-            bound = AT_LEAST[tokens]
+        if bound := AT_LEAST.get(tokens):
             text = f"{tokens} tokens: chained / merged, at least {bound}"
             found.append({"text": text, "value": ratio, "met": ratio >= bound})
         ratio = case["variants"]["compacted"]["over_teacher"]["median"]
@@ -300,11 +296,11 @@ def table(result: Mapping[str, Any]) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    for case in result["cases"]:
-        lines.append(
-            f"- {case['tokens']} tokens, chained / merged: {_show(case['speedup'], 2)}; "
-            f"of the products {case['predicted_speedup']:.2f}"
-        )
+    lines += [
+        f"- {case['tokens']} tokens, chained / merged: {_show(case['speedup'], 2)}; "
+        f"of the products {case['predicted_speedup']:.2f}"
+        for case in result["cases"]
+    ]
     lines += [
         f"- {verdict['text']}: {verdict['value']:.2f}, {'met' if verdict['met'] else 'MISSED'}"
         for verdict in result["verdicts"]
@@ -324,7 +320,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--tokens", default="256,1024,4096")
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--results", type=Path, default=ROOT / "launch/bench/results")
     words = parser.parse_args()
@@ -332,14 +328,11 @@ def main() -> None:
     counts = [int(count) for count in words.tokens.split(",")]
     if any(count % ROW for count in counts):
         parser.error(f"--tokens: multiples of {ROW}")
-    peaks: dict[int, dict[str, int | str]] = {count: {} for count in counts}
-    if device.type == "cpu":
-        peaks = {count: peaks_in_children(words.width, count) for count in counts}
+    on_cpu = device.type == "cpu"
+    peaks = {count: peaks_in_children(words.width, count) if on_cpu else {} for count in counts}
     error = check_equal(words.width, counts[0], device)
-    cases = [
-        measure(words.width, count, peaks[count], device, words.rounds, words.seconds)
-        for count in counts
-    ]
+    when = words.rounds, words.seconds
+    cases = [measure(words.width, count, peaks[count], device, *when) for count in counts]
     result = {
         **about(device),
         "width": words.width,

@@ -14,7 +14,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.remove(str(Path(__file__).resolve().parent))
+if __name__ == "__main__":
+    # Python put this folder first, where kernels.py would pass for the package that transformers
+    # imports
+    sys.path.remove(str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from dskd import dist
@@ -18,7 +15,7 @@ from dskd.data.blocks import Prepared
 from dskd.data.masking import CausalView, View
 from dskd.data.vocabulary import vocabulary_size
 from dskd.errors import ConfigError
-from dskd.log import say
+from dskd.log import bar, say
 from dskd.logit_cache import Layout, describe
 from dskd.settings import CachedTeacher
 from dskd.store import Writer, is_complete
@@ -93,7 +90,7 @@ def capture(
     def score(batch: Batch, signal: Dense) -> dict[str, np.ndarray]:
         return layout.encode(batch, signal.logits_NV)
 
-    with _bar() as report:
+    with bar("capturing logits") as report:
         sweep(
             forward,
             rows,
@@ -109,13 +106,3 @@ def capture(
         f"cache: {folder} holds {about['positions']:,} positions, top {layout.k} of each in "
         f"{about['bytes_per_position']} bytes"
     )
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar of rank 0, if its standard error is a terminal."""
-    console = Console(stderr=True)
-    disable = not (dist.rank() == 0 and console.is_terminal)
-    with Progress(console=console, disable=disable, transient=True) as bar:
-        task = bar.add_task("capturing logits")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -41,11 +41,13 @@ class Checkpoints:
     Args:
         folder: where they live, on a file system all nodes share.
         keep: how many of the newest to keep; the best one is kept besides.
+        selects: whether the evaluation loss says which one is the best; if not, it is the newest.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, *, selects: bool = True) -> None:
         self._folder = folder
         self._keep = keep
+        self._selects = selects
 
     def clean(self) -> None:
         """Remove what an interrupted save or conversion left behind."""
@@ -93,14 +95,18 @@ class Checkpoints:
         return self._open(names[-1]) if names else None
 
     def best(self) -> Saved:
-        """The kept checkpoint with the lowest evaluation loss (the latest of equals), checked."""
+        """The kept checkpoint with the lowest evaluation loss (the latest of equals), or, if that
+        does not select, the newest; checked."""
         return self._open(dist.on_rank0(self._best_name))
 
     def _listed(self) -> list[str]:
         return sorted(p.name for p in self._folder.glob("step-*") if p.is_dir())
 
     def _best_name(self) -> str:
-        losses = {name: self._manifest(name)["eval_nll"] for name in reversed(self._listed())}
+        names = self._listed()
+        if not self._selects:
+            return names[-1]
+        losses = {name: self._manifest(name)["eval_nll"] for name in reversed(names)}
         evaluated = {name: loss for name, loss in losses.items() if loss is not None}
         return min(evaluated, key=evaluated.__getitem__) if evaluated else max(losses)
 

@@ -8,7 +8,15 @@ from typing import Protocol
 
 from dskd.errors import ConfigError
 from dskd.sections import line, nearest
-from dskd.settings import CachedTeacher, LiveTeacher, Model, RoutedTeacher, Run
+from dskd.settings import (
+    CachedTeacher,
+    HardTokens,
+    LiveTeacher,
+    Model,
+    RoutedTeacher,
+    Run,
+    SelfTeacher,
+)
 
 Problems = Iterator[tuple[str, str]]
 """Dotted names of settings, and what is wrong with them."""
@@ -32,6 +40,13 @@ def cache_folder(run: Run, domain: str | None = None) -> Path:
     if teacher.path is not None:
         return teacher.path
     return run.out / "cache" if domain is None else run.out / "cache" / domain
+
+
+def questions_folder(run: Run) -> Path:
+    """Where a run whose masking is of hard tokens keeps what the model said before training."""
+    masking = run.data.masking
+    assert isinstance(masking, HardTokens), masking
+    return run.out / "questions" if masking.store is None else masking.store
 
 
 def validate(run: Run, world: int, method: Method | None = None, prefix: str = "") -> None:
@@ -85,8 +100,32 @@ def _data(run: Run) -> Problems:
             "data.masking.keep",
             f"{masking.keep} and data.masking.random {masking.random} together exceed 1",
         )
-    if masking.whole_word and masking.sampler == "fairseq":
+    if isinstance(masking, HardTokens):
+        yield from _hard_tokens(masking, run.data.objective)
+    elif masking.whole_word and masking.sampler == "fairseq":
         yield "data.masking.whole_word", "the fairseq sampler selects tokens, not words"
+
+
+def _hard_tokens(masking: HardTokens, objective: str) -> Problems:
+    place = "data.masking"
+    if masking.refresh is not None and masking.draws is not None:
+        yield f"{place}.draws", f"{place}.refresh changes the masks, so they cannot repeat"
+    if objective == "causal":
+        return
+    least = masking.probability if masking.least is None else masking.least
+    most = masking.probability if masking.most is None else masking.most
+    if masking.sampler == "counter" and least > most:
+        unset = {"least": masking.least, "most": masking.most}
+        null = " and ".join(f"{place}.{name}" for name, value in unset.items() if value is None)
+        why = f" ({place}.probability, for want of {null})" if null else ""
+        yield f"{place}.least", f"{least} is more than {place}.most {most}{why}"
+    if masking.sampler == "original":
+        for name, paper in (("metric", "confidence"), ("shown", "token")):
+            if (value := getattr(masking, name)) != paper:
+                yield f"{place}.{name}", f"{value}, but {place}.sampler original knows only {paper}"
+        for name in ("least", "most"):
+            if getattr(masking, name) is not None:
+                yield f"{place}.{name}", f"{place}.sampler original has no bounds; leave it null"
 
 
 def _models(run: Run) -> Problems:
@@ -104,17 +143,21 @@ def _models(run: Run) -> Problems:
 
 def _named_models(run: Run) -> Iterator[tuple[str, Model]]:
     yield "model", run.model
+    masking = run.data.masking
+    if isinstance(masking, HardTokens) and masking.model is not None:
+        yield "data.masking.model", masking.model
     for name, teacher in _each_teacher(run):
         if teacher.model is not None:
             yield f"{name}.model", teacher.model
 
 
 def _each_teacher(run: Run) -> Iterator[tuple[str, LiveTeacher | CachedTeacher]]:
-    """Name of the section and the teacher: every one of a routed teacher, or the only one."""
+    """Name of the section and the teacher: every one of a routed teacher, or the only one; none for
+    a student that teaches itself."""
     if isinstance(run.teacher, RoutedTeacher):
         for domain, teacher in run.teacher.domains.items():
             yield f"teacher.domains.{domain}", teacher
-    elif run.teacher is not None:
+    elif run.teacher is not None and not isinstance(run.teacher, SelfTeacher):
         yield "teacher", run.teacher
 
 
@@ -130,6 +173,14 @@ def _teachers(run: Run) -> Problems:
                 yield f"{name}.use_k", f"{use_k} is more than {name}.k {teacher.k}"
     if isinstance(run.teacher, RoutedTeacher):
         yield from _routes(run, run.teacher)
+    if isinstance(run.teacher, SelfTeacher) and run.teacher.weights != "frozen":
+        weights = run.teacher.weights
+        if run.teacher.deepspeed is not None:
+            text = f"{run.teacher.deepspeed} shards a frozen copy, but teacher.weights is {weights}"
+            yield "teacher.deepspeed", text
+        if run.teacher.precision != "auto":
+            text = f"is of a frozen copy; with teacher.weights {weights} it is the student's"
+            yield "teacher.precision", text
 
 
 def _routes(run: Run, teacher: RoutedTeacher) -> Problems:

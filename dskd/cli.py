@@ -51,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("path", type=Path, metavar="PATH", help="folder of the cache")
         command.set_defaults(run=run)
 
+    hard = commands.add_parser("hard-tokens", help="say which tokens are hard for a run's model")
+    hard.add_argument("path", type=Path, metavar="RUN", help="a run's folder or settings file")
+    hard.add_argument("overrides", nargs="*", metavar="a.b=value", help="other settings to try")
+    hard.add_argument("--plot", type=Path, metavar="FILE.png", help="an image to write")
+    hard.add_argument("--top", type=int, default=30, metavar="N", help="tokens to show (30)")
+    hard.set_defaults(run=_hard_tokens)
+
     report = commands.add_parser("report", help="table and report.html of finished runs")
     report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="run folders")
     report.add_argument("--control", metavar="NAME", help="the run to measure the others against")
@@ -112,6 +119,13 @@ def _show(values: dict[str, object]) -> None:
     width = max(map(len, values))
     for name, value in values.items():
         print(f"{name:<{width}}  {value}")
+
+
+def _hard_tokens(arguments: argparse.Namespace) -> int:
+    from dskd.hard_tokens import show
+
+    show(arguments.path, arguments.overrides, arguments.plot, arguments.top)
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

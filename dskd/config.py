@@ -8,7 +8,8 @@ A settings file holds one run (the sections of :class:`dskd.settings.Run`), or a
       student: {teacher: {kind: live, model: {path: "run:teacher"}}}
 
 A run of a recipe writes to ``<base out>/<name>``. ``run:NAME`` stands for what an earlier run
-leaves: its export as the ``path`` of a model or tokenizer, its cache as that of a cached teacher.
+leaves: its export as the ``path`` of a model or tokenizer, its cache as that of a cached teacher,
+the ``store`` of its hard tokens.
 Overrides are ``a.b=value`` (all runs) and ``runs.NAME.a.b=value`` (one); the command line wins.
 Every mistake of a file is reported at once, by the dotted name that an override would use.
 """
@@ -25,10 +26,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from dskd import tree as trees
-from dskd.checks import cache_folder, validate
+from dskd.checks import cache_folder, questions_folder, validate
 from dskd.errors import ConfigError
 from dskd.sections import Problem, build, line, nearest, parse, show, with_kinds
-from dskd.settings import CachedTeacher, RoutedTeacher, Run
+from dskd.settings import CachedTeacher, HardTokens, RoutedTeacher, Run
 from dskd.tree import Place, Tree
 
 __all__ = ["SINGLE", "Recipe", "cache_folder", "differences", "dump", "parse", "read", "validate"]
@@ -76,6 +77,7 @@ def dump(run: Run) -> str:
 _FREE = re.compile(
     r"(?:out|until|deepspeed|log_every|checkpoint\..*|evaluation\.(?:every|micro_batch)|data\.folder"
     r"|data\.(?:sources|validation)\.\d+\.path"  # the rows' content is compared instead
+    r"|data\.masking\.(?:store|micro_batch|rows_per_shard)"
     r"|train\.(?:micro_batch|compile|activation_checkpointing)"
     r"|teacher\.(?:domains\.[^.]*\.)?(?:deepspeed|micro_batch|rows_per_shard))$"
 )
@@ -182,9 +184,11 @@ class _Reader:
             return {k: self._resolve(v, (*place, k), problems) for k, v in value.items()}
         if isinstance(value, list):
             return [self._resolve(v, (*place, str(i)), problems) for i, v in enumerate(value)]
-        if not isinstance(value, str) or place[-1] not in ("path", "out", "folder", "deepspeed"):
+        folders = ("path", "store", "out", "folder", "deepspeed")
+        if not isinstance(value, str) or place[-1] not in folders:
             return value
-        if value.startswith("run:") and place[-1] == "path" and "sources" not in place:
+        left = place[-1] == "store" or (place[-1] == "path" and "sources" not in place)
+        if left and value.startswith("run:"):
             try:
                 value = self._left_by(value.removeprefix("run:"), place)
             except ConfigError as problem:
@@ -202,6 +206,10 @@ class _Reader:
             return f"run:{name}"
         if place[-2:-1] in (("model",), ("tokenizer",)):
             return str(run.out / "export")
+        if place[-1] == "store":
+            if not isinstance(run.data.masking, HardTokens):
+                raise ConfigError(f"'run:{name}' has no store, its masking is not of hard tokens")
+            return str(questions_folder(run))
         domain = place[2] if place[:2] == ("teacher", "domains") else None
         teacher = run.teacher
         if isinstance(teacher, RoutedTeacher):

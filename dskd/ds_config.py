@@ -57,6 +57,12 @@ def load_preset(name: str | Path) -> DS:
     return content
 
 
+def optimizer_device(name: str | Path) -> str:
+    """Where the config of that name keeps the optimizer; ``none``: with the model."""
+    zero = load_preset(name).get("zero_optimization") or {}
+    return (zero.get("offload_optimizer") or {}).get("device", "none")
+
+
 def presets() -> Path:
     """Folder of the shipped JSON files: inside the package in a wheel, beside it in a checkout."""
     inside = Path(__file__).resolve().parent / "ds_configs"

@@ -1,8 +1,8 @@
-"""Set up what a run inherits from: its teacher, and for a cached one what the loader attaches."""
+"""Set up what a run inherits from: its teacher, and what the loader or the trainer does for it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,36 +12,57 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dskd import dist
+from dskd.average import Average
 from dskd.batch import IGNORE
 from dskd.checks import cache_folder
 from dskd.data.blocks import Prepared
 from dskd.data.loader import Attach, Attachment
 from dskd.data.masking import View
 from dskd.data.vocabulary import vocabulary_size
-from dskd.ds_config import precision_of
+from dskd.ds_config import optimizer_device, precision_of
 from dskd.engine import shard_teacher
 from dskd.errors import ConfigError
 from dskd.files import fingerprint
-from dskd.hardware import DTYPES, resolve, teacher_config
+from dskd.hardware import DTYPES, resolve, student_config, teacher_config
 from dskd.logit_cache import LogitCache
+from dskd.method import Change, Method
 from dskd.models.build import build, hidden_size, model_fingerprint
-from dskd.settings import CachedTeacher, LiveTeacher, RoutedTeacher, Run
-from dskd.teacher import Cached, Live, Routed, Teacher
+from dskd.settings import CachedTeacher, LiveTeacher, Model, RoutedTeacher, Run, SelfTeacher
+from dskd.sliced import student_settings
+from dskd.teacher import Cached, Live, Own, Routed, Teacher, Unmasked
 
 
 @dataclass(frozen=True)
 class Inheritance:
-    """A run's teacher; ``attach`` is what the loader adds to its batches for a cached one."""
+    """What a student is taught by.
+
+    Attributes:
+        teacher: None if there is none, or the student itself is it.
+        attach: what the loader adds to its batches for a cached teacher.
+        change: what keeps a teacher made of the student's weights up to date.
+        own: makes the teacher of a student that teaches itself.
+    """
 
     teacher: Teacher | None = None
     attach: Attach | None = None
+    change: Change | None = None
+    own: Callable[[nn.Module], Teacher] | None = None
+
+    def teacher_of(self, student: nn.Module) -> Teacher | None:
+        """The teacher, whatever it is."""
+        return self.teacher if self.own is None else self.own(student)
 
 
 def each_teacher(run: Run) -> dict[str | None, LiveTeacher | CachedTeacher]:
-    """The run's teachers by domain; a single one has the domain None."""
+    """The run's teachers by domain; a single one has the domain None.
+
+    A student that teaches itself is none of them: it has no model of its own.
+    """
     if isinstance(run.teacher, RoutedTeacher):
         return dict(run.teacher.domains)
-    return {} if run.teacher is None else {None: run.teacher}
+    if run.teacher is None or isinstance(run.teacher, SelfTeacher):
+        return {}
+    return {None: run.teacher}
 
 
 def inherit(
@@ -52,6 +73,8 @@ def inherit(
     Raises:
         StoreError: a cache is missing, damaged, or of another teacher, tokenizer, data or masking.
     """
+    if isinstance(run.teacher, SelfTeacher):
+        return _from_itself(run, run.teacher, prepared, device)
     teachers = each_teacher(run)
     if any(isinstance(teacher, CachedTeacher) for teacher in teachers.values()):
         caches = {
@@ -73,34 +96,105 @@ def frozen(run: Run, domain: str | None, prepared: Prepared, device: torch.devic
     """The teacher model of a live or captured teacher, replicated or ZeRO-3-sharded."""
     teacher = each_teacher(run)[domain]
     where = "teacher.model" if domain is None else f"teacher.domains.{domain}.model"
+    return frozen_model(run, teacher, teacher.model, where, prepared, device)
+
+
+def frozen_model(
+    run: Run,
+    teacher: LiveTeacher | CachedTeacher | SelfTeacher,
+    settings: Model,
+    where: str,
+    prepared: Prepared,
+    device: torch.device,
+) -> nn.Module:
+    """The model ``settings``, in the precision and sharded as ``teacher`` says (collective)."""
     with dist.agreed():
         ds = None
         if teacher.deepspeed is not None:
-            hidden = hidden_size(teacher.model, where=where)
+            hidden = hidden_size(settings, where=where)
             ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden)
-        model = build(
-            teacher.model,
-            prepared.tokenizer,
-            objective=run.data.objective,
-            block_size=run.data.block_size,
-            seed=run.seed,
-            ds=ds,
-            dtype=DTYPES[_precision(teacher, ds)],
-            where=where,
-        )
+        model = _build(run, settings, where, prepared, ds, _precision(teacher, ds))
     model.requires_grad_(False)
     return model.to(device) if ds is None else shard_teacher(model, ds)
 
 
-def expected(run: Run, teacher: CachedTeacher, prepared: Prepared, view: View) -> dict[str, str]:
-    """Fingerprints a cache must carry; the teacher's only where the settings name its model."""
+def _build(
+    run: Run,
+    settings: Model,
+    where: str,
+    prepared: Prepared,
+    ds: dict[str, Any] | None,
+    precision: str,
+) -> nn.Module:
+    return build(
+        settings,
+        prepared.tokenizer,
+        objective=run.data.objective,
+        block_size=run.data.block_size,
+        seed=run.seed,
+        ds=ds,
+        dtype=DTYPES[precision],
+        where=where,
+    )
+
+
+def _from_itself(
+    run: Run, teacher: SelfTeacher, prepared: Prepared, device: torch.device
+) -> Inheritance:
+    """The student as it is, a frozen copy of it as it starts, or a replica at its average."""
+    vocabulary = vocabulary_size(prepared.tokenizer)
+
+    def unmasked(teacher: Teacher) -> Teacher:
+        return Unmasked(teacher) if run.data.objective == "masked" else teacher
+
+    if teacher.weights == "current":
+        return Inheritance(own=lambda student: unmasked(Own(student, vocabulary)))
+    settings = student_settings(run)
+    if teacher.weights == "frozen":
+        copy = frozen_model(run, teacher, settings, "model", prepared, device)
+        return Inheritance(unmasked(Live(copy, vocabulary)))
+    with dist.agreed():
+        ds = student_config(run, hidden_size(settings, where="model"))
+        replica = _build(run, settings, "model", prepared, None, precision_of(ds)).to(device)
+    average = Average(replica, teacher.decay)  # before its gradients are off: it keeps what trains
+    return Inheritance(unmasked(Live(replica, vocabulary)), change=average)
+
+
+def check_average(run: Run, method: Method) -> None:
+    """Refuse what an average of the student's weights cannot be kept of.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    teacher = run.teacher
+    averaged = isinstance(teacher, SelfTeacher) and teacher.weights == "average"
+    if not (averaged and method.wants_teacher()):
+        return
+    if type(method).change is not Method.change:
+        raise ConfigError(
+            f"teacher.weights: average, but method {method.kind} makes another model of its "
+            f"student, whose weights a copy of the first one cannot follow; use current or frozen"
+        )
+    if optimizer_device(run.deepspeed) == "nvme":
+        raise ConfigError(
+            f"teacher.weights: average, but {run.deepspeed} keeps the weights to average on NVMe; "
+            f"use current or frozen"
+        )
+
+
+def prints_of_rows(run: Run, prepared: Prepared) -> dict[str, str]:
+    """Fingerprints that any store about the training rows must carry."""
     blocking = {"block_size": run.data.block_size, "packing": run.data.packing}
-    prints = {
+    return {
         "blocking": fingerprint(blocking),
         "tokenizer": prepared.tokenizer_fingerprint,
         "data": prepared.train.fingerprint,
-        "masking": view.fingerprint,
     }
+
+
+def expected(run: Run, teacher: CachedTeacher, prepared: Prepared, view: View) -> dict[str, str]:
+    """Fingerprints a cache must carry; the teacher's only where the settings name its model."""
+    prints = prints_of_rows(run, prepared) | {"masking": view.fingerprint}
     if teacher.model is not None:
         model = teacher.model
         weights = dist.on_rank0(
@@ -113,7 +207,9 @@ def expected(run: Run, teacher: CachedTeacher, prepared: Prepared, view: View) -
     return prints
 
 
-def _precision(teacher: LiveTeacher | CachedTeacher, ds: dict[str, Any] | None) -> str:
+def _precision(
+    teacher: LiveTeacher | CachedTeacher | SelfTeacher, ds: dict[str, Any] | None
+) -> str:
     return resolve(teacher.precision) if ds is None else precision_of(ds)
 
 

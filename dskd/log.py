@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from dskd import dist
 from dskd.errors import CheckpointError
@@ -22,6 +26,16 @@ def say(text: str) -> None:
     """Print a line, once for all ranks."""
     if dist.rank() == 0:
         print(text, flush=True)
+
+
+@contextmanager
+def bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of rank 0, if its standard error is a terminal; ``update(done, total)``."""
+    console = Console(stderr=True)
+    disable = not (dist.rank() == 0 and console.is_terminal)
+    with Progress(console=console, disable=disable, transient=True) as progress:
+        task = progress.add_task(text)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def peak_memory() -> int:

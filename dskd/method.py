@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from dskd.shards import Weights
 METHODS: dict[str, str] = {
     "ki": "dskd.methods.ki:KnowledgeInheritance",
     "lm": "dskd.methods.lm:LanguageModelling",
+    "self_evolution": "dskd.methods.self_evolution:SelfEvolution",
     "wid": "dskd.methods.wid:WeightInheritance",
 }
 """Where each kind is found, ``module:Class``; imported when asked for, so that a broken one cannot
@@ -29,7 +31,7 @@ break the others."""
 
 
 class Change:
-    """What a method does to its student beyond the loss: here nothing.
+    """What a run does beyond the loss, to its student or beside it: here nothing.
 
     One object for a run, made before the student enters its engine. The trainer calls it on every
     rank alike, so it may use collectives; it draws no random numbers and reads no clock.
@@ -77,6 +79,12 @@ class Change:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state`; called before the weights are loaded."""
 
+    def save(self, folder: Path) -> None:
+        """Write into a checkpoint's folder what is too large for :meth:`state` (collective)."""
+
+    def load(self, folder: Path) -> None:
+        """Read back what :meth:`save` wrote; called after :meth:`restore` (collective)."""
+
     def exported(self, weights: Weights, batch: Batch) -> PreTrainedModel:
         """The student that is written out, a plain HuggingFace model (collective).
 
@@ -106,6 +114,8 @@ class Method(Section):
     terms: ClassVar[tuple[str, ...]] = ("tokens",)
     temperature_setting: ClassVar[str] = "temperature"
     """Name of that setting below ``method``, for messages."""
+    selects: ClassVar[bool] = True
+    """Whether the validation loss says which checkpoint is the best; if not, it is the last one."""
 
     kind: str
 

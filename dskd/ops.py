@@ -56,9 +56,9 @@ __all__ = [
 ]
 
 
-def rows_ce(rows: Rows) -> Losses:
+def rows_ce(rows: Rows, label_weight: Weight = 1.0) -> Losses:
     """Cross entropy of a student's supervised positions, through its head."""
-    return _through_head(rows, None, label_weight=1.0)
+    return _through_head(rows, None, label_weight=label_weight)
 
 
 def rows_kd(

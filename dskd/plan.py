@@ -3,7 +3,9 @@
 A run's folder::
 
     config.yaml    the resolved settings          inputs.json   fingerprints of data and models
-    cache/         the teacher's top-k logits     sliced/       the model a sliced student starts as
+    sliced/        the model a sliced student starts as
+    questions/     how hard the model found each token (questions-epoch-N/: the student, later)
+    cache/         the teacher's top-k logits
     train/         metrics, checkpoints, summary  export/       a HuggingFace folder
     scores.json    the exported model's evaluation
 """
@@ -24,19 +26,23 @@ from dskd.config import Recipe, differences, dump, read
 from dskd.errors import ConfigError
 from dskd.files import read_manifest, write_atomic, write_manifest
 from dskd.hardware import student_config, teacher_config
-from dskd.inheritance import each_teacher
+from dskd.inheritance import check_average, each_teacher
+from dskd.job import Job
 from dskd.log import say
 from dskd.method import Method
 from dskd.models.build import check_random, config_of, model_fingerprint
 from dskd.report import print_table, write_report
-from dskd.settings import Model, Run
+from dskd.settings import HardTokens, Model, Run, SelfTeacher
 from dskd.sliced import sliced_config, source_settings
-from dskd.stages import STAGES, Job
+from dskd.stages import STAGES
 
 CONTROL = "scratch"
 """The run of a recipe, if it has one of this name, that the report measures the others against."""
 
 NOMINAL_HIDDEN = 1024
+
+_MADE = ("sliced", "questions", "cache", "train", "export")
+"""Folders that depend on the settings."""
 
 _LEFT = {"train": "train/summary.json", "export": "export", "evaluate": "scores.json"}
 """What a stage leaves in the run's folder when it is whole."""
@@ -61,9 +67,11 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         student_config(run, NOMINAL_HIDDEN, world=world)
         try:
             methods[name].check(run, _starts_as(recipe, methods, run))
+            check_average(run, methods[name])
         except ConfigError as problem:
             raise ConfigError(f"{prefix}.{problem}" if prefix else str(problem)) from problem
-        for teacher in each_teacher(run).values():
+        itself = [run.teacher] if isinstance(run.teacher, SelfTeacher) else []
+        for teacher in (*each_teacher(run).values(), *itself):
             if teacher.deepspeed is not None:
                 ds, precision = teacher.deepspeed, teacher.precision
                 teacher_config(ds, precision, run, NOMINAL_HIDDEN, world=world)
@@ -154,7 +162,7 @@ def _write_settings(recipe: Recipe) -> None:
 
 def _refuse_other_settings(run: Run) -> None:
     path = run.out / "config.yaml"
-    begun = any((run.out / name).exists() for name in ("cache", "sliced", "train", "export"))
+    begun = any((run.out / name).exists() for name in _MADE)
     if not (begun and path.is_file()):
         return  # nothing was made with the other settings yet
     changed = differences(read(path).runs["run"], run)
@@ -186,6 +194,8 @@ def _refuse_other_inputs(job: Job) -> None:
 
 def _models(run: Run) -> dict[str, Model]:
     models = {"model": run.model}
+    if isinstance(run.data.masking, HardTokens) and run.data.masking.model is not None:
+        models["data.masking.model"] = run.data.masking.model
     for domain, teacher in each_teacher(run).items():
         if teacher.model is not None:
             models["teacher.model" if domain is None else f"teacher.domains.{domain}.model"] = (

@@ -108,7 +108,7 @@ def _problem(root: type[BaseModel], error: ErrorDetails) -> Problem:
     place, holder, here = _walk(root, error["loc"])
     kind, value, context = error["type"], show(error["input"]), error.get("ctx", {})
     if kind == "extra_forbidden":
-        text = "no such setting" + _suggest(place[-1], holder, root)
+        text = "no such setting" + _suggest(place, holder, root)
     elif kind == "missing":
         text = "missing"
     elif kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -127,12 +127,14 @@ def _problem(root: type[BaseModel], error: ErrorDetails) -> Problem:
     return place, text
 
 
-def _suggest(name: str, holder: Any, root: type[BaseModel]) -> str:
+def _suggest(place: Place, holder: Any, root: type[BaseModel]) -> str:
     """The nearest name of the section, else a setting of that name elsewhere, else all names."""
+    name = place[-1]
     fields = [field for cls in _sections(holder) for field in cls.model_fields]
     if near := nearest(name, fields):
         return near
-    elsewhere = [place for place in _names(root) if place.rpartition(".")[2] == name]
+    here = ".".join(place)  # there is such a setting where the section is of another kind
+    elsewhere = [n for n in _names(root) if n.rpartition(".")[2] == name and n != here]
     if elsewhere:
         return f"; did you mean {elsewhere[0]!r}?"
     return f"; there are {', '.join(fields)}"

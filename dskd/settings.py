@@ -1,4 +1,5 @@
-"""Every setting of a run, typed. ``config.py`` reads them from YAML and the command line.
+"""Every setting of a run, typed (a model's are in ``model_settings.py``). ``config.py`` reads them
+from YAML and the command line.
 
 The YAML decides *what* is trained (data, models, batch, steps, rates); the DeepSpeed JSON named by
 ``deepspeed`` decides *how* (ZeRO stage, offload, buckets). The defaults are the 20-step toy.
@@ -9,17 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from dskd.model_settings import Model, Section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-
-class Section(BaseModel):
-    """Base of every group of settings: unknown keys are refused, values are never changed."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -99,8 +94,8 @@ class PretrainedTokenizer(Section):
 TokenizerSource = Annotated[TrainedTokenizer | PretrainedTokenizer, Field(discriminator="kind")]
 
 
-class Masking(Section):
-    """BERT masking of masked LMs (unused for causal LMs)."""
+class MaskShares(Section):
+    """What every kind of masking shares: how many tokens are masked, and what replaces them."""
 
     probability: float = Field(0.15, gt=0, le=1)
     """Share of the tokens that are selected and predicted."""
@@ -108,14 +103,66 @@ class Masking(Section):
     """Share of the selected tokens that stay as they are."""
     random: float = Field(0.1, ge=0, le=1)
     """Share of the selected tokens replaced by a random one; the rest become the mask token."""
-    whole_word: bool = False
-    """Select whole words instead of tokens."""
     draws: int | None = Field(None, ge=1)
     """Number of different masks a row gets: epoch e uses mask ``e % draws``; null: one per epoch.
     A logit cache holds ``draws`` masks and needs a number here."""
+
+
+class Masking(MaskShares):
+    """BERT masking of masked LMs: tokens at random (unused for causal LMs)."""
+
+    kind: Literal["random"] = "random"
+    whole_word: bool = False
+    """Select whole words instead of tokens."""
     sampler: Literal["counter", "fairseq"] = "counter"
     """``counter``: drawn from (seed, epoch, row) only, vectorised, specials excluded; ``fairseq``:
     bit for bit the sampling of the original Knowledge Inheritance code."""
+
+
+class HardTokens(MaskShares):
+    """Masking of the tokens that a model finds hard (Self-Evolution).
+
+    The model is asked once, before training; a store keeps its answers for every token, so all
+    that chooses among them can be changed without asking again. Validation rows are masked at
+    random. For causal LMs the hard tokens are those that a method may weigh; of these settings
+    only ``store``, ``model``, the metric's, ``most`` and ``refresh`` play a part.
+    """
+
+    kind: Literal["hard_tokens"]
+    store: Path | None = None
+    """The store's folder, filled by this run as far as it is not; ``run:NAME`` is the store of
+    another run of the recipe; null: ``<out>/questions``."""
+    model: Model | None = None
+    """The model that is asked; null: the run's own before training, as in the paper."""
+    shown: Literal["token", "mask"] = "token"
+    """What the model sees where it is asked: ``token``: the token itself (the paper; one pass over
+    the rows); ``mask``: the mask token (1 / ``probability`` passes, each asking another share of
+    the tokens)."""
+    metric: Literal["confidence", "correctness", "quantile"] = "confidence"
+    """Which tokens are hard: ``confidence``: those whose negative log-likelihood is above
+    ``threshold``; ``correctness``: those that are not the model's first guess; ``quantile``: the
+    hardest share ``quantile`` of the training rows' tokens."""
+    threshold: float = Field(0.1, ge=0)
+    """Nats; used by ``metric: confidence``. A weak model finds most tokens hard at 0.1."""
+    quantile: float = Field(0.2, gt=0, lt=1)
+    """Used by ``metric: quantile``."""
+    least: float | None = Field(None, ge=0, le=1)
+    """Share of a row's tokens up to which random ones fill up; null: ``probability``."""
+    most: float | None = Field(None, gt=0, le=1)
+    """Largest share of a row's tokens, the hardest first; null: ``probability`` (causal LMs: 1)."""
+    replacement: Literal["bert", "all_mask"] = "bert"
+    """``bert``: as ``keep`` and ``random`` say; ``all_mask``: always the mask token."""
+    sampler: Literal["counter", "original"] = "counter"
+    """``counter``: as above; ``original``: bit for bit the masks of the original Self-Evolution
+    code, in which ``least``, ``most`` and ``replacement`` play no part."""
+    refresh: int | None = Field(None, ge=1)
+    """Ask again, and then the current student, every so many epochs; null: never."""
+    micro_batch: int = Field(16, ge=1)
+    """Rows that are asked about at a time, per rank."""
+    rows_per_shard: int = Field(1024, ge=1)
+
+
+AnyMasking = Annotated[Masking | HardTokens, Field(discriminator="kind")]
 
 
 class Data(Section):
@@ -135,45 +182,12 @@ class Data(Section):
     packing: Literal["complete", "complete_doc", "contiguous"] = "complete"
     """``complete``: whole sentences, greedily; ``complete_doc``: also cut at documents;
     ``contiguous``: one stream cut every ``block_size`` tokens."""
-    masking: Masking = Masking()
+    masking: AnyMasking = Masking()
     folder: Path = Path("runs/data")
     """Prepared rows live here, in a folder named by their fingerprint, and are reused."""
 
 
-# ---- models --------------------------------------------------------------------------------------
-
-
-class Slice(Section):
-    """The sizes that a larger model is cut to: its units with the largest weights stay."""
-
-    hidden_size: int = Field(ge=1)
-    """Width of the student."""
-    intermediate_size: int | None = Field(None, ge=1)
-    """Width of its feed-forward parts; null: in proportion to ``hidden_size``."""
-    heads: int | None = Field(None, ge=1)
-    kv_heads: int | None = Field(None, ge=1)
-    """With ``heads``, how many heads remain; null: in proportion, or as ``strategy`` says."""
-    strategy: Literal["dim", "head"] = "dim"
-    """How attention gets narrower: ``dim``: narrower heads; ``head``: fewer. Families with rotary
-    positions always lose whole groups of heads."""
-
-
-class Model(Section):
-    """A HuggingFace masked or causal LM, loaded or built at random."""
-
-    path: str | None = None
-    """Folder or hub id to load; ``run:NAME`` is the export of another run of the recipe; null:
-    random weights from ``config``."""
-    revision: str | None = None
-    config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of the HuggingFace config. Without ``path`` it must name a ``model_type``; the
-    vocabulary size and special token ids come from the tokenizer."""
-    vocab_multiple: int = Field(1, ge=1)
-    """Pad a random model's vocabulary to a multiple of this."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    slice: Slice | None = None
-    """Of a student with a ``path``: start from that model cut to these sizes, as ``<out>/sliced``
-    then holds it; null: from the whole model."""
+# ---- teachers ------------------------------------------------------------------------------------
 
 
 TINY = {
@@ -231,7 +245,24 @@ class RoutedTeacher(Section):
     )
 
 
-Teacher = Annotated[LiveTeacher | CachedTeacher | RoutedTeacher, Field(discriminator="kind")]
+class SelfTeacher(Section):
+    """The student itself, shown the rows without masks (method ``self_evolution``)."""
+
+    kind: Literal["self"]
+    weights: Literal["current", "frozen", "average"] = "current"
+    """``current``: as they are at that step, as in the original code; ``frozen``: as the run began;
+    ``average``: their exponential moving average."""
+    decay: float = Field(0.999, ge=0, lt=1)
+    """Factor of the average."""
+    deepspeed: str | None = None
+    """As for a live teacher; of the frozen copy."""
+    precision: Precision = "auto"
+    """Of the frozen copy."""
+
+
+Teacher = Annotated[
+    LiveTeacher | CachedTeacher | RoutedTeacher | SelfTeacher, Field(discriminator="kind")
+]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -298,7 +329,7 @@ class Run(Section):
     out: Path = Path("runs/toy")
     """Folder of everything the run writes."""
     seed: int = Field(1, ge=0, lt=2**63)
-    until: Literal["data", "cache", "train", "export", "evaluate"] = "evaluate"
+    until: Literal["data", "question", "cache", "train", "export", "evaluate"] = "evaluate"
     """Last stage to run."""
     deepspeed: str = "zero0"
     """A shipped preset (``zero2`` is ``ds_configs/zero2.json``) or a path to a DeepSpeed JSON."""

@@ -16,11 +16,12 @@ from dskd import dist
 from dskd.compaction.widths import Target, Widths, student_widths
 from dskd.errors import ConfigError
 from dskd.export import export
+from dskd.model_settings import Slice
 from dskd.models.build import build
 from dskd.models.groups import LAYOUTS, layout_of, widths_of
 from dskd.models.narrow import narrowed_config
 from dskd.models.slicing import slice_model
-from dskd.settings import Model, Run, Slice
+from dskd.settings import Model, Run
 
 
 def sliced_folder(run: Run) -> Path:

@@ -1,5 +1,5 @@
-"""The stages of a run: data, cache, slice, train, export, evaluate. Each leaves an artefact that,
-whole, says that it is done; each reads only what earlier ones left."""
+"""The stages of a run: data, slice, question, cache, train, export, evaluate. Each leaves an
+artefact that, whole, says that it is done; each reads only what earlier ones left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +16,28 @@ import torch
 from dskd import dist, universal
 from dskd.batch import Batch
 from dskd.capture import capture
-from dskd.checkpoint import Checkpoints, Saved
+from dskd.checkpoint import Saved
 from dskd.checks import cache_folder
-from dskd.data.blocks import Prepared, open_prepared, prepare
 from dskd.data.loader import Loader, make_batch
-from dskd.data.masking import View, view_for
 from dskd.ds_config import precision_of
 from dskd.engine import Engine, decay_groups, shard_teacher, stage_of
 from dskd.evaluation import evaluate
 from dskd.export import export
 from dskd.files import write_atomic
-from dskd.hardware import DTYPES, student_config, teacher_config
+from dskd.generations import Renewal
+from dskd.hardware import DTYPES, teacher_config
 from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit
+from dskd.job import Job
 from dskd.log import Metrics, peak_memory, reset_peak_memory, say
-from dskd.method import Change, Method
+from dskd.method import Change
 from dskd.models.build import build, hidden_size
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.objective import Objective
 from dskd.ops import implementation
-from dskd.settings import CachedTeacher, Model, Run
-from dskd.sliced import make_slice, sliced_folder, student_settings
+from dskd.settings import CachedTeacher, Model
+from dskd.sliced import make_slice, sliced_folder
 from dskd.trainer import CHANGE, Progress, Trainer
 from dskd.zero import full_shape, sharded_construction
-
-EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run being carried out, and what all its stages need."""
-
-    run: Run
-    method: Method
-    device: torch.device
-
-    @cached_property
-    def prepared(self) -> Prepared:
-        """The prepared rows; rank 0 builds and verifies them while the others wait."""
-        folder = dist.on_rank0(lambda: open_prepared(prepare(self.run.data)).folder)
-        return open_prepared(folder, verify=False)
-
-    @cached_property
-    def view(self) -> View:
-        """How training rows are masked; collective where it is first used, as ``prepared`` is."""
-        prepared = self.prepared
-        with dist.agreed():
-            return view_for(self.run.data, prepared.tokenizer, self.run.seed)
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """The run's checkpoints."""
-        return Checkpoints(self.run.out / "train" / "checkpoints", self.run.checkpoint.keep)
-
-    @cached_property
-    def ds(self) -> dict[str, Any]:
-        """The student's DeepSpeed config without ``auto``."""
-        return student_config(self.run, hidden_size(self.student, where="model"))
-
-    @property
-    def student(self) -> Model:
-        """The model that the student starts as; what is sliced for it is there since that stage."""
-        return student_settings(self.run)
 
 
 def cache(job: Job) -> None:
@@ -113,6 +73,13 @@ def cut(job: Job) -> None:
         _free()
 
 
+def ask(job: Job) -> None:
+    """Ask the model for every token of the training rows, where hard ones are to be masked."""
+    if job.generations is not None:
+        job.generations.first()
+        _free()
+
+
 def train(job: Job) -> None:
     """Train the student, from its newest checkpoint if there is one; leaves ``summary.json``."""
     summary = job.run.out / "train" / "summary.json"
@@ -135,6 +102,10 @@ def _train(job: Job, summary: Path) -> None:
     progress = Progress(**_without_change(saved.state)) if saved else Progress()
     if saved:
         say(f"going on from step {progress.step} ({saved.folder})")
+    renewal = None
+    if job.generations is not None:
+        job.generations.begin(progress.position)
+        renewal = Renewal(job.generations, lambda: engine.module.student)
     loader = Loader(
         prepared.train,
         job.view,
@@ -143,7 +114,8 @@ def _train(job: Job, summary: Path) -> None:
         rank=dist.rank(),
         world=dist.world(),
         seed=run.seed,
-        attach=inheritance.attach,
+        attach=inheritance.attach or job.attach,
+        ready=None if renewal is None else lambda position: not renewal.due(position),
         position=progress.position,
         pin=job.device.type == "cuda",
     )
@@ -154,6 +126,7 @@ def _train(job: Job, summary: Path) -> None:
         change=training.change,
         engine=engine,
         loader=loader,
+        renewal=renewal,
         evaluate=lambda: _evaluate(job, engine.module),
         checkpoints=checkpoints,
         metrics=Metrics(run.out / "train" / "metrics.jsonl", progress.step),
@@ -197,10 +170,9 @@ def _export(job: Job, folder: Path) -> None:
 
 def _some_rows(job: Job) -> Batch:
     """A few validation rows."""
-    rows, tokenizer = job.prepared.validation, job.prepared.tokenizer
+    rows = job.prepared.validation
     ids_B = np.arange(min(len(rows), job.run.evaluation.micro_batch), dtype=np.int64)
-    view = view_for(job.run.data, tokenizer, EVALUATION_SEED)
-    return make_batch(rows, view, ids_B, np.zeros_like(ids_B), None)
+    return make_batch(rows, job.validation_view, ids_B, np.zeros_like(ids_B), None)
 
 
 def evaluate_export(job: Job) -> None:
@@ -242,7 +214,7 @@ def _build(job: Job, settings: Model, ds: dict[str, Any] | None, where: str) -> 
 
 @dataclass(frozen=True)
 class _Training:
-    """The student in its engine, and what its method does to it."""
+    """The student in its engine, and what is done to it, or kept of it, beyond the loss."""
 
     engine: Engine
     change: Change | None
@@ -263,19 +235,20 @@ def _engine(job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor:
     student = _build(job, job.student, ds, where="model")
     with dist.agreed(), sharded_construction(ds):
         job.method.check(run, student.config)
-        change = job.method.change(student, run)
+        change = job.method.change(student, run) or inheritance.change
     if run.train.activation_checkpointing:
         checkpoint_activations(student)
     if run.train.compile:
         compile_layers(student)
     parameters = sum(full_shape(p).numel() for p in student.parameters())
-    objective = Objective(student, job.method, inheritance.teacher)
+    objective = Objective(student, job.method, inheritance.teacher_of(student))
     groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
     if change is not None:
         groups = change.groups(groups)
     engine = Engine(objective, groups, ds, monitor=monitor)
     if saved is not None and change is not None:
         change.restore(saved.state[CHANGE])
+        change.load(saved.folder)
     if saved is not None and native:
         engine.load(saved.folder.parent, saved.folder.name)
     elif saved is not None:
@@ -305,7 +278,7 @@ def _evaluate(job: Job, objective: torch.nn.Module) -> dict[str, Any]:
     scores = evaluate(
         lambda batch: objective(batch, None),
         prepared.validation,
-        view_for(run.data, prepared.tokenizer, EVALUATION_SEED),
+        job.validation_view,
         limit=run.evaluation.rows,
         micro_batch=run.evaluation.micro_batch,
         device=job.device,
@@ -342,8 +315,9 @@ def _free() -> None:
 
 STAGES: dict[str, Callable[[Job], object]] = {
     "data": lambda job: job.view,  # which prepares the rows
-    "cache": cache,
     "slice": cut,
+    "question": ask,
+    "cache": cache,
     "train": train,
     "export": export_best,
     "evaluate": evaluate_export,

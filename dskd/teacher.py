@@ -1,12 +1,13 @@
 """Teachers: what gives a signal for the supervised positions of a batch.
 
 A live teacher is a frozen model run on the batch; a cached one reads what the loader attached to
-it; a routed one asks each row's domain teacher. All return a Signal in Rows order, so that a loss
-cannot tell them apart.
+it; a routed one asks each row's domain teacher; a student may be its own, as it is at that step.
+All return a Signal in Rows order, so that a loss cannot tell them apart.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -41,6 +42,50 @@ class Live:
         """Run the model on the batch, up to its last linear map."""
         rows = rows_of(self._model, batch)
         return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
+
+
+class Own:
+    """The student itself, as it is: in eval mode and without gradient.
+
+    It runs inside the forward of the module DeepSpeed wraps, before the student's own pass (ZeRO-3
+    then gathers every weight for two passes of one order). It draws no random numbers, and every
+    module's mode is put back, so that the student's pass is what it would be without.
+
+    Args:
+        student: the model under training.
+        vocabulary: number of real tokens; padding columns beyond are dropped.
+    """
+
+    def __init__(self, student: nn.Module, vocabulary: int) -> None:
+        self._student = student
+        self._vocabulary = vocabulary
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Projected:
+        """Run the student on the batch, up to its last linear map."""
+        modes = [(module, module.training) for module in self._student.modules()]
+        self._student.eval()
+        try:
+            rows = rows_of(self._student, batch)
+        finally:
+            for module, training in modes:
+                module.training = training
+        return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
+
+
+class Unmasked:
+    """Shows a teacher the rows as they are: at every supervised position the label is the input.
+
+    For masked LMs, whose labels are what the mask hides; causal ones see their rows whole.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+
+    def __call__(self, batch: Batch) -> Signal:
+        """The teacher's signal on the unmasked batch."""
+        ids_BT = torch.where(batch.supervised_BT, batch.labels_BT, batch.ids_BT)
+        return self._teacher(replace(batch, ids_BT=ids_BT))
 
 
 class Cached:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -79,14 +79,27 @@ class Taken:
     grad_norm: float | None
 
 
+class Renewal(Protocol):
+    """Work between two steps, without which the next batch cannot be made."""
+
+    def due(self, position: int) -> bool:
+        """Whether the batch at ``position`` waits for it."""
+        ...
+
+    def __call__(self, position: int) -> None:
+        """Do it; collective, and a repetition of an interrupted one goes on with it."""
+        ...
+
+
 class Trainer:
     """Trains one student.
 
     Args:
         run: the settings.
         precision: ``fp32``, ``bf16`` or ``fp16``, as resolved from them.
-        change: what the method does to the student; None: nothing.
+        change: what is done to the student, or kept of it, beyond the loss; None: nothing.
         evaluate: the plain LM evaluation of the student, a dict with ``eval_nll``.
+        renewal: what batches may wait for; None: nothing.
     """
 
     def __init__(
@@ -98,6 +111,7 @@ class Trainer:
         change: Change | None,
         engine: Engine,
         loader: Loader,
+        renewal: Renewal | None,
         evaluate: Callable[[], dict[str, Any]],
         checkpoints: Checkpoints,
         metrics: Metrics,
@@ -109,11 +123,14 @@ class Trainer:
         self._change = change
         self._engine = engine
         self._loader = loader
+        self._renewal = renewal
         self._evaluate = evaluate
         self._checkpoints = checkpoints
         self._metrics = metrics
         self._progress = progress
         self._since = (progress.tokens, progress.train_seconds)
+        self._saved = progress.step
+        """The step of the newest checkpoint (0: as the student begins)."""
 
     def train(self) -> Progress:
         """Take the remaining steps.
@@ -128,6 +145,7 @@ class Trainer:
         skipped = 0
         with _stop_requested() as requested:
             while progress.step < run.train.steps:
+                self._renew()
                 clock = time.monotonic()
                 taken = self.step(requested())
                 progress.train_seconds += time.monotonic() - clock
@@ -143,6 +161,15 @@ class Trainer:
                 if taken.stop:
                     raise Interrupted(progress.step)
         return progress
+
+    def _renew(self) -> None:
+        """Do what the next batch waits for, from a checkpoint to which it can be repeated."""
+        progress = self._progress
+        if self._renewal is None or not self._renewal.due(progress.position):
+            return
+        if self._saved < progress.step:
+            self._save(None)
+        self._renewal(progress.position)
 
     def step(self, stop: bool) -> Taken:
         """Forward, backward and optimiser step over one effective batch."""
@@ -264,6 +291,8 @@ class Trainer:
         step = self._progress.step
         tag = self._checkpoints.begin(step)
         self._engine.save(self._checkpoints.folder, tag)
+        if self._change is not None:
+            self._change.save(self._checkpoints.folder / tag)
         about = {
             "world": dist.world(),
             "stage": self._engine.stage,
@@ -274,6 +303,7 @@ class Trainer:
         if self._change is not None:
             about["state"][CHANGE] = self._change.state()
         self._checkpoints.commit(step, about)
+        self._saved = step
 
 
 _LOSS = ""

@@ -45,6 +45,16 @@ def test_the_best_of_equals_is_the_latest_and_one_without_evaluation_never(tmp_p
     assert checkpoints.latest().eval_nll is None
 
 
+def test_where_the_evaluation_does_not_select_the_latest_is_the_best(tmp_path):
+    """It keeps what it was evaluated at, and no older one is kept for a lower loss."""
+    checkpoints = Checkpoints(tmp_path, keep=2, selects=False)
+    for step, nll in enumerate([2.0, 3.0, 4.0], 1):
+        save(checkpoints, step, nll)
+        best = checkpoints.best()
+        assert (best.step, best.eval_nll) == (step, nll)
+    assert steps(tmp_path) == [2, 3]
+
+
 def test_none_and_leftovers(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
     checkpoints.clean()

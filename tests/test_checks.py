@@ -46,6 +46,18 @@ def test_the_toy_is_sound():
         validate(run, world, build_method(run.method))
 
 
+def test_hard_tokens_that_are_sound():
+    for masking in (
+        "kind: hard_tokens",
+        "kind: hard_tokens, least: 0, most: 0.3",
+        "kind: hard_tokens, sampler: original, probability: 0.2",
+        "kind: hard_tokens, refresh: 1, model: {path: x}",
+    ):
+        validate(_run(f"data.masking={{{masking}}}"), 1, _Method())
+    causal = "data={objective: causal, masking: {kind: hard_tokens, least: 0.5}}"  # not used
+    validate(_run(causal), 1, _Method())
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
@@ -58,6 +70,41 @@ def test_the_toy_is_sound():
         (
             ["data.masking.whole_word=true", "data.masking.sampler=fairseq"],
             "data.masking.whole_word: the fairseq sampler selects tokens, not words",
+        ),
+        (
+            ["data.masking={kind: hard_tokens, least: 0.3}"],
+            "data.masking.least: 0.3 is more than data.masking.most 0.15 (data.masking.probability,"
+            " for want of data.masking.most)",
+        ),
+        (
+            ["data.masking={kind: hard_tokens, least: 0.3, most: 0.2}"],
+            "data.masking.least: 0.3 is more than data.masking.most 0.2",
+        ),
+        (
+            ["data.masking={kind: hard_tokens, refresh: 1, draws: 2}"],
+            "data.masking.draws: data.masking.refresh changes the masks, so they cannot repeat",
+        ),
+        (
+            ["data.masking={kind: hard_tokens, sampler: original, metric: correctness}"],
+            "data.masking.metric: correctness, but data.masking.sampler original knows only"
+            " confidence",
+        ),
+        (
+            ["data.masking={kind: hard_tokens, sampler: original, shown: mask}"],
+            "data.masking.shown: mask, but data.masking.sampler original knows only token",
+        ),
+        (
+            ["data.masking={kind: hard_tokens, sampler: original, most: 0.2}"],
+            "data.masking.most: data.masking.sampler original has no bounds; leave it null",
+        ),
+        (
+            ["data.masking={kind: hard_tokens, model: {}}"],
+            "data.masking.model.config.model_type: missing; name a model type to build at random,"
+            " or set data.masking.model.path",
+        ),
+        (
+            ["data.masking={kind: hard_tokens, keep: 0.6, random: 0.5}"],
+            "data.masking.keep: 0.6 and data.masking.random 0.5 together exceed 1",
         ),
         (
             ["model={}"],

@@ -22,8 +22,8 @@ def test_help_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("train", "data", "settings", "cache", "report"):
-        assert f"    {command} " in done.stdout
+    for command in ("train", "data", "settings", "cache", "hard-tokens", "report"):
+        assert f"    {command} " in done.stdout.replace("\n", " ")
 
 
 def test_version(capsys):
@@ -77,6 +77,7 @@ def test_settings_of_a_recipe(capsys, tmp_path):
         (["settings", "train.warmup=30"], "train.warmup: 30 is more than train.steps 20"),
         (["cache", "info", "nowhere"], "nowhere/manifest.json: no such file"),
         (["cache", "verify", "nowhere"], "nowhere/manifest.json: no such file"),
+        (["hard-tokens", "nowhere"], "nowhere: no such file"),
         (["report", "nowhere"], "nowhere/train/metrics.jsonl: no such file"),
         (["report", "a/x", "b/x"], "two folders have the same name"),
     ],

@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 from pydantic import Field, field_validator
 
+from dskd.checks import questions_folder
 from dskd.config import SINGLE, differences, dump, parse, read
 from dskd.errors import ConfigError
-from dskd.settings import CachedTeacher, LiveTeacher, PretrainedTokenizer, Run, Section, Train
+from dskd.settings import (
+    CachedTeacher,
+    HardTokens,
+    LiveTeacher,
+    Masking,
+    PretrainedTokenizer,
+    Run,
+    Section,
+    Train,
+)
 
 RECIPE = """
 base:
@@ -97,6 +107,19 @@ def test_a_section_of_another_kind_is_replaced(tmp_path):
     assert run.model.config == {"model_type": "gpt2", "b": 2}
 
 
+def test_a_masking_without_kind_is_random(tmp_path):
+    path = _write(tmp_path, "data: {masking: {probability: 0.3}}")
+    assert read(path).runs[SINGLE].data.masking == Masking(probability=0.3)
+    assert _single("data.masking.probability=0.3").data.masking == Masking(probability=0.3)
+    over = ["data.masking.threshold=0.5", "data.masking.kind=hard_tokens"]
+    hard = HardTokens(kind="hard_tokens", threshold=0.5)
+    assert _single(*over).data.masking == hard
+    assert read(path, over).runs[SINGLE].data.masking == hard  # another kind: replaced
+    path = _write(tmp_path, "data: {masking: {kind: hard_tokens, probability: 0.3}}")
+    masking = read(path, ["data.masking.threshold=0.5"]).runs[SINGLE].data.masking
+    assert masking == hard.model_copy(update={"probability": 0.3})
+
+
 def test_an_entry_of_a_list_can_be_overridden(tmp_path):
     path = _write(tmp_path, "data: {sources: [{kind: builtin}, {kind: text, path: x}]}")
     sources = read(path, ["data.sources.1.path=y"]).runs[SINGLE].data.sources
@@ -130,7 +153,7 @@ def test_home_is_expanded(monkeypatch):
             "checkpoint: {xyz: 1}",
             "checkpoint.xyz: no such setting; there are every, keep",
         ),
-        ("teacher: {kind: liv}", "teacher.kind: 'liv' is not one of live, cached, routed"),
+        ("teacher: {kind: liv}", "teacher.kind: 'liv' is not one of live, cached, routed, self"),
         (
             "teacher: {kind: routed, domains: {x: {model: {}}}}",
             "teacher.domains.x.kind: missing; one of live, cached",
@@ -144,6 +167,31 @@ def test_home_is_expanded(monkeypatch):
             "data.sources.0.kind: missing; one of builtin, text, jsonl, datasets",
         ),
         ("data: {sources: [{kind: text}]}", "data.sources.0.path: missing"),
+        (
+            "data: {masking: {kind: hard}}",
+            "data.masking.kind: 'hard' is not one of random, hard_tokens",
+        ),
+        (
+            "data: {masking: {probabilty: 0.2}}",
+            "data.masking.probabilty: no such setting; did you mean 'probability'?",
+        ),
+        (
+            "data: {masking: {kind: hard_tokens, treshold: 0.2}}",
+            "data.masking.treshold: no such setting; did you mean 'threshold'?",
+        ),
+        (
+            "data: {masking: {kind: hard_tokens, most: 0}}",
+            "data.masking.most: 0 should be greater than 0",
+        ),
+        (
+            "data: {masking: {threshold: 0.2}}",
+            "data.masking.threshold: no such setting; there are probability, keep, random, draws,"
+            " kind, whole_word, sampler",
+        ),
+        (
+            "data: {masking: {kind: hard_tokens, model: {pth: x}}}",
+            "data.masking.model.pth: no such setting; did you mean 'path'?",
+        ),
         (
             "data: {sources: []}",
             "data.sources: List should have at least 1 item after validation, not 0",
@@ -262,6 +310,19 @@ def test_a_run_can_use_the_caches_of_a_routed_one(tmp_path):
     assert [domains[name].path for name in "xy"] == [Path("o/a/cache/x"), Path("p")]
 
 
+def test_a_run_can_use_the_hard_tokens_of_another(tmp_path):
+    hard = "data: {masking: {kind: hard_tokens, store: %s, model: {path: 'run:base'}}}"
+    recipe = "base: {out: o}\nruns:\n  base: {}\n"
+    recipe += f"  a: {{{hard % 'null'}}}\n  b: {{{hard % 'run:a'}}}\n  c: {{{hard % 'run:b'}}}\n"
+    runs = read(_write(tmp_path, recipe)).runs
+    assert [questions_folder(runs[name]) for name in "abc"] == [Path("o/a/questions")] * 3
+    assert runs["b"].data.masking.model.path == "o/base/export"
+    assert _refused(tmp_path, recipe.replace("run:a", "run:base")) == [
+        "FILE: runs.b.data.masking.store: 'run:base' has no store, its masking is not of hard"
+        " tokens"
+    ]
+
+
 def test_overrides_of_all_runs_and_of_one(tmp_path):
     overrides = ["out=/o", "train.steps=5", "runs.student.train.steps=6", "runs.teacher.seed=9"]
     runs = read(_write(tmp_path, RECIPE), overrides).runs
@@ -341,6 +402,9 @@ def test_dump_round_trips(tmp_path):
         path = tmp_path / f"{name}.yaml"
         path.write_text(dump(run))
         assert read(path).runs == {SINGLE: run}
+    own = ["data.masking={kind: hard_tokens, store: s, most: 0.3}", "teacher={kind: self}"]
+    path.write_text(dump(_single(*own)))
+    assert read(path).runs == {SINGLE: _single(*own)}
 
 
 @pytest.mark.parametrize(
@@ -356,6 +420,8 @@ def test_dump_round_trips(tmp_path):
         ("model.config.hidden_size=32", ["model.config.hidden_size: 64, now 32"]),
         ("evaluation.rows=5", ["evaluation.rows: null, now 5"]),
         ("data.masking.draws=2", ["data.masking.draws: null, now 2"]),
+        ("data.masking.kind=hard_tokens", ["data.masking: 'random', now 'hard_tokens'"]),
+        ("teacher.kind=self", ["teacher: 'live', now 'self'"]),
         ("out=elsewhere", []),
         ("until=data", []),
         ("deepspeed=zero3", []),
@@ -382,6 +448,18 @@ def test_geometry_of_cached_teachers_is_free():
     free = [f"{one}.micro_batch=3", f"{one}.rows_per_shard=5", f"{one}.deepspeed=zero3"]
     assert differences(_single(cached), _single(cached, *free)) == []
     assert differences(_single(cached), _single(cached, f"{one}.k=3")) == [f"{one}.k: 32, now 3"]
+
+
+def test_where_hard_tokens_are_stored_is_free():
+    hard = "data.masking={kind: hard_tokens}"
+    place = "data.masking"
+    free = [f"{place}.store=s", f"{place}.micro_batch=3", f"{place}.rows_per_shard=5"]
+    assert differences(_single(hard), _single(hard, *free)) == []
+    changed = _single(hard, f"{place}.threshold=0.5", f"{place}.shown=mask")
+    assert differences(_single(hard), changed) == [
+        "data.masking.shown: 'token', now 'mask'",
+        "data.masking.threshold: 0.1, now 0.5",
+    ]
 
 
 @pytest.mark.parametrize(

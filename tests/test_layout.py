@@ -17,10 +17,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
-    0: "errors files batch settings tree sections checks config schedule losses dist",
+    0: "errors files batch model_settings settings tree sections checks config schedule losses dist",
     1: "data.counter data.sources data.vocabulary data.packing data.building data.blocks "
-    "data.masking data.loader store_format store logit_cache ds_keys ds_config hardware log zero "
-    "shards "
+    "data.dice data.fairseq data.masking data.scoring data.loader data.judge data.hard_masking "
+    "store_format store logit_cache hardness ds_keys "
+    "ds_config hardware log zero shards "
     "fused.arguments fused.products fused.cpu_chunks fused.cpu_kinds fused.cpu fused.cpu_topk "
     "fused.cpu_mixture fused.cpu_vocab_parallel fused.backend fused.per_token fused.gradients "
     "fused.dense fused.topk fused.label fused.mixture fused.chunking fused.linear_visit "
@@ -30,9 +31,9 @@ FLOORS = {
     "models.masked_norm models.compactor models.groups models.surgery models.narrow "
     "models.merged models.slicing",
     2: "teacher engine checkpoint universal",
-    3: "method objective sweep evaluation export capture inheritance trainer report sliced "
-    "stages plan",
-    4: "methods.lm methods.ki methods.wid train cli",
+    3: "method average objective sweep evaluation export capture question sliced inheritance "
+    "generations job trainer report stages hard_tokens plan",
+    4: "methods.lm methods.ki methods.self_evolution methods.wid train cli",
 }
 """The modules of dskd, lowest first. One may import those of lower floors and, on its own floor,
 those named before it; so there are no cycles."""

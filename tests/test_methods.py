@@ -27,6 +27,11 @@ SETTINGS = {
         },
     ],
     "lm": [{"kind": "lm"}],
+    "self_evolution": [
+        {"kind": "self_evolution"},
+        {"kind": "self_evolution", "smoothing": 0.0},
+        {"kind": "self_evolution", "smoothing": 1.0},
+    ],
     "wid": [
         {"kind": "wid", "hidden_size": 4},
         {"kind": "wid", "hidden_size": 4, "inherit": {"steps": 10, "rate": 0.5}},
@@ -201,9 +206,12 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(kind):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"method\.kind: must name a method \(ki, lm, wid\)"),
+        ({}, r"method\.kind: must name a method \(ki, lm, self_evolution, wid\)"),
         ({"kind": 3}, r"method\.kind: must name a method"),
-        ({"kind": "kii"}, r"method\.kind: 'kii' is not one of ki, lm, wid; did you mean 'ki'\?"),
+        (
+            {"kind": "kii"},
+            r"method\.kind: 'kii' is not one of ki, lm, self_evolution, wid; did you mean 'ki'\?",
+        ),
         ({"kind": ":Class"}, r"method\.kind: ':Class' is not one of"),
         ({"kind": "no.such:Class"}, r"method\.kind: no module 'no\.such'"),
         ({"kind": "dskd.methods.ki:Nope"}, r"'dskd\.methods\.ki' has no method 'Nope'"),

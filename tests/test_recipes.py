@@ -38,7 +38,8 @@ def parameters(model: Model, auto: type, vocabulary: int) -> int:
 def test_a_recipe_is_accepted_on_any_power_of_two_of_ranks(path, world, tmp_path):
     recipe = read(path, [f"out={tmp_path}", "train.precision=auto"])  # fp16 wants a GPU
     check(recipe, methods(recipe), world=world)
-    assert CONTROL in recipe.runs
+    trained_on = path.parent.name == "self_evolution"  # from one model, with or without the method
+    assert ("random" if trained_on else CONTROL) in recipe.runs
 
 
 @pytest.mark.parametrize("path", sorted(KI.glob("*.yaml")), ids=lambda path: path.stem)

@@ -55,6 +55,8 @@ class Loader:
         world: number of ranks.
         seed: of the order.
         attach: replaces the view where a store holds the masks.
+        ready: whether the batch of a position can be made yet; None: always. It is made when it is
+            asked for, not before, if it could not be by then.
         position: optimiser steps already taken.
         pin: put the tensors into page-locked memory, for asynchronous copies to a GPU.
 
@@ -73,6 +75,7 @@ class Loader:
         world: int,
         seed: int,
         attach: Attach | None = None,
+        ready: Callable[[int], bool] | None = None,
         position: int = 0,
         pin: bool = False,
     ) -> None:
@@ -89,21 +92,28 @@ class Loader:
         self._rank = rank
         self._world = world
         self._attach = attach
+        self._ready = ready
         self._pin = pin
         self._order = _Order(len(rows), seed)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dskd-loader")
-        self._next: Future[list[Batch]] = self._thread.submit(self._make, position)
+        self._next = self._ahead()
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimiser step, on the CPU."""
-        batches = self._next.result()
+        batches = self._make(self.position) if self._next is None else self._next.result()
         self.position += 1
-        self._next = self._thread.submit(self._make, self.position)
+        self._next = self._ahead()
         return batches
 
     def close(self) -> None:
         """Stop the thread (after the step it is working on)."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _ahead(self) -> Future[list[Batch]] | None:
+        """The next step, begun in the thread, if it can be."""
+        if self._ready is not None and not self._ready(self.position):
+            return None
+        return self._thread.submit(self._make, self.position)
 
     def _make(self, step: int) -> list[Batch]:
         per_round = self._micro_batch * self._world

@@ -28,7 +28,7 @@ from dskd.compaction.widths import (
     cuts,
     student_widths,
 )
-from dskd.ds_config import load_preset
+from dskd.ds_config import load_preset, optimizer_device
 from dskd.errors import ConfigError
 from dskd.inherited import Inherited, labels_term
 from dskd.log import say
@@ -126,7 +126,7 @@ class WeightInheritance(Method):
         kind = (ds.get("optimizer") or {}).get("type", "AdamW")
         if self.rule == "original" and str(kind).lower() not in ("adam", "adamw"):
             raise ConfigError(f"deepspeed: {run.deepspeed} has a {kind}; rule original needs AdamW")
-        device = _offload(run)
+        device = optimizer_device(run.deepspeed)
         if device == "nvme":
             raise ConfigError(
                 f"deepspeed: {run.deepspeed}: method wid cannot edit an optimizer on NVMe"
@@ -175,12 +175,6 @@ class WeightInheritance(Method):
         return self.every * self.ramp + self.anneal - 1
 
 
-def _offload(run: Run) -> str:
-    """Where the run's DeepSpeed config keeps the optimizer; ``none``: with the model."""
-    zero = load_preset(run.deepspeed).get("zero_optimization") or {}
-    return (zero.get("offload_optimizer") or {}).get("device", "none")
-
-
 class Narrowing(Change):
     """A student on its way from its teacher's widths to its own."""
 
@@ -196,7 +190,7 @@ class Narrowing(Change):
         self._compactors = frozenset(members)
         self._scale = method.lr / run.train.lr
         self._rule = self._make_rule()
-        self._offloaded = _offload(run) != "none"
+        self._offloaded = optimizer_device(run.deepspeed) != "none"
         self._compacted = False
         self._weights: Weights | None = None
 

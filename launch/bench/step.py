@@ -53,12 +53,12 @@ from dskd.errors import ConfigError
 from dskd.files import write_atomic
 from dskd.hardware import DTYPES
 from dskd.inheritance import Inheritance, inherit
+from dskd.job import Job
 from dskd.log import Metrics, peak_memory
 from dskd.method import build_method
 from dskd.models.build import build
 from dskd.objective import Objective
 from dskd.settings import CachedTeacher, LiveTeacher, Model, Run
-from dskd.stages import Job
 from dskd.trainer import Progress, Trainer
 from dskd.zero import full_shape, sharded_construction
 from launch.bench import timing

@@ -11,16 +11,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dskd.batch import IGNORE
-from dskd.data.masking import (
-    CausalView,
-    FairseqView,
-    MaskedView,
-    _tuple_hash,
-    fairseq_seed,
-    view_for,
-)
+from dskd.data.fairseq import _tuple_hash, fairseq_seed
+from dskd.data.masking import CausalView, FairseqView, MaskedView, at_random, view_for
+from dskd.data.vocabulary import tokenizer_fingerprint
 from dskd.errors import ConfigError
-from dskd.settings import Data, Masking
+from dskd.files import fingerprint
+from dskd.settings import Data, HardTokens, Masking
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())["masking"]
 
@@ -241,6 +237,23 @@ def test_fingerprint_covers_what_masks_depend_on() -> None:
         CausalView(),
     ]
     assert len({base, *(other.fingerprint for other in others)}) == 7
+
+
+def test_fingerprints_of_caches_already_made_still_hold() -> None:
+    # As computed before there were kinds of masking: caches are bound to it.
+    masking = {"probability": 0.15, "keep": 0.1, "random": 0.1, "whole_word": False}
+    told = {
+        "masking": masking | {"sampler": "counter"},
+        "tokenizer": tokenizer_fingerprint(TOKENIZER),
+    }
+    assert view(seed=5).fingerprint == fingerprint({"view": "masked", "seed": 5, **told})
+
+
+def test_at_random_keeps_the_shares() -> None:
+    random = Masking(probability=0.3, whole_word=True)
+    assert at_random(random) is random
+    hard = HardTokens(kind="hard_tokens", probability=0.3, keep=0.2, random=0.0, draws=4, most=0.5)
+    assert at_random(hard) == Masking(probability=0.3, keep=0.2, random=0.0, draws=4)
 
 
 def test_refusals() -> None:

@@ -1,0 +1,262 @@
+"""Masks for the tokens that a model finds hard (Self-Evolution; Zhong et al. 2023, token masking).
+
+The original masks every token whose negative log-likelihood exceeds 0.1 nat, always by the mask
+token, and by accident masks at random where a row has fewer than two of them. Here a row loses
+between ``least`` and ``most`` of its tokens: the hardest first, then random ones; and BERT's
+80/10/10 holds. The original's masks are to be had bit for bit.
+
+Shape letters: B rows, T tokens, N supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from dskd.batch import IGNORE
+from dskd.data.blocks import RowSet
+from dskd.data.dice import Replacer, keys, maskable, number
+from dskd.data.fairseq import FairseqMask, fairseq_seed
+from dskd.data.judge import Generations, Judge, select
+from dskd.data.loader import Attachment
+from dskd.data.masking import CausalView
+from dskd.data.vocabulary import special_ids, tokenizer_fingerprint
+from dskd.files import fingerprint
+from dskd.settings import Data, HardTokens
+
+_ELSEWHERE = ("store", "model", "shown", "micro_batch", "rows_per_shard", "draws")
+"""Settings that the store's fingerprint covers, or that change no mask."""
+
+
+class HardView:
+    """Masks of the hard tokens, between ``least`` and ``most`` of a row's c maskable ones.
+
+    A row's bounds are ``int(least * c + u)`` and ``int(most * c + u)``, u uniform in [0, 1), and
+    its random numbers are those of :class:`~dskd.data.masking.MaskedView`: with the defaults as
+    many tokens are masked in each row as there, and the same ones where no token is hard.
+
+    Args:
+        masking: the settings.
+        tokenizer: of the rows.
+        seed: of the run.
+        judge: says which tokens are hard.
+        asked: fingerprint of the first store.
+
+    Raises:
+        ConfigError: the shares exceed 1, or the tokenizer has no mask token.
+    """
+
+    def __init__(
+        self,
+        masking: HardTokens,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        judge: Judge,
+        asked: str,
+    ) -> None:
+        all_mask = {"keep": 0.0, "random": 0.0} if masking.replacement == "all_mask" else {}
+        self._replace = Replacer(masking.model_copy(update=all_mask), tokenizer, seed)
+        self.draws = masking.draws
+        self.fingerprint = _fingerprint(
+            masking,
+            tokenizer,
+            seed,
+            asked,
+            unused=["keep", "random"] if all_mask else [],
+        )
+        self._least = masking.probability if masking.least is None else masking.least
+        self._most = masking.probability if masking.most is None else masking.most
+        self._seed = seed
+        self._special_V = special_ids(tokenizer)
+        self.judge = judge
+
+    def __call__(
+        self,
+        row_ids_B: NDArray[np.int64],
+        epochs_B: NDArray[np.int64],
+        ids_BT: NDArray[np.int64],
+        lengths_B: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.masking.View`."""
+        draws_B = epochs_B if self.draws is None else epochs_B % self.draws
+        maskable_BT = maskable(ids_BT, lengths_B, self._special_V)
+        counts_B = maskable_BT.sum(axis=1)
+        nll_BT, hard_BT = self.judge(row_ids_B, epochs_B, ids_BT, lengths_B)
+        chosen_BT = select(
+            hard_BT,
+            nll_BT,
+            maskable_BT,
+            number(self._seed, self._least, draws_B, row_ids_B, counts_B),
+            number(self._seed, self._most, draws_B, row_ids_B, counts_B),
+            keys(self._seed, draws_B, row_ids_B, ids_BT.shape[1]),
+        )
+        return self._replace(draws_B, row_ids_B, ids_BT, chosen_BT)
+
+
+class OriginalHardView:
+    """The masks of the original Self-Evolution code, bit for bit.
+
+    A row with two or more hard tokens, special ones counted, loses exactly those to the mask token,
+    in every epoch. A row with one loses it and random others, a row with none random ones, as
+    fairseq masks.
+
+    Args: as of :class:`HardView`.
+
+    Raises:
+        ConfigError: the vocabulary is not laid out as fairseq's.
+    """
+
+    def __init__(
+        self,
+        masking: HardTokens,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        judge: Judge,
+        asked: str,
+    ) -> None:
+        self._mask_row = FairseqMask(masking, tokenizer, "original")
+        self.draws = masking.draws
+        self.fingerprint = _fingerprint(
+            masking, tokenizer, seed, asked, unused=["least", "most", "replacement"]
+        )
+        self._seed = seed
+        self.judge = judge
+
+    def __call__(
+        self,
+        row_ids_B: NDArray[np.int64],
+        epochs_B: NDArray[np.int64],
+        ids_BT: NDArray[np.int64],
+        lengths_B: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.masking.View`."""
+        _, hard_BT = self.judge(row_ids_B, epochs_B, ids_BT, lengths_B)
+        draws_B = epochs_B if self.draws is None else epochs_B % self.draws
+        inputs_BT = ids_BT.copy()
+        labels_BT = np.full_like(ids_BT, IGNORE)
+        for b, (row, draw, length) in enumerate(
+            zip(row_ids_B.tolist(), draws_B.tolist(), lengths_B.tolist(), strict=True)
+        ):
+            item, hard = ids_BT[b, :length], hard_BT[b, :length]
+            if hard.sum() > 1:
+                chosen, seen = hard, np.where(hard, self._mask_row.mask_id, item)
+            else:
+                numbers = np.random.RandomState(fairseq_seed(self._seed, draw, row))
+                chosen, seen = self._mask_row(item, numbers, besides=hard)
+            labels_BT[b, :length][chosen] = item[chosen]
+            inputs_BT[b, :length] = seen
+        return inputs_BT, labels_BT
+
+
+class HardCausalView(CausalView):
+    """The next token at every position, and which of these tokens are hard.
+
+    ``hard_N`` of a batch, float32 [N], is 1 where the label is hard (the hardest ``most`` of a
+    row's labels that are not special) and 0 elsewhere; :meth:`attach` serves it to the loader.
+
+    Args: as of :class:`HardView`.
+    """
+
+    def __init__(
+        self,
+        masking: HardTokens,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        judge: Judge,
+        asked: str,
+    ) -> None:
+        unused = ["probability", "keep", "random", "least", "replacement", "sampler"]
+        self.fingerprint = _fingerprint(masking, tokenizer, seed, asked, unused=unused)
+        self._most = 1.0 if masking.most is None else masking.most
+        self._special_V = special_ids(tokenizer)
+        self._seed = seed
+        self.judge = judge
+
+    def attach(
+        self,
+        row_ids_B: NDArray[np.int64],
+        domains_B: NDArray[np.int64],
+        epochs_B: NDArray[np.int64],
+        ids_BT: NDArray[np.int64],
+        lengths_B: NDArray[np.int64],
+    ) -> Attachment:
+        """The loader's ``attach``: the rows, their labels and ``hard_N``."""
+        inputs_BT, labels_BT = self(row_ids_B, epochs_B, ids_BT, lengths_B)
+        asked_BT = labels_BT != IGNORE
+        hard_BT = self.hard(row_ids_B, epochs_B, ids_BT, lengths_B)
+        return Attachment(inputs_BT, labels_BT, {"hard_N": hard_BT[asked_BT].astype(np.float32)})
+
+    def hard(
+        self,
+        row_ids_B: NDArray[np.int64],
+        epochs_B: NDArray[np.int64],
+        ids_BT: NDArray[np.int64],
+        lengths_B: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """``hard_BT``, true where the label is hard: the same in every epoch of a store."""
+        nll_BT, hard_BT = self.judge(row_ids_B, epochs_B, ids_BT, lengths_B)
+        labels_BT = np.roll(ids_BT, -1, axis=1)
+        countable_BT = maskable(labels_BT, lengths_B - 1, self._special_V)
+        draws_B = np.zeros_like(row_ids_B)
+        most_B = number(self._seed, self._most, draws_B, row_ids_B, countable_BT.sum(axis=1))
+        keys_BT = keys(self._seed, draws_B, row_ids_B, ids_BT.shape[1])
+        return select(hard_BT, nll_BT, countable_BT, np.zeros_like(most_B), most_B, keys_BT)
+
+
+AnyHardView = HardView | OriginalHardView | HardCausalView
+
+
+def hard_view(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    generations: Generations,
+    *,
+    asked: str,
+    rows: RowSet,
+) -> AnyHardView:
+    """The view of a run's training rows where ``data.masking`` is of hard tokens.
+
+    Args:
+        data: the settings.
+        tokenizer: of the rows.
+        seed: of the run.
+        generations: opens the stores; called only when rows are asked for.
+        asked: fingerprint of the first store.
+        rows: the training rows.
+
+    Raises:
+        ConfigError: the masking settings do not fit the tokenizer.
+    """
+    masking = data.masking
+    assert isinstance(masking, HardTokens), masking
+    if data.objective == "causal":
+        kind = HardCausalView
+    else:
+        kind = OriginalHardView if masking.sampler == "original" else HardView
+    judge = Judge(masking, generations, rows, special_ids(tokenizer))
+    return kind(masking, tokenizer, seed, judge, asked)
+
+
+def _fingerprint(
+    masking: HardTokens,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    asked: str,
+    unused: Sequence[str],
+) -> str:
+    """Of all that the masks depend on; ``unused`` are settings that this view does not look at."""
+    of_metric = {"confidence": "threshold", "quantile": "quantile", "correctness": None}
+    idle = {name for metric, name in of_metric.items() if name and metric != masking.metric}
+    return fingerprint(
+        {
+            "view": "hard",
+            "masking": masking.model_dump(exclude={*_ELSEWHERE, *unused, *idle}),
+            "store": asked,
+            "seed": seed,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
+    )

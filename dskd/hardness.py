@@ -1,0 +1,188 @@
+"""The hardness store: how well a model knew each token of the training rows.
+
+Its one column is ``nll`` float16, 2 bytes a token: the token's negative log-likelihood in nats,
+and in the sign bit whether the model held another token for likelier. So the threshold and the
+metric of hard tokens can be changed without asking again. Rounding to float16 moves an NLL by at
+most 1/2048 of it (3e-8 below 6e-5); what is beyond the largest float16 becomes that (65504).
+
+The places that were asked about are not stored: they follow from the spec's settings, which are an
+:class:`~dskd.data.scoring.Asking`.
+
+Shape letters: B rows, T tokens, N places asked about, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dskd.data.blocks import RowSet
+from dskd.data.scoring import Asking, ScoringView
+from dskd.errors import StoreError
+from dskd.settings import HardTokens
+from dskd.store import Store, read_spec
+from dskd.store_format import Column, StoreSpec
+
+KIND = "hardness"
+_LARGEST = float(np.finfo(np.float16).max)
+_MAGNITUDES = 1 << 15  # bit patterns of a float16 without its sign, which are ordered as its values
+_ROWS = 1024  # read at once, for a quantile
+_ROUNDING = 1e-6  # tokens: 0.29 * 100 is less than 29
+
+
+def hardness_spec(
+    masking: HardTokens, rows: RowSet, view: ScoringView, fingerprints: Mapping[str, str]
+) -> StoreSpec:
+    """What the store of these settings and rows is.
+
+    Args:
+        masking: its ``rows_per_shard`` counts here.
+        rows: the rows asked about.
+        view: by which they are.
+        fingerprints: of everything that the values depend on, by name.
+    """
+    return StoreSpec(
+        kind=KIND,
+        columns={"nll": Column("float16")},
+        rows=len(rows),
+        draws=view.asking.draws,
+        rows_per_shard=masking.rows_per_shard,
+        fingerprints=fingerprints,
+        settings=view.asking.tree(),
+    )
+
+
+def identity(spec: StoreSpec) -> str:
+    """Fingerprint of what the store says, whatever the size of its shards."""
+    return replace(spec, rows_per_shard=1).fingerprint
+
+
+def describe(folder: Path) -> dict[str, float]:
+    """Of a complete store ``tokens``, the NLLs it holds, ``bytes`` of its shards, and their ratio
+    ``bytes_per_token``; the shards are not read.
+
+    Raises:
+        StoreError: it is missing or not complete, or its manifest is damaged.
+    """
+    _, records = read_spec(folder)
+    if records is None:
+        raise StoreError(f"{folder}: not complete")
+    tokens = sum(record.positions for record in records)
+    nbytes = sum(record.nbytes for record in records)
+    return {"tokens": tokens, "bytes": nbytes, "bytes_per_token": nbytes / max(tokens, 1)}
+
+
+def encode(nll_N: NDArray[np.float32], wrong_N: NDArray[np.bool_]) -> dict[str, np.ndarray]:
+    """The store's column of N places; NLLs are at least 0 and no NaN."""
+    rounded_N = np.minimum(np.abs(nll_N), _LARGEST).astype(np.float16)  # -log p may be -0
+    return {"nll": np.where(wrong_N, -rounded_N, rounded_N)}
+
+
+class Hardness:
+    """A complete store, verified and open for reading; safe in threads.
+
+    Args:
+        folder: where it is.
+        expect: fingerprints it must have been made with, by name.
+        share: ``(rank, world)``: the share of the shards that this process verifies; all ranks'
+            shares cover the store, and they must agree on the outcome (``dist.agree``).
+
+    Attributes:
+        asking: which places were asked about.
+        fingerprint: of what the store says (:func:`identity`).
+
+    Raises:
+        StoreError: it is missing, incomplete, damaged or made of something else.
+    """
+
+    def __init__(
+        self, folder: Path, expect: Mapping[str, str], share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.store = Store(folder, kind=KIND, expect=expect, share=share)
+        self.asking = Asking.from_tree(self.store.spec.settings)
+        self.fingerprint = identity(self.store.spec)
+
+    def read(
+        self,
+        row_ids_B: NDArray[np.int64],
+        ids_BT: NDArray[np.int64],
+        lengths_B: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """How hard the tokens of some rows were.
+
+        Args:
+            row_ids_B: row ids, in any order, repeated or not.
+            ids_BT: the rows themselves, unmasked, right-padded.
+            lengths_B: their lengths.
+
+        Returns:
+            nll_BT: nats; NaN where the model was never asked. Entry t is about token t, of a causal
+                model about the label at t, which is token t + 1.
+            wrong_BT: another token was likelier; False where the model was never asked.
+
+        Raises:
+            StoreError: the store has not got a row, or a row has other tokens than it had.
+        """
+        stored_BT, _ = self._stored(row_ids_B, ids_BT, lengths_B)
+        nll_BT = torch.from_numpy(stored_BT).float().abs().numpy()  # 2x faster than numpy's cast
+        return nll_BT, stored_BT.view(np.uint16) >= _MAGNITUDES
+
+    def quantile(self, share: float, rows: RowSet, special_V: NDArray[np.bool_]) -> float:
+        """The NLL above which are the hardest tokens of all rows: at most ``share`` of them.
+
+        Exactly the smallest stored NLL that no more than so many tokens exceed (fewer than
+        ``share`` where tokens equal it); ``-inf`` if all are the hardest. Reads the whole store,
+        alone on this rank.
+
+        Args:
+            share: of the tokens that were asked about and are not special, 0 to 1.
+            rows: the rows that were asked about.
+            special_V: bool, the tokens that are not counted.
+
+        Raises:
+            StoreError: the rows are not those of the store, or no token counts.
+        """
+        counts = np.zeros(_MAGNITUDES, np.int64)
+        for begin in range(0, len(rows), _ROWS):
+            row_ids_B = np.arange(begin, min(begin + _ROWS, len(rows)))
+            ids_BT, lengths_B = rows.read(row_ids_B)
+            stored_BT, asked_BT = self._stored(row_ids_B, ids_BT, lengths_B)
+            counted_BT = asked_BT & ~special_V[self.asking.targets(ids_BT)]
+            magnitudes_N = stored_BT[counted_BT].view(np.uint16) % _MAGNITUDES
+            counts += np.bincount(magnitudes_N, minlength=_MAGNITUDES)
+        total = int(counts.sum())
+        if not total:
+            raise StoreError(f"{self.store.folder}: holds no token that is not special")
+        most = math.floor(share * total + _ROUNDING)
+        if most >= total:
+            return -math.inf
+        harder = total - np.cumsum(counts)  # than each magnitude
+        magnitude = int(np.argmax(harder <= most))
+        return float(np.array(magnitude, np.uint16).view(np.float16))
+
+    def _stored(
+        self,
+        row_ids_B: NDArray[np.int64],
+        ids_BT: NDArray[np.int64],
+        lengths_B: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
+        """What is stored of each place, NaN where nothing is, and where something is."""
+        draw_of_BT = self.asking.draw_of(row_ids_B, ids_BT, lengths_B)
+        stored_BT = np.full(ids_BT.shape, np.nan, np.float16)
+        for draw in range(self.asking.draws):
+            asked_BT = draw_of_BT == draw
+            counts_B, columns = self.store.read(row_ids_B, np.full_like(row_ids_B, draw))
+            misfits = row_ids_B[counts_B != asked_BT.sum(1)]
+            if len(misfits):
+                raise StoreError(
+                    f"{self.store.folder}: row {misfits[0]} has other tokens than when the model "
+                    "was asked about it; the data and the store do not belong together"
+                )
+            stored_BT[asked_BT] = columns["nll"]
+        return stored_BT, draw_of_BT >= 0

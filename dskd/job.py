@@ -1,0 +1,84 @@
+"""One run being carried out: what all its stages need, made when it is first asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dskd import dist
+from dskd.checkpoint import Checkpoints
+from dskd.data.blocks import Prepared, open_prepared, prepare
+from dskd.data.hard_masking import HardCausalView, hard_view
+from dskd.data.loader import Attach
+from dskd.data.masking import View, at_random, view_for
+from dskd.generations import Generations
+from dskd.hardware import student_config
+from dskd.method import Method
+from dskd.models.build import hidden_size
+from dskd.settings import HardTokens, Model, Run
+from dskd.sliced import student_settings
+
+EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run being carried out, and what all its stages need."""
+
+    run: Run
+    method: Method
+    device: torch.device
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The prepared rows; rank 0 builds and verifies them while the others wait."""
+        folder = dist.on_rank0(lambda: open_prepared(prepare(self.run.data)).folder)
+        return open_prepared(folder, verify=False)
+
+    @cached_property
+    def view(self) -> View:
+        """How training rows are masked; collective where it is first used, as ``prepared`` is."""
+        data, prepared, hard = self.run.data, self.prepared, self.generations
+        with dist.agreed():
+            if hard is None:
+                return view_for(data, prepared.tokenizer, self.run.seed)
+            asked, rows = hard.fingerprint, prepared.train
+            return hard_view(data, prepared.tokenizer, self.run.seed, hard, asked=asked, rows=rows)
+
+    @property
+    def attach(self) -> Attach | None:
+        """What the view adds to batches: of a causal LM, which labels are hard."""
+        return self.view.attach if isinstance(self.view, HardCausalView) else None
+
+    @cached_property
+    def generations(self) -> Generations | None:
+        """The stores of hard tokens; None where the masking is random. Collective, as above."""
+        if not isinstance(self.run.data.masking, HardTokens):
+            return None
+        return Generations(self.run, self.prepared, self.device)
+
+    @property
+    def validation_view(self) -> View:
+        """How validation rows are masked, whatever the masks of training are: at random."""
+        data = self.run.data
+        data = data.model_copy(update={"masking": at_random(data.masking)})
+        return view_for(data, self.prepared.tokenizer, EVALUATION_SEED)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints."""
+        folder = self.run.out / "train" / "checkpoints"
+        return Checkpoints(folder, self.run.checkpoint.keep, selects=self.method.selects)
+
+    @cached_property
+    def ds(self) -> dict[str, Any]:
+        """The student's DeepSpeed config without ``auto``."""
+        return student_config(self.run, hidden_size(self.student, where="model"))
+
+    @property
+    def student(self) -> Model:
+        """The model that the student starts as; what is sliced for it is there since that stage."""
+        return student_settings(self.run)

@@ -1,0 +1,48 @@
+"""Settings of a model, and the base of all settings; see ``settings.py`` for the others."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of every group of settings: unknown keys are refused, values are never changed."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Slice(Section):
+    """The sizes that a larger model is cut to: its units with the largest weights stay."""
+
+    hidden_size: int = Field(ge=1)
+    """Width of the student."""
+    intermediate_size: int | None = Field(None, ge=1)
+    """Width of its feed-forward parts; null: in proportion to ``hidden_size``."""
+    heads: int | None = Field(None, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    """With ``heads``, how many heads remain; null: in proportion, or as ``strategy`` says."""
+    strategy: Literal["dim", "head"] = "dim"
+    """How attention gets narrower: ``dim``: narrower heads; ``head``: fewer. Families with rotary
+    positions always lose whole groups of heads."""
+
+
+class Model(Section):
+    """A HuggingFace masked or causal LM, loaded or built at random."""
+
+    path: str | None = None
+    """Folder or hub id to load; ``run:NAME`` is the export of another run of the recipe; null:
+    random weights from ``config``."""
+    revision: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the HuggingFace config. Without ``path`` it must name a ``model_type``; the
+    vocabulary size and special token ids come from the tokenizer."""
+    vocab_multiple: int = Field(1, ge=1)
+    """Pad a random model's vocabulary to a multiple of this."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    slice: Slice | None = None
+    """Of a student with a ``path``: start from that model cut to these sizes, as ``<out>/sliced``
+    then holds it; null: from the whole model."""

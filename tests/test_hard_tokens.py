@@ -1,0 +1,203 @@
+"""``dskd hard-tokens``: the counts are those of a plain loop, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from dskd.batch import IGNORE
+from dskd.cli import main
+from dskd.config import dump, read
+from dskd.data.blocks import open_prepared, prepare
+from dskd.data.hard_masking import hard_view
+from dskd.data.scoring import scoring_view
+from dskd.data.vocabulary import special_ids
+from dskd.hard_tokens import EDGES, find, run_at
+from dskd.hardness import Hardness, encode, hardness_spec
+from dskd.inheritance import prints_of_rows
+from dskd.store import Writer
+from tests.data.conftest import make_corpus
+
+BAR = "\u2502"  # between the cells of rich's tables
+
+
+def answer(ids, places):
+    """The NLL and wrongness of token ``ids`` at ``places`` of a row."""
+    nll = np.where(ids % 5 == 0, 1.0 + ids / 256, 0.01 + ids / 10_000) + (places % 32) / 1000
+    return nll.astype(np.float32), (ids % 5 == 0) & (places % 2 == 0)
+
+
+def fill(run):
+    """Write the run's store without a model; return the opened rows and store."""
+    prepared = open_prepared(prepare(run.data))
+    view = scoring_view(run.data, prepared.tokenizer, run.seed)
+    prints = {**prints_of_rows(run, prepared), "scoring": view.fingerprint}
+    spec = hardness_spec(run.data.masking, prepared.train, view, {**prints, "model": "M"})
+    writer = Writer(run.out / "questions", spec)
+    writer.prepare()
+    for shard in range(spec.shards):
+        draw, begin, end = spec.span(shard)
+        row_ids = np.arange(begin, end)
+        ids_BT, lengths_B = prepared.train.read(row_ids)
+        labels_BT = view(row_ids, np.full_like(row_ids, draw), ids_BT, lengths_B)[1]
+        asked_BT = labels_BT != IGNORE
+        places_BT = np.broadcast_to(np.arange(ids_BT.shape[1]), ids_BT.shape)
+        columns = encode(*answer(labels_BT[asked_BT], places_BT[asked_BT]))
+        writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
+    writer.finish(writer.records)
+    return prepared, Hardness(run.out / "questions", prints)
+
+
+def make_run(folder: Path, *overrides: str):
+    """The folder of a run whose model was asked: two domains, the second of one sentence."""
+    make_corpus(folder / "a.txt", 60)
+    (folder / "b.txt").write_text("\n\n".join(f"a cat number {i} sat" for i in range(80)))
+    sources = [f"{{kind: text, path: {folder / x}.txt, domain: {x}}}" for x in "ab"]
+    words = [
+        f"out={folder / 'run'}",
+        f"data.folder={folder / 'rows'}",
+        f"data.sources=[{', '.join(sources)}]",
+        "data.tokenizer.vocab_size=320",
+        "data.block_size=32",
+        "data.masking={kind: hard_tokens, rows_per_shard: 50}",
+    ]
+    run = read(None, [*words, *overrides]).runs["run"]
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text(dump(run))
+    return run, *fill(run)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("masked"))
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("causal"), "data.objective=causal")
+
+
+def counts_by_loop(run, prepared, shift=0):
+    """(tokens, hard, wrong, NLL) by domain, tokens and hard ones by id; hard is NLL > 0.1."""
+    special_V = special_ids(prepared.tokenizer)
+    by_domain, seen, hard_of = {}, {}, {}
+    for row in range(len(prepared.train)):
+        ids_BT, lengths_B = prepared.train.read(np.array([row]))
+        domain = prepared.domains[prepared.train.domains_B(np.array([row]))[0]]
+        for place in range(lengths_B[0] - shift):
+            token = int(ids_BT[0, place + shift])
+            if special_V[token]:
+                continue
+            nll, wrong = answer(np.array(token), np.array(place))
+            nll = float(np.float16(nll))
+            of = by_domain.setdefault(domain, [0, 0, 0, 0.0])
+            by_domain[domain] = [of[0] + 1, of[1] + (nll > 0.1), of[2] + bool(wrong), of[3] + nll]
+            seen[token] = seen.get(token, 0) + 1
+            hard_of[token] = hard_of.get(token, 0) + (nll > 0.1)
+    return by_domain, seen, hard_of
+
+
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+def test_counts_are_those_of_a_loop(made, causal, objective):
+    run, prepared, hardness = made if objective == "masked" else causal
+    found = find(run, prepared, hardness)
+    by_domain, seen, hard_of = counts_by_loop(run, prepared, shift=objective == "causal")
+    assert found.domains == ["a", "b"] and found.cut == 0.1
+    for index, domain in enumerate(found.domains):
+        tokens, hard, wrong, nll = by_domain[domain]
+        assert tokens > 100 and 0 < wrong < hard < tokens
+        assert found.tokens_D[index] == tokens
+        assert (found.hard_D[index], found.wrong_D[index]) == (hard, wrong)
+        assert found.nll_D[index] == pytest.approx(nll, rel=1e-6)
+    total = sum(of[0] for of in by_domain.values())
+    assert found.magnitudes.sum() == total
+    assert found.above(0.1) == found.hard_D.sum() and found.above(-1) == total
+    assert found.above(0) == total  # 0.01 at least
+    assert {i: n for i, n in enumerate(found.seen_V.tolist()) if n} == seen
+    assert {i: n for i, n in enumerate(found.hard_V.tolist()) if n} == {
+        i: n for i, n in hard_of.items() if n
+    }
+    want = sorted((i for i, n in hard_of.items() if n), key=lambda i: (-hard_of[i], i))
+    assert found.most_often_hard(7).tolist() == want[:7]
+    assert found.most_often_hard(10_000).tolist() == want
+
+
+def test_what_is_taken(made, causal):
+    run, prepared, hardness = made
+    found = find(run, prepared, hardness)
+    kwargs = {"asked": hardness.fingerprint, "rows": prepared.train}
+    view = hard_view(run.data, prepared.tokenizer, run.seed, lambda _: hardness, **kwargs)
+    row_ids = np.arange(len(prepared.train))
+    labels_BT = view(row_ids, np.zeros_like(row_ids), *prepared.train.read(row_ids))[1]
+    assert found.taken_D.sum() == (labels_BT != IGNORE).sum()
+    assert found.taken_D.sum() / found.tokens_D.sum() == pytest.approx(0.15, abs=0.01)
+    unbounded = run.data.masking.model_copy(update={"least": 0.0, "most": 1.0})
+    data = run.data.model_copy(update={"masking": unbounded})
+    found = find(run.model_copy(update={"data": data}), prepared, hardness)
+    assert (found.taken_D == found.hard_D).all()
+    run, prepared, hardness = causal
+    found = find(run, prepared, hardness)
+    assert (found.taken_D == found.hard_D).all()
+
+
+def test_printed(made, capsys, tmp_path):
+    run, prepared, hardness = made
+    found = find(run, prepared, hardness)
+    plot = tmp_path / "hard.png"
+    assert main(["hard-tokens", str(run.out), "--plot", str(plot), "--top", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "Hard tokens: NLL above 0.1 nats" in out
+    lines = [[cell.strip() for cell in line.split(BAR)[1:-1]] for line in out.splitlines()]
+    rows = {cells[0]: cells[1:] for cells in reversed(lines) if cells}  # the first of a name
+    tokens, hard = int(found.tokens_D.sum()), int(found.hard_D.sum())
+    assert rows["all"][:3] == [f"{tokens:,}", f"{hard:,}", f"{hard / tokens:.2%}"]
+    assert rows["a"][0] == f"{found.tokens_D[0]:,}"
+    # The table of NLLs adds up, and its "above" falls.
+    spread = [rows[f"{edge:g}"] for edge in EDGES]
+    assert sum(int(cells[0].replace(",", "")) for cells in spread) == tokens
+    assert rows["0.1"][2] == f"{hard / tokens:.2%}"
+    index = int(found.most_often_hard(1)[0])
+    named = [cells[1:4] for cells in lines if cells[1:2] == [str(index)]]
+    assert named[-1] == [str(index), f"{found.seen_V[index]:,}", f"{found.hard_V[index]:,}"]
+    assert imread(plot).shape[:2] == (495, 1210)
+
+
+def test_other_settings_can_be_tried(made, capsys):
+    run, prepared, hardness = made
+    for override, heading in (
+        ("data.masking.threshold=1.5", "NLL above 1.5 nats"),
+        ("data.masking.metric=correctness", "those that are not the model's first guess"),
+        ("data.masking.metric=quantile", "nats, the hardest 0.2"),
+    ):
+        assert main(["hard-tokens", str(run.out), override]) == 0
+        assert heading in capsys.readouterr().out
+    correct = find(run_at(run.out, ["data.masking.metric=correctness"]), prepared, hardness)
+    assert (correct.hard_D == correct.wrong_D).all() and correct.cut is None
+    hardest = find(run_at(run.out, ["data.masking.metric=quantile"]), prepared, hardness)
+    assert 0.15 < hardest.hard_D.sum() / hardest.tokens_D.sum() <= 0.2
+
+
+def test_refusals(made, capsys, tmp_path):
+    run = made[0]
+
+    def refused(*words):
+        assert main(["hard-tokens", *map(str, words)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err
+
+    assert "config.yaml: no such file" in refused(tmp_path)
+    assert "is hard_tokens in none of its runs" in refused(run.out, "data.masking.kind=random")
+    assert "is not one of png, svg, pdf" in refused(run.out, "--plot", tmp_path / "x.docx")
+    assert "no such store" in refused(run.out, f"data.masking.store={tmp_path / 'none'}")
+    assert "made with another blocking" in refused(run.out, "data.block_size=24")
+    assert "made with another scoring" in refused(run.out, "data.masking.shown=mask")
+    assert "data.masking.least" in refused(run.out, "data.masking.least=0.5")
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text(
+        "base: {out: o, data: {masking: {kind: hard_tokens}}}\nruns: {a: {}, b: {}}\n"
+    )
+    assert "name the folder of one: o/a, o/b" in refused(recipe)

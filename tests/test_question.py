@@ -1,0 +1,416 @@
+"""Self-questioning: the original's scores, a real model's, and the same bytes whatever happens."""
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from dskd import question as question_module
+from dskd.batch import Dense
+from dskd.data.blocks import open_prepared, prepare
+from dskd.data.loader import make_batch
+from dskd.data.masking import view_for
+from dskd.data.scoring import scoring_view
+from dskd.data.vocabulary import special_ids
+from dskd.engine import Engine, decay_groups, shard_teacher
+from dskd.errors import NonFiniteError, StoreError
+from dskd.hardness import Hardness, describe
+from dskd.methods.lm import LanguageModelling
+from dskd.models.build import build
+from dskd.models.families import rows_of
+from dskd.objective import Objective
+from dskd.question import answers_of, ask, question
+from dskd.settings import Data, HardTokens, Masking, Model, TextSource, TrainedTokenizer
+from dskd.store import shard_path
+from tests.data.conftest import make_corpus
+from tests.data.test_masking import tokenizer_of
+from tests.ranks import run_ranks
+
+STAGE1 = json.loads((Path(__file__).parent / "golden/self_evolution.json").read_text())["stage1"]
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES["initializer_range"] = 0.3  # far from uniform
+MODELS = {
+    "masked": Model(config={"model_type": "roberta", "intermediate_size": 32, **SIZES}),
+    "causal": Model(config={"model_type": "llama", "intermediate_size": 32, **SIZES}),
+}
+KINDS = [("masked", "token"), ("masked", "mask"), ("causal", "token")]
+PRINTS = {"model": "M", "tokenizer": "V", "data": "D", "blocking": "B", "scoring": "S"}
+CPU = torch.device("cpu")
+NEAR = {"rtol": 1e-3, "atol": 1e-4}  # float16 to its last bit
+
+
+def masking_of(**changes):
+    return HardTokens(
+        kind="hard_tokens", **{"rows_per_shard": 16, "micro_batch": 5, "probability": 0.3} | changes
+    )
+
+
+def ds_of(stage, micro_batch=4):
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Prepared rows, by objective."""
+    where = tmp_path_factory.mktemp("data")
+    make_corpus(where / "a.txt", 60)
+    return {
+        objective: prepare(
+            Data(
+                objective=objective,
+                sources=[TextSource(kind="text", path=str(where / "a.txt"))],
+                tokenizer=TrainedTokenizer(vocab_size=300),
+                block_size=24,
+                folder=where / "rows",
+            )
+        )
+        for objective in MODELS
+    }
+
+
+def model_of(prepared, objective, ds=None):
+    """A random model with two columns of padding, in train mode and with dropout."""
+    settings = MODELS[objective].model_copy(update={"vocab_multiple": 7})
+    return build(
+        settings,
+        prepared.tokenizer,
+        objective=objective,
+        block_size=24,
+        seed=3,
+        ds=ds,
+        dtype=torch.float32,
+        where="model",
+    )
+
+
+def run_question(folder, prepared, objective, *, ds=None, masking=None, **options):
+    masking = masking or masking_of()
+    view = scoring_view(Data(objective=objective, masking=masking), prepared.tokenizer, 1)
+
+    def model():
+        built = model_of(prepared, objective, ds)
+        return built if ds is None else shard_teacher(built.requires_grad_(False), ds)
+
+    options = {"model": model, "fingerprints": PRINTS, "device": CPU} | options
+    question(masking, options.pop("model"), prepared, view, folder, **options)
+    return view
+
+
+def everything(folder, prepared):
+    row_ids = np.arange(len(prepared.train))
+    return Hardness(folder, PRINTS).read(row_ids, *prepared.train.read(row_ids))
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- the original's numbers ----------------------------------------------------------------------
+
+
+class GoldenRows:
+    """The rows of the golden file."""
+
+    block_size = 8
+    fingerprint = "golden"
+
+    def __len__(self):
+        return len(STAGE1["tokens"])
+
+    def read(self, row_ids_B):
+        ids_BT = np.array(STAGE1["tokens"])[row_ids_B]
+        return ids_BT, (ids_BT != STAGE1["pad"]).sum(1)
+
+    def domains_B(self, row_ids_B):
+        return np.zeros_like(row_ids_B)
+
+
+def golden_forward(batch):
+    logits_RTV = torch.tensor(STAGE1["logits"])
+    return Dense(logits_RTV[batch.row_ids_B][batch.supervised_BT])
+
+
+def ask_golden(folder, prepared, forward=golden_forward):
+    prepared = replace(prepared, train=GoldenRows(), tokenizer=tokenizer_of(8))
+    masking = masking_of(rows_per_shard=3, micro_batch=2)
+    view = scoring_view(Data(masking=masking), prepared.tokenizer, 1)
+    ask(masking, forward, prepared, view, folder, fingerprints=PRINTS)
+    return prepared
+
+
+def test_golden_scores(tmp_path, folders):
+    """Every place of the four rows, special tokens too, at every threshold."""
+    prepared = ask_golden(tmp_path / "s", open_prepared(folders["masked"]))
+    nll_BT, wrong_BT = everything(tmp_path / "s", prepared)
+    expected = STAGE1["expected"]
+    want_BT = np.array(expected["token_nll"])
+    asked_BT = np.array(STAGE1["tokens"]) != STAGE1["pad"]
+    assert asked_BT.sum() == expected["sample_size"] == 20
+    assert np.isnan(nll_BT[~asked_BT]).all()
+    np.testing.assert_allclose(nll_BT[asked_BT], want_BT[asked_BT], rtol=1 / 2048, atol=3e-8)
+    assert nll_BT[asked_BT].sum() == pytest.approx(expected["loss_sum"], rel=1 / 2048)
+
+    def places(chosen_BT):
+        return [np.flatnonzero(row_T).tolist() for row_T in chosen_BT]
+
+    assert places(nll_BT > STAGE1["threshold"]) == expected["hard_confidence"]
+    assert places(wrong_BT) == expected["hard_correctness"]
+    for threshold, want in STAGE1["threshold_sweep"].items():
+        assert places(nll_BT > float(threshold)) == want, threshold
+
+
+def test_golden_scores_before_rounding():
+    logits_NV = torch.tensor(STAGE1["logits"]).flatten(0, 1)
+    labels_N = torch.tensor(STAGE1["tokens"]).flatten()
+    found = answers_of(Dense(logits_NV), labels_N, 8)
+    real_N = labels_N != STAGE1["pad"]
+    want_N = torch.tensor(STAGE1["expected"]["token_nll"]).flatten()
+    assert found.nll_N.dtype == torch.float32 and found.wrong_N.dtype == torch.bool
+    torch.testing.assert_close(found.nll_N[real_N], want_N[real_N], rtol=0, atol=1e-6)
+    predictions_N = torch.tensor(STAGE1["expected"]["predictions"]).flatten()
+    assert torch.equal(found.wrong_N[real_N], (predictions_N != labels_N)[real_N])
+
+
+def test_a_tie_is_not_wrong():
+    found = answers_of(Dense(torch.tensor([[1.0, 1.0, 0.0]] * 3)), torch.arange(3), 3)
+    assert found.wrong_N.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_refused(tmp_path, folders, value):
+    def forward(batch):
+        said = golden_forward(batch)
+        row_N = batch.row_ids_B.repeat_interleave(batch.supervised_BT.sum(1))
+        said.logits_NV[row_N == 2, 5] = value
+        return said
+
+    with pytest.raises(NonFiniteError, match="logits are not finite in row 2"):
+        ask_golden(tmp_path / "s", open_prepared(folders["masked"]), forward)
+
+
+def test_a_token_that_the_model_rules_out_is_as_hard_as_can_be(tmp_path, folders):
+    def forward(batch):
+        said = golden_forward(batch)
+        said.logits_NV[:, 5] = -torch.inf
+        return said
+
+    prepared = ask_golden(tmp_path / "s", open_prepared(folders["masked"]), forward)
+    nll_BT, wrong_BT = everything(tmp_path / "s", prepared)
+    fives_BT = np.array(STAGE1["tokens"]) == 5
+    assert (nll_BT[fives_BT] == 65504).all() and wrong_BT[fives_BT].all()
+    assert (nll_BT[~fives_BT & ~np.isnan(nll_BT)] < 10).all()
+
+
+# ---- a real model --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("objective", "shown"), KINDS)
+def test_store_holds_what_the_model_says(tmp_path, folders, objective, shown):
+    """Against HuggingFace's own forward of one row at a time, with all its logits."""
+    prepared = open_prepared(folders[objective])
+    masking = masking_of(shown=shown)
+    model = model_of(prepared, objective)
+    ids_BT, lengths_B = prepared.train.read(np.arange(len(prepared.train)))
+    if objective == "masked":  # it guesses one token right; llama does so untrained
+        model.lm_head.bias.data[np.bincount(ids_BT[ids_BT > 5]).argmax()] += 9
+    made = {"masking": masking, "model": lambda: model}
+    view = run_question(tmp_path / "s", prepared, objective, **made)
+    assert not model.training
+    nll_BT, wrong_BT = everything(tmp_path / "s", prepared)
+    size = len(prepared.tokenizer)
+    assert model.config.vocab_size == 301 > size == 300
+    want_BT, want_wrong_BT = np.full(nll_BT.shape, np.nan), np.zeros(wrong_BT.shape, bool)
+    for row in range(0, len(prepared.train), 3):
+        for draw in range(view.draws):
+            batch = make_batch(prepared.train, view, np.array([row]), np.array([draw]), None)
+            with torch.no_grad():
+                logits_TV = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits[0]
+            places = batch.supervised_BT[0].nonzero()[:, 0].numpy()
+            logits_NV, labels_N = logits_TV[places, :size], batch.labels_BT[0, places]
+            want_BT[row, places] = cross_entropy(logits_NV, labels_N, reduction="none")
+            want_wrong_BT[row, places] = logits_NV.argmax(1) != labels_N
+    np.testing.assert_allclose(nll_BT[::3], want_BT[::3], **NEAR)
+    np.testing.assert_array_equal(wrong_BT[::3], want_wrong_BT[::3])
+    assert 0 < (~wrong_BT & ~np.isnan(nll_BT)).sum() < wrong_BT.sum()
+    asked = (~special_ids(prepared.tokenizer)[ids_BT]).sum() if shown == "mask" else lengths_B.sum()
+    asked -= len(lengths_B) if objective == "causal" else 0
+    assert (~np.isnan(nll_BT)).sum() == describe(tmp_path / "s")["tokens"] == asked
+
+
+@pytest.mark.parametrize(("objective", "shown"), KINDS)
+def test_chunks_do_not_matter(tmp_path, folders, monkeypatch, objective, shown):
+    prepared = open_prepared(folders[objective])
+    masking = masking_of(shown=shown)
+    run_question(tmp_path / "one", prepared, objective, masking=masking)
+    monkeypatch.setattr(question_module, "_CHUNK", 7 * 300)
+    run_question(tmp_path / "seven", prepared, objective, masking=masking)
+    one, seven = (everything(tmp_path / name, prepared) for name in ("one", "seven"))
+    np.testing.assert_allclose(one[0], seven[0], **NEAR)
+    np.testing.assert_array_equal(one[1], seven[1])
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    """Of bfloat16 logits; a log-softmax in bfloat16 would be off by up to 0.03 here."""
+    logits_NV = torch.randn(50, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels_N = torch.arange(50) * 7
+    want_N = cross_entropy(logits_NV.double(), labels_N, reduction="none").float()
+    found = answers_of(Dense(logits_NV), labels_N, 3000)
+    torch.testing.assert_close(found.nll_N, want_N, rtol=1e-6, atol=1e-6)
+
+
+# ---- the same bytes ------------------------------------------------------------------------------
+
+
+def _question_rank(rank, folder, prepared_folder, objective, ds, masking):
+    del rank
+    run_question(folder, open_prepared(prepared_folder), objective, masking=masking, ds=ds)
+
+
+@pytest.mark.parametrize(("objective", "shown"), KINDS)
+def test_two_ranks_write_the_bytes_of_one(tmp_path, folders, objective, shown):
+    masking = masking_of(shown=shown)
+    run_question(tmp_path / "one", open_prepared(folders[objective]), objective, masking=masking)
+    run_ranks(_question_rank, tmp_path / "two", folders[objective], objective, None, masking)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_a_sharded_model_says_the_same(tmp_path, folders):
+    """Of two ranks of ZeRO-3, whose shards in a round differ: 60 rows are 3 passes, 23 are one."""
+    prepared = open_prepared(folders["masked"])
+    assert len(prepared.train) == 143
+    masking = masking_of(shown="mask", probability=0.5, rows_per_shard=60, micro_batch=25)
+    run_question(tmp_path / "one", prepared, "masked", masking=masking)
+    ds = {key: value for key, value in ds_of(3).items() if "optimizer" not in key}
+    run_ranks(_question_rank, tmp_path / "two", folders["masked"], "masked", ds, masking)
+    one, two = (everything(tmp_path / name, prepared) for name in ("one", "two"))
+    np.testing.assert_allclose(two[0], one[0], **NEAR)
+    np.testing.assert_array_equal(two[1], one[1])
+
+
+def _question_until(folder, prepared, calls):
+    """Die by kill -9 in forward pass number ``calls``."""
+    left = iter(range(calls, 0, -1))
+
+    def model():
+        built = model_of(prepared, "masked")
+
+        def hook(*_):
+            if next(left) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        built.base_model.register_forward_pre_hook(hook)
+        return built
+
+    run_question(folder, prepared, "masked", model=model)
+
+
+def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path, folders):
+    prepared = open_prepared(folders["masked"])
+    run_question(tmp_path / "whole", prepared, "masked")
+    folder = tmp_path / "s"
+    for calls, shards in ((2, 0), (6, 1), (9, 3)):  # 4 passes a shard; what is whole is kept
+        child = multiprocessing.get_context("fork").Process(
+            target=_question_until, args=(folder, prepared, calls)
+        )
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        assert len(list(folder.glob("shard-*"))) == shards
+        with pytest.raises(StoreError, match="not complete"):
+            Hardness(folder, PRINTS)
+    run_question(folder, prepared, "masked")
+    assert files(folder) == files(tmp_path / "whole")
+
+
+def test_a_complete_store_needs_no_model(tmp_path, folders, monkeypatch):
+    prepared = open_prepared(folders["masked"])
+    said = []
+    monkeypatch.setattr("dskd.question.say", said.append)
+    run_question(tmp_path / "s", prepared, "masked")
+    assert f"holds the NLL of {prepared.train.tokens:,} tokens in 3.74 bytes" in said[-1]
+    before = files(tmp_path / "s")
+
+    def no_model():
+        raise AssertionError("the model was built")
+
+    again = {"model": no_model}
+    run_question(tmp_path / "s", prepared, "masked", masking=masking_of(rows_per_shard=7), **again)
+    assert said[-1] == f"question: {tmp_path / 's'} is complete"
+    assert files(tmp_path / "s") == before
+
+
+def test_a_foreign_store_is_refused_by_name(tmp_path, folders):
+    prepared = open_prepared(folders["masked"])
+    run_question(tmp_path / "s", prepared, "masked")
+    shard_path(tmp_path / "s", 0).unlink()
+    for name in PRINTS:
+        other = {**PRINTS, name: "other"}
+        with pytest.raises(StoreError, match=f"fingerprints.{name} is '.' there and 'other' here"):
+            run_question(tmp_path / "s", prepared, "masked", fingerprints=other)
+    with pytest.raises(StoreError, match=r"settings.shown is 'token' there and 'mask' here"):
+        run_question(tmp_path / "s", prepared, "masked", masking=masking_of(shown="mask"))
+
+
+# ---- a student in training -----------------------------------------------------------------------
+
+
+def _train_and_ask(rank, folder, prepared_folder, stage, asking, world):
+    """Three steps of a student; between the second and the third it is asked, or not."""
+    prepared = open_prepared(prepared_folder)
+    ds = ds_of(stage, 4 // world)
+    student = model_of(prepared, "masked", ds)
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # its numbers depend on the number of ranks
+    objective = Objective(student, LanguageModelling(), None)
+    engine = Engine(objective, decay_groups(objective, 0.01, False), ds, monitor=False)
+    view = view_for(Data(masking=Masking()), prepared.tokenizer, 1)
+    masking = masking_of(rows_per_shard=60, micro_batch=25)
+    scoring = scoring_view(Data(masking=masking), prepared.tokenizer, 1)
+    losses = []
+    for step in range(3):
+        if step == 2 and asking:
+            engine.module.eval()
+            forward = lambda batch: rows_of(engine.module.student, batch)  # noqa: E731
+            ask(masking, forward, prepared, scoring, folder, fingerprints=PRINTS)
+            engine.module.train()
+        row_ids = np.arange(4) + 4 * step
+        row_ids = row_ids[rank * 4 // world : (rank + 1) * 4 // world]
+        batch = make_batch(prepared.train, view, row_ids, row_ids * 0, None)
+        term = engine.forward(batch, step)["tokens"]
+        losses.append(float(term.total))
+        engine.backward(term.total / 30)
+        engine.set_rate(0.01)
+        engine.step()
+    return losses
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_student_in_training_is_asked(tmp_path, folders, stage):
+    """At every stage it says what it says alone, and goes on as if it had not been asked."""
+    arguments = folders["masked"], stage
+    asked = run_ranks(_train_and_ask, tmp_path / "two", *arguments, True, 2)
+    plain = run_ranks(_train_and_ask, tmp_path / "none", *arguments, False, 2)
+    assert asked == plain
+    (alone,) = run_ranks(_train_and_ask, tmp_path / "one", folders["masked"], 0, True, 1, world=1)
+    np.testing.assert_allclose(np.sum(asked, 0), alone, rtol=1e-5)
+    prepared = open_prepared(folders["masked"])
+    one, two = (everything(tmp_path / name, prepared) for name in ("one", "two"))
+    np.testing.assert_allclose(two[0], one[0], **NEAR)
+    run_question(tmp_path / "start", prepared, "masked")
+    start = everything(tmp_path / "start", prepared)
+    assert np.nanmean(two[0]) < np.nanmean(start[0]) - 0.1  # it has learnt something meanwhile

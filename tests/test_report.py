@@ -31,6 +31,7 @@ def make_run(
         "peak_memory_bytes": 3 * 2**29,
         "wall_seconds": 125.0,
         "parameters": 1234567,
+        "trained_parameters": 7654321,
     }
     (folder / "train").mkdir(parents=True)
     (folder / "train/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

@@ -17,10 +17,9 @@ A line starting with FINDING names what is wrong, and the status is 1, if there 
 - a sum of instructions per column (not of AMD's code) more than 10 % over the budget recorded for
   this version of Triton (or the nearest earlier one), another number of loops, or nothing recorded.
   ``--record`` writes the budget instead.
-
-The loops over columns are those whose loads are unconditional; those over edges have guarded ones (a
-matrix product, with tensors_per_column 0, has none). Of the forms that a compiler makes of a loop
-(unrolled, remainder) the one of most columns counts.
+The loops over columns are those whose loads are unconditional; those over edges have guarded ones
+(a matrix product, with tensors_per_column 0, has none). Of the forms that a compiler makes of a
+loop (unrolled, remainder) the one of most columns counts.
 """
 
 from __future__ import annotations

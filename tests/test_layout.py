@@ -25,7 +25,7 @@ FLOORS = {
     "fused.cpu_mixture fused.cpu_vocab_parallel fused.backend fused.per_token fused.gradients "
     "fused.dense fused.topk fused.label fused.mixture fused.chunking fused.linear_visit "
     "fused.linear fused.vocab_parallel fused.compactor fused.update ops "
-    "compaction.widths compaction.masks compaction.rule compaction.rules "
+    "compaction.widths compaction.masks compaction.presets compaction.rule compaction.rules "
     "inherited models.families models.initial models.weights models.build models.speed "
     "models.masked_norm models.compactor models.groups models.surgery models.narrow "
     "models.merged models.slicing",

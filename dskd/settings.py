@@ -329,7 +329,7 @@ class Run(Section):
     out: Path = Path("runs/toy")
     """Folder of everything the run writes."""
     seed: int = Field(1, ge=0, lt=2**63)
-    until: Literal["data", "question", "cache", "train", "export", "evaluate"] = "evaluate"
+    until: Literal["data", "slice", "question", "cache", "train", "export", "evaluate"] = "evaluate"
     """Last stage to run."""
     deepspeed: str = "zero0"
     """A shipped preset (``zero2`` is ``ds_configs/zero2.json``) or a path to a DeepSpeed JSON."""

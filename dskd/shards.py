@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from dskd import dist
+from dskd.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -258,19 +262,32 @@ class SlicedWeights(Weights):
             stay[0].all_gather(stay)
 
 
+_KNOWN: dict[type, type[Weights]] = {
+    FP16_UnfusedOptimizer: CopiedWeights,
+    DeepSpeedZeroOptimizer: PartitionedWeights,
+    DeepSpeedZeroOptimizer_Stage3: SlicedWeights,
+}
+"""By DeepSpeed's wrapper of the optimiser; one derived from these may keep things elsewhere."""
+
+
 def weights_of(engine: Any, *, gradients: bool) -> Weights:
     """The pieces of a DeepSpeed engine's parameters (those of the objective's student).
 
     Args:
         engine: a ``DeepSpeedEngine``; no state swapped to NVMe.
         gradients: whether a backward pass is done whose step is still to be taken.
+
+    Raises:
+        ConfigError: its optimiser is of a kind whose pieces are not known.
     """
     named = engine.module.named_parameters()
     trained = {name.removeprefix("student."): p for name, p in named if p.requires_grad}
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0:
-        plain = engine.basic_optimizer is optimizer
-        cls = Weights if plain else CopiedWeights
-    else:
-        cls = SlicedWeights if stage == 3 else PartitionedWeights
+    optimizer = engine.optimizer
+    cls = Weights if optimizer is engine.basic_optimizer else _KNOWN.get(type(optimizer))
+    if cls is None:
+        raise ConfigError(
+            f"deepspeed: it has DeepSpeed step by its {type(optimizer).__name__}, whose weights "
+            "and gradients cannot be edited here; take another ZeRO stage or leave out what asks "
+            "for that optimizer"
+        )
     return cls(trained, optimizer, gradients=gradients)

@@ -17,11 +17,22 @@ from dskd.compaction.widths import Target, Widths, student_widths
 from dskd.errors import ConfigError
 from dskd.export import export
 from dskd.model_settings import Slice
-from dskd.models.build import build
+from dskd.models.build import build, with_fields
 from dskd.models.groups import LAYOUTS, layout_of, widths_of
 from dskd.models.narrow import narrowed_config
 from dskd.models.slicing import slice_model
 from dskd.settings import Model, Run
+
+_SLICED = (
+    "hidden_size",
+    "intermediate_size",
+    "n_inner",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
+"""Fields of a config that a cut sets."""
 
 
 def sliced_folder(run: Run) -> Path:
@@ -44,14 +55,22 @@ def source_settings(run: Run) -> Model:
     return run.model.model_copy(update={"config": {}, "slice": None})
 
 
-def sliced_config(config: PreTrainedConfig, cut: Slice) -> PreTrainedConfig:
+def sliced_config(config: PreTrainedConfig, model: Model) -> PreTrainedConfig:
     """The student's config, given that of the model it is cut from.
 
     Raises:
         ConfigError: a family whose units are not known, or sizes that it cannot be cut to; names
-            the setting and the nearest sizes that it can.
+            the setting and the nearest sizes that it can. Own fields of the config that the cut
+            sets, or that its family does not have or refuses.
     """
-    return narrowed_config(config, _widths(config, cut))
+    assert model.slice is not None
+    narrow = narrowed_config(config, _widths(config, model.slice))
+    names = config.attribute_map
+    cut = {names.get(name, name) for name in _SLICED}
+    for name in model.config:
+        if names.get(name, name) in cut:
+            raise ConfigError(f"model.config.{name}: model.slice sets it; leave it out")
+    return with_fields(narrow, model.config, "model")
 
 
 def _widths(config: PreTrainedConfig, cut: Slice) -> Widths:

@@ -30,7 +30,7 @@ from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inheri
 from dskd.job import Job
 from dskd.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.method import Change
-from dskd.models.build import build, hidden_size
+from dskd.models.build import build, hidden_size, parameter_count
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.objective import Objective
 from dskd.ops import implementation
@@ -157,12 +157,8 @@ def _export(job: Job, folder: Path) -> None:
     if change is not None:
         with dist.agreed():
             student = change.exported(engine.weights(gradients=False), _some_rows(job))
-    card = {
-        "method": dict(job.run.method),
-        "step": best.step,
-        "eval_nll": best.eval_nll,
-        "run": job.run.model_dump(mode="json"),
-    }
+    card = {"method": dict(job.run.method), "step": best.step, "eval_nll": best.eval_nll}
+    card["run"] = job.run.model_dump(mode="json")
     export(student, job.prepared.tokenizer, folder, card=card)
     say(f"exported step {best.step} to {folder}")
     engine.destroy()
@@ -219,7 +215,7 @@ class _Training:
     engine: Engine
     change: Change | None
     precision: str
-    parameters: int
+    parameters: dict[str, int]
 
 
 def _engine(job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor: bool) -> _Training:
@@ -233,6 +229,7 @@ def _engine(job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor:
         if stage:
             ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
     student = _build(job, job.student, ds, where="model")
+    exported = parameter_count(job.method.exported_config(student.config))
     with dist.agreed(), sharded_construction(ds):
         job.method.check(run, student.config)
         change = job.method.change(student, run) or inheritance.change
@@ -240,7 +237,7 @@ def _engine(job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor:
         checkpoint_activations(student)
     if run.train.compile:
         compile_layers(student)
-    parameters = sum(full_shape(p).numel() for p in student.parameters())
+    trained = sum(full_shape(p).numel() for p in student.parameters())
     objective = Objective(student, job.method, inheritance.teacher_of(student))
     groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
     if change is not None:
@@ -253,7 +250,8 @@ def _engine(job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor:
         engine.load(saved.folder.parent, saved.folder.name)
     elif saved is not None:
         _load_converted(engine, saved, stage)
-    return _Training(engine, change, precision, parameters)
+    counts = {"parameters": exported, "trained_parameters": trained}
+    return _Training(engine, change, precision, counts)
 
 
 def _without_change(state: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +285,7 @@ def _evaluate(job: Job, objective: torch.nn.Module) -> dict[str, Any]:
     return scores
 
 
-def _summarise(job: Job, progress: Progress, parameters: int, path: Path) -> None:
+def _summarise(job: Job, progress: Progress, parameters: dict[str, int], path: Path) -> None:
     best, last = job.checkpoints.best(), job.checkpoints.latest()
     assert last is not None
     peak = max(dist.gather_objects(peak_memory()))
@@ -296,7 +294,7 @@ def _summarise(job: Job, progress: Progress, parameters: int, path: Path) -> Non
         "eval_nll": last.eval_nll,
         "best_step": best.step,
         "best_eval_nll": best.eval_nll,
-        "parameters": parameters,
+        **parameters,
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
         "peak_memory_bytes": peak,

@@ -163,6 +163,41 @@ def test_a_trial_changes_rate_seed_and_length_only():
     }
 
 
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.steps=100", "train.steps"),
+        ("train.lr=0.5", "train.lr"),
+        ("train.warmup=0", "train.warmup"),
+        ("train={steps: 3, warmup: 0}", "train.steps, train.warmup"),
+        ("seed=7", "seed"),
+        ("evaluation.every=10", "evaluation.every"),
+        ("checkpoint={every: 10}", "checkpoint.every"),
+        ("method.every=3", "method"),
+        ("method={kind: lm}", "method"),
+        ("runs.wid-dim.train.lr=1", "runs"),
+    ],
+)
+def test_what_is_a_trials_own_is_refused(override, named, monkeypatch, capsys, tmp_path):
+    """As an override of all runs it would replace the grid's rate, the longer runs' steps ..."""
+    monkeypatch.setattr(sys, "argv", ["wid_compare.py", f"out={tmp_path}", override])
+    monkeypatch.setattr(compare, "compare", lambda *rest: pytest.fail("it was started"))
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert stopped.value.code == 2
+    assert f"error: {named}: every trial has its own" in capsys.readouterr().err
+
+
+def test_other_overrides_go_through():
+    over = ["train.micro_batch=8", "deepspeed=zero1", "evaluation.rows=8", "train.precision=fp32"]
+    assert compare.refused(over) == []
+
+
+def test_the_grid_of_wid_goes_a_step_beyond_the_first():
+    """Which ended where WID was best."""
+    assert {compare.GRID[way] for way in ("wid-dim", "wid-head", "wid-ki")} == {(5e-4, 1e-3, 2e-3)}
+
+
 def test_a_claim_needs_every_seed_to_be_certain():
     def line(way: str, losses: list[float], longer: bool = False) -> dict:
         middle = sum(losses) / len(losses)

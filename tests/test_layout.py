@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
-    0: "errors files batch model_settings settings tree sections checks config schedule losses dist",
+    0: "errors files batch model_settings settings tree sections checks config schedule losses "
+    "dist",
     1: "data.counter data.sources data.vocabulary data.packing data.building data.blocks "
     "data.dice data.fairseq data.masking data.scoring data.loader data.judge data.hard_masking "
     "store_format store logit_cache hardness ds_keys "
@@ -26,7 +27,7 @@ FLOORS = {
     "fused.cpu_mixture fused.cpu_vocab_parallel fused.backend fused.per_token fused.gradients "
     "fused.dense fused.topk fused.label fused.mixture fused.chunking fused.linear_visit "
     "fused.linear fused.vocab_parallel fused.compactor fused.update ops "
-    "compaction.widths compaction.masks compaction.rule compaction.rules "
+    "compaction.widths compaction.masks compaction.presets compaction.rule compaction.rules "
     "inherited models.families models.initial models.weights models.build models.speed "
     "models.masked_norm models.compactor models.groups models.surgery models.narrow "
     "models.merged models.slicing",

@@ -118,7 +118,11 @@ def test_controls_of_wid_see_the_same_rows_and_end_in_the_same_sizes(path):
     config = control.model.config
     cut = runs["slice"].model.slice
     assert cut.hidden_size == config["hidden_size"]
-    assert {run.method["hidden_size"] for run in narrowed} == {config["hidden_size"]}
+    for run in narrowed:
+        for name in ("hidden_size", "intermediate_size", "heads", "kv_heads"):
+            assert run.method.get(name) == getattr(cut, name), name
+    if cut.intermediate_size is not None:
+        assert cut.intermediate_size == config["intermediate_size"]
     if cut.heads is not None:
         assert cut.heads == config["num_attention_heads"]
         assert cut.kv_heads == config["num_key_value_heads"]
@@ -167,4 +171,8 @@ def test_the_llama_of_wid_is_as_wide_as_the_smaller_one():
         576, 1536, 9, 3, 64
     )
     assert (method.hidden_size, method.heads, method.inherit.schedule) == (576, 9, "linear")
+    steps = runs["wid"].train.steps
+    assert method.inherit.steps == steps / 2
+    assert round(method.inherit.alpha(method.every * method.ramp + method.anneal - 1), 2) == 0.63
+    assert runs["scratch"].model.config["rope_theta"] == 100_000
     assert method.every * method.ramp + method.anneal < runs["wid"].train.steps / 4

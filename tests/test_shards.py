@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dskd.engine import Engine
+from dskd.errors import ConfigError
 from dskd.shards import Weights
 from dskd.zero import gathered
 from tests.ranks import run_ranks
@@ -91,8 +92,9 @@ def edit_after(weights: Weights) -> None:
     weights.publish()
 
 
-def settings(stage: int, precision: str, world: int, offload: bool) -> dict:
-    """A DeepSpeed config; ZeRO-3 keeps the two smaller parameters whole, ZeRO-2 changes the order.
+def settings(stage: int, precision: str, world: int, offload: bool, robin: bool) -> dict:
+    """A DeepSpeed config; ZeRO-3 keeps the two smaller parameters whole, ``robin`` changes the
+    order at ZeRO-2.
 
     An offloaded optimizer measures the gradient before the edits, so it does not clip.
     """
@@ -105,7 +107,7 @@ def settings(stage: int, precision: str, world: int, offload: bool) -> dict:
         "steps_per_print": 10**9,
         "zero_optimization": {
             "stage": stage,
-            "round_robin_gradients": stage == 2,
+            "round_robin_gradients": robin,
             "stage3_param_persistence_threshold": 20,
             "offload_optimizer": {"device": "cpu" if offload else "none"},
         },
@@ -116,13 +118,13 @@ def settings(stage: int, precision: str, world: int, offload: bool) -> dict:
 
 
 def trained(
-    rank: int, stage: int, precision: str, world: int, offload: bool = False
+    rank: int, stage: int, precision: str, world: int, offload: bool = False, robin: bool = False
 ) -> tuple[dict, dict, int]:
     """Whole masters, the weights that the model computes with, and entries that this rank holds."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     toy = Toy(always=stage == 3 or offload).to(dtype)
     groups = groups_of(toy.student)
-    engine = Engine(toy, groups, settings(stage, precision, world, offload), monitor=False)
+    engine = Engine(toy, groups, settings(stage, precision, world, offload, robin), monitor=False)
     for step in range(STEPS):
         for micro in range(MICRO):
             rows_BD = rows(step, micro, rank, world).to(dtype)
@@ -161,11 +163,15 @@ def plain(world: int, clip: float = CLIP) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
+ROBIN = [(2, True)]
+STAGES = [(stage, False) for stage in (0, 1, 2, 3)]
+
+
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_edits_are_those_of_a_plain_model(stage, world):
+@pytest.mark.parametrize(("stage", "robin"), STAGES + ROBIN)
+def test_edits_are_those_of_a_plain_model(stage, robin, world):
     expected, total = plain(world), sum(p.numel() for p in Student().parameters())
-    found = run_ranks(trained, stage, "fp32", world, world=world)
+    found = run_ranks(trained, stage, "fp32", world, False, robin, world=world)
     for masters, used, _ in found:
         for name, value in expected.items():
             torch.testing.assert_close(torch.tensor(masters[name]), value, rtol=1e-6, atol=1e-6)
@@ -174,22 +180,43 @@ def test_edits_are_those_of_a_plain_model(stage, world):
     assert sum(held) == (total if stage else total * world)  # every entry once
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_edits_reach_an_offloaded_optimizer(stage):
+@pytest.mark.parametrize(("stage", "robin"), STAGES[1:] + ROBIN)
+def test_edits_reach_an_offloaded_optimizer(stage, robin):
     expected = plain(2, clip=0.0)
-    for masters, used, _ in run_ranks(trained, stage, "fp32", 2, True, world=2):
+    for masters, used, _ in run_ranks(trained, stage, "fp32", 2, True, robin, world=2):
         for name, value in expected.items():
             torch.testing.assert_close(torch.tensor(masters[name]), value, rtol=1e-6, atol=1e-6)
             assert masters[name] == used[name]
 
 
-@pytest.mark.parametrize(("stage", "world"), [(0, 1), (0, 2), (1, 2), (2, 1), (3, 2)])
-def test_bf16_publishes_what_was_edited(stage, world):
+BF16 = [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2), (3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "robin"), [(*place, False) for place in BF16] + [(2, 1, True), (2, 2, True)]
+)
+def test_bf16_publishes_what_was_edited(stage, world, robin):
     """Masters keep 24 bits of the edits; the model computes with them rounded."""
     expected = plain(world)
-    for masters, used, _ in run_ranks(trained, stage, "bf16", world, world=world):
+    for masters, used, _ in run_ranks(trained, stage, "bf16", world, False, robin, world=world):
         for name, value in expected.items():
             master = torch.tensor(masters[name])
             torch.testing.assert_close(master, value, rtol=0.05, atol=0.05)
             assert torch.equal(master.bfloat16(), torch.tensor(used[name]).bfloat16())
             assert not torch.equal(master.bfloat16().float(), master)
+
+
+def _unknown(rank: int) -> str:
+    """ZeRO-1 that sums bf16 gradients in fp32 has an optimizer of its own."""
+    toy = Toy(always=True).to(torch.bfloat16)
+    ds = settings(1, "bf16", 1, offload=False, robin=False)
+    ds["data_types"] = {"grad_accum_dtype": "fp32"}
+    engine = Engine(toy, groups_of(toy.student), ds, monitor=False)
+    with pytest.raises(ConfigError) as caught:
+        engine.weights(gradients=False)
+    return str(caught.value)
+
+
+def test_an_optimizer_that_is_not_known_is_refused():
+    (message,) = run_ranks(_unknown, world=1)
+    assert message.startswith("deepspeed: it has DeepSpeed step by its BF16_Optimizer")

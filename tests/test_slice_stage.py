@@ -119,6 +119,18 @@ REFUSED = {
     "runs.teacher.model.slice.hidden_size=16": r"runs.teacher.model.slice: needs model.path",
     "runs.teacher.model.config.model_type=electra": "model.slice: cannot cut a electra, only bert",
     "runs.student.model.slice.strategy=both": "'both' is not one of dim, head",
+    "runs.student.model.config={hiden_size: 3}": r"runs.student.model.config.hiden_size: a bert "
+    r"config has no such field; did you mean 'hidden_size'\?",
+    "runs.student.model.config={model_type: gpt2}": r"model.config.model_type: model.path holds a "
+    r"bert",
+    "runs.student.model.config={max_position_embeddings: 16}": r"runs.student.model.config."
+    r"max_position_embeddings: 16 are too few for data.block_size 32; 32 are needed",
+    "runs.student.model.config={layer_norm_eps: small}": r"runs.student.model.config: .*"
+    r"layer_norm_eps",
+    "runs.student.model.config={hidden_size: 32}": r"runs.student.model.config.hidden_size: "
+    r"model.slice sets it; leave it out",
+    "runs.student.model.config={tie_word_embeddings: true}": r"tie_word_embeddings: model.slice "
+    r"sets it",
 }
 
 

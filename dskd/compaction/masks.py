@@ -96,6 +96,12 @@ def ramp_count(cut: Cut, step: int, every: int, ramp: int) -> int:
     return cut.chunks * ((2 * times * each + ramp) // (2 * ramp))
 
 
+def ramp_end(cut: Cut, every: int, ramp: int) -> int:
+    """The step at which :func:`ramp_count` reaches its last value (0: it is 0 throughout)."""
+    each = cut.remove // cut.chunks
+    return every * -(-ramp * (2 * each - 1) // (2 * each)) if each else 0
+
+
 def lowest(
     scores_U: Tensor, count: int, chunks: int = 1, removed_U: Tensor | None = None
 ) -> Tensor:
@@ -130,12 +136,19 @@ def scores(units: Units, whole: Whole, ranking: Ranking) -> Tensor:
     if ranking == "original":
         compactor_PKK = _compactor(whole(units.ranking))
         return fold(norms(compactor_PKK[units.part], "left"), units.cut.size)
-    total_U = torch.zeros(units.cut.size, dtype=torch.float64)
+    return lost(units, whole)[0]
+
+
+def lost(units: Units, whole: Whole) -> tuple[Tensor, int]:
+    """Squared norms of each unit's columns (left members) and rows (right ones), summed: float64
+    [U]; and how many columns and rows of a unit there are. Collective as ``whole``."""
+    total_U, count = torch.zeros(units.cut.size, dtype=torch.float64), 0
     for member in units.members:
         for compactor_KK in _compactor(whole(member.name)):
             norms_K = norms(compactor_KK, member.side)
             total_U = total_U.to(norms_K.device) + fold(norms_K.square(), units.cut.size)
-    return total_U
+            count += len(norms_K) // units.cut.size
+    return total_U, count
 
 
 def norms(compactor_KK: Tensor, side: Side) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dskd import dist
-from dskd.compaction.masks import Ranking, Units, lowest, scores, spread
+from dskd.compaction.masks import Ranking, Units, lost, lowest, scores, spread
 from dskd.errors import CheckpointError
 from dskd.ops import Piece, update
 from dskd.shards import Shard, Weights
@@ -86,12 +86,27 @@ class Rule(ABC):
         """
 
     @abstractmethod
-    def ends_at(self) -> int:
-        """Steps after which nothing changes by this rule any more."""
-
-    @abstractmethod
     def settled(self, steps: int) -> bool:
         """Whether after so many steps all units are removed that shall be, and exactly zero."""
+
+    @abstractmethod
+    def complete(self, steps: int, weights: Weights) -> bool:
+        """Whether after so many steps the kept units alone are the student. Collective."""
+
+    def chosen(self) -> bool:
+        """Whether as many units are removed as shall be in the end."""
+        wanted = {name: units.cut.remove for name, units in self.groups.items()}
+        return all(int((at_U > 0).sum()) >= wanted[n] for n, at_U in self.removed_at.items())
+
+    def largest_removed(self, weights: Weights) -> float:
+        """Largest size of a removed unit: the root mean square norm of its columns and rows in all
+        compactors, 1 in the beginning. Collective; gathers every compactor."""
+        largest = 0.0
+        for name, at_U in self.removed_at.items():
+            if at_U.any():
+                square_U, count = lost(self.groups[name], weights.whole)
+                largest = max(largest, float(square_U.cpu()[at_U > 0].max()) / count)
+        return math.sqrt(dist.broadcast_object(largest))
 
     def removed_norm(self, weights: Weights) -> float:
         """Euclidean norm of all removed entries of all compactors. Collective."""

@@ -104,11 +104,10 @@ def right_factor(
 
     ``grad x^T`` of the matrices, plus that of the vectors.
     """
-    if xs_PN is None:
-        made = [grad @ x.mT for grad, x in zip(grads_PnK, xs_PNK, strict=True)]
-    else:
-        given = zip(grads_Pn, xs_PN, grads_PnK, xs_PNK, strict=True)
-        made = [torch.baddbmm(g[:, :, None] * v[:, None, :], grad, x.mT) for g, v, grad, x in given]
+    made = [grad @ x.mT for grad, x in zip(grads_PnK, xs_PNK, strict=True)]
+    if xs_PN is not None:
+        for square, g, v in zip(made, grads_Pn, xs_PN, strict=True):
+            square.baddbmm_(g[:, :, None], v[:, None, :])
     rows = zip(made, keeps, strict=True)
     return [kept if keep is None else _spread(kept, keep, 1) for kept, keep in rows]
 

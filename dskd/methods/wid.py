@@ -11,34 +11,30 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Rows, Signal, Term
-from dskd.compaction.masks import Ranking, Units, original_end, spread
+from dskd.compaction.masks import Ranking, Units, original_end, ramp_end, spread
+from dskd.compaction.presets import check_preset, is_adam
 from dskd.compaction.rule import Rule
 from dskd.compaction.rules import Annealed, Original
-from dskd.compaction.widths import (
-    Cut,
-    RuleName,
-    Strategy,
-    Target,
-    Widths,
-    cuts,
-    student_widths,
-)
-from dskd.ds_config import load_preset, optimizer_device
+from dskd.compaction.widths import Cut, RuleName, Strategy, Target, Widths, cuts, student_widths
+from dskd.ds_config import optimizer_device
 from dskd.errors import ConfigError
 from dskd.inherited import Inherited, labels_term
 from dskd.log import say
 from dskd.method import Change, Method
 from dskd.models.groups import layout_of, widths_of
-from dskd.models.merged import check_exact, merge
+from dskd.models.merged import checked_merge
 from dskd.models.narrow import narrowed_config
-from dskd.models.surgery import Surgery, insert, replica
+from dskd.models.surgery import Surgery, insert
 from dskd.settings import Run
 from dskd.shards import Weights
+
+_TRIAL_TOKENS = 512
+"""Tokens that an exported model is compared with the trained one on, on a CPU."""
 
 
 class WeightInheritance(Method):
@@ -58,22 +54,24 @@ class WeightInheritance(Method):
     """With ``heads``, how many heads remain; null: in proportion, or as ``strategy`` says."""
     rule: RuleName = "annealed"
     """How removed units go to zero. ``annealed``: along a schedule, to exactly zero, for good;
-    ``original``: pulled through Adam's moments, as the paper's code does."""
+    ``original``: pulled through Adam's moments, as the paper's code does; the pull is part of the
+    gradient, so also of the norm ``|g|`` in the log."""
     every: int = Field(500, ge=1)
     """Steps between two choices of units to remove."""
     ramp: int = Field(16, ge=1)
     """Number of such choices until all are removed (rule annealed)."""
     anneal: int = Field(500, ge=1)
     """Steps in which a removed unit goes to zero (rule annealed)."""
-    penalty: float = Field(20.0, ge=0)
-    """Strength of the pull (rule original)."""
+    penalty: float = Field(20.0, gt=0)
+    """Strength of the pull (rule original), beside which the loss's share of ``|g|`` is small."""
     ranking: Ranking | None = None
     """What is removed first: what has the smallest norms in all compactors of the ``group``, or in
     the ``original``'s one; null: the original's with rule original, else the group's."""
     lr: float = Field(5e-5, gt=0)
     """Peak learning rate of the compactors; it follows the schedule of ``train.lr``."""
     compact: bool = True
-    """Compute without the removed units once they are zero; false: to the end with all."""
+    """Compute without the removed units once they are zero; false: to the end with all (rule
+    annealed)."""
     inherit: Inherited | None = None
     """Loss with a teacher's distribution, as of method ki; null: cross entropy with the labels."""
 
@@ -106,36 +104,47 @@ class WeightInheritance(Method):
         """Refuse what the change of the weights cannot go with, and sizes that the student's
         family, strategy and rule cannot reach, or not in the run's steps."""
         train = run.train
+        if run.model.path is None:
+            raise ConfigError("method.kind: wid needs model.path, the teacher that it starts from")
         if train.lr == 0:
             raise ConfigError("train.lr: 0, but method.lr follows its schedule; it must be above 0")
         if train.compile:
             raise ConfigError("train.compile: layers that method wid changes cannot be compiled")
-        self._check_optimizer(run)
-        if self.rule == "original":
-            Original.check_clipping(train.clip)
-            if train.precision == "fp16":
-                raise ConfigError("train.precision: rule original knows no loss scale; not fp16")
-        if config is not None and self._last_step(config) > train.steps:
-            raise ConfigError(
-                f"method.every: {self.every} is too long: the last units are removed at step "
-                f"{self._last_step(config)}, train.steps is {train.steps}"
-            )
-
-    def _check_optimizer(self, run: Run) -> None:
-        ds = load_preset(run.deepspeed)
-        kind = (ds.get("optimizer") or {}).get("type", "AdamW")
-        if self.rule == "original" and str(kind).lower() not in ("adam", "adamw"):
-            raise ConfigError(f"deepspeed: {run.deepspeed} has a {kind}; rule original needs AdamW")
+        self._check_rule()
         device = optimizer_device(run.deepspeed)
         if device == "nvme":
             raise ConfigError(
                 f"deepspeed: {run.deepspeed}: method wid cannot edit an optimizer on NVMe"
             )
-        if device == "cpu" and run.train.clip:
+        check_preset(run, self.rule)
+        if device == "cpu" and train.clip:
             raise ConfigError(
-                f"train.clip: {run.train.clip}: an offloaded optimizer ({run.deepspeed}) measures "
+                f"train.clip: {train.clip}: an offloaded optimizer ({run.deepspeed}) measures "
                 f"gradients before method wid edits them; set it to 0"
             )
+        if self.rule == "original":
+            Original.check_clipping(train.clip)
+        self._check_length(train.steps, config)
+
+    def _check_rule(self) -> None:
+        """Refuse settings that only the other rule has."""
+        others = {"annealed": ("penalty",), "original": ("ramp", "anneal", "compact")}
+        for name in others[self.rule]:
+            if name in self.model_fields_set:
+                raise ConfigError(f"method.{name}: of no use to rule {self.rule}; leave it out")
+
+    def _check_length(self, steps: int, config: PreTrainedConfig | None) -> None:
+        """Refuse a run that ends before the last units are removed."""
+        last = self._last_step(config)
+        if last <= steps:
+            return
+        how, what = "", "removed"
+        if self.rule == "annealed":
+            how, what = f" (with ramp {self.ramp} and anneal {self.anneal})", "zero"
+        raise ConfigError(
+            f"method.every: {self.every}{how} is too long: the last units are {what} after step "
+            f"{last}, train.steps is {steps}"
+        )
 
     def change(self, student: PreTrainedModel, run: Run) -> Change:
         """Put compactors into the student."""
@@ -167,12 +176,17 @@ class WeightInheritance(Method):
         teacher, student = widths_of(config), self._widths(config)
         return cuts(teacher, student, self.strategy, self.rule, layout_of(config).demands)
 
-    def _last_step(self, config: PreTrainedConfig) -> int:
-        """The step after which all units are removed."""
-        goals = self._cuts(config)
+    def _last_step(self, config: PreTrainedConfig | None) -> int:
+        """How many steps it takes until all units are removed, and zero by the annealed rule.
+
+        Where the config is not known: as far as the settings say it, so 0 or a whole ramp.
+        """
+        goals = [] if config is None else list(self._cuts(config).values())
         if self.rule == "original":
-            return max(original_end(goal, self.every) for goal in goals.values())
-        return self.every * self.ramp + self.anneal - 1
+            return max((original_end(goal, self.every) for goal in goals), default=0)
+        ends = [ramp_end(goal, self.every, self.ramp) for goal in goals]
+        last = self.every * self.ramp if config is None else max(ends)
+        return last + self.anneal - 1 if last else 0
 
 
 class Narrowing(Change):
@@ -191,6 +205,7 @@ class Narrowing(Change):
         self._scale = method.lr / run.train.lr
         self._rule = self._make_rule()
         self._offloaded = optimizer_device(run.deepspeed) != "none"
+        self._stays = is_adam(run)
         self._compacted = False
         self._weights: Weights | None = None
 
@@ -265,17 +280,17 @@ class Narrowing(Change):
         if self._method.rule == "original":
             return True
         begun = any(not keep_U.all() for keep_U in self._rule.keep.values())
-        return begun and not self._rule.settled(step)
+        # Adam leaves alone what has no gradient and moments of 0; others may remember more.
+        return begun and not (self._stays and self._rule.settled(step))
 
     def _compact(self) -> None:
         self._surgery.compact(self._rule.keep)
         self._compacted = True
 
     def complete(self, step: int) -> bool:
-        """Whether all units that shall go are removed (and zero, by the annealed rule)."""
-        if self._method.rule == "original":
-            return step >= self._rule.ends_at()
-        return self._rule.settled(step)
+        """Whether all units that shall go are removed, and zero or near enough."""
+        assert self._weights is not None, "no step was taken yet"
+        return self._rule.complete(step, self._weights)
 
     def rates(self) -> dict[str, float]:
         """``hidden``: width that is kept; ``kept``: share of all units; ``removed``: their norm."""
@@ -304,23 +319,23 @@ class Narrowing(Change):
     def exported(self, weights: Weights, batch: Batch) -> PreTrainedModel:
         """The dense student, merged from fp32 and rounded to the dtype that it was trained in.
 
-        On the CPU of every rank, as is the fp32 copy of the student that it is compared with.
+        On the CPU of rank 0, as is the fp32 copy of the student that it is compared with; without
+        values on the other ranks.
 
         Raises:
             DskdError: its logits are not the student's. The original's removed units only come near
-                zero, so there they are set to zero for the comparison.
+                zero, so there they are set to zero for the comparison, and must have been near.
         """
-
-        def whole(name: str) -> Tensor:
-            return weights.whole(name).cpu()
-
-        keep = self._rule.keep
-        merged = merge(self._surgery, keep, whole)
-        merged.set_attn_implementation("eager")  # flash attention is not for CPUs
-        twin = replica(self._surgery, whole)
-        exact = check_exact(twin, merged, keep, batch, soft=self._method.rule == "annealed")
+        rows = max(1, _TRIAL_TOKENS // batch.ids_BT.shape[1])
+        merged, exact = checked_merge(
+            self._surgery,
+            self._rule.keep,
+            weights.whole,
+            batch.select(torch.arange(min(rows, len(batch.ids_BT)))),
+            soft=self._method.rule == "annealed",
+        )
         say(
             f"merged: logits within {exact.hard:.1e} of the student's with removed units at 0, "
             f"within {exact.soft:.1e} as it is; largest removed norm {exact.removed:.1e}"
         )
-        return merged.to(next(self._surgery.model.parameters()).dtype)
+        return merged

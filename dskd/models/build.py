@@ -82,7 +82,7 @@ def build(
     else:
         config = _stored_config(settings, folder, where)
         _check_tokenizer(tokenizer, folder, f"{where}.path")
-    _check_shape(config, objective, block_size, where)
+    check_shape(config, objective, block_size, where)
     _check_vocabulary(config, tokenizer, where)
     model = construct(config, settings.attention, ds, dtype, where)
     if folder is None:
@@ -104,7 +104,7 @@ def check_random(
     Raises:
         ConfigError: as :func:`build` does.
     """
-    _check_shape(_random_config(settings, where, None), objective, block_size, where)
+    check_shape(_random_config(settings, where, None), objective, block_size, where)
 
 
 def model_fingerprint(settings: Model, *, seed: int, where: str) -> str:
@@ -136,6 +136,14 @@ def construct(
         model = auto.from_config(config, dtype=dtype, **options)
     model.tie_weights()
     return model.train()
+
+
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Parameters of the model of a config, tied ones counted once, without making it."""
+    with torch.device("meta"):
+        model = construct(config, "auto", None, torch.float32, "the config of the export")
+    tie_head_bias(model)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def hidden_size(settings: Model, *, where: str) -> int:
@@ -199,13 +207,22 @@ def _stored_config(settings: Model, folder: Path, where: str) -> PreTrainedConfi
     with _complaints(f"{where}.path: cannot read the config in {folder}"):
         config = AutoConfig.from_pretrained(folder)
     family_of(config.model_type, f"{where}.path: model_type of {folder}")
-    fields = dict(settings.config)
+    return with_fields(config, settings.config, where)
+
+
+def with_fields(config: PreTrainedConfig, own: dict[str, Any], where: str) -> PreTrainedConfig:
+    """A stored model's config, with the settings' own fields for it.
+
+    Raises:
+        ConfigError: another model type, fields that it does not have, values that it refuses.
+    """
+    fields = dict(own)
     if fields.pop("model_type", config.model_type) != config.model_type:
         raise ConfigError(f"{where}.config.model_type: {where}.path holds a {config.model_type}")
     _check_fields(fields, type(config), f"{where}.config")
-    own = {config.attribute_map.get(name, name): value for name, value in fields.items()}
+    named = {config.attribute_map.get(name, name): value for name, value in fields.items()}
     with _complaints(f"{where}.config"):
-        return type(config).from_dict({**config.to_dict(), **own})
+        return type(config).from_dict({**config.to_dict(), **named})
 
 
 def _check_fields(fields: dict[str, Any], cls: type[PreTrainedConfig], where: str) -> None:
@@ -235,9 +252,14 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where: st
     check_same_vocabulary(tokenizer, other, "the data's tokenizer", f"{where} ({folder})")
 
 
-def _check_shape(
+def check_shape(
     config: PreTrainedConfig, objective: Literal["masked", "causal"], block_size: int, where: str
 ) -> None:
+    """Refuse a family that does not fit the objective, and too few positions for the rows.
+
+    Raises:
+        ConfigError: names the setting.
+    """
     family = FAMILIES[config.model_type]
     if family.objective != objective:
         fitting = ", ".join(name for name, f in FAMILIES.items() if f.objective == objective)

@@ -14,13 +14,12 @@ A line starting with FINDING names what is wrong, and the status is 1, if there 
 - a spill on sm_90,
 - a loop over columns without 16-byte loads, with narrower ones beside them, with stores of less
   than 8 bytes (AMD's code only: no loop with 16-byte loads), or with a barrier,
-- a sum of instructions per column more than 10 % over the budget recorded for this version of
-  Triton (or the nearest earlier one), another number of loops, or nothing recorded. ``--record``
-  writes the budget instead. Instructions of AMD's code are not counted.
-
+- a sum of instructions per column (not of AMD's code) more than 10 % over the budget recorded for
+  this version of Triton (or the nearest earlier one), another number of loops, or nothing recorded.
+  ``--record`` writes the budget instead.
 The loops over columns are those whose loads are unconditional; those over edges have guarded ones
-(a kernel with tensors_per_column 0, a matrix product, has none).
-Of the forms that a compiler makes of a loop (unrolled, remainder) the one of most columns counts.
+(a matrix product, with tensors_per_column 0, has none). Of the forms that a compiler makes of a
+loop (unrolled, remainder) the one of most columns counts.
 """
 
 from __future__ import annotations
@@ -111,9 +110,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--targets", type=_words, default=TARGETS)
     parser.add_argument("--spread", type=_words, default=())
-    parser.add_argument(
-        "--kernels", type=_words, default=(), help="names in kernels/, or files (default: all)"
-    )
+    parser.add_argument("--kernels", type=_words, default=(), help="names in kernels/, or files")
     parser.add_argument("--json", type=Path, help="write the table there, too")
     parser.add_argument("--budget", type=Path, default=BUDGET)
     parser.add_argument("--record", action="store_true", help="write the budget")

@@ -15,6 +15,7 @@ from dskd.compaction.masks import (
     original_count,
     original_end,
     ramp_count,
+    ramp_end,
     scores,
     spread,
 )
@@ -105,6 +106,17 @@ def test_default_ramp():
     counts = [ramp_count(Cut(20, 10), step, every=5, ramp=4) for step in (4, 5, 10, 15, 20, 999)]
     assert counts == [0, 3, 5, 8, 10, 10]  # 2.5 and 7.5: halves up
     assert ramp_count(Cut(16, 12, chunks=4), 5, every=5, ramp=4) == 4 * 1
+
+
+@pytest.mark.parametrize("ramp", [1, 3, 16])
+@pytest.mark.parametrize(
+    "cut", [Cut(8, 0), Cut(8, 1), Cut(8, 7), Cut(64, 48), Cut(12, 8, chunks=4)], ids=str
+)
+def test_ramp_end_is_the_last_change(cut, ramp):
+    counts = [ramp_count(cut, step, every=5, ramp=ramp) for step in range(5 * ramp + 20)]
+    changes = [step for step in range(1, len(counts)) if counts[step] != counts[step - 1]]
+    assert ramp_end(cut, 5, ramp) == max(changes, default=0)
+    assert counts[-1] == cut.remove
 
 
 def differences():

@@ -13,7 +13,17 @@ from dskd.compaction.rules import Original
 from dskd.compaction.widths import Cut
 from dskd.errors import ConfigError
 from dskd.shards import Shard
-from tests.compaction.toy import COMPACTORS, GROUPS, SIDES, Pieces, Toy, drawn, identity, of_units
+from tests.compaction.toy import (
+    COMPACTORS,
+    GROUPS,
+    SHAPES,
+    SIDES,
+    Pieces,
+    Toy,
+    drawn,
+    identity,
+    of_units,
+)
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())["penalty_adamw"]
 SHARES = {"whole": ((0.0, 1.0),), "two": ((0.0, 0.31), (0.31, 1.0))}
@@ -178,9 +188,32 @@ def test_a_16_bit_gradient_gets_the_rounded_penalty():
     assert torch.equal(gradient, wanted)
 
 
-def test_when_the_masks_stop_growing():
-    rule = Original(GROUPS, every=3, penalty=20.0, eps=1e-6, decay={})
-    assert rule.ends_at() == 3 * 16
+def test_complete_is_a_student_without_its_removed_units():
+    """All masks chosen, and no removed unit larger than NEAR_ZERO, though most are exactly 0."""
+    rule, toy = Original(GROUPS, every=2, penalty=20.0, eps=1e-6, decay={}), Toy()
+    for step in range(32):  # the last mask at step 32, of 16
+        assert not rule.chosen() and not rule.complete(step, toy.weights())
+        toy.step([rule], step, 1e-3)
+    assert rule.chosen() and not rule.complete(32, toy.weights())
+    for size, complete in ((0.0, True), (0.0099, True), (0.0101, False)):
+        _set_removed(rule, toy, size)
+        assert rule.largest_removed(toy.weights()) == pytest.approx(size, rel=1e-9, abs=1e-15)
+        assert rule.complete(32, toy.weights()) == complete
+
+
+def _set_removed(rule, toy, size):
+    """Removed units to 0, but one of group A to columns and rows of this norm."""
+    for group, sides in SIDES.items():
+        gone_U = ~rule.keep[group]
+        one_U = torch.zeros_like(gone_U)
+        one_U[gone_U.nonzero()[0, 0]] = group == "A"
+        for name, side in sides.items():
+            value = toy.values()[name]
+            value[of_units(gone_U, name).expand(SHAPES[name])] = 0.0
+            first = value[:, 0] if side == "right" else value[..., 0, :]
+            ones = of_units(one_U, name).expand(SHAPES[name])
+            first[ones[:, 0] if side == "right" else ones[..., 0, :]] = size
+            toy.parameters[name].data.copy_(value - identity(name))
 
 
 def test_clipping_is_refused():

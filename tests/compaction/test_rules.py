@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dskd.compaction.masks import ramp_end
 from dskd.compaction.rules import Annealed
 from dskd.errors import CheckpointError
 from tests.compaction.toy import COMPACTORS, GROUPS, SHAPES, SIDES, Toy, identity, of_units
@@ -181,14 +182,16 @@ def test_a_foreign_state_is_refused(removed, message):
 
 
 def test_the_end_comes_when_foretold():
+    """R's last unit of a chunk goes at k = 12 of 16, A's at 12: 1.5 of 2, rounded up."""
     annealed, toy = Annealed(GROUPS, every=2, ramp=16, anneal=3), Toy()
+    end = max(ramp_end(units.cut, 2, 16) for units in GROUPS.values()) + annealed.anneal - 1
+    assert end == 26
     settled = []
-    for step in range(annealed.ends_at()):
+    for step in range(end):
         toy.step([annealed], step, 1e-3)
         settled.append(annealed.settled(step + 1))
-    assert annealed.ends_at() == 34
-    assert settled[-1]
-    assert not any(settled[:20])
+        assert annealed.complete(step + 1, toy.weights()) == settled[-1]
+    assert settled == [False] * (end - 1) + [True]
 
 
 def _state_and_norm(share, more=0.0):

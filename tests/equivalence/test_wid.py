@@ -6,12 +6,15 @@ Tiny students in forked ranks, by the user's command; losses and evaluations agr
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dskd.log import read_metrics
+from dskd.tree import merge
 from tests.equivalence.small import LIVE, MASKED, Runs, cached
 from tests.launching import cut_back, evaluations, losses
 
@@ -31,15 +34,27 @@ SETTINGS = {
 }
 
 
-def train(runs: Runs, name: str, ranks: int, *words: str, rule: str = "annealed") -> Path:
+def train(
+    runs: Runs, name: str, ranks: int, *words: str, rule: str = "annealed", **changes: Any
+) -> Path:
     """A run of the tiny student by a rule."""
-    tree = {"model": STUDENT, "teacher": None} | SETTINGS[rule]
-    return runs.run(name, ranks, *words, **tree)
+    tree = {"model": student(runs), "teacher": None} | SETTINGS[rule]
+    return runs.run(name, ranks, *words, **merge(tree, changes))
+
+
+def student(runs: Runs) -> dict[str, Any]:
+    """What all start as: random weights in a folder."""
+    return STUDENT | {"path": str(runs.folder / "teacher" / "export")}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("wid"))
+    runs = Runs(tmp_path_factory.mktemp("wid"))
+    still = {"steps": 1, "lr": 1e-12}
+    plain = {"method": {"kind": "lm"}, "teacher": None, "deepspeed": "zero0", "until": "export"}
+    # whole sections: a method's settings are none of another's
+    runs.run("teacher", 1, model=STUDENT, train=still, **plain)
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +181,62 @@ def test_activation_checkpointing_changes_nothing(runs, references):
     same(train(runs, "recomputed-zero3", 2, *words), references["annealed"])
 
 
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2)])
+def test_bf16_ends_at_exact_zeros(runs, references, stage, ranks):
+    """From the masters to the export; the losses are those of fp32 to bf16's 8 bits."""
+    words = [f"deepspeed=zero{stage}", "train.precision=bf16", "until=evaluate"]
+    out = train(runs, f"bf16-{stage}", ranks, *words)
+    assert column(out, "removed")[3:] == [0.0] * 3
+    assert column(out, "hidden") == column(references["annealed"], "hidden")
+    assert losses(out) == pytest.approx(losses(references["annealed"]), rel=0.02)
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["eval_nll"] == pytest.approx(evaluations(out)[-1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [((0, 1), (3, 2)), ((2, 2), (0, 1)), ((3, 2), (1, 2))]
+)
+def test_the_original_goes_on_elsewhere(runs, references, saved, loaded):
+    name = "original-{}-{}--{}-{}".format(*saved, *loaded)
+    out = train(runs, name, saved[1], f"deepspeed=zero{saved[0]}", rule="original")
+    cut_back(out, step=8)
+    same(
+        train(runs, name, loaded[1], f"deepspeed=zero{loaded[0]}", rule="original"),
+        references["original"],
+    )
+
+
+def test_the_original_is_exported_once_removed_units_are_near_zero(runs):
+    """Its last masks are chosen at step 16, and at 20 it scores best, but by removed units."""
+    changes = {
+        "train": {"steps": 80},
+        "evaluation": {"every": 20},
+        "checkpoint": {"every": 20, "keep": 4},
+        "method": ORIGINAL | {"lr": 0.005},
+    }
+    out = train(runs, "near", 2, "deepspeed=zero2", "until=evaluate", rule="original", **changes)
+    folders = sorted((out / "train" / "checkpoints").glob("step-*"))
+    told = [json.loads((folder / "manifest.json").read_text())["eval_nll"] for folder in folders]
+    nlls = evaluations(out)
+    assert told == [None, None, None, nlls[-1]]
+    assert min(nlls) == nlls[0] < nlls[-1] - 0.1
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["eval_nll"] == pytest.approx(nlls[-1], abs=1e-4)
+
+
+def test_the_original_is_refused_while_removed_units_are_large(runs, references, capfd):
+    """Trained without a complaint, its last masks chosen; but the export would be another model."""
+    out = runs.folder / "large"
+    shutil.copytree(references["original"], out)
+    folders = (out / "train" / "checkpoints").glob("step-*")
+    assert all(json.loads((f / "manifest.json").read_text())["eval_nll"] is None for f in folders)
+    told = r"largest norm of a removed unit is .* raise train\.steps, method\.penalty"
+    with pytest.raises(AssertionError):  # of the launcher: it ended with an error
+        train(runs, out.name, 2, "deepspeed=zero2", "until=export", rule="original")
+    assert re.search(told, capfd.readouterr().err)
+    assert not (out / "export").exists()
+
+
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 2)])
 def test_the_export_is_the_student(runs, references, stage, ranks):
     """The dense model that a user loads scores what the student with compactors scored."""
@@ -178,10 +249,25 @@ def test_the_export_is_the_student(runs, references, stage, ranks):
     assert (config["hidden_size"], config["intermediate_size"]) == (16, 24)
 
 
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2)])
+def test_momentum_does_not_bring_removed_units_back(runs, stage, ranks):
+    """SGD's, after the last unit is zero at step 4: it is exact to the export."""
+    sgd = {"type": "SGD", "params": {"lr": "auto", "momentum": 0.9}}
+    zero = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    preset = runs.folder / f"sgd-{stage}.json"
+    preset.write_text(json.dumps(zero | {"optimizer": sgd}))
+    method, rates = ANNEALED | {"lr": 0.05}, {"steps": 12, "lr": 0.05}
+    words = [f"deepspeed={preset}", "until=evaluate"]
+    out = train(runs, f"sgd-{stage}", ranks, *words, method=method, train=rates)
+    assert column(out, "removed")[3:] == [0.0] * 9
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["eval_nll"] == pytest.approx(evaluations(out)[-1], abs=1e-5)
+
+
 def test_inherits_a_distribution_as_well(runs):
     """By a live teacher or by its cache, and by none once alpha is 0."""
     method = ANNEALED | {"inherit": {"schedule": "linear", "steps": 3}}
-    changes = {"model": STUDENT, "method": method, "train": {"steps": STEPS}}
+    changes = {"model": student(runs), "method": method, "train": {"steps": STEPS}}
     live = runs.run("inherit-live", 1, **changes)
     other = runs.run("inherit-cached", 2, "deepspeed=zero3", **changes | {"teacher": cached(LIVE)})
     same(live, other)

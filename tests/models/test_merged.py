@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertModel
 
+from dskd.dist import sum_over_ranks
 from dskd.errors import DskdError
 from dskd.export import export
 from dskd.models.families import FAMILIES
 from dskd.models.groups import widths_of
-from dskd.models.merged import check_exact, largest_removed, merge, zero_removed
+from dskd.models.merged import check_exact, checked_merge, largest_removed, merge, zero_removed
 from dskd.models.narrow import narrowed_config
 from dskd.models.surgery import insert, kept_widths, replica
 from dskd.zero import gathered, is_sharded
@@ -206,6 +207,75 @@ def test_the_gate_refuses_another_model():
         merged.transformer.h[1].mlp.c_fc.bias[0] += 0.01
     with pytest.raises(DskdError, match="the merged model is not the trained one"):
         check_exact(surgery, merged, keep, batch())
+
+
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_gate_refuses_what_is_not_finite(value, soft):
+    """In the merged model, or in both."""
+    for both in (False, True):
+        surgery, keep = small_student("bert", (16, 24, 4, 4))
+        zero_removed(surgery, keep)
+        merged = merge(surgery, keep)
+        with torch.no_grad():
+            merged.bert.embeddings.word_embeddings.weight[:] = value
+            if both:
+                surgery.model.get_parameter("bert.embeddings.word_embeddings.weight")[:] = value
+        with pytest.raises(DskdError, match="the merged model is not the trained one"):
+            check_exact(surgery, merged, keep, batch(), soft=soft)
+
+
+def test_a_student_that_needs_its_removed_units_is_refused():
+    """The original's: near zero is near enough, and nothing else."""
+    for size, refused in ((3e-4, False), (0.3, True)):
+        surgery, keep = small_student("bert", (16, 24, 4, 4))
+        as_is = {n: p.detach().clone() for n, p in surgery.model.named_parameters()}
+        zero_removed(surgery, keep)
+        with torch.no_grad():
+            for name, parameter in surgery.model.named_parameters():
+                if name.endswith((".left", ".right")):
+                    gone = parameter != as_is[name]
+                    noise = torch.randn(gone.shape, generator=torch.Generator().manual_seed(1))
+                    parameter[gone] += size * noise[gone]
+        merged = merge(surgery, keep)
+        if refused:
+            told = r"needs? longer .* raise train\.steps, method\.penalty .* lower method\.every"
+            with pytest.raises(DskdError, match=rf"largest norm of a removed unit is .*{told}"):
+                check_exact(surgery, merged, keep, batch(), soft=False)
+        else:
+            found = check_exact(surgery, merged, keep, batch(), soft=False)
+            assert 1e-5 < found.soft < 0.01 and 3e-4 < found.removed < 0.01
+
+
+def _checked(rank, size):
+    """What each rank gets of a student whose ranks all take part in gathering it."""
+    surgery, keep = small_student("llama", (16, 24, 1, 8))
+    zero_removed(surgery, keep)
+    asked = []
+
+    def whole(name):
+        asked.append(name)
+        return sum_over_ranks(surgery.model.get_parameter(name).detach() * (1 - rank))
+
+    for name, parameter in surgery.model.named_parameters():
+        if name.endswith((".left", ".right")):
+            parameter.data += size
+    try:
+        model, found = checked_merge(surgery, keep, whole, batch())
+    except DskdError as problem:
+        return str(problem), problem.elsewhere
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return kinds, shapes, asked, found.hard
+
+
+def test_only_rank_0_merges_and_all_take_its_word():
+    first, second = run_ranks(_checked, 0.0)
+    assert (first[0], second[0]) == ({"cpu"}, {"meta"})
+    assert first[1:] == second[1:]
+    first, second = run_ranks(_checked, 0.5)
+    assert first[0] == second[0] and first[0].startswith("export: the merged model is not")
+    assert (first[1], second[1]) == (False, True)
 
 
 def test_a_half_way_ramp_makes_no_model():

@@ -54,8 +54,9 @@ class WeightInheritance(Method):
     """With ``heads``, how many heads remain; null: in proportion, or as ``strategy`` says."""
     rule: RuleName = "annealed"
     """How removed units go to zero. ``annealed``: along a schedule, to exactly zero, for good;
-    ``original``: pulled through Adam's moments, as the paper's code does; the pull is part of the
-    gradient, so also of the norm ``|g|`` in the log."""
+    ``original``: pulled through Adam's moments, as the paper's code does, and near zero in the end
+    if the steps suffice, without which nothing is exported; the pull is part of the gradient, so
+    also of the norm ``|g|`` in the log."""
     every: int = Field(500, ge=1)
     """Steps between two choices of units to remove."""
     ramp: int = Field(16, ge=1)

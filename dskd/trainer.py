@@ -217,7 +217,7 @@ class Trainer:
         flag = torch.tensor(float(stop), device=self._engine.device)
         whole = torch.stack([*(v.double() for v in values), tokens.double(), flag.double()])
         *sums, tokens, flag = dist.sum_over_ranks(whole)
-        by_term = {name: value.clamp_min(1) for name, value in zip(names, sums, strict=True)}
+        by_term = {n: torch.where(v == 0, 1.0, v) for n, v in zip(names, sums, strict=True)}
         return Counts(by_term, int(tokens), bool(flag))
 
     def _means(self, shares: dict[str, Tensor]) -> tuple[float, dict[str, float]]:

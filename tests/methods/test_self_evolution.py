@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from dskd.batch import IGNORE, Batch, Dense, Projected, Rows, Term
 from dskd.config import read
 from dskd.errors import ConfigError
 from dskd.method import Method, build_method
+from dskd.settings import Run
+from dskd.trainer import Progress, Trainer
 from tests.methods.test_ki import Identity
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "self_evolution.json").read_text())
@@ -197,6 +200,48 @@ def test_hard_tokens_weigh_more(smoothing):
     (found,) = torch.autograd.grad(loss, logits_BTV)
     (wanted,) = torch.autograd.grad(expected, logits_BTV)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+
+
+def trainer_of(method: Method) -> Trainer:
+    """A loop that counts, and takes no step."""
+    parts = ("change", "loader", "renewal", "evaluate", "checkpoints", "metrics")
+    engine = SimpleNamespace(device=torch.device("cpu"))
+    return Trainer(
+        run=Run(),
+        precision="fp32",
+        method=method,
+        engine=engine,
+        progress=Progress(),
+        **dict.fromkeys(parts),
+    )
+
+
+@pytest.mark.parametrize("hard_weight", [1e-3, 0.5])
+def test_light_tokens_are_averaged_like_others(hard_weight):
+    """Where all weigh alike their weight plays no part, though its sum is below 1."""
+    method, plain = method_of(hard_weight=hard_weight), method_of()
+    (loss, _), logits_BTV, batch = forward(method, TLS, hard_N=torch.ones(5))
+    (expected, _), others_BTV, _ = forward(plain, TLS)
+    halves = [replace(batch, extra={"hard_N": torch.ones(5)}), _without_labels(batch)]
+    count = trainer_of(method)._count(halves, stop=False).by_term["tokens"]
+    assert count.dtype == torch.float64
+    assert count.item() == pytest.approx(5 * hard_weight, rel=1e-4)  # the weights are fp32
+    loss, expected = loss / count, expected / 5
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(logits_BTV.grad, others_BTV.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_a_batch_without_labels_is_divided_by_1():
+    method = method_of(hard_weight=0.5)
+    counts = trainer_of(method)._count([_without_labels(batch_of(TLS))], stop=True)
+    assert counts.by_term == {"tokens": 1.0} and counts.stop
+
+
+def _without_labels(batch: Batch) -> Batch:
+    nothing_BT = torch.full_like(batch.labels_BT, IGNORE)
+    return replace(batch, labels_BT=nothing_BT, extra={"hard_N": torch.ones(0)})
 
 
 def check(*words: str, **settings: Any) -> None:

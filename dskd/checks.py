@@ -28,9 +28,14 @@ class Method(Protocol):
     kind: str
     temperature: float
     temperature_setting: str
+    selects: bool
 
     def wants_teacher(self) -> bool:
         """Whether any step of the run uses a teacher."""
+        ...
+
+    def weighs_hard_tokens(self) -> bool:
+        """Whether the loss reads which labels are hard."""
         ...
 
 
@@ -49,6 +54,16 @@ def questions_folder(run: Run) -> Path:
     return run.out / "questions" if masking.store is None else masking.store
 
 
+def evaluation_selects(run: Run, method: Method) -> bool:
+    """Whether the validation loss says which checkpoint of a run is the best.
+
+    Not where the method says no, nor where hard tokens are masked: the validation rows are masked
+    at random, and their loss rises while that of hard tokens falls.
+    """
+    masks_hard = run.data.objective == "masked" and isinstance(run.data.masking, HardTokens)
+    return method.selects and not masks_hard
+
+
 def validate(run: Run, world: int, method: Method | None = None, prefix: str = "") -> None:
     """Refuse settings that contradict each other.
 
@@ -63,7 +78,7 @@ def validate(run: Run, world: int, method: Method | None = None, prefix: str = "
     """
     problems = [*_train(run, world), *_data(run), *_models(run), *_teachers(run)]
     if method is not None:
-        problems += _method(run, method)
+        problems += [*_selection(run, method), *_method(run, method)]
     if problems:
         above = (prefix,) if prefix else ()
         raise ConfigError("\n".join(line("", (*above, place), text) for place, text in problems))
@@ -85,12 +100,6 @@ def _train(run: Run, world: int) -> Problems:
         yield "train.warmup", f"{train.warmup} is more than train.steps {train.steps}"
     if train.end_lr > train.lr:
         yield "train.end_lr", f"{train.end_lr} is more than train.lr {train.lr}"
-    if run.checkpoint.every % run.evaluation.every:
-        yield (
-            "checkpoint.every",
-            f"{run.checkpoint.every} is not a multiple of evaluation.every {run.evaluation.every};"
-            " the best checkpoint is chosen by its evaluation",
-        )
 
 
 def _data(run: Run) -> Problems:
@@ -111,6 +120,7 @@ def _hard_tokens(masking: HardTokens, objective: str) -> Problems:
     if masking.refresh is not None and masking.draws is not None:
         yield f"{place}.draws", f"{place}.refresh changes the masks, so they cannot repeat"
     if objective == "causal":
+        yield from _idle_without_masks(masking)
         return
     least = masking.probability if masking.least is None else masking.least
     most = masking.probability if masking.most is None else masking.most
@@ -126,6 +136,15 @@ def _hard_tokens(masking: HardTokens, objective: str) -> Problems:
         for name in ("least", "most"):
             if getattr(masking, name) is not None:
                 yield f"{place}.{name}", f"{place}.sampler original has no bounds; leave it null"
+
+
+def _idle_without_masks(masking: HardTokens) -> Problems:
+    """What of a causal LM's hard tokens is set to no avail. Compared with the defaults, because
+    settings that are read back (a run's config.yaml) name all of them."""
+    for name in ("probability", "keep", "random", "shown", "least", "replacement", "sampler"):
+        value = getattr(masking, name)
+        if value != HardTokens.model_fields[name].default:
+            yield f"data.masking.{name}", f"{value}, but a causal LM has no masks; leave it out"
 
 
 def _models(run: Run) -> Problems:
@@ -204,11 +223,33 @@ def _routes(run: Run, teacher: RoutedTeacher) -> Problems:
                 yield f"teacher.domains.{domain}.path", f"the same folder as that of {other!r}"
 
 
+def _selection(run: Run, method: Method) -> Problems:
+    if run.checkpoint.every % run.evaluation.every and evaluation_selects(run, method):
+        yield (
+            "checkpoint.every",
+            f"{run.checkpoint.every} is not a multiple of evaluation.every {run.evaluation.every};"
+            " the best checkpoint is chosen by its evaluation",
+        )
+
+
 def _method(run: Run, method: Method) -> Problems:
+    causal = run.data.objective == "causal"
+    if causal and isinstance(run.data.masking, HardTokens) and not method.weighs_hard_tokens():
+        yield (
+            "data.masking.kind",
+            f"hard_tokens, but a causal LM has no masks, and method {method.kind} as set here gives"
+            " hard tokens no weight of their own (self_evolution's hard_weight does)",
+        )
     if not method.wants_teacher():
         return
     if run.teacher is None:
         yield "teacher", f"the method {method.kind} needs one"
+    if causal and isinstance(run.teacher, SelfTeacher) and run.teacher.weights == "current":
+        yield (
+            "teacher.weights",
+            "current, but a causal LM always sees its rows without masks, so its own distribution"
+            " has nothing to teach it; use frozen or average",
+        )
     caches = {n: t for n, t in _each_teacher(run) if isinstance(t, CachedTeacher)}
     for name, teacher in caches.items():
         if method.temperature not in teacher.temperatures:

@@ -173,12 +173,12 @@ def check_average(run: Run, method: Method) -> None:
     if type(method).change is not Method.change:
         raise ConfigError(
             f"teacher.weights: average, but method {method.kind} makes another model of its "
-            f"student, whose weights a copy of the first one cannot follow; use current or frozen"
+            f"student, whose weights a copy of the first one cannot follow; use frozen"
         )
     if optimizer_device(run.deepspeed) == "nvme":
         raise ConfigError(
             f"teacher.weights: average, but {run.deepspeed} keeps the weights to average on NVMe; "
-            f"use current or frozen"
+            f"use frozen (or, for a masked LM, current)"
         )
 
 

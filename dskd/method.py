@@ -115,7 +115,8 @@ class Method(Section):
     temperature_setting: ClassVar[str] = "temperature"
     """Name of that setting below ``method``, for messages."""
     selects: ClassVar[bool] = True
-    """Whether the validation loss says which checkpoint is the best; if not, it is the last one."""
+    """Whether the validation loss says which checkpoint is the best; if not, or where hard tokens
+    are masked, it is the last one."""
 
     kind: str
 
@@ -179,6 +180,10 @@ class Method(Section):
     def needs_teacher(self, step: int) -> bool:
         """Whether the optimiser step after ``step`` completed ones needs the teacher's signal."""
         del step
+        return False
+
+    def weighs_hard_tokens(self) -> bool:
+        """Whether :meth:`loss` reads ``hard_N``, which of a causal LM's labels are hard."""
         return False
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dskd.checks import cache_folder, validate
-from dskd.config import read
+from dskd.checks import cache_folder, evaluation_selects, validate
+from dskd.config import dump, read
 from dskd.errors import ConfigError
 from dskd.method import build_method
 
@@ -25,9 +25,14 @@ class _Method:
     temperature: float = 2.0
     temperature_setting: str = "temperature"
     wants: bool = True
+    weighs: bool = False
+    selects: bool = True
 
     def wants_teacher(self):
         return self.wants
+
+    def weighs_hard_tokens(self):
+        return self.weighs
 
 
 def _run(*overrides):
@@ -54,8 +59,77 @@ def test_hard_tokens_that_are_sound():
         "kind: hard_tokens, refresh: 1, model: {path: x}",
     ):
         validate(_run(f"data.masking={{{masking}}}"), 1, _Method())
-    causal = "data={objective: causal, masking: {kind: hard_tokens, least: 0.5}}"  # not used
-    validate(_run(causal), 1, _Method())
+
+
+CAUSAL_HARD = ["data.objective=causal", "data.masking.kind=hard_tokens"]
+
+
+def test_a_causal_model_needs_a_method_that_weighs_hard_tokens():
+    settings = ["most=0.3", "metric=quantile", "refresh=1", "micro_batch=2", "draws=null"]
+    run = _run(*CAUSAL_HARD, *(f"data.masking.{setting}" for setting in settings))
+    validate(run, 1, _Method(weighs=True))
+    validate(run, 1)  # nobody asks for a method: dskd hard-tokens
+    (line,) = _problems(*CAUSAL_HARD, method=_Method(kind="lm", wants=False))
+    assert line.startswith("data.masking.kind: hard_tokens, but a causal LM has no masks, and")
+    for kind, settings, weighs in (
+        ("lm", {}, False),
+        ("ki", {"schedule": "constant"}, False),
+        ("self_evolution", {}, False),
+        ("self_evolution", {"hard_weight": 0.5}, True),
+    ):
+        assert build_method({"kind": kind, **settings}).weighs_hard_tokens() == weighs
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("shown", "mask"),
+        ("sampler", "original"),
+        ("replacement", "all_mask"),
+        ("least", "0.0"),
+        ("probability", "0.2"),
+        ("keep", "0.0"),
+        ("random", "0.2"),
+    ],
+)
+def test_settings_of_masks_are_refused_of_a_causal_model(setting, value):
+    masking = f"data.masking.{setting}={value}"
+    assert _problems(*CAUSAL_HARD, masking, method=_Method(weighs=True)) == [
+        f"data.masking.{setting}: {value}, but a causal LM has no masks; leave it out"
+    ]
+
+
+def test_a_causal_run_can_be_read_back(tmp_path):
+    """Its config.yaml names all settings, those that play no part included."""
+    run = _run(*CAUSAL_HARD)
+    (tmp_path / "config.yaml").write_text(dump(run))
+    validate(read(tmp_path / "config.yaml").runs["run"], 1, _Method(weighs=True))
+
+
+@pytest.mark.parametrize("kind", ["ki", "self_evolution"])
+def test_a_causal_model_is_not_taught_by_what_it_is(kind):
+    words = ["data.objective=causal", "teacher.kind=self"]
+    (line,) = _problems(*words, method=_Method(kind=kind))
+    assert line.startswith("teacher.weights: current, but a causal LM always sees its rows")
+    validate(_run(*words), 1, _Method(kind="lm", wants=False))  # as any teacher it does not want
+    for weights in ("frozen", "average"):
+        validate(_run(*words, f"teacher.weights={weights}"), 1, _Method(kind=kind))
+    validate(_run("teacher.kind=self"), 1, _Method(kind=kind))
+
+
+def test_checkpoints_without_evaluation_where_it_does_not_select():
+    every = ["evaluation.every=4", "checkpoint.every=10"]
+    hard = "data.masking.kind=hard_tokens"
+    lm, evolution = (build_method({"kind": kind}) for kind in ("lm", "self_evolution"))
+    for run, method, selects in (
+        (_run(), lm, True),
+        (_run(hard), lm, False),  # random masks say nothing of hard ones
+        (_run(hard, "data.objective=causal"), lm, True),
+        (_run(), evolution, False),
+    ):
+        assert evaluation_selects(run, method) == selects
+    validate(_run(*every, hard), 1, _Method())
+    validate(_run(*every), 1, _Method(selects=False))
 
 
 @pytest.mark.parametrize(

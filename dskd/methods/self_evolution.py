@@ -54,6 +54,10 @@ class SelfEvolution(Method):
         del step
         return self.wants_teacher()
 
+    def weighs_hard_tokens(self) -> bool:
+        """Whether they differ from the others."""
+        return self.hard_weight != 1.0
+
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
         """Refuse another teacher than the student, and weights without hard tokens to weigh."""
         del config
@@ -63,7 +67,7 @@ class SelfEvolution(Method):
                 f"teacher.kind: {kind}, but by method self_evolution the student teaches itself; "
                 f"set it to self (or method.smoothing to 0)"
             )
-        if self.hard_weight == 1.0:
+        if not self.weighs_hard_tokens():
             return
         if run.data.objective != "causal":
             raise ConfigError(
@@ -108,7 +112,7 @@ class SelfEvolution(Method):
 
     def _weight(self, batch: Batch) -> Weight:
         """Of every supervised position: one number, or fp32 [N]."""
-        if self.hard_weight == 1.0:
+        if not self.weighs_hard_tokens():
             return 1.0
         return 1.0 + (self.hard_weight - 1.0) * batch.extra["hard_N"]
 

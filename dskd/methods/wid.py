@@ -30,7 +30,7 @@ from dskd.models.groups import layout_of, widths_of
 from dskd.models.merged import checked_merge
 from dskd.models.narrow import narrowed_config
 from dskd.models.surgery import Surgery, insert
-from dskd.settings import Run
+from dskd.settings import Run, SelfTeacher
 from dskd.shards import Weights
 
 _TRIAL_TOKENS = 512
@@ -112,6 +112,12 @@ class WeightInheritance(Method):
         if train.compile:
             raise ConfigError("train.compile: layers that method wid changes cannot be compiled")
         self._check_rule()
+        itself = run.teacher if isinstance(run.teacher, SelfTeacher) else None
+        if itself is not None and self.wants_teacher() and itself.weights == "current":
+            raise ConfigError(
+                "teacher.weights: current, but by method wid the student would learn from itself "
+                "while it shrinks; frozen is the model that it shrinks from"
+            )
         device = optimizer_device(run.deepspeed)
         if device == "nvme":
             raise ConfigError(

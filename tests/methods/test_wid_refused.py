@@ -20,10 +20,11 @@ def check(
     deepspeed: str = "zero0",
     config: PreTrainedConfig | None = TEACHER,
     path: str | None = "teacher",
+    teacher: dict[str, Any] | None = None,
 ) -> None:
     """What is checked before a run, with the config of its student."""
     steps = Train(**{"steps": 20, "clip": 0.0, "precision": "fp32"} | train)
-    run = Run(model={"path": path}, train=steps, deepspeed=deepspeed)
+    run = Run(model={"path": path}, train=steps, deepspeed=deepspeed, teacher=teacher)
     built = build_method((ORIGINAL if method.get("rule") == "original" else WID) | method)
     built.check(run, config)
 
@@ -58,6 +59,15 @@ REFUSED = [
 def test_what_cannot_be_is_refused(method, train, deepspeed, message):
     with pytest.raises(ConfigError, match=message):
         check(method, train, deepspeed)
+
+
+def test_a_student_that_shrinks_does_not_teach_itself():
+    """As it started it may, and where no distribution is inherited no teacher counts."""
+    inherit, itself = {"inherit": {"steps": 5}}, {"kind": "self", "weights": "current"}
+    with pytest.raises(ConfigError, match=r"^teacher\.weights: current, .* learn from itself"):
+        check(inherit, {}, teacher=itself)
+    check(inherit, {}, teacher={"kind": "self", "weights": "frozen"})
+    check({}, {}, teacher=itself)
 
 
 def test_what_can_be_is_not(tmp_path):

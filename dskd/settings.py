@@ -124,8 +124,8 @@ class HardTokens(MaskShares):
 
     The model is asked once, before training; a store keeps its answers for every token, so all
     that chooses among them can be changed without asking again. Validation rows are masked at
-    random. For causal LMs the hard tokens are those that a method may weigh; of these settings
-    only ``store``, ``model``, the metric's, ``most`` and ``refresh`` play a part.
+    random. For causal LMs the hard tokens are labels that the method weighs, or the run is refused,
+    as are settings of ours that only masks have.
     """
 
     kind: Literal["hard_tokens"]
@@ -153,8 +153,8 @@ class HardTokens(MaskShares):
     replacement: Literal["bert", "all_mask"] = "bert"
     """``bert``: as ``keep`` and ``random`` say; ``all_mask``: always the mask token."""
     sampler: Literal["counter", "original"] = "counter"
-    """``counter``: as above; ``original``: bit for bit the masks of the original Self-Evolution
-    code, in which ``least``, ``most`` and ``replacement`` play no part."""
+    """``counter``: as above; ``original``: those of the original Self-Evolution code, bit for bit
+    up to the store's float16; ``least``, ``most`` and ``replacement`` play no part."""
     refresh: int | None = Field(None, ge=1)
     """Ask again, and then the current student, every so many epochs; null: never."""
     micro_batch: int = Field(16, ge=1)
@@ -250,8 +250,8 @@ class SelfTeacher(Section):
 
     kind: Literal["self"]
     weights: Literal["current", "frozen", "average"] = "current"
-    """``current``: as they are at that step, as in the original code; ``frozen``: as the run began;
-    ``average``: their exponential moving average."""
+    """``current``: as they are at that step, as in the original code (masked LMs only); ``frozen``:
+    as the run began; ``average``: their exponential moving average."""
     decay: float = Field(0.999, ge=0, lt=1)
     """Factor of the average."""
     deepspeed: str | None = None
@@ -305,7 +305,8 @@ class Train(Section):
 
 
 class Evaluation(Section):
-    """The plain LM loss on the validation rows; it selects the best checkpoint."""
+    """The plain LM loss on the validation rows; it selects the best checkpoint, but not where hard
+    tokens are masked or by method ``self_evolution``."""
 
     every: int = Field(10, ge=1)
     """Steps between evaluations (the last step is always evaluated)."""
@@ -320,7 +321,7 @@ class Checkpoint(Section):
     every: int = Field(10, ge=1)
     """Steps between checkpoints (the last step is always saved)."""
     keep: int = Field(2, ge=1)
-    """Most recent checkpoints kept; the best one is kept besides."""
+    """Most recent checkpoints kept; the best one, if the evaluation selects, besides."""
 
 
 class Run(Section):

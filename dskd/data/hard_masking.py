@@ -3,7 +3,7 @@
 The original masks every token whose negative log-likelihood exceeds 0.1 nat, always by the mask
 token, and by accident masks at random where a row has fewer than two of them. Here a row loses
 between ``least`` and ``most`` of its tokens: the hardest first, then random ones; and BERT's
-80/10/10 holds. The original's masks are to be had bit for bit.
+80/10/10 holds. The original's masks are to be had, bit for bit given what the store holds.
 
 Shape letters: B rows, T tokens, N supervised positions, V vocabulary.
 """
@@ -97,11 +97,14 @@ class HardView:
 
 
 class OriginalHardView:
-    """The masks of the original Self-Evolution code, bit for bit.
+    """The masks of the original Self-Evolution code, bit for bit up to the store's float16.
 
     A row with two or more hard tokens, special ones counted, loses exactly those to the mask token,
     in every epoch. A row with one loses it and random others, a row with none random ones, as
     fairseq masks.
+
+    The store may round an NLL across the threshold: one between 0.1 and 0.100006 nats is hard in
+    the original and, stored as 0.09998, not here.
 
     Args: as of :class:`HardView`.
 

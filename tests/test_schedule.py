@@ -11,7 +11,9 @@ from dskd.errors import ConfigError
 from dskd.schedule import inheritance_rate, learning_rate
 from dskd.settings import Train
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "ki.json").read_text())
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = json.loads((FOLDER / "ki.json").read_text())
+EVOLUTION = json.loads((FOLDER / "self_evolution.json").read_text())
 KINDS = {"linear": "linear", "then": "switch"}
 
 
@@ -22,14 +24,14 @@ def test_inheritance_rate_is_the_original_one(mode):
         assert inheritance_rate(KINDS[mode], int(step), table["max_update_distil"]) == alpha
 
 
-def test_learning_rate_is_the_original_one():
-    golden = GOLDEN["lr_schedule"]
+@pytest.mark.parametrize("golden", [GOLDEN["lr_schedule"], EVOLUTION["lr"]], ids=["ki", "self"])
+def test_learning_rate_is_the_original_one(golden):
     train = Train(
         lr=golden["peak"],
         warmup=golden["warmup"],
         steps=golden["total"],
-        end_lr=golden["end"],
-        power=golden["power"],
+        end_lr=golden.get("end", 0.0),
+        power=golden.get("power", 1.0),
         schedule="polynomial",
     )
     for step, lr in golden["table"].items():

@@ -125,6 +125,37 @@ def test_the_originals_masks_stand_still_where_two_are_hard(hardness):
     assert not (first[0][~many_R] == second[0][~many_R]).all(1).any()
 
 
+@pytest.mark.parametrize("rows_per_shard", [1, 3, 150])
+def test_what_several_ranks_found_is_merged(tmp_path, rows_per_shard):
+    """The original's merge of its ranks' pickles. Here each writes shards of one store, some twice,
+    as after an interruption, and a row is found in whatever shard it lies."""
+    golden = GOLDEN["merge"]
+    hard = [{int(row): places for row, places in part.items()} for part in golden["shards"]]
+    rows, asking = Rows(ALL.ids_RT[:4], np.full(4, WIDTH)), Asking("token")
+    masking = HardTokens(kind="hard_tokens", rows_per_shard=rows_per_shard)
+    spec = hardness_spec(masking, rows, ScoringView(asking, TOKENIZER), {"data": "rows"})
+    writers = [Writer(tmp_path / "s", spec) for _ in hard]
+    writers[0].prepare()
+    every = hard[0] | hard[1] | {2: []}  # of row 2 no token is hard, so the original has no entry
+    for writer, part in zip(writers, hard, strict=True):
+        for shard in range(spec.shards):
+            _, begin, end = spec.span(shard)
+            if not part.keys() & range(begin, end) and begin != 2:
+                continue
+            nll_RT = np.full((end - begin, WIDTH), 0.05, np.float32)
+            for row in range(begin, end):
+                nll_RT[row - begin, every[row]] = 2.0
+            columns = encode(nll_RT.ravel(), np.zeros(nll_RT.size, bool))
+            counts_R, present_R = np.full(end - begin, WIDTH), np.ones(end - begin, bool)
+            writer.write_shard(shard, counts_R, present_R, columns)
+    writers[0].finish(writers[0].records | writers[1].records)
+    opened = Hardness(tmp_path / "s", {"data": "rows"})
+    row_ids_B = np.array([3, 0, 2, 1, 3])
+    nll_BT, _ = opened.read(row_ids_B, *rows.read(row_ids_B))
+    found = [np.flatnonzero(nll_T > 0.1).tolist() for nll_T in nll_BT]
+    assert found == [golden["merged"].get(str(row), []) for row in row_ids_B]
+
+
 # Which tokens
 
 

@@ -47,10 +47,14 @@ def cache_folder(run: Run, domain: str | None = None) -> Path:
     return run.out / "cache" if domain is None else run.out / "cache" / domain
 
 
-def questions_folder(run: Run) -> Path:
-    """Where a run whose masking is of hard tokens keeps what the model said before training."""
+def questions_folder(run: Run, generation: int = 0) -> Path:
+    """Where a run whose masking is of hard tokens keeps what the model said before training, or the
+    student after ``generation`` times ``refresh`` epochs."""
     masking = run.data.masking
     assert isinstance(masking, HardTokens), masking
+    if generation:
+        assert masking.refresh is not None, generation
+        return run.out / f"questions-epoch-{generation * masking.refresh:05d}"
     return run.out / "questions" if masking.store is None else masking.store
 
 

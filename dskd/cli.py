@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     hard.add_argument("overrides", nargs="*", metavar="a.b=value", help="other settings to try")
     hard.add_argument("--plot", type=Path, metavar="FILE.png", help="an image to write")
     hard.add_argument("--top", type=int, default=30, metavar="N", help="tokens to show (30)")
+    hard.add_argument("--epoch", type=int, default=0, metavar="N", help="epoch to look at (0)")
     hard.set_defaults(run=_hard_tokens)
 
     report = commands.add_parser("report", help="table and report.html of finished runs")
@@ -125,7 +126,7 @@ def _show(values: dict[str, object]) -> None:
 def _hard_tokens(arguments: argparse.Namespace) -> int:
     from dskd.hard_tokens import show
 
-    show(arguments.path, arguments.overrides, arguments.plot, arguments.top)
+    show(arguments.path, arguments.overrides, arguments.plot, arguments.top, arguments.epoch)
     return 0
 
 

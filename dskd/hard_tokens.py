@@ -54,7 +54,7 @@ class Findings:
         tokens_D: tokens by domain.
         hard_D: those that are hard.
         wrong_D: those for which the model held another token for likelier.
-        taken_D: those that are masked in the first epoch; of a causal LM, that count as hard after
+        taken_D: those that are masked in the epoch; of a causal LM, that count as hard after
             ``most``.
         nll_D: their summed NLL, nats.
         magnitudes: int64 [2^15], tokens by the bit pattern of their float16 NLL.
@@ -84,7 +84,13 @@ class Findings:
         return order_V[self.hard_V[order_V] > 0]
 
 
-def show(path: Path, overrides: Iterable[str], plot: Path | None = None, top: int = 30) -> None:
+def show(
+    path: Path,
+    overrides: Iterable[str],
+    plot: Path | None = None,
+    top: int = 30,
+    epoch: int = 0,
+) -> None:
     """Print the tables of a run, and write the plot.
 
     Args:
@@ -92,6 +98,7 @@ def show(path: Path, overrides: Iterable[str], plot: Path | None = None, top: in
         overrides: ``a.b=value``, laid on its settings.
         plot: an image file to write, if any.
         top: number of tokens to show.
+        epoch: whose masks, and with ``refresh`` whose answers, to look at; 0 is the first.
 
     Raises:
         ConfigError: no single run there has a masking of hard tokens, or its settings are wrong.
@@ -99,13 +106,18 @@ def show(path: Path, overrides: Iterable[str], plot: Path | None = None, top: in
     """
     if plot is not None and plot.suffix[1:] not in FORMATS:
         raise ConfigError(f"hard-tokens: --plot: {plot} is not one of {', '.join(FORMATS)}")
+    if epoch < 0:
+        raise ConfigError(f"hard-tokens: --epoch: {epoch} is less than 0, the first")
     run = run_at(path, overrides)
-    prepared, hardness = _opened(run)
-    found = find(run, prepared, hardness)
+    prepared, hardness = _opened(run, epoch)
+    found = find(run, prepared, hardness, epoch)
     names = prepared.tokenizer.convert_ids_to_tokens(found.most_often_hard(top).tolist())
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
+    # The model is not at hand, so whose answers they are is told and not checked.
+    model = hardness.store.spec.fingerprints["model"]
+    print(f"answers in {hardness.store.folder}, of the model with fingerprint {model}")
     for table in (_shares(run, found), _spread(found), _tokens(found, names)):
         console.print(table)
     if plot is not None:
@@ -135,8 +147,8 @@ def run_at(path: Path, overrides: Iterable[str]) -> Run:
     return run
 
 
-def find(run: Run, prepared: Prepared, hardness: Hardness) -> Findings:
-    """Read the whole store, and judge and mask every row as the first epoch does."""
+def find(run: Run, prepared: Prepared, hardness: Hardness, epoch: int = 0) -> Findings:
+    """Read the whole store, and judge and mask every row as ``epoch`` does, whose store it is."""
     view = hard_view(
         run.data,
         prepared.tokenizer,
@@ -153,7 +165,7 @@ def find(run: Run, prepared: Prepared, hardness: Hardness) -> Findings:
     for begin in range(0, len(prepared.train), _ROWS):
         row_ids_B = np.arange(begin, min(begin + _ROWS, len(prepared.train)))
         ids_BT, lengths_B = prepared.train.read(row_ids_B)
-        about = (row_ids_B, np.zeros_like(row_ids_B), ids_BT, lengths_B)
+        about = (row_ids_B, np.full_like(row_ids_B, epoch), ids_BT, lengths_B)
         nll_BT, hard_BT = view.judge(*about)
         _, wrong_BT = hardness.read(row_ids_B, ids_BT, lengths_B)
         targets_BT = hardness.asking.targets(ids_BT)
@@ -185,10 +197,16 @@ def find(run: Run, prepared: Prepared, hardness: Hardness) -> Findings:
     )
 
 
-def _opened(run: Run) -> tuple[Prepared, Hardness]:
-    folder = questions_folder(run)
+def _opened(run: Run, epoch: int) -> tuple[Prepared, Hardness]:
+    """The rows, and the store that the epoch's masks are read from."""
+    refresh = run.data.masking.refresh
+    generation = 0 if refresh is None else epoch // refresh
+    folder = questions_folder(run, generation)
     if not (folder / MANIFEST).exists():
-        raise StoreError(f"{folder}: no such store; `dskd train ... until=question` makes it")
+        how = "`until=question`"
+        if generation:
+            how = f"training, once {generation * refresh} epochs are over,"
+        raise StoreError(f"{folder}: no such store; {how} makes it")
     prepared = open_prepared(prepare(run.data), verify=False)
     view = scoring_view(run.data, prepared.tokenizer, run.seed)
     prints = {**prints_of_rows(run, prepared), "scoring": view.fingerprint}

@@ -30,13 +30,13 @@ def answer(ids, places):
     return nll.astype(np.float32), (ids % 5 == 0) & (places % 2 == 0)
 
 
-def fill(run):
-    """Write the run's store without a model; return the opened rows and store."""
+def fill(run, name="questions", model="M", more=0.0):
+    """Write a store of the run without a model; return the opened rows and store."""
     prepared = open_prepared(prepare(run.data))
     view = scoring_view(run.data, prepared.tokenizer, run.seed)
     prints = {**prints_of_rows(run, prepared), "scoring": view.fingerprint}
-    spec = hardness_spec(run.data.masking, prepared.train, view, {**prints, "model": "M"})
-    writer = Writer(run.out / "questions", spec)
+    spec = hardness_spec(run.data.masking, prepared.train, view, {**prints, "model": model})
+    writer = Writer(run.out / name, spec)
     writer.prepare()
     for shard in range(spec.shards):
         draw, begin, end = spec.span(shard)
@@ -45,10 +45,11 @@ def fill(run):
         labels_BT = view(row_ids, np.full_like(row_ids, draw), ids_BT, lengths_B)[1]
         asked_BT = labels_BT != IGNORE
         places_BT = np.broadcast_to(np.arange(ids_BT.shape[1]), ids_BT.shape)
-        columns = encode(*answer(labels_BT[asked_BT], places_BT[asked_BT]))
+        nll_N, wrong_N = answer(labels_BT[asked_BT], places_BT[asked_BT])
+        columns = encode(nll_N + np.float32(more), wrong_N)
         writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
     writer.finish(writer.records)
-    return prepared, Hardness(run.out / "questions", prints)
+    return prepared, Hardness(run.out / name, prints)
 
 
 def make_run(folder: Path, *overrides: str):
@@ -150,6 +151,7 @@ def test_printed(made, capsys, tmp_path):
     assert main(["hard-tokens", str(run.out), "--plot", str(plot), "--top", "3"]) == 0
     out = capsys.readouterr().out
     assert "Hard tokens: NLL above 0.1 nats" in out
+    assert out.startswith(f"answers in {run.out}/questions, of the model with fingerprint M\n")
     lines = [[cell.strip() for cell in line.split(BAR)[1:-1]] for line in out.splitlines()]
     rows = {cells[0]: cells[1:] for cells in reversed(lines) if cells}  # the first of a name
     tokens, hard = int(found.tokens_D.sum()), int(found.hard_D.sum())
@@ -180,6 +182,25 @@ def test_other_settings_can_be_tried(made, capsys):
     assert 0.15 < hardest.hard_D.sum() / hardest.tokens_D.sum() <= 0.2
 
 
+def test_a_later_epoch(made, capsys):
+    """The masks are those of that epoch, and of the student that was asked before it."""
+    run, prepared, hardness = made
+    _, later = fill(run, "questions-epoch-00002", model="S", more=1.0)
+    refresh = "data.masking.refresh=2"
+    found = find(run_at(run.out, [refresh]), prepared, later, epoch=3)
+    assert found.hard_D.tolist() == found.tokens_D.tolist()  # all are 1 nat harder
+    begins = f"answers in {run.out}/questions"
+    for epoch, words in (
+        (0, f"{begins}, of the model with fingerprint M\n"),
+        (3, f"{begins}-epoch-00002, of the model with fingerprint S\n"),
+    ):
+        assert main(["hard-tokens", str(run.out), refresh, "--epoch", str(epoch)]) == 0
+        assert capsys.readouterr().out.startswith(words)
+    first, other = (find(run, prepared, hardness, epoch).taken_D for epoch in (0, 1))
+    assert first.tolist() != other.tolist()  # the masks alone are others
+    assert (first.sum() - other.sum()) / first.sum() == pytest.approx(0, abs=0.02)
+
+
 def test_refusals(made, capsys, tmp_path):
     run = made[0]
 
@@ -196,6 +217,9 @@ def test_refusals(made, capsys, tmp_path):
     assert "made with another blocking" in refused(run.out, "data.block_size=24")
     assert "made with another scoring" in refused(run.out, "data.masking.shown=mask")
     assert "data.masking.least" in refused(run.out, "data.masking.least=0.5")
+    assert "--epoch: -1 is less than 0" in refused(run.out, "--epoch", -1)
+    after = refused(run.out, "data.masking.refresh=2", "--epoch", 5)
+    assert "questions-epoch-00004: no such store; training, once 4 epochs are over" in after
     recipe = tmp_path / "a.yaml"
     recipe.write_text(
         "base: {out: o, data: {masking: {kind: hard_tokens}}}\nruns: {a: {}, b: {}}\n"

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,14 +14,11 @@ from dskd.batch import IGNORE, Batch, Projected
 from dskd.checks import validate
 from dskd.config import Recipe, read
 from dskd.errors import ConfigError
-from dskd.log import read_metrics
 from dskd.method import build_method
 from dskd.objective import Objective
 from dskd.plan import check
 from dskd.shards import Weights
 from dskd.teacher import Live, Own, Unmasked
-from tests.equivalence.small import STEPS, Runs, causal
-from tests.launching import cut_back, evaluations, losses
 
 VOCABULARY, MASK = 23, 4
 
@@ -229,161 +221,12 @@ def test_settings_of_the_frozen_copy_are_refused_elsewhere():
 def test_no_average_of_what_cannot_be_followed():
     sizes = "hidden_size: 32, every: 1, ramp: 2, anneal: 2"
     method = f"method={{kind: wid, {sizes}, inherit: {{steps: 5}}}}"
-    average = "teacher={kind: self, weights: average}"
-    assert problem(method, average).startswith("teacher.weights: average, but method wid makes")
+    average, model = "teacher={kind: self, weights: average}", "model={path: nobody/here}"
+    refused = problem(method, average, model)
+    assert refused.startswith("teacher.weights: average, but method wid makes")
     on_disk = problem(average, "deepspeed=zero3_nvme")
     assert on_disk.startswith("teacher.weights: average, but zero3_nvme keeps the weights")
-    recipe: Recipe = read(None, [method, "teacher={kind: self, weights: frozen}"])
+    recipe: Recipe = read(None, [method, model, "teacher={kind: self, weights: frozen}"])
     run = recipe.runs["run"]
     check(recipe, {"run": build_method(run.method)}, world=1)
     validate(run, 2, build_method(run.method))
-
-
-# ---- whole runs ----------------------------------------------------------------------------------
-
-WEIGHTS = ("current", "frozen", "average")
-STEEP = {"kind": "self_evolution", "smoothing": 0.5}
-
-
-def train(runs: Runs, name: str, ranks: int, *words: str, weights: str, **changes: Any) -> Path:
-    """A run of the tiny student that teaches itself, on random masks."""
-    teacher = {"kind": "self", "weights": weights, "decay": 0.5}
-    tree = {"teacher": teacher, "method": STEEP, "deepspeed": "zero0"}
-    return runs.run(name, ranks, *words, **(changes | tree))
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("self"))
-
-
-@pytest.fixture(scope="module")
-def references(runs) -> dict[str, Path]:
-    """One rank, ZeRO-0, two micro-batches a step."""
-    return {weights: train(runs, weights, 1, weights=weights) for weights in WEIGHTS}
-
-
-def same(a: Path, b: Path) -> None:
-    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
-    assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
-    assert column(a, "kl") == pytest.approx(column(b, "kl"), abs=1e-5)
-
-
-def column(run: Path, term: str) -> list[float]:
-    lines = read_metrics(run / "train" / "metrics.jsonl")
-    return [line["terms"][term] for line in lines if "terms" in line]
-
-
-def test_the_three_teachers_are_alike_at_first_only(references):
-    """All start at the student's weights, and part as soon as a step has moved it."""
-    kl = {weights: column(run, "kl") for weights, run in references.items()}
-    assert kl["frozen"][0] == pytest.approx(kl["current"][0], abs=1e-6) and kl["frozen"][0] > 0
-    assert kl["average"][0] == pytest.approx(kl["current"][0], abs=1e-6)
-    last = [kl[weights][-1] for weights in WEIGHTS]
-    apart = [abs(a - b) for a, b in zip(last, last[1:] + last[:1], strict=True)]
-    assert min(apart) > 1e-4
-    for run in references.values():
-        lines = [x for x in read_metrics(run / "train" / "metrics.jsonl") if "terms" in x]
-        for line in lines:
-            terms = line["terms"]
-            assert line["loss"] == pytest.approx(0.5 * terms["ce"] + 0.5 * terms["kl"], rel=1e-6)
-
-
-GEOMETRIES = [
-    ("current", 0, 2, 4),
-    ("current", 2, 1, 8),
-    ("current", 3, 2, 2),
-    ("average", 0, 2, 2),
-    ("average", 2, 2, 4),
-    ("average", 3, 2, 2),
-]
-
-
-@pytest.mark.parametrize(("weights", "stage", "ranks", "micro"), GEOMETRIES)
-def test_any_geometry_is_the_same_run(runs, references, weights, stage, ranks, micro):
-    words = [f"deepspeed=zero{stage}", f"train.micro_batch={micro}"]
-    name = f"{weights}-{stage}-{ranks}-{micro}"
-    same(train(runs, name, ranks, *words, weights=weights), references[weights])
-
-
-def test_a_sharded_frozen_copy_is_the_same(runs, references):
-    words = ["teacher.deepspeed=zero3", "deepspeed=zero3", "train.micro_batch=4"]
-    same(train(runs, "sharded", 2, *words, weights="frozen"), references["frozen"])
-
-
-def test_activation_checkpointing_changes_nothing(runs, references):
-    words = ["train.activation_checkpointing=true", "deepspeed=zero3"]
-    same(train(runs, "recomputed", 2, *words, weights="current"), references["current"])
-
-
-RESUMED = [
-    ("average", (0, 1), (0, 1)),
-    ("average", (3, 2), (3, 2)),
-    ("average", (2, 2), (3, 1)),
-    ("frozen", (0, 1), (2, 2)),
-]
-
-
-@pytest.mark.parametrize(("weights", "saved", "loaded"), RESUMED)
-def test_goes_on_where_it_was(runs, references, weights, saved, loaded):
-    """Bit for bit in the same geometry, to rounding in another."""
-    name = "{}-{}-{}--{}-{}".format(weights, *saved, *loaded)
-    stage, ranks = saved
-    out = train(runs, name, ranks, f"deepspeed=zero{stage}", weights=weights)
-    whole = losses(out), column(out, "kl")
-    cut_back(out, step=2)
-    stage, ranks = loaded
-    train(runs, name, ranks, f"deepspeed=zero{stage}", weights=weights)
-    same(out, references[weights])
-    if saved == loaded:
-        assert (losses(out), column(out, "kl")) == whole
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_causal_students(runs, weights):
-    changes = {key: value for key, value in causal().items() if key != "teacher"}
-    one = train(runs, f"causal-{weights}", 1, weights=weights, **changes)
-    if weights == "current":
-        words = ["deepspeed=zero3", "train.micro_batch=2"]
-        same(train(runs, f"causal-{weights}-3", 2, *words, weights=weights, **changes), one)
-    kl = column(one, "kl")
-    assert kl[0] == pytest.approx(0.0, abs=1e-6)  # the same rows, no dropout
-    assert (max(map(abs, kl)) < 1e-6) == (weights == "current")
-
-
-def test_the_last_checkpoint_is_exported_whatever_its_loss(runs, references):
-    """Of a run whose validation loss rises: its learning rate grows far too high."""
-    out = train(
-        runs,
-        "rising",
-        1,
-        "until=evaluate",
-        weights="current",
-        train={"steps": STEPS, "lr": 3.0, "warmup": STEPS, "clip": 0.0},
-        checkpoint={"keep": 1},
-    )
-    scores = evaluations(out)
-    assert scores[-1] > scores[0]
-    summary = json.loads((out / "train" / "summary.json").read_text())
-    assert summary["best_step"] == STEPS
-    assert summary["best_eval_nll"] == summary["eval_nll"] == scores[-1]
-    kept = [path.name for path in (out / "train" / "checkpoints").iterdir()]
-    assert kept == [f"step-{STEPS:08d}"]
-    exported = json.loads((out / "scores.json").read_text())["eval_nll"]
-    assert exported == pytest.approx(scores[-1], abs=1e-5)
-
-
-def test_the_student_is_exported_and_not_its_average(runs, references):
-    out = runs.folder / "exported"
-    shutil.copytree(references["average"], out)
-    train(runs, out.name, 2, "deepspeed=zero3", "until=evaluate", weights="average")
-    scores = json.loads((out / "scores.json").read_text())
-    assert scores["eval_nll"] == pytest.approx(evaluations(out)[-1], abs=1e-5)
-
-
-def test_without_smoothing_it_is_language_modelling(runs):
-    """The same losses bit for bit; no teacher is built."""
-    tree = {"deepspeed": "zero0", "teacher": None}
-    plain = runs.run("plain", 1, **tree, method={"kind": "lm"})
-    own = runs.run("own", 1, **tree, method={"kind": "self_evolution", "smoothing": 0.0})
-    assert losses(own) == losses(plain)

@@ -3,7 +3,7 @@
 After every step that was taken, ``mean = decay mean + (1 - decay) weight``, in fp32, starting at
 the weights that training starts at. Every rank holds the whole mean and a replica that computes
 with it, and puts each parameter together once a step, in fp32: with ZeRO about as much traffic as
-the step's gradients.
+the step's gradients, at stages 1 and 2 in buckets, at stage 3 one parameter after the other.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class Average(Change):
     def after_step(self, weights: Weights, step: int, lr: float) -> None:
         """Move the mean (collective under ZeRO)."""
         del step, lr
-        for name, mean in self._mean.items():
-            mean.lerp_(weights.whole(name).to(mean.device), 1.0 - self._decay)
+        for name, whole in weights.wholes(self._mean):
+            mean = self._mean[name]
+            mean.lerp_(whole.to(mean.device), 1.0 - self._decay)
         self._publish()
 
     def save(self, folder: Path) -> None:

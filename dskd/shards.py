@@ -9,7 +9,7 @@ is what the model computes with once it is published.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,9 @@ from dskd import dist
 from dskd.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+_BUCKET = 1 << 25
+"""Entries of parameters put together at once, after which a bucket is closed."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,12 @@ class Weights:
     def whole(self, name: str) -> Tensor:
         """The whole fp32 weight, on every rank, not to be changed (collective under ZeRO)."""
         return self._parameters[name].detach()
+
+    def wholes(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Each name with its :meth:`whole` weight; fewer collectives than one a parameter where
+        that is simple."""
+        for name in names:
+            yield name, self.whole(name)
 
     def publish(self) -> None:
         """Make the model compute with the weights as edited (collective under ZeRO)."""
@@ -205,11 +214,30 @@ class PartitionedWeights(Weights):
 
     def whole(self, name: str) -> Tensor:
         """The weight put together from the ranks' partitions."""
-        parameter, shard = self._parameters[name], self.shard(name)
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if shard is not None:
-            whole[shard.start : shard.start + len(shard.weight)] = shard.weight
-        return dist.sum_over_ranks(whole).view(parameter.shape)
+        return dict(self.wholes([name]))[name]
+
+    def wholes(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """One collective for each bucket of parameters."""
+        bucket: dict[str, nn.Parameter] = {}
+        for name in names:
+            bucket[name] = self._parameters[name]
+            if sum(parameter.numel() for parameter in bucket.values()) >= _BUCKET:
+                yield from self._together(bucket)
+                bucket = {}
+        if bucket:
+            yield from self._together(bucket)
+
+    def _together(self, bucket: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+        sizes = [parameter.numel() for parameter in bucket.values()]
+        device = next(iter(bucket.values())).device
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        wholes = dict(zip(bucket, flat.split(sizes), strict=True))
+        for name, whole in wholes.items():
+            if (shard := self.shard(name)) is not None:
+                whole[shard.start : shard.start + len(shard.weight)] = shard.weight
+        dist.sum_over_ranks(flat)
+        for name, whole in wholes.items():
+            yield name, whole.view(bucket[name].shape)
 
     def publish(self) -> None:
         """Round the partitions into the parameters and gather them, as a step does."""

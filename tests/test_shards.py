@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dskd import dist, shards
 from dskd.engine import Engine
 from dskd.errors import ConfigError
 from dskd.shards import Weights
@@ -204,6 +205,29 @@ def test_bf16_publishes_what_was_edited(stage, world, robin):
             torch.testing.assert_close(master, value, rtol=0.05, atol=0.05)
             assert torch.equal(master.bfloat16(), torch.tensor(used[name]).bfloat16())
             assert not torch.equal(master.bfloat16().float(), master)
+
+
+def _gathered(rank: int, stage: int) -> tuple[dict, dict, int]:
+    """Weights put together one by one and together, and how many collectives the latter took."""
+    toy = Toy(always=True)
+    engine = Engine(
+        toy, groups_of(toy.student), settings(stage, "fp32", 2, False, False), monitor=False
+    )
+    weights = engine.weights(gradients=False)
+    names = [name for name, _ in toy.student.named_parameters()]
+    one_by_one = {name: weights.whole(name).tolist() for name in names}
+    calls, real = [], dist.sum_over_ranks
+    shards._BUCKET, dist.sum_over_ranks = 90, lambda value: (calls.append(value), real(value))[1]
+    together = {name: whole.tolist() for name, whole in weights.wholes(names)}
+    return one_by_one, together, len(calls)
+
+
+@pytest.mark.parametrize(("stage", "calls"), [(0, 0), (1, 2), (2, 2), (3, 0)])
+def test_parameters_are_put_together_in_buckets(stage, calls):
+    """15, 91, 13 and 39 entries, in buckets that are closed once they hold 90."""
+    expected = {name: p.tolist() for name, p in Student().named_parameters()}
+    for found in run_ranks(_gathered, stage, world=2):
+        assert found == (expected, expected, calls)
 
 
 def _unknown(rank: int) -> str:

@@ -25,6 +25,11 @@ from dskd.errors import DskdError
 from dskd.store import Writer
 from dskd.store_format import StoreSpec
 
+
+class Stopped(Exception):
+    """A sweep ended between two rounds because it was asked to; what it wrote is whole."""
+
+
 Output = TypeVar("Output")
 Part = Mapping[str, np.ndarray]
 Progress = Callable[[int, int], None]
@@ -41,6 +46,7 @@ def sweep(
     score: Callable[[Batch, Output], Part],
     present_R: NDArray[np.bool_] | None = None,
     progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> None:
     """Fill a store; collective, and called again after an interruption it goes on.
 
@@ -54,8 +60,10 @@ def sweep(
         score: the store's columns for the batch's supervised positions, in row-major order.
         present_R: bool, which of the R rows to take; None: all.
         progress: called after each forward pass.
+        stop: whether to stop, asked before each round on every rank; None: never.
 
     Raises:
+        Stopped: ``stop`` said so on one of the ranks, on all of them.
         DskdError: what went wrong on one of the ranks, on all of them.
     """
     spec = writer.spec
@@ -67,6 +75,8 @@ def sweep(
     done = total - sum(len(_row_ids(spec, present_R, shard)) for shard in missing)
     idle = np.flatnonzero(present_R)[:1]
     for first in range(0, len(missing), dist.world()):
+        if stop is not None and any(dist.gather_objects(stop())):
+            raise Stopped
         shards = missing[first : first + dist.world()]
         ids_by_rank = [_row_ids(spec, present_R, shard) for shard in shards]
         calls = -(-max(len(ids) for ids in ids_by_rank) // micro_batch)

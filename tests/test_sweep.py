@@ -13,7 +13,7 @@ import torch
 from dskd.errors import NonFiniteError, StoreError
 from dskd.logit_cache import Layout, LogitCache
 from dskd.store import Writer, shard_path
-from dskd.sweep import sweep
+from dskd.sweep import Stopped, sweep
 from tests.caches import ToyMasks, ToyRows, ToyTeacher
 from tests.ranks import run_ranks
 
@@ -23,7 +23,7 @@ LAYOUT = Layout(
 )
 
 
-def fill(folder, *, micro_batch=3, rows=None, domain=None, forward=None, progress=None):
+def fill(folder, *, micro_batch=3, rows=None, domain=None, forward=None, progress=None, stop=None):
     """Sweep a toy teacher over toy rows: 23 rows, 2 draws, 12 shards of at most 4 rows."""
     rows = rows or ToyRows()
     view = ToyMasks()
@@ -39,6 +39,7 @@ def fill(folder, *, micro_batch=3, rows=None, domain=None, forward=None, progres
         score=lambda batch, signal: LAYOUT.encode(batch, signal.logits_NV),
         present_R=present,
         progress=progress,
+        stop=stop,
     )
     return teacher
 
@@ -157,6 +158,24 @@ def test_failure_of_one_rank_ends_all_after_the_round(tmp_path, reference):
     with pytest.raises(NonFiniteError, match="row 6"):
         fill(tmp_path / "one", forward=_FailingTeacher())
     assert sorted(files(tmp_path / "one")) == kept
+
+
+def _fill_until(rank, folder):
+    """Rank 1 is told to stop after the second round."""
+    calls = iter([False, False, True])
+    fill(folder, stop=lambda: rank == 1 and next(calls))
+
+
+def _fill_until_stopped(rank, folder):
+    with pytest.raises(Stopped):
+        _fill_until(rank, folder)
+
+
+def test_told_to_stop_all_ranks_do_after_the_round(tmp_path, reference):
+    run_ranks(_fill_until_stopped, tmp_path / "s")
+    assert len(list((tmp_path / "s").glob("shard-*"))) == 4
+    fill(tmp_path / "s")
+    assert files(tmp_path / "s") == files(reference)
 
 
 def test_folder_that_cannot_be_written(tmp_path):

@@ -83,13 +83,32 @@ _FREE = re.compile(
 )
 
 
-def differences(a: Run, b: Run) -> list[str]:
+# Settings that choose among a model's answers, or what becomes of the chosen tokens.
+_SELECTION = {
+    *("threshold", "metric", "quantile", "least", "most", "probability"),
+    *("keep", "random", "replacement", "sampler", "refresh", "draws"),
+}
+
+
+def differences(a: Run, b: Run, *, selection: bool = True) -> list[str]:
     """Settings in which two runs differ so that their results differ: ``name: a's value, now b's``.
 
     Folders, geometry (``deepspeed``, micro-batches, ``compile``, activation checkpointing), the
     last stage and the cadence of logs, checkpoints and evaluations are free.
+
+    Args:
+        a: a run.
+        b: another.
+        selection: whether what selects among the tokens of a masking of hard tokens counts, or
+            only what their store depends on.
     """
-    return list(_changes(a.model_dump(mode="json"), b.model_dump(mode="json"), ""))
+    old, new = a.model_dump(mode="json"), b.model_dump(mode="json")
+    if not selection and isinstance(b.data.masking, HardTokens):
+        asked = {"probability"} if b.data.masking.shown == "mask" else set()  # it sets the passes
+        for masking in (old["data"]["masking"], new["data"]["masking"]):
+            for name in masking.keys() & _SELECTION - asked:
+                del masking[name]
+    return list(_changes(old, new, ""))
 
 
 def _changes(old: Any, new: Any, name: str) -> Iterator[str]:

@@ -12,12 +12,9 @@ A run's folder::
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TextIO
 
 from transformers import PreTrainedConfig
 
@@ -29,6 +26,7 @@ from dskd.files import read_manifest, write_atomic, write_manifest
 from dskd.hardware import student_config, teacher_config
 from dskd.inheritance import check_average, each_teacher
 from dskd.job import Job
+from dskd.locks import alone
 from dskd.log import say
 from dskd.method import Method
 from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
@@ -43,8 +41,11 @@ CONTROL = "scratch"
 
 NOMINAL_HIDDEN = 1024
 
-_MADE = ("sliced", "questions", "cache", "train", "export")
+_MADE = ("sliced", "questions", "questions-epoch-*", "cache", "train", "export")
 """Folders that depend on the settings."""
+
+_MASKED = ("cache", "train", "export")
+"""Those that depend on which of the tokens asked about are masked."""
 
 _LEFT = {
     "slice": "sliced",
@@ -149,7 +150,7 @@ def is_done(recipe: Recipe) -> bool:
 def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Carry out what is not done yet; then print the table and write ``report.html``."""
     device = engine.start()
-    with _alone(recipe.out):
+    with alone(recipe.out):
         dist.on_rank0(lambda: _write_settings(recipe))
         for name, run in recipe.runs.items():
             say(f"== {name}: {run.method['kind']}, {run.out}")
@@ -176,26 +177,6 @@ def report(recipe: Recipe) -> None:
     print(f"report: {write_report(runs, recipe.out, control)}", flush=True)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; wait while another job works in it. A killed job leaves no lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
-        dist.on_rank0(lambda: _lock(handle, folder))
-        yield
-        dist.barrier()
-
-
-def _lock(handle: TextIO, folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say(f"waiting: another job is at work in {folder}")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as problem:
-        say(f"{folder}: its file system has no locks ({problem}); start one job at a time")
-
-
 def _write_settings(recipe: Recipe) -> None:
     for run in recipe.runs.values():
         write_atomic(run.out / "config.yaml", dump(run).encode())
@@ -203,16 +184,20 @@ def _write_settings(recipe: Recipe) -> None:
 
 def _refuse_other_settings(run: Run) -> None:
     path = run.out / "config.yaml"
-    begun = any((run.out / name).exists() for name in _MADE)
-    if not (begun and path.is_file()):
+    if not (_has(run, _MADE) and path.is_file()):
         return  # nothing was made with the other settings yet
-    changed = differences(read(path).runs["run"], run)
+    changed = differences(read(path).runs["run"], run, selection=_has(run, _MASKED))
     if changed:
         listed = "\n  ".join(changed)
         raise ConfigError(
             f"{run.out} was started with other settings:\n  {listed}\n"
             f"Set them back, or choose another `out`, or delete the folder"
         )
+
+
+def _has(run: Run, names: Iterable[str]) -> bool:
+    """Whether the run's folder has one of these, which may be patterns."""
+    return any(found for name in names for found in run.out.glob(name))
 
 
 def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], job: Job) -> None:
@@ -234,6 +219,9 @@ def _refuse_other_inputs(run: Run, now: dict[str, str]) -> None:
         write_manifest(path, now)
         return
     before = read_manifest(path, ConfigError)
+    if isinstance(run.data.masking, HardTokens) and not _has(run, _MASKED):
+        before["masking"] = now["masking"]  # what was asked has fingerprints of its own
+        write_manifest(path, before)
     for name, print_now in now.items():
         if print_now != before.get(name):
             raise ConfigError(

@@ -21,6 +21,7 @@ from dskd.data.scoring import ScoringView
 from dskd.data.vocabulary import vocabulary_size
 from dskd.errors import NonFiniteError
 from dskd.hardness import describe, encode, hardness_spec
+from dskd.locks import alone
 from dskd.log import bar, say
 from dskd.models.families import rows_of
 from dskd.settings import HardTokens
@@ -58,7 +59,8 @@ def question(
 ) -> None:
     """Make the store, go on with an interrupted one, or do nothing if it is complete (collective).
 
-    A complete store is not verified here but when it is opened.
+    While another job makes it, this one waits. A complete store is not verified here but when it is
+    opened.
 
     Args:
         masking: the settings of the store.
@@ -78,12 +80,15 @@ def question(
     if _is_complete(folder, spec):
         say(f"question: {folder} is complete")
         return
-    asked = model().eval().requires_grad_(False)
+    with alone(folder):  # the store of several runs has one writer
+        if _is_complete(folder, spec):
+            return
+        asked = model().eval().requires_grad_(False)
 
-    def forward(batch: Batch) -> Rows:
-        return rows_of(asked, batch.to(device))
+        def forward(batch: Batch) -> Rows:
+            return rows_of(asked, batch.to(device))
 
-    ask(masking, forward, prepared, view, folder, fingerprints=fingerprints)
+        ask(masking, forward, prepared, view, folder, fingerprints=fingerprints)
 
 
 def ask(
@@ -94,18 +99,27 @@ def ask(
     folder: Path,
     *,
     fingerprints: Mapping[str, str],
-) -> None:
-    """:func:`question` for any model, such as a student between two steps (collective).
+    stop: Callable[[], bool] | None = None,
+) -> bool:
+    """:func:`question` for any model, such as a student between two steps (collective); no other
+    job may be at work in the folder.
 
     Args:
         forward: the model; called without gradients, equally often on every rank.
+        stop: whether to stop, asked now and then on every rank; None: never.
 
     The other arguments and the errors are those of :func:`question`.
+
+    Returns:
+        Whether the model was asked: the store was not complete.
+
+    Raises:
+        Stopped: ``stop`` said so on one of the ranks; called again, it goes on.
     """
     rows, vocabulary = prepared.train, vocabulary_size(prepared.tokenizer)
     spec = hardness_spec(masking, rows, view, fingerprints)
     if _is_complete(folder, spec):
-        return
+        return False
 
     def answer(batch: Batch) -> Answers:
         # with the head here: a sharded one is a collective, and not every batch is scored
@@ -120,12 +134,14 @@ def ask(
             micro_batch=masking.micro_batch,
             score=_score,
             progress=report,
+            stop=stop,
         )
     about = describe(folder)
     say(
         f"question: {folder} holds the NLL of {about['tokens']:,} tokens in "
         f"{about['bytes_per_token']:.2f} bytes each"
     )
+    return True
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -351,6 +352,37 @@ def test_a_complete_store_needs_no_model(tmp_path, folders, monkeypatch):
     run_question(tmp_path / "s", prepared, "masked", masking=masking_of(rows_per_shard=7), **again)
     assert said[-1] == f"question: {tmp_path / 's'} is complete"
     assert files(tmp_path / "s") == before
+
+
+def _question_slowly(folder, prepared, begun):
+    def model():
+        built = model_of(prepared, "masked")
+
+        def hook(*_):
+            begun.set()
+            time.sleep(0.03)
+
+        built.base_model.register_forward_pre_hook(hook)
+        return built
+
+    run_question(folder, prepared, "masked", model=model)
+
+
+def test_while_another_job_asks_one_waits(tmp_path, folders):
+    """Two runs that name one store: the second needs no model, and finds the store whole."""
+    prepared, fork = open_prepared(folders["masked"]), multiprocessing.get_context("fork")
+    begun = fork.Event()
+    other = fork.Process(target=_question_slowly, args=(tmp_path / "s", prepared, begun))
+    other.start()
+    assert begun.wait(60)
+
+    def no_model():
+        raise AssertionError("the model was built")
+
+    run_question(tmp_path / "s", prepared, "masked", model=no_model)
+    other.join()
+    assert other.exitcode == 0
+    Hardness(tmp_path / "s", PRINTS)
 
 
 def test_a_foreign_store_is_refused_by_name(tmp_path, folders):

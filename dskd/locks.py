@@ -1,0 +1,42 @@
+"""A folder held by one job at a time."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from dskd import dist
+from dskd.log import say
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, making it if need be; wait while another job works in it
+    (collective). A killed job leaves no lock.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    with ExitStack() as held:
+        handle: TextIO | None = None
+        with dist.agreed():
+            if dist.rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = held.enter_context((folder / ".lock").open("w"))
+        dist.on_rank0(lambda: _lock(handle, folder))
+        yield
+        dist.barrier()
+
+
+def _lock(handle: TextIO | None, folder: Path) -> None:
+    assert handle is not None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"waiting: another job is at work in {folder}")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as problem:
+        say(f"{folder}: its file system has no locks ({problem}); start one job at a time")

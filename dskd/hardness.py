@@ -92,9 +92,11 @@ class Hardness:
         expect: fingerprints it must have been made with, by name.
         share: ``(rank, world)``: the share of the shards that this process verifies; all ranks'
             shares cover the store, and they must agree on the outcome (``dist.agree``).
+        mend: what can be done about a damaged shard; None: ask again.
 
     Attributes:
         asking: which places were asked about.
+        quantiles: those that some rank found for all, by share.
         fingerprint: of what the store says (:func:`identity`).
 
     Raises:
@@ -102,9 +104,14 @@ class Hardness:
     """
 
     def __init__(
-        self, folder: Path, expect: Mapping[str, str], share: tuple[int, int] = (0, 1)
+        self,
+        folder: Path,
+        expect: Mapping[str, str],
+        share: tuple[int, int] = (0, 1),
+        mend: str | None = None,
     ) -> None:
-        self.store = Store(folder, kind=KIND, expect=expect, share=share)
+        self.store = Store(folder, kind=KIND, expect=expect, share=share, mend=mend)
+        self.quantiles: dict[float, float] = {}
         self.asking = Asking.from_tree(self.store.spec.settings)
         self.fingerprint = identity(self.store.spec)
 
@@ -138,7 +145,7 @@ class Hardness:
 
         Exactly the smallest stored NLL that no more than so many tokens exceed (fewer than
         ``share`` where tokens equal it); ``-inf`` if all are the hardest. Reads the whole store,
-        alone on this rank.
+        alone on this rank, unless :attr:`quantiles` has it.
 
         Args:
             share: of the tokens that were asked about and are not special, 0 to 1.
@@ -148,6 +155,8 @@ class Hardness:
         Raises:
             StoreError: the rows are not those of the store, or no token counts.
         """
+        if share in self.quantiles:
+            return self.quantiles[share]
         counts = np.zeros(_MAGNITUDES, np.int64)
         for begin in range(0, len(rows), _ROWS):
             row_ids_B = np.arange(begin, min(begin + _ROWS, len(rows)))
@@ -173,16 +182,23 @@ class Hardness:
         lengths_B: NDArray[np.int64],
     ) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
         """What is stored of each place, NaN where nothing is, and where something is."""
+        rows, draws = len(row_ids_B), self.asking.draws
         draw_of_BT = self.asking.draw_of(row_ids_B, ids_BT, lengths_B)
+        asked_BT = draw_of_BT >= 0
+        pair_N = (np.arange(rows)[:, None] * draws + draw_of_BT)[asked_BT]  # a row in a draw
+        counts_P = np.bincount(pair_N, minlength=rows * draws)
+        # Draws are filled in order: the first without a place shows that the row has no more.
+        some_BD = counts_P.reshape(rows, draws) > 0
+        read = np.flatnonzero(some_BD | (some_BD.sum(1)[:, None] == np.arange(draws)))
+        found, columns = self.store.read(row_ids_B[read // draws], read % draws)
+        misfits = row_ids_B[read // draws][found != counts_P[read]]
+        if len(misfits):
+            raise StoreError(
+                f"{self.store.folder}: row {misfits[0]} has other tokens than when the model "
+                "was asked about it; the data and the store do not belong together"
+            )
+        stored_N = np.empty(len(pair_N), np.float16)
+        stored_N[np.argsort(pair_N, kind="stable")] = columns["nll"]
         stored_BT = np.full(ids_BT.shape, np.nan, np.float16)
-        for draw in range(self.asking.draws):
-            asked_BT = draw_of_BT == draw
-            counts_B, columns = self.store.read(row_ids_B, np.full_like(row_ids_B, draw))
-            misfits = row_ids_B[counts_B != asked_BT.sum(1)]
-            if len(misfits):
-                raise StoreError(
-                    f"{self.store.folder}: row {misfits[0]} has other tokens than when the model "
-                    "was asked about it; the data and the store do not belong together"
-                )
-            stored_BT[asked_BT] = columns["nll"]
-        return stored_BT, draw_of_BT >= 0
+        stored_BT[asked_BT] = stored_N
+        return stored_BT, asked_BT

@@ -156,7 +156,7 @@ class Writer:
             StoreError: a shard has gone or changed its size meanwhile.
         """
         in_order = [records[shard] for shard in range(self.spec.shards)]
-        _check_sizes(self.folder, self.spec, in_order)
+        _check_sizes(self.folder, self.spec, in_order, _MEND)
         write_manifest(self.folder / MANIFEST, _manifest(self.spec, in_order))
 
 
@@ -169,6 +169,7 @@ class Store:
         expect: fingerprints it must have been made with, by name.
         share: ``(rank, world)``: this process verifies the shards rank, rank + world, ...; the
             ranks together verify all of them (and must agree on the outcome).
+        mend: what can be done about a damaged shard; None: capture it again.
 
     Raises:
         StoreError: it is missing, incomplete, damaged or belongs to something else; the message
@@ -182,6 +183,7 @@ class Store:
         kind: str,
         expect: Mapping[str, str],
         share: tuple[int, int] = (0, 1),
+        mend: str | None = None,
     ) -> None:
         spec, records = read_spec(folder)
         if spec.kind != kind:
@@ -194,7 +196,8 @@ class Store:
                 )
         if records is None:
             raise StoreError(f"{folder}: not complete, its capture was interrupted; run it again")
-        _check_sizes(folder, spec, records)
+        self._mend = _MEND if mend is None else mend
+        _check_sizes(folder, spec, records, self._mend)
         self.folder = folder
         self.spec = spec
         self._records = records
@@ -210,7 +213,7 @@ class Store:
         for shard in shards:
             path = shard_path(self.folder, shard)
             if file_hash(path) != self._records[shard].hash:
-                raise _unlike(path, self.spec, shard, self._records[shard])
+                raise _unlike(path, self.spec, shard, self._records[shard], self._mend)
 
     def read(
         self, row_ids_B: NDArray[np.int64], draws_B: NDArray[np.int64]
@@ -263,16 +266,16 @@ def _refuse_other(folder: Path, there: StoreSpec, wanted: StoreSpec) -> None:
         raise StoreError(f"{folder}: holds another store; remove it or choose another path{lines}")
 
 
-def _check_sizes(folder: Path, spec: StoreSpec, records: list[ShardRecord]) -> None:
+def _check_sizes(folder: Path, spec: StoreSpec, records: list[ShardRecord], mend: str) -> None:
     for shard, record in enumerate(records):
         path = shard_path(folder, shard)
         if not path.is_file():
-            raise StoreError(f"{path}: missing; {_MEND}")
+            raise StoreError(f"{path}: missing; {mend}")
         if path.stat().st_size != record.nbytes:
-            raise _unlike(path, spec, shard, record)
+            raise _unlike(path, spec, shard, record, mend)
 
 
-def _unlike(path: Path, spec: StoreSpec, shard: int, record: ShardRecord) -> StoreError:
+def _unlike(path: Path, spec: StoreSpec, shard: int, record: ShardRecord, mend: str) -> StoreError:
     """What to say of a shard that is not the one in the manifest."""
     try:
         check_shard(path, spec, shard)
@@ -282,5 +285,5 @@ def _unlike(path: Path, spec: StoreSpec, shard: int, record: ShardRecord) -> Sto
         pass  # damaged, but how is seen better from outside
     nbytes = path.stat().st_size
     if nbytes < record.nbytes:
-        return StoreError(f"{path}: truncated, {nbytes} bytes of {record.nbytes}; {_MEND}")
-    return StoreError(f"{path}: damaged, its bytes are not those that were captured; {_MEND}")
+        return StoreError(f"{path}: truncated, {nbytes} bytes of {record.nbytes}; {mend}")
+    return StoreError(f"{path}: damaged, its bytes are not those that were captured; {mend}")

@@ -143,6 +143,26 @@ def test_two_bytes_a_token(tmp_path):
     assert about["bytes_per_token"] < 2.03
 
 
+def test_draws_that_ask_nothing_of_a_row_are_not_read(tmp_path, monkeypatch):
+    """Of a row with fewer tokens than draws; the first such draw shows that it has no more."""
+    rows, asking = ToyRows(), Asking("mask", 12, 9, SPECIAL)
+    hardness = store_all(tmp_path / "s", asking, rows)
+    row_ids = np.arange(len(rows))
+    read, pairs = hardness.store.read, []
+
+    def counted(row_ids_B, draws_B):
+        pairs.extend(zip(row_ids_B.tolist(), draws_B.tolist(), strict=True))
+        return read(row_ids_B, draws_B)
+
+    monkeypatch.setattr(hardness.store, "read", counted)
+    found_BT, _ = hardness.read(row_ids, *rows.read(row_ids))
+    nll_BT, _, asked_BT = truth(asking, rows, row_ids)
+    np.testing.assert_array_equal(found_BT, nll_BT.astype(np.float16).astype(np.float32))
+    counts_B = asked_BT.sum(1)
+    assert counts_B.min() < 11 and counts_B.max() > 12
+    assert pairs == [(b, d) for b, n in enumerate(counts_B) for d in range(min(n + 1, 12))]
+
+
 def test_a_foreign_store_is_refused_by_name(tmp_path):
     rows = ToyRows()
     store_all(tmp_path / "s", ASKINGS["token"], rows)

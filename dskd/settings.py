@@ -246,7 +246,8 @@ class RoutedTeacher(Section):
 
 
 class SelfTeacher(Section):
-    """The student itself, shown the rows without masks (method ``self_evolution``)."""
+    """The student itself, shown the rows without masks (method ``self_evolution``). As any teacher,
+    it is not made where the method wants none."""
 
     kind: Literal["self"]
     weights: Literal["current", "frozen", "average"] = "current"

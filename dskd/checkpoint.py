@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ class Checkpoints:
         """The kept checkpoint with the lowest evaluation loss (the latest of equals), or, if that
         does not select, the newest; checked."""
         return self._open(dist.on_rank0(self._best_name))
+
+    def manifests(self) -> dict[int, dict[str, Any]]:
+        """What the manifest of each checkpoint says, by step; a damaged one is left out, and no
+        other file is looked at."""
+
+        def read() -> dict[int, dict[str, Any]]:
+            found = {}
+            for name in self._listed():
+                with suppress(CheckpointError):
+                    manifest = self._manifest(name)
+                    found[manifest["step"]] = manifest
+            return found
+
+        return dist.on_rank0(read)
 
     def _listed(self) -> list[str]:
         return sorted(p.name for p in self._folder.glob("step-*") if p.is_dir())

@@ -3,26 +3,30 @@
 
 Generation g answers for the epochs from ``g * refresh`` on. Its model is asked just before the
 first optimiser step that reads a row of these epochs, so which store a batch needs is a function of
-its place alone.
+its place alone. Who was asked, the student of which checkpoint, is part of a later store's
+fingerprint and of every checkpoint after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dskd import dist
 from dskd.batch import Batch, Rows
+from dskd.checkpoint import Checkpoints
 from dskd.checks import questions_folder
 from dskd.data.blocks import Prepared
 from dskd.data.scoring import ScoringView, scoring_view
+from dskd.data.vocabulary import special_ids
 from dskd.ds_config import precision_of
 from dskd.engine import stage_of
-from dskd.errors import ConfigError
+from dskd.errors import ConfigError, StoreError
 from dskd.files import fingerprint
 from dskd.hardness import Hardness, hardness_spec, identity
 from dskd.hardware import student_config
@@ -34,6 +38,16 @@ from dskd.question import ask, question
 from dskd.settings import HardTokens, LiveTeacher, Model, Run
 from dskd.sliced import student_settings
 
+_LATER = "questions-epoch-"
+
+
+class Student(NamedTuple):
+    """Who was asked for a later store: the student as a checkpoint holds it."""
+
+    step: int
+    weights: str
+    """Fingerprint of the checkpoint's files."""
+
 
 class Generations:
     """Makes, opens and hands out the stores; called with a generation it is the reader of one.
@@ -42,26 +56,27 @@ class Generations:
         run: its masking is of hard tokens.
         prepared: the rows.
         device: where the models are.
+        checkpoints: of the run.
 
     Raises:
         ConfigError: an optimiser step may read rows of more than two generations, or the masking
             does not fit the tokenizer.
     """
 
-    def __init__(self, run: Run, prepared: Prepared, device: torch.device) -> None:
+    def __init__(
+        self, run: Run, prepared: Prepared, device: torch.device, checkpoints: Checkpoints
+    ) -> None:
         masking = run.data.masking
         assert isinstance(masking, HardTokens), masking
         self._run, self._masking, self._prepared, self._device = run, masking, prepared, device
-        self._view: ScoringView = scoring_view(run.data, prepared.tokenizer, run.seed)
-        self._prints = {**prints_of_rows(run, prepared), "scoring": self._view.fingerprint}
-        self._prints["model"] = dist.on_rank0(self._model_print)
+        self._checkpoints = checkpoints
         self._opened: dict[int, Hardness] = {}
-        rows = len(prepared.train)
-        if masking.refresh is not None and run.train.batch > masking.refresh * rows:
-            raise ConfigError(
-                f"data.masking.refresh: {masking.refresh} epochs of {rows} rows are less than "
-                f"train.batch, {run.train.batch}"
-            )
+        self._students: dict[int, Student] = {}
+        with dist.agreed():
+            self._refuse_short_epochs()
+            self._view: ScoringView = scoring_view(run.data, prepared.tokenizer, run.seed)
+            self._prints = {**prints_of_rows(run, prepared), "scoring": self._view.fingerprint}
+        self._prints["model"] = dist.on_rank0(self._model_print)
 
     def __call__(self, generation: int) -> Hardness:
         """The opened store of a generation."""
@@ -73,14 +88,14 @@ class Generations:
         spec = hardness_spec(self._masking, self._prepared.train, self._view, self._prints)
         return identity(spec)
 
-    def first(self) -> None:
-        """Ask the model that the settings name, unless that is done, and open its store
-        (collective).
+    def first(self, position: int) -> None:
+        """Ask the model that the settings name, unless that is done, and open its store; nothing
+        if no optimiser batch from ``position`` on reads it (collective).
 
         Raises:
             StoreError: the store belongs to another model, tokenizer, blocking or corpus.
         """
-        if 0 in self._opened:
+        if 0 in self._opened or self._oldest(position) > 0:
             return
         question(
             self._masking,
@@ -91,49 +106,137 @@ class Generations:
             fingerprints=self._prints,
             device=self._device,
         )
-        self._open(0, self._prints)
+        self._open(0)
 
-    def begin(self, position: int) -> None:
+    def begin(self, position: int, state: Mapping[str, Sequence[Any]]) -> None:
         """Open what the optimiser batches from ``position`` on need of stores that exist already:
-        those made for the batches before it (collective)."""
+        those made for the batches before it (collective).
+
+        Args:
+            position: where training goes on; if at 0, what an earlier student said is removed.
+            state: what :meth:`state` gave there.
+
+        Raises:
+            StoreError: one is missing, damaged or of another student; the message says what can be
+                done.
+        """
+        if position == 0:
+            self._remove(self._run.out.glob(f"{_LATER}*"))
+        self._students = {int(generation): Student(*who) for generation, who in state.items()}
         made = self._needed(position - 1) if position else 0
         for generation in range(self._oldest(position), made + 1):
             if generation not in self._opened:
-                self._open(generation, self._prints_after(generation))
+                self._open(generation, mend=self._way_back(generation) if generation else None)
+
+    def state(self) -> dict[str, Sequence[Any]]:
+        """Who was asked for each later store, as JSON values."""
+        return {str(generation): list(who) for generation, who in self._students.items()}
 
     def due(self, position: int) -> bool:
         """Whether the batch at ``position`` needs a store that is not open yet."""
         return self._needed(position) not in self._opened
 
-    def renew(self, position: int, student: nn.Module) -> None:
+    def renew(self, position: int, step: int, student: nn.Module, stop: Callable[[], bool]) -> bool:
         """Ask the student, for the batch at ``position`` and those after it (collective).
 
-        What an interrupted call of it left is gone on with, so the student must be the same.
+        What an interrupted call of it left is gone on with if it is of the same student, and
+        removed if not.
+
+        Args:
+            position: of the batch.
+            step: of the checkpoint that holds the student, 0 if it is as training begins.
+            student: in its engine.
+            stop: whether to stop, on this rank.
+
+        Returns:
+            Whether the student was asked: its answers were not all there.
+
+        Raises:
+            Stopped: ``stop`` said so on one of the ranks.
         """
         generation = self._needed(position)
-        prints = self._prints_after(generation)
+        files = self._checkpoints.manifests()[step]["files"] if step else None
+        self._students[generation] = Student(step, fingerprint(files))
+        try:
+            asked = self._ask(generation, student, stop)
+        except StoreError as problem:  # of another student, or damaged: the right one is here
+            folder = self._folder(generation)
+            say(f"question: {folder} is made anew, it cannot be used: {problem}")
+            self._remove([folder])
+            asked = self._ask(generation, student, stop)
+        for old in [g for g in self._opened if g < self._oldest(position)]:
+            del self._opened[old]
+        self._remove_unread()
+        return asked
+
+    def _ask(self, generation: int, student: nn.Module, stop: Callable[[], bool]) -> bool:
         was_training = student.training
         student.eval()
-        ask(
+        asked = ask(
             self._masking,
             lambda batch: self._answer(student, batch),
             self._prepared,
             self._view,
             self._folder(generation),
-            fingerprints=prints,
+            fingerprints=self._prints_of(generation),
+            stop=stop,
         )
         student.train(was_training)
-        self._open(generation, prints)
-        for old in [g for g in self._opened if g < self._oldest(position)]:
-            del self._opened[old]
+        self._open(generation)
+        return asked
 
     def _answer(self, student: nn.Module, batch: Batch) -> Rows:
         return rows_of(student, batch.to(self._device))
 
-    def _open(self, generation: int, prints: dict[str, str]) -> None:
+    def _open(self, generation: int, mend: str | None = None) -> None:
+        """Verify a store; find the quantile here, not in the loader's thread when it is due."""
+        masking, prepared, folder = self._masking, self._prepared, self._folder(generation)
         with dist.agreed():
             share = (dist.rank(), dist.world())
-            self._opened[generation] = Hardness(self._folder(generation), prints, share)
+            opened = Hardness(folder, self._prints_of(generation), share, mend=mend)
+        if masking.metric == "quantile":
+            special_V = special_ids(prepared.tokenizer)
+            hardest = masking.quantile
+            cut = dist.on_rank0(lambda: opened.quantile(hardest, prepared.train, special_V))
+            opened.quantiles[hardest] = cut
+            say(f"{folder}: hard is an NLL above {cut:.4g} nats, the hardest {hardest:g} of tokens")
+        self._opened[generation] = opened
+
+    def _way_back(self, generation: int) -> str:
+        """How a later store can be had again: by the student that was asked."""
+        step, folder = self._students[generation].step, self._checkpoints.folder
+        earlier = [kept for kept in self._checkpoints.manifests() if kept <= step]
+        if earlier:
+            return (
+                f"it is what the student said after step {step}: to ask it again, delete the "
+                f"checkpoints after step {max(earlier)} in {folder}"
+            )
+        return (
+            f"it is what the student said after step {step}, of which no checkpoint is left: to "
+            f"train again from the beginning, delete {folder.parent}"
+        )
+
+    def _remove_unread(self) -> None:
+        """Remove the later stores that no batch after the oldest checkpoint reads."""
+        manifests = self._checkpoints.manifests().values()
+        oldest = self._oldest(min((m["state"]["position"] for m in manifests), default=0))
+        unread = [g for g in self._students if 0 < g < oldest]
+        self._remove(self._folder(generation) for generation in unread)
+
+    def _remove(self, folders: Iterable[Path]) -> None:
+        with dist.agreed():
+            for folder in folders if dist.rank() == 0 else ():
+                if folder.exists():
+                    shutil.rmtree(folder)
+
+    def _refuse_short_epochs(self) -> None:
+        refresh, batch = self._masking.refresh, self._run.train.batch
+        rows = len(self._prepared.train)
+        if refresh is not None and batch > refresh * rows:
+            raise ConfigError(
+                f"data.masking.refresh: {refresh} epochs of {rows} rows are less than "
+                f"train.batch, {batch}"
+            )
 
     def _needed(self, position: int) -> int:
         """The newest generation that the batch at ``position`` reads."""
@@ -151,14 +254,14 @@ class Generations:
         if generation == 0:
             return questions_folder(self._run)
         assert self._masking.refresh is not None
-        return self._run.out / f"questions-epoch-{generation * self._masking.refresh:05d}"
+        return self._run.out / f"{_LATER}{generation * self._masking.refresh:05d}"
 
-    def _prints_after(self, generation: int) -> dict[str, str]:
-        """Fingerprints of a generation's store: a later one's student is what the run made of the
-        first model, and the folder is the run's own."""
+    def _prints_of(self, generation: int) -> dict[str, str]:
+        """Fingerprints of a generation's store."""
         if generation == 0:
             return self._prints
-        return {**self._prints, "model": fingerprint([self._prints["model"], generation])}
+        model = fingerprint([self._prints["model"], *self._students[generation]])
+        return {**self._prints, "model": model}
 
     def _model_print(self) -> str:
         model, where = self._named()
@@ -195,7 +298,11 @@ class Renewal:
         """Whether the batch at ``position`` waits for it."""
         return self._generations.due(position)
 
-    def __call__(self, position: int) -> None:
-        """Ask the student (collective)."""
-        self._generations.renew(position, self._student())
-        say(f"asked the student for the hard tokens of the coming epochs (batch {position})")
+    def __call__(self, position: int, step: int, stop: Callable[[], bool]) -> None:
+        """Ask the student (collective); see :class:`dskd.trainer.Renewal`."""
+        if self._generations.renew(position, step, self._student(), stop):
+            say(f"asked the student for the hard tokens of the coming epochs (batch {position})")
+
+    def state(self) -> dict[str, Any]:
+        """Who was asked, for the checkpoint."""
+        return self._generations.state()

@@ -58,7 +58,7 @@ class Job:
         """The stores of hard tokens; None where the masking is random. Collective, as above."""
         if not isinstance(self.run.data.masking, HardTokens):
             return None
-        return Generations(self.run, self.prepared, self.device)
+        return Generations(self.run, self.prepared, self.device, self.checkpoints)
 
     @property
     def validation_view(self) -> View:
@@ -69,9 +69,18 @@ class Job:
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """The run's checkpoints."""
-        folder = self.run.out / "train" / "checkpoints"
-        return Checkpoints(folder, self.run.checkpoint.keep, selects=self.method.selects)
+        """The run's checkpoints. On masks of hard tokens a masked LM's loss at random ones grows as
+        it learns, so there, too, it selects none."""
+        folder, data = self.run.out / "train" / "checkpoints", self.run.data
+        hard = isinstance(data.masking, HardTokens) and data.objective == "masked"
+        selects = self.method.selects and not hard
+        return Checkpoints(folder, self.run.checkpoint.keep, selects=selects)
+
+    @property
+    def position(self) -> int:
+        """Optimiser batches read until the newest checkpoint, 0 if there is none; collective."""
+        manifests = self.checkpoints.manifests()
+        return manifests[max(manifests)]["state"]["position"] if manifests else 0
 
     @cached_property
     def ds(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from dskd.objective import Objective
 from dskd.ops import implementation
 from dskd.settings import CachedTeacher, Model
 from dskd.sliced import make_slice, sliced_folder
-from dskd.trainer import CHANGE, Progress, Trainer
+from dskd.trainer import CHANGE, RENEWAL, Progress, Trainer
 from dskd.zero import full_shape, sharded_construction
 
 
@@ -76,7 +76,7 @@ def cut(job: Job) -> None:
 def ask(job: Job) -> None:
     """Ask the model for every token of the training rows, where hard ones are to be masked."""
     if job.generations is not None:
-        job.generations.first()
+        job.generations.first(job.position)
         _free()
 
 
@@ -99,12 +99,12 @@ def _train(job: Job, summary: Path) -> None:
         inheritance = inherit(run, job.method.temperature, prepared, job.view, job.device)
     training = _engine(job, inheritance, saved, monitor=True)
     engine, precision = training.engine, training.precision
-    progress = Progress(**_without_change(saved.state)) if saved else Progress()
+    progress = Progress(**_of_progress(saved.state)) if saved else Progress()
     if saved:
         say(f"going on from step {progress.step} ({saved.folder})")
     renewal = None
     if job.generations is not None:
-        job.generations.begin(progress.position)
+        job.generations.begin(progress.position, saved.state[RENEWAL] if saved else {})
         renewal = Renewal(job.generations, lambda: engine.module.student)
     loader = Loader(
         prepared.train,
@@ -254,8 +254,8 @@ def _engine(job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor:
     return _Training(engine, change, precision, counts)
 
 
-def _without_change(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key != CHANGE}
+def _of_progress(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key not in (CHANGE, RENEWAL)}
 
 
 def _load_converted(engine: Engine, saved: Saved, stage: int) -> None:

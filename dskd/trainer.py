@@ -29,6 +29,7 @@ from dskd.log import Metrics, peak_memory, progress_line, say
 from dskd.method import Change, Method
 from dskd.schedule import learning_rate
 from dskd.settings import Run
+from dskd.sweep import Stopped
 
 MOST_SKIPPED = 100
 """fp16 overflows in a row that stop a run: no loss scale from 2^32 down helps."""
@@ -36,6 +37,9 @@ MOST_SKIPPED = 100
 
 CHANGE = "change"
 """Key of the change's state in that of a checkpoint, beside the progress."""
+
+RENEWAL = "renewal"
+"""Key of the renewal's state there."""
 
 
 class Interrupted(Exception):
@@ -86,8 +90,21 @@ class Renewal(Protocol):
         """Whether the batch at ``position`` waits for it."""
         ...
 
-    def __call__(self, position: int) -> None:
-        """Do it; collective, and a repetition of an interrupted one goes on with it."""
+    def __call__(self, position: int, step: int, stop: Callable[[], bool]) -> None:
+        """Do it; collective, and a repetition of an interrupted one goes on with it.
+
+        Args:
+            position: of the batch.
+            step: completed steps, those of the newest checkpoint (0: there need not be one).
+            stop: whether a signal asked to stop, on this rank.
+
+        Raises:
+            Stopped: it did.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Of what was done so far, what a checkpoint keeps (JSON values)."""
         ...
 
 
@@ -145,7 +162,7 @@ class Trainer:
         skipped = 0
         with _stop_requested() as requested:
             while progress.step < run.train.steps:
-                self._renew()
+                self._renew(requested)
                 clock = time.monotonic()
                 taken = self.step(requested())
                 progress.train_seconds += time.monotonic() - clock
@@ -162,14 +179,17 @@ class Trainer:
                     raise Interrupted(progress.step)
         return progress
 
-    def _renew(self) -> None:
-        """Do what the next batch waits for, from a checkpoint to which it can be repeated."""
+    def _renew(self, requested: Callable[[], bool]) -> None:
+        """Do what the next batch waits for, from a checkpoint from which it can be repeated."""
         progress = self._progress
         if self._renewal is None or not self._renewal.due(progress.position):
             return
         if self._saved < progress.step:
             self._save(None)
-        self._renewal(progress.position)
+        try:
+            self._renewal(progress.position, progress.step, requested)
+        except Stopped as stopped:
+            raise Interrupted(progress.step) from stopped
 
     def step(self, stop: bool) -> Taken:
         """Forward, backward and optimiser step over one effective batch."""
@@ -302,6 +322,8 @@ class Trainer:
         }
         if self._change is not None:
             about["state"][CHANGE] = self._change.state()
+        if self._renewal is not None:
+            about["state"][RENEWAL] = self._renewal.state()
         self._checkpoints.commit(step, about)
         self._saved = step
 

@@ -63,7 +63,9 @@ def evaluations(run: Path) -> list[float]:
 
 def cut_back(run: Path, step: int) -> None:
     """Leave a finished run as a kill right after ``step`` was saved would."""
+    checkpoints = run / "train" / "checkpoints"
+    assert (checkpoints / f"step-{step:08d}").is_dir(), sorted(checkpoints.iterdir())
     (run / "train" / "summary.json").unlink()
-    for folder in (run / "train" / "checkpoints").glob("step-*"):
+    for folder in checkpoints.glob("step-*"):
         if int(folder.name.removeprefix("step-")) > step:
             shutil.rmtree(folder)

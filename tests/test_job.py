@@ -1,0 +1,35 @@
+"""What a run's stages share: which checkpoint is exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dskd.job import Job
+from dskd.method import build_method
+from dskd.settings import Data, HardTokens, Masking, Run
+from tests.test_checkpoint import save
+
+HARD = HardTokens(kind="hard_tokens")
+
+
+@pytest.mark.parametrize(
+    ("method", "masking", "objective", "best"),
+    [
+        ("lm", Masking(), "masked", 1),
+        ("lm", HARD, "masked", 2),
+        ("lm", HARD, "causal", 1),
+        ("self_evolution", HARD, "masked", 2),
+        ("self_evolution", HARD, "causal", 2),
+    ],
+)
+def test_where_random_masks_judge_hard_ones_the_last_checkpoint_is_exported(
+    tmp_path: Path, method: str, masking: Masking | HardTokens, objective: str, best: int
+) -> None:
+    run = Run(out=tmp_path, data=Data(objective=objective, masking=masking))
+    job = Job(run, build_method({"kind": method}), torch.device("cpu"))
+    for step, nll in ((1, 2.0), (2, 3.0)):
+        save(job.checkpoints, step, nll)
+    assert job.checkpoints.best().step == best

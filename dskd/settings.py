@@ -124,8 +124,8 @@ class HardTokens(MaskShares):
 
     The model is asked once, before training; a store keeps its answers for every token, so all
     that chooses among them can be changed without asking again. Validation rows are masked at
-    random. For causal LMs the hard tokens are labels that the method weighs, or the run is refused,
-    as are settings of ours that only masks have.
+    random. For causal LMs the hard tokens are labels that the method weighs; without such a method
+    they are refused, as are settings that only masks need (``least``, ``replacement`` ...).
     """
 
     kind: Literal["hard_tokens"]

@@ -193,7 +193,12 @@ class Generations:
         masking, prepared, folder = self._masking, self._prepared, self._folder(generation)
         with dist.agreed():
             share = (dist.rank(), dist.world())
-            opened = Hardness(folder, self._prints_of(generation), share, mend=mend)
+            try:
+                opened = Hardness(folder, self._prints_of(generation), share, mend=mend)
+            except StoreError as problem:
+                if mend is None or mend in str(problem):
+                    raise
+                raise StoreError(f"{problem}; {mend}") from problem
         if masking.metric == "quantile":
             special_V = special_ids(prepared.tokenizer)
             hardest = masking.quantile
@@ -288,7 +293,8 @@ class Generations:
 
 
 class Renewal:
-    """What the trainer calls between two steps when the hard tokens are to be found anew."""
+    """What the trainer does between two steps when the hard tokens are to be found anew: the next
+    batch cannot be made before."""
 
     def __init__(self, generations: Generations, student: Callable[[], nn.Module]) -> None:
         self._generations = generations
@@ -299,7 +305,16 @@ class Renewal:
         return self._generations.due(position)
 
     def __call__(self, position: int, step: int, stop: Callable[[], bool]) -> None:
-        """Ask the student (collective); see :class:`dskd.trainer.Renewal`."""
+        """Ask the student (collective); a repetition of an interrupted call goes on with it.
+
+        Args:
+            position: of the batch that waits.
+            step: completed steps, those of the newest checkpoint (0: there need not be one).
+            stop: whether a signal asked to stop, on this rank.
+
+        Raises:
+            Stopped: it did, on one of the ranks.
+        """
         if self._generations.renew(position, step, self._student(), stop):
             say(f"asked the student for the hard tokens of the coming epochs (batch {position})")
 

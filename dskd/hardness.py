@@ -198,7 +198,7 @@ class Hardness:
                 "was asked about it; the data and the store do not belong together"
             )
         stored_N = np.empty(len(pair_N), np.float16)
-        stored_N[np.argsort(pair_N, kind="stable")] = columns["nll"]
+        stored_N[np.argsort(pair_N, kind="stable") if draws > 1 else slice(None)] = columns["nll"]
         stored_BT = np.full(ids_BT.shape, np.nan, np.float16)
         stored_BT[asked_BT] = stored_N
         return stored_BT, asked_BT

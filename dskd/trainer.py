@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from dskd.data.counter import mix
 from dskd.data.loader import Loader
 from dskd.engine import Engine
 from dskd.errors import NonFiniteError
+from dskd.generations import Renewal
 from dskd.log import Metrics, peak_memory, progress_line, say
 from dskd.method import Change, Method
 from dskd.schedule import learning_rate
@@ -81,31 +82,6 @@ class Taken:
     means: dict[str, float]
     lr: float
     grad_norm: float | None
-
-
-class Renewal(Protocol):
-    """Work between two steps, without which the next batch cannot be made."""
-
-    def due(self, position: int) -> bool:
-        """Whether the batch at ``position`` waits for it."""
-        ...
-
-    def __call__(self, position: int, step: int, stop: Callable[[], bool]) -> None:
-        """Do it; collective, and a repetition of an interrupted one goes on with it.
-
-        Args:
-            position: of the batch.
-            step: completed steps, those of the newest checkpoint (0: there need not be one).
-            stop: whether a signal asked to stop, on this rank.
-
-        Raises:
-            Stopped: it did.
-        """
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """Of what was done so far, what a checkpoint keeps (JSON values)."""
-        ...
 
 
 class Trainer:

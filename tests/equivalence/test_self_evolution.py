@@ -270,6 +270,9 @@ def test_a_damaged_store_of_a_student_says_how_to_go_back(runs, references, copi
     assert f"{STORES[1]}/shard-00001.safetensors: damaged" in said
     assert "to ask it again, delete the checkpoints after step 5 in " in said
     assert "manifest.json" not in said
+    shutil.rmtree(copied / STORES[1])
+    forked(1, recipe, out, status=2)
+    assert "no such file; it is what the student said after step 5: to " in capfd.readouterr().err
     for step in (4, 5):
         shutil.rmtree(copied / "train" / "checkpoints" / f"step-{step:08d}")
     forked(1, recipe, out, status=2)
@@ -278,6 +281,8 @@ def test_a_damaged_store_of_a_student_says_how_to_go_back(runs, references, copi
         references["refreshed"] / "train/checkpoints/step-00000005",
         copied / "train/checkpoints/step-00000005",
     )
+    shutil.copytree(references["refreshed"] / STORES[1], copied / STORES[1])
+    damage(copied / STORES[1])
     shutil.rmtree(copied / "train/checkpoints/step-00000008")
     forked(1, recipe, out)
     assert f"{STORES[1]} is made anew" in capfd.readouterr().out

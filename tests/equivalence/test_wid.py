@@ -115,7 +115,8 @@ def halves(runs) -> dict[tuple[int, int], Path]:
     """Runs killed after step 2: units are removed, some on their way to zero, some to come."""
     found = {}
     for stage, ranks in [(0, 1), (2, 2), (3, 2)]:
-        out = train(runs, f"half-{stage}-{ranks}", ranks, f"deepspeed=zero{stage}")
+        words = (f"deepspeed=zero{stage}", "checkpoint.keep=3")
+        out = train(runs, f"half-{stage}-{ranks}", ranks, *words)
         shutil.copytree(out, runs.folder / f"whole-{stage}-{ranks}")
         cut_back(out, step=2)
         found[stage, ranks] = out

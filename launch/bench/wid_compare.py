@@ -46,8 +46,8 @@ GRID = {
     "kd": (3e-3, 1e-2, 1.5e-2, 2e-2),
     "scratch": (3e-3, 1e-2, 1.5e-2, 2e-2),
 }
-"""Peak learning rates of each way, fixed before any of them ran; then widened where the best one was
-the largest (LOG.md)."""
+"""Peak learning rates of each way, fixed before any of them ran; then widened where the largest was
+the best (LOG.md)."""
 LONGER = ("slice", "scratch")
 """The ways that are also run at the FLOPs of ``wid-dim``."""
 TEACHER = "teacher"

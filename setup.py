@@ -20,6 +20,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "dskd",
+        "dskd.compaction",
         "dskd.data",
         "dskd.fused",
         "dskd.models",

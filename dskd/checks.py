@@ -19,6 +19,7 @@ class Method(Protocol):
 
     kind: str
     temperature: float
+    temperature_setting: str
 
     def wants_teacher(self) -> bool:
         """Whether any step of the run uses a teacher."""
@@ -95,6 +96,10 @@ def _models(run: Run) -> Problems:
                 f"{name}.config.model_type",
                 f"missing; name a model type to build at random, or set {name}.path",
             )
+        if model.slice is not None and name != "model":
+            yield f"{name}.slice", "only the student can be cut (model.slice)"
+        elif model.slice is not None and model.path is None:
+            yield f"{name}.slice", f"needs {name}.path, the model that it is cut from"
 
 
 def _named_models(run: Run) -> Iterator[tuple[str, Model]]:
@@ -158,7 +163,7 @@ def _method(run: Run, method: Method) -> Problems:
         if method.temperature not in teacher.temperatures:
             stored = ", ".join(map(str, teacher.temperatures))
             yield (
-                "method.temperature",
+                f"method.{method.temperature_setting}",
                 f"{method.temperature} is not in {name}.temperatures: {stored}",
             )
     if caches and run.data.objective == "masked" and run.data.masking.draws is None:

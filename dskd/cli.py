@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _with_settings(commands, "train", "carry out a run or recipe", until=None)
     _with_settings(commands, "data", "prepare its rows only", until="data")
+    _with_settings(commands, "export", "train it and write its model", until="export")
     settings = _with_settings(commands, "settings", "print its resolved settings", until=None)
     settings.set_defaults(run=_settings)
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from dskd.ds_keys import NESTED, TOP, UNUSED
+from dskd.ds_keys import BROKEN, NESTED, TOP, UNUSED
 from dskd.errors import ConfigError
 from dskd.sections import nearest, show
 from dskd.settings import Precision, Run
@@ -152,6 +152,8 @@ class _Filling:
             inner = f"{name}.{key}"
             if key not in words:
                 self.problems.append(f"{inner}: DeepSpeed has no such setting{nearest(key, words)}")
+            elif inner in BROKEN and value:
+                self.problems.append(f"{inner}: {BROKEN[inner]}")
             elif inner in NESTED and value is not None:
                 self._check_nested(inner, value)
 

@@ -25,6 +25,7 @@ from dskd import dist
 from dskd.batch import Batch, Term
 from dskd.ds_config import precision_of
 from dskd.hardware import on_gpu
+from dskd.shards import Weights, weights_of
 
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
@@ -87,7 +88,8 @@ class Engine:
 
     Args:
         objective: the module whose forward takes (batch, step) and returns terms by name.
-        groups: parameter groups, see :func:`decay_groups`.
+        groups: parameter groups, see :func:`decay_groups`; one may have an ``lr_scale``, by which
+            the learning rate is multiplied for it.
         ds: a DeepSpeed config without any ``auto``.
         monitor: whether :meth:`log` reaches the monitors that ``ds`` asks for.
     """
@@ -103,8 +105,11 @@ class Engine:
         silent = {key: value for key, value in ds.items() if key not in _MONITORS}
         names = {id(parameter): name for name, parameter in objective.named_parameters()}
         self._group_names = [[names[id(p)] for p in group["params"]] for group in groups]
+        # Ours, not the optimizer's: a checkpoint would bring back another run's.
+        self._lr_scales = [group.get("lr_scale", 1.0) for group in groups]
+        own = [{key: v for key, v in group.items() if key != "lr_scale"} for group in groups]
         self._engine, *_ = deepspeed.initialize(
-            model=objective, model_parameters=groups, config=silent
+            model=objective, model_parameters=own, config=silent
         )
         self.stage = stage_of(ds)
         if self.stage == 0 and precision_of(ds) != "fp32":
@@ -150,10 +155,19 @@ class Engine:
             norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
         return None if norm is None else float(norm)
 
-    def step(self, lr: float) -> bool:
-        """Take an optimiser step at this learning rate; False if fp16 overflow skipped it."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+    def set_rate(self, lr: float) -> None:
+        """Set the next step's learning rate, in each group times its ``lr_scale``."""
+        groups = self._engine.optimizer.param_groups
+        for group, scale in zip(groups, self._lr_scales, strict=True):
+            group["lr"] = lr * scale
+
+    def weights(self, *, gradients: bool) -> Weights:
+        """What this rank holds of the student's parameters, editable; with gradients between the
+        last backward pass and the step."""
+        return weights_of(self._engine, gradients=gradients)
+
+    def step(self) -> bool:
+        """Take an optimiser step; False if fp16 overflow skipped it."""
         self._engine.step()
         return self._engine.was_step_applied()
 

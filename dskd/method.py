@@ -11,18 +11,83 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Rows, Signal, Term
 from dskd.errors import ConfigError
 from dskd.sections import nearest, parse
-from dskd.settings import Section
+from dskd.settings import Run, Section
+from dskd.shards import Weights
 
 METHODS: dict[str, str] = {
     "ki": "dskd.methods.ki:KnowledgeInheritance",
     "lm": "dskd.methods.lm:LanguageModelling",
+    "wid": "dskd.methods.wid:WeightInheritance",
 }
 """Where each kind is found, ``module:Class``; imported when asked for, so that a broken one cannot
 break the others."""
+
+
+class Change:
+    """What a method does to its student beyond the loss: here nothing.
+
+    One object for a run, made before the student enters its engine. The trainer calls it on every
+    rank alike, so it may use collectives; it draws no random numbers and reads no clock.
+    """
+
+    def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups, given those of a run without a change.
+
+        A group is ``params`` and what differs for them: ``weight_decay``, ``eps`` ... and
+        ``lr_scale``, by which the run's learning rate is multiplied.
+        """
+        return groups
+
+    def before_micro_batch(self, last: bool) -> None:
+        """Before a forward pass; ``last``: the optimiser's step follows its backward pass."""
+
+    def before_step(self, weights: Weights, step: int, lr: float) -> None:
+        """After the last backward pass, before clipping.
+
+        fp16 overflow may still skip the step; it is then tried again with the next batch.
+
+        Args:
+            weights: editable; its groups have the learning rates of this step.
+            step: completed steps.
+            lr: the learning rate of groups without ``lr_scale``.
+        """
+
+    def after_step(self, weights: Weights, step: int, lr: float) -> None:
+        """After an optimiser step that was taken, with ``step`` and ``lr`` as before it."""
+
+    def complete(self, step: int) -> bool:
+        """Whether the student may be exported after so many steps: until then a checkpoint is no
+        candidate for the best."""
+        del step
+        return True
+
+    def rates(self) -> dict[str, float]:
+        """Numbers that the log shows after a step, by name."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides weights and optimizer, as JSON has it."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`; called before the weights are loaded."""
+
+    def exported(self, weights: Weights, batch: Batch) -> PreTrainedModel:
+        """The student that is written out, a plain HuggingFace model (collective).
+
+        Args:
+            weights: the trained ones.
+            batch: rows on the CPU to try it on.
+
+        Raises:
+            DskdError: it is not the student that was trained.
+        """
+        raise NotImplementedError
 
 
 class Method(Section):
@@ -34,11 +99,13 @@ class Method(Section):
         kind: the method's name in the settings. A method of this package narrows it to a literal;
             one from elsewhere leaves it alone, since its kind is ``my_package.my_module:MyMethod``.
 
-    A method that wants a teacher has a field ``temperature``, at which :meth:`loss` reads the tail
-    mass of a top-k teacher.
+    A method that wants a teacher has a ``temperature``, at which :meth:`loss` reads the tail mass
+    of a top-k teacher.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("tokens",)
+    temperature_setting: ClassVar[str] = "temperature"
+    """Name of that setting below ``method``, for messages."""
 
     kind: str
 
@@ -73,6 +140,27 @@ class Method(Section):
         """Numbers beside the terms that the log shows for this step, by name."""
         del step
         return {}
+
+    def check(self, run: Run, config: PreTrainedConfig | None) -> None:
+        """Refuse settings of the run, or a student, that the method cannot go with.
+
+        Args:
+            run: the settings.
+            config: the student's; None if it is not known before the run begins. It is then called
+                again before the training.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+
+    def exported_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config of what is exported in the end, given that of the student before training."""
+        return config
+
+    def change(self, student: PreTrainedModel, run: Run) -> Change | None:
+        """Prepare the student, in place, for what the method does to it; None: nothing."""
+        del student, run
+        return None
 
     def wants_teacher(self) -> bool:
         """Whether any step needs a teacher."""

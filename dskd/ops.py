@@ -1,9 +1,10 @@
-"""The one door to the fused losses: Triton kernels on a GPU, chunked closed forms elsewhere.
+"""The one door to what has kernels: Triton on a GPU, plain torch elsewhere.
 
-Every function takes weights per token (or one number) for the divergence and the label's cross
-entropy, into which the caller folds whatever its method asks for: mask, rate, T^2, re-weighting.
-It returns :class:`Losses`, whose ``total`` is a weighted SUM with a gradient, computed together
-with the loss; nothing is divided by a count here.
+``merge``, ``unmerge`` and ``update`` serve compactors (``dskd/fused/compactor.py``, ``update.py``).
+All else is a loss, which takes weights per token (or one number) for the divergence and the label's
+cross entropy, into which the caller folds whatever its method asks for: mask, rate, T^2,
+re-weighting. It returns :class:`Losses`, whose ``total`` is a weighted SUM with a gradient,
+computed together with the loss; nothing is divided by a count here.
 
 The same in plain differentiable torch, for any dtype, is in ``dskd/losses.py``.
 """
@@ -17,11 +18,13 @@ from dskd.batch import Dense, Projected, Rows, Signal, TopK
 from dskd.errors import ConfigError
 from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, Weight
 from dskd.fused.backend import implementation, triton_everywhere
+from dskd.fused.compactor import Factors, Gradients, Merged, merge, unmerge
 from dskd.fused.dense import dense_kd
 from dskd.fused.label import label_ce
 from dskd.fused.linear import DenseTeacher, LinearTeacher, LogitTeacher, TopKTeacher, linear_kd
 from dskd.fused.mixture import mixture_kd
 from dskd.fused.topk import topk_kd
+from dskd.fused.update import Piece, update
 from dskd.fused.vocab_parallel import vocab_parallel_kd
 from dskd.losses import TopKMode
 
@@ -29,19 +32,26 @@ __all__ = [
     "KINDS",
     "MODES",
     "DenseTeacher",
+    "Factors",
+    "Gradients",
     "LinearTeacher",
     "LogitMap",
     "Losses",
+    "Merged",
+    "Piece",
     "TopKTeacher",
     "dense_kd",
     "implementation",
     "label_ce",
     "linear_kd",
+    "merge",
     "mixture_kd",
     "rows_ce",
     "rows_kd",
     "topk_kd",
     "triton_everywhere",
+    "unmerge",
+    "update",
     "vocab_parallel_kd",
 ]
 

@@ -3,17 +3,21 @@
 A run's folder::
 
     config.yaml    the resolved settings          inputs.json   fingerprints of data and models
-    cache/         the teacher's top-k logits     train/        metrics, checkpoints, summary
-    export/        a HuggingFace folder           scores.json   the exported model's evaluation
+    cache/         the teacher's top-k logits     sliced/       the model a sliced student starts as
+    train/         metrics, checkpoints, summary  export/       a HuggingFace folder
+    scores.json    the exported model's evaluation
 """
 
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from transformers import PreTrainedConfig
 
 from dskd import dist, engine
 from dskd.checks import validate
@@ -24,9 +28,11 @@ from dskd.hardware import student_config, teacher_config
 from dskd.inheritance import each_teacher
 from dskd.log import say
 from dskd.method import Method
-from dskd.models.build import check_random, model_fingerprint
+from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
+from dskd.models.weights import folder_at_hand
 from dskd.report import print_table, write_report
 from dskd.settings import Model, Run
+from dskd.sliced import sliced_config, source_settings
 from dskd.stages import STAGES, Job
 
 CONTROL = "scratch"
@@ -34,7 +40,12 @@ CONTROL = "scratch"
 
 NOMINAL_HIDDEN = 1024
 
-_LEFT = {"train": "train/summary.json", "export": "export", "evaluate": "scores.json"}
+_LEFT = {
+    "slice": "sliced",
+    "train": "train/summary.json",
+    "export": "export",
+    "evaluate": "scores.json",
+}
 """What a stage leaves in the run's folder when it is whole."""
 
 
@@ -46,20 +57,78 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
             settings that a run in progress was started with.
     """
     for name, run in recipe.runs.items():
-        prefix = f"runs.{name}" if len(recipe.runs) > 1 else ""
+        prefix = _prefix(recipe, name)
         validate(run, world, methods[name], prefix)
         for place, model in _models(run).items():
+            where = f"{prefix}.{place}" if prefix else place
+            _refuse_later_export(recipe, name, model, where)
             if model.path is None:
-                where = f"{prefix}.{place}" if prefix else place
                 data = {"objective": run.data.objective, "block_size": run.data.block_size}
                 check_random(model, **data, where=where)
         # The hidden size only sets buckets; a model that an earlier run will export has none yet.
         student_config(run, NOMINAL_HIDDEN, world=world)
+        _check_student(recipe, methods, name)
         for teacher in each_teacher(run).values():
             if teacher.deepspeed is not None:
                 ds, precision = teacher.deepspeed, teacher.precision
                 teacher_config(ds, precision, run, NOMINAL_HIDDEN, world=world)
         _refuse_other_settings(run)
+
+
+def _prefix(recipe: Recipe, name: str) -> str:
+    """Dotted name of a run of a recipe of several."""
+    return f"runs.{name}" if len(recipe.runs) > 1 else ""
+
+
+def _check_student(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:
+    """Refuse a student that its method, its rows or its slice cannot go with, as far as its config
+    is known."""
+    run, prefix = recipe.runs[name], _prefix(recipe, name)
+    try:
+        config = _starts_as(recipe, methods, name)
+        if config is not None:
+            check_shape(config, run.data.objective, run.data.block_size, "model")
+        methods[name].check(run, config)
+    except ConfigError as problem:
+        raise ConfigError(f"{prefix}.{problem}" if prefix else str(problem)) from problem
+
+
+def _starts_as(recipe: Recipe, methods: Mapping[str, Method], name: str) -> PreTrainedConfig | None:
+    """The config of a run's student before training; None if it is still to be downloaded.
+
+    What an earlier run of the recipe will export may not be there yet, but its settings say it.
+    """
+    run = recipe.runs[name]
+    source, maker = source_settings(run), _exporter(recipe, run.model)
+    if maker is not None:
+        config = _starts_as(recipe, methods, maker)
+        if config is not None:
+            exported = methods[maker].exported_config(config)
+            config = with_fields(exported, source.config, "model")
+    elif source.path is None:
+        config = config_of(source, where="model")
+    elif (folder := folder_at_hand(source.path, source.revision)) is not None:
+        config = config_of(source.model_copy(update={"path": str(folder)}), where="model")
+    else:
+        config = None
+    if config is None or run.model.slice is None:
+        return config
+    return sliced_config(config, run.model)
+
+
+def _exporter(recipe: Recipe, model: Model) -> str | None:
+    """The run of the recipe whose export a model is loaded from, if any."""
+    if model.path is None:
+        return None
+    left_by = {os.path.abspath(run.out / "export"): name for name, run in recipe.runs.items()}
+    return left_by.get(os.path.abspath(model.path))
+
+
+def _refuse_later_export(recipe: Recipe, name: str, model: Model, where: str) -> None:
+    maker, names = _exporter(recipe, model), list(recipe.runs)
+    if maker is not None and names.index(maker) >= names.index(name):
+        which = "this run itself" if maker == name else f"the later run {maker}"
+        raise ConfigError(f"{where}.path: {model.path} is what {which} exports in its end")
 
 
 def is_done(recipe: Recipe) -> bool:
@@ -80,7 +149,7 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
             for stage, work in STAGES.items():
                 work(job)
                 if stage == "data":
-                    dist.on_rank0(lambda job=job: _refuse_other_inputs(job))
+                    dist.on_rank0(lambda job=job: _check_inputs(recipe, methods, job))
                 if stage == run.until:
                     break
         dist.on_rank0(lambda: report(recipe))
@@ -126,7 +195,7 @@ def _write_settings(recipe: Recipe) -> None:
 
 def _refuse_other_settings(run: Run) -> None:
     path = run.out / "config.yaml"
-    begun = any((run.out / name).exists() for name in ("cache", "train", "export"))
+    begun = any((run.out / name).exists() for name in ("cache", "sliced", "train", "export"))
     if not (begun and path.is_file()):
         return  # nothing was made with the other settings yet
     changed = differences(read(path).runs["run"], run)
@@ -138,12 +207,21 @@ def _refuse_other_settings(run: Run) -> None:
         )
 
 
-def _refuse_other_inputs(job: Job) -> None:
-    """Compare the fingerprints of the run's data and models with those it was started with."""
-    run, path = job.run, job.run.out / "inputs.json"
+def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], job: Job) -> None:
+    """What can be told only now, and must be before hours go into it: the run's models are here,
+    downloaded for their fingerprints if need be, and with them the sizes of every run's student
+    that starts as one of them."""
     now = {"data": job.prepared.fingerprint, "masking": job.view.fingerprint}
-    for name, model in _models(run).items():
-        now[name] = model_fingerprint(model, seed=run.seed, where=name)
+    for name, model in _models(job.run).items():
+        now[name] = model_fingerprint(model, seed=job.run.seed, where=name)
+    for name in recipe.runs:
+        _check_student(recipe, methods, name)
+    _refuse_other_inputs(job.run, now)
+
+
+def _refuse_other_inputs(run: Run, now: dict[str, str]) -> None:
+    """Compare the fingerprints of the run's data and models with those it was started with."""
+    path = run.out / "inputs.json"
     if not path.exists():
         write_manifest(path, now)
         return

@@ -35,7 +35,6 @@ _TRAINING_KEYS = ("step", "loss", "terms", "lr")
 _EVALUATION_KEYS = ("step", "eval_nll", "eval_ppl")
 _SUMMARY_KEYS = (
     "steps",
-    "eval_nll",
     "tokens_per_second",
     "peak_memory_bytes",
     "wall_seconds",

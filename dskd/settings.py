@@ -143,6 +143,21 @@ class Data(Section):
 # ---- models --------------------------------------------------------------------------------------
 
 
+class Slice(Section):
+    """The sizes that a larger model is cut to: its units with the largest weights stay."""
+
+    hidden_size: int = Field(ge=1)
+    """Width of the student."""
+    intermediate_size: int | None = Field(None, ge=1)
+    """Width of its feed-forward parts; null: in proportion to ``hidden_size``."""
+    heads: int | None = Field(None, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    """With ``heads``, how many heads remain; null: in proportion, or as ``strategy`` says."""
+    strategy: Literal["dim", "head"] = "dim"
+    """How attention gets narrower: ``dim``: narrower heads; ``head``: fewer. Families with rotary
+    positions always lose whole groups of heads."""
+
+
 class Model(Section):
     """A HuggingFace masked or causal LM, loaded or built at random."""
 
@@ -156,6 +171,9 @@ class Model(Section):
     vocab_multiple: int = Field(1, ge=1)
     """Pad a random model's vocabulary to a multiple of this."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    slice: Slice | None = None
+    """Of a student with a ``path``: start from that model cut to these sizes, as ``<out>/sliced``
+    then holds it; null: from the whole model."""
 
 
 TINY = {
@@ -280,7 +298,7 @@ class Run(Section):
     out: Path = Path("runs/toy")
     """Folder of everything the run writes."""
     seed: int = Field(1, ge=0, lt=2**63)
-    until: Literal["data", "cache", "train", "export", "evaluate"] = "evaluate"
+    until: Literal["data", "cache", "slice", "train", "export", "evaluate"] = "evaluate"
     """Last stage to run."""
     deepspeed: str = "zero0"
     """A shipped preset (``zero2`` is ``ds_configs/zero2.json``) or a path to a DeepSpeed JSON."""

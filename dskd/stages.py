@@ -1,5 +1,5 @@
-"""The stages of a run: data, cache, train, export, evaluate. Each leaves an artefact that, whole,
-says that it is done; each reads only what earlier ones left."""
+"""The stages of a run: data, cache, slice, train, export, evaluate. Each leaves an artefact that,
+whole, says that it is done; each reads only what earlier ones left."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dskd import dist, universal
+from dskd.batch import Batch
 from dskd.capture import capture
 from dskd.checkpoint import Checkpoints, Saved
 from dskd.checks import cache_folder
 from dskd.data.blocks import Prepared, open_prepared, prepare
-from dskd.data.loader import Loader
+from dskd.data.loader import Loader, make_batch
 from dskd.data.masking import View, view_for
 from dskd.ds_config import precision_of
 from dskd.engine import Engine, decay_groups, shard_teacher, stage_of
@@ -28,14 +30,15 @@ from dskd.files import write_atomic
 from dskd.hardware import DTYPES, student_config, teacher_config
 from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit
 from dskd.log import Metrics, peak_memory, reset_peak_memory, say
-from dskd.method import Method
-from dskd.models.build import build, hidden_size
+from dskd.method import Change, Method
+from dskd.models.build import build, hidden_size, parameter_count
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.objective import Objective
 from dskd.ops import implementation
 from dskd.settings import CachedTeacher, Model, Run
-from dskd.trainer import Progress, Trainer
-from dskd.zero import full_shape
+from dskd.sliced import make_slice, sliced_folder, student_settings
+from dskd.trainer import CHANGE, Progress, Trainer
+from dskd.zero import full_shape, sharded_construction
 
 EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed
 
@@ -69,7 +72,12 @@ class Job:
     @cached_property
     def ds(self) -> dict[str, Any]:
         """The student's DeepSpeed config without ``auto``."""
-        return student_config(self.run, hidden_size(self.run.model, where="model"))
+        return student_config(self.run, hidden_size(self.student, where="model"))
+
+    @property
+    def student(self) -> Model:
+        """The model that the student starts as; what is sliced for it is there since that stage."""
+        return student_settings(self.run)
 
 
 def cache(job: Job) -> None:
@@ -94,6 +102,17 @@ def cache(job: Job) -> None:
         _free()
 
 
+def cut(job: Job) -> None:
+    """Write the folder that a sliced student starts from."""
+    if job.run.model.slice is None:
+        return
+    folder = sliced_folder(job.run)
+    if not dist.broadcast_object(folder.exists()):
+        make_slice(job.run, job.prepared.tokenizer)
+        say(f"cut {job.run.model.path} to {folder}")
+        _free()
+
+
 def train(job: Job) -> None:
     """Train the student, from its newest checkpoint if there is one; leaves ``summary.json``."""
     summary = job.run.out / "train" / "summary.json"
@@ -111,8 +130,9 @@ def _train(job: Job, summary: Path) -> None:
     inheritance = Inheritance()
     if job.method.wants_teacher():
         inheritance = inherit(run, job.method.temperature, prepared, job.view, job.device)
-    engine, precision, parameters = _engine(job, inheritance, saved, monitor=True)
-    progress = Progress(**saved.state) if saved else Progress()
+    training = _engine(job, inheritance, saved, monitor=True)
+    engine, precision = training.engine, training.precision
+    progress = Progress(**_without_change(saved.state)) if saved else Progress()
     if saved:
         say(f"going on from step {progress.step} ({saved.folder})")
     loader = Loader(
@@ -131,6 +151,7 @@ def _train(job: Job, summary: Path) -> None:
         run=run,
         precision=precision,
         method=job.method,
+        change=training.change,
         engine=engine,
         loader=loader,
         evaluate=lambda: _evaluate(job, engine.module),
@@ -143,7 +164,7 @@ def _train(job: Job, summary: Path) -> None:
         trainer.train()
     finally:
         loader.close()
-    _summarise(job, progress, parameters, summary)
+    _summarise(job, progress, training.parameters, summary)
     engine.destroy()
 
 
@@ -157,16 +178,25 @@ def export_best(job: Job) -> None:
 
 def _export(job: Job, folder: Path) -> None:
     best = job.checkpoints.best()
-    engine, _, _ = _engine(job, Inheritance(), best, monitor=False)
-    card = {
-        "method": dict(job.run.method),
-        "step": best.step,
-        "eval_nll": best.eval_nll,
-        "run": job.run.model_dump(mode="json"),
-    }
-    export(engine.module.student, job.prepared.tokenizer, folder, card=card)
+    training = _engine(job, Inheritance(), best, monitor=False)
+    engine, change = training.engine, training.change
+    student = engine.module.student
+    if change is not None:
+        with dist.agreed():
+            student = change.exported(engine.weights(gradients=False), _some_rows(job))
+    card = {"method": dict(job.run.method), "step": best.step, "eval_nll": best.eval_nll}
+    card["run"] = job.run.model_dump(mode="json")
+    export(student, job.prepared.tokenizer, folder, card=card)
     say(f"exported step {best.step} to {folder}")
     engine.destroy()
+
+
+def _some_rows(job: Job) -> Batch:
+    """A few validation rows."""
+    rows, tokenizer = job.prepared.validation, job.prepared.tokenizer
+    ids_B = np.arange(min(len(rows), job.run.evaluation.micro_batch), dtype=np.int64)
+    view = view_for(job.run.data, tokenizer, EVALUATION_SEED)
+    return make_batch(rows, view, ids_B, np.zeros_like(ids_B), None)
 
 
 def evaluate_export(job: Job) -> None:
@@ -206,10 +236,18 @@ def _build(job: Job, settings: Model, ds: dict[str, Any] | None, where: str) -> 
         )
 
 
-def _engine(
-    job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor: bool
-) -> tuple[Engine, str, int]:
-    """The student in its engine, at ``saved`` if given; precision and number of parameters."""
+@dataclass(frozen=True)
+class _Training:
+    """The student in its engine, and what its method does to it."""
+
+    engine: Engine
+    change: Change | None
+    precision: str
+    parameters: dict[str, int]
+
+
+def _engine(job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor: bool) -> _Training:
+    """The student in its engine, at ``saved`` if given."""
     run, ds = job.run, job.ds
     precision, stage = precision_of(ds), stage_of(ds)
     native = saved is None or universal.is_native(saved, dist.world(), stage, precision)
@@ -218,20 +256,33 @@ def _engine(
             universal.check(saved, stage, precision)
         if stage:
             ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
-    student = _build(job, run.model, ds, where="model")
+    student = _build(job, job.student, ds, where="model")
+    exported = parameter_count(job.method.exported_config(student.config))
+    with dist.agreed(), sharded_construction(ds):
+        job.method.check(run, student.config)
+        change = job.method.change(student, run)
     if run.train.activation_checkpointing:
         checkpoint_activations(student)
     if run.train.compile:
         compile_layers(student)
-    parameters = sum(full_shape(p).numel() for p in student.parameters())
+    trained = sum(full_shape(p).numel() for p in student.parameters())
     objective = Objective(student, job.method, inheritance.teacher)
     groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
+    if change is not None:
+        groups = change.groups(groups)
     engine = Engine(objective, groups, ds, monitor=monitor)
+    if saved is not None and change is not None:
+        change.restore(saved.state[CHANGE])
     if saved is not None and native:
         engine.load(saved.folder.parent, saved.folder.name)
     elif saved is not None:
         _load_converted(engine, saved, stage)
-    return engine, precision, parameters
+    counts = {"parameters": exported, "trained_parameters": trained}
+    return _Training(engine, change, precision, counts)
+
+
+def _without_change(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != CHANGE}
 
 
 def _load_converted(engine: Engine, saved: Saved, stage: int) -> None:
@@ -261,7 +312,7 @@ def _evaluate(job: Job, objective: torch.nn.Module) -> dict[str, Any]:
     return scores
 
 
-def _summarise(job: Job, progress: Progress, parameters: int, path: Path) -> None:
+def _summarise(job: Job, progress: Progress, parameters: dict[str, int], path: Path) -> None:
     best, last = job.checkpoints.best(), job.checkpoints.latest()
     assert last is not None
     peak = max(dist.gather_objects(peak_memory()))
@@ -270,7 +321,7 @@ def _summarise(job: Job, progress: Progress, parameters: int, path: Path) -> Non
         "eval_nll": last.eval_nll,
         "best_step": best.step,
         "best_eval_nll": best.eval_nll,
-        "parameters": parameters,
+        **parameters,
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
         "peak_memory_bytes": peak,
@@ -290,6 +341,7 @@ def _free() -> None:
 STAGES: dict[str, Callable[[Job], object]] = {
     "data": lambda job: job.view,  # which prepares the rows
     "cache": cache,
+    "slice": cut,
     "train": train,
     "export": export_best,
     "evaluate": evaluate_export,

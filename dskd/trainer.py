@@ -26,12 +26,16 @@ from dskd.data.loader import Loader
 from dskd.engine import Engine
 from dskd.errors import NonFiniteError
 from dskd.log import Metrics, peak_memory, progress_line, say
-from dskd.method import Method
+from dskd.method import Change, Method
 from dskd.schedule import learning_rate
 from dskd.settings import Run
 
 MOST_SKIPPED = 100
 """fp16 overflows in a row that stop a run: no loss scale from 2^32 down helps."""
+
+
+CHANGE = "change"
+"""Key of the change's state in that of a checkpoint, beside the progress."""
 
 
 class Interrupted(Exception):
@@ -81,6 +85,7 @@ class Trainer:
     Args:
         run: the settings.
         precision: ``fp32``, ``bf16`` or ``fp16``, as resolved from them.
+        change: what the method does to the student; None: nothing.
         evaluate: the plain LM evaluation of the student, a dict with ``eval_nll``.
     """
 
@@ -90,6 +95,7 @@ class Trainer:
         run: Run,
         precision: str,
         method: Method,
+        change: Change | None,
         engine: Engine,
         loader: Loader,
         evaluate: Callable[[], dict[str, Any]],
@@ -100,6 +106,7 @@ class Trainer:
         self._run = run
         self._precision = precision
         self._method = method
+        self._change = change
         self._engine = engine
         self._loader = loader
         self._evaluate = evaluate
@@ -145,21 +152,35 @@ class Trainer:
         shares: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             self._seed(micro)
+            if self._change is not None:
+                self._change.before_micro_batch(last=micro == len(batches) - 1)
             terms = engine.forward(batch, progress.step)
             totals = [term.total / counts.by_term[name] for name, term in terms.items()]
             engine.backward(torch.stack(totals).sum())
             _add(shares, terms, counts)
         loss, means = self._means(shares)
         lr = learning_rate(self._run.train, progress.step)
-        plain = engine.stage == 0 and self._precision == "fp32"  # DeepSpeed keeps no norm there
-        before = engine.grad_norm() if plain else None
-        applied = engine.step(lr)
-        norm = engine.grad_norm() if before is None else before
+        applied, norm = self._update(lr)
         if applied or self._precision != "fp16":  # only fp16 skips a step and goes on
             _finite(progress.step + 1, "the gradient's norm", norm if applied else math.nan)
         progress.position = self._loader.position
         progress.tokens += counts.tokens
         return Taken(applied, counts.stop, loss, means, lr, norm)
+
+    def _update(self, lr: float) -> tuple[bool, float | None]:
+        """The optimiser's step, the method's change around it; whether it was taken, and the norm
+        of the gradient before clipping."""
+        engine, change, step = self._engine, self._change, self._progress.step
+        engine.set_rate(lr)
+        if change is not None:
+            change.before_step(engine.weights(gradients=True), step, lr)
+        plain = engine.stage == 0 and self._precision == "fp32"  # DeepSpeed keeps no norm there
+        before = engine.grad_norm() if plain else None
+        applied = engine.step()
+        norm = engine.grad_norm() if before is None else before
+        if change is not None and applied:
+            change.after_step(engine.weights(gradients=False), step, lr)
+        return applied, norm
 
     def _count(self, batches: Sequence[Batch], stop: bool) -> Counts:
         parts = [self._method.counts(batch) for batch in batches]
@@ -204,6 +225,8 @@ class Trainer:
             return
         loss = taken.loss
         rates = {"lr": taken.lr, **self._method.rates(progress.step - 1)}
+        if self._change is not None:
+            rates |= self._change.rates()
         tokens, seconds = self._since
         speed = (progress.tokens - tokens) / (progress.train_seconds - seconds)
         self._since = (progress.tokens, progress.train_seconds)
@@ -234,7 +257,8 @@ class Trainer:
         if due or stop:
             # One that only a signal asked for is no candidate for the best: the undisturbed run,
             # which exports the same weights, does not have it.
-            self._save(nll if due else None)
+            complete = self._change is None or self._change.complete(step)
+            self._save(nll if due and complete else None)
 
     def _save(self, nll: float | None) -> None:
         step = self._progress.step
@@ -247,6 +271,8 @@ class Trainer:
             "eval_nll": nll,
             "state": asdict(self._progress),
         }
+        if self._change is not None:
+            about["state"][CHANGE] = self._change.state()
         self._checkpoints.commit(step, about)
 
 

@@ -341,7 +341,7 @@ class Configuration(Compiled, total=False):
     constants: value of every constexpr, with ``FAST`` True (other targets than NVIDIA: False);
     num_warps: of 32 threads (a target with 64 takes half as many, at least 1); num_stages;
     aligned: the arguments divisible by 16; tensors_per_column: [N, V] tensors that a hot loop
-    loads, or that each of them does;
+    loads, or that each of them does; 0: no such loop;
     maxnreg: as launched, if launched with it, on NVIDIA only.
     """
 

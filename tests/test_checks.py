@@ -23,6 +23,7 @@ class _Method:
 
     kind: str = "ki"
     temperature: float = 2.0
+    temperature_setting: str = "temperature"
     wants: bool = True
 
     def wants_teacher(self):

@@ -22,7 +22,7 @@ def test_help_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("train", "data", "settings", "cache", "report"):
+    for command in ("train", "data", "export", "settings", "cache", "report"):
         assert f"    {command} " in done.stdout
 
 
@@ -38,6 +38,7 @@ def test_version(capsys):
         (["train"], []),
         (["train", "a.yaml", "train.lr=1e-4"], ["a.yaml", "train.lr=1e-4"]),
         (["data", "a.yaml"], ["a.yaml", "until=data"]),
+        (["export", "a.yaml", "seed=2"], ["a.yaml", "seed=2", "until=export"]),
         (["cache", "capture", "a.yaml", "seed=2"], ["a.yaml", "seed=2", "until=cache"]),
     ],
 )

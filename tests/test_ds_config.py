@@ -22,7 +22,7 @@ from torch import nn
 
 from dskd.config import read
 from dskd.ds_config import fill_auto, load_preset, precision_of, presets
-from dskd.ds_keys import NESTED, TOP, UNUSED
+from dskd.ds_keys import BROKEN, NESTED, TOP, UNUSED
 from dskd.errors import ConfigError
 from tests.ranks import run_ranks
 
@@ -189,6 +189,9 @@ def test_a_damaged_file_is_refused(tmp_path, text, message):
 # Contradictions
 
 
+ROUND_ROBIN = "zero_optimization.round_robin_gradients"
+
+
 @pytest.mark.parametrize(
     ("ds", "line"),
     [
@@ -239,6 +242,10 @@ def test_a_contradiction_names_both(ds, line):
         (
             {"bf16": {"enable": True}},
             "bf16.enable: DeepSpeed has no such setting; did you mean 'enabled'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            f"zero_optimization.round_robin_gradients: {BROKEN[ROUND_ROBIN]}",
         ),
         ({"zero_optimization": True}, "zero_optimization: expected an object, found true"),
         ({"scheduler": {}}, f"scheduler: {UNUSED['scheduler']}"),

@@ -20,21 +20,26 @@ FLOORS = {
     0: "errors files batch settings tree sections checks config schedule losses dist",
     1: "data.counter data.sources data.vocabulary data.packing data.building data.blocks "
     "data.masking data.loader store_format store logit_cache ds_keys ds_config hardware log zero "
-    "fused.arguments fused.cpu_chunks fused.cpu_kinds fused.cpu fused.cpu_topk fused.cpu_mixture "
-    "fused.cpu_vocab_parallel fused.backend fused.per_token fused.gradients fused.dense fused.topk "
-    "fused.label fused.mixture fused.chunking fused.linear_visit fused.linear "
-    "fused.vocab_parallel ops "
-    "models.families models.initial models.weights models.build models.speed",
+    "shards "
+    "fused.arguments fused.products fused.cpu_chunks fused.cpu_kinds fused.cpu fused.cpu_topk "
+    "fused.cpu_mixture fused.cpu_vocab_parallel fused.backend fused.per_token fused.gradients "
+    "fused.dense fused.topk fused.label fused.mixture fused.chunking fused.linear_visit "
+    "fused.linear fused.vocab_parallel fused.compactor fused.update ops "
+    "compaction.widths compaction.masks compaction.presets compaction.rule compaction.rules "
+    "inherited models.families models.initial models.weights models.build models.speed "
+    "models.masked_norm models.compactor models.groups models.surgery models.narrow "
+    "models.merged models.slicing",
     2: "teacher engine checkpoint universal",
-    3: "method objective sweep evaluation export capture inheritance trainer report stages plan",
-    4: "methods.lm methods.ki train cli",
+    3: "method objective sweep evaluation export capture inheritance trainer report sliced "
+    "stages plan",
+    4: "methods.lm methods.ki methods.wid train cli",
 }
 """The modules of dskd, lowest first. One may import those of lower floors and, on its own floor,
 those named before it; so there are no cycles."""
 
 NEVER_IN_METHODS = {"engine", "trainer", "plan", "stages", "dist", "methods"}
 MAY_IMPORT = {
-    "deepspeed": {"dskd/engine.py", "dskd/zero.py", "dskd/universal.py"},
+    "deepspeed": {"dskd/engine.py", "dskd/zero.py", "dskd/shards.py", "dskd/universal.py"},
     "triton": {"kernels/"},
 }
 
@@ -91,6 +96,7 @@ def test_packages_import_nothing():
     packages = [path for path in sources("dskd") if path.name == "__init__.py"]
     assert {path.parent.name for path in packages} == {
         "dskd",
+        "compaction",
         "data",
         "fused",
         "models",

@@ -27,6 +27,10 @@ SETTINGS = {
         },
     ],
     "lm": [{"kind": "lm"}],
+    "wid": [
+        {"kind": "wid", "hidden_size": 4},
+        {"kind": "wid", "hidden_size": 4, "inherit": {"steps": 10, "rate": 0.5}},
+    ],
 }
 CASES = [
     pytest.param(settings, signal, step, id=f"{kind}{i}-{signal}-step{step}")
@@ -197,9 +201,9 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(kind):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"method\.kind: must name a method \(ki, lm\)"),
+        ({}, r"method\.kind: must name a method \(ki, lm, wid\)"),
         ({"kind": 3}, r"method\.kind: must name a method"),
-        ({"kind": "kii"}, r"method\.kind: 'kii' is not one of ki, lm; did you mean 'ki'\?"),
+        ({"kind": "kii"}, r"method\.kind: 'kii' is not one of ki, lm, wid; did you mean 'ki'\?"),
         ({"kind": ":Class"}, r"method\.kind: ':Class' is not one of"),
         ({"kind": "no.such:Class"}, r"method\.kind: no module 'no\.such'"),
         ({"kind": "dskd.methods.ki:Nope"}, r"'dskd\.methods\.ki' has no method 'Nope'"),

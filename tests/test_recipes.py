@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
+from dskd.compaction.widths import Family, Target, Widths, student_widths
 from dskd.config import Recipe, differences, read
 from dskd.method import build_method
+from dskd.models.groups import layout_of, widths_of
 from dskd.plan import CONTROL, check
 from dskd.settings import CachedTeacher, Model
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 RECIPES = sorted(LAUNCH.rglob("*.yaml"))
 KI = LAUNCH / "ki"
+WID = LAUNCH / "wid"
 
 
 def methods(recipe: Recipe) -> dict:
@@ -38,7 +41,7 @@ def test_a_recipe_is_accepted_on_any_power_of_two_of_ranks(path, world, tmp_path
     assert CONTROL in recipe.runs
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(KI.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_student_and_its_control_differ_in_what_is_inherited_only(path):
     runs = read(path).runs
     last = runs["ki" if "ki" in runs else "large"]
@@ -96,3 +99,79 @@ def test_modern_recipe_is_a_larger_student_of_a_cached_top_64():
     assert run.model.config["model_type"] == "llama"
     count = parameters(run.model, AutoModelForCausalLM, 49152)
     assert math.isclose(count, 362e6, rel_tol=0.01)  # SmolLM2-360M
+
+
+@pytest.mark.parametrize("path", sorted(WID.glob("*.yaml")), ids=lambda path: path.stem)
+def test_controls_of_wid_see_the_same_rows_and_end_in_the_same_sizes(path):
+    runs = read(path).runs
+    control = runs[CONTROL]
+    narrowed = [run for run in runs.values() if run.method["kind"] == "wid"]
+    assert narrowed
+    for run in [*narrowed, runs["slice"]]:
+        changed = [
+            d.partition(":")[0]
+            for d in differences(run, control)
+            if not d.startswith(("method", "model", "teacher"))
+        ]
+        assert set(changed) <= {"train.lr"}
+    config = control.model.config
+    cut = runs["slice"].model.slice
+    assert cut.hidden_size == config["hidden_size"]
+    for run in narrowed:
+        for name in ("hidden_size", "intermediate_size", "heads", "kv_heads"):
+            assert run.method.get(name) == getattr(cut, name), name
+    if cut.intermediate_size is not None:
+        assert cut.intermediate_size == config["intermediate_size"]
+    if cut.heads is not None:
+        assert cut.heads == config["num_attention_heads"]
+        assert cut.kv_heads == config["num_key_value_heads"]
+
+
+@pytest.mark.parametrize(("strategy", "heads"), [("dim", 12), ("head", 3)])
+def test_bert_recipes_are_the_run_of_the_originals_readme(strategy, heads):
+    """Spec, section 1: the run 12-192 and the options' defaults."""
+    runs = read(WID / f"bert_{strategy}.yaml").runs
+    train, masking, method = (
+        runs["wid"].train,
+        runs["wid"].data.masking,
+        build_method(runs["wid"].method),
+    )
+    assert (train.steps, train.warmup, train.lr) == (400_000, 4000, 1e-6)
+    assert (train.micro_batch, train.batch) == (120, 8 * 120)
+    assert (train.betas, train.eps, train.weight_decay) == ((0.9, 0.999), 1e-6, 0.01)
+    assert (train.schedule, train.end_lr, train.clip) == ("linear", 0.0, 0.0)
+    assert (train.precision, train.decay_all) == ("fp32", False)
+    assert (masking.probability, masking.keep, masking.random) == (0.15, 0.1, 0.1)
+    assert runs["wid"].data.block_size == 128
+    assert (method.rule, method.strategy, method.hidden_size) == ("original", strategy, 192)
+    assert (method.every, method.penalty, method.lr) == (500, 20.0, 5e-5)
+    assert method.inherit is None
+    small = runs["scratch"].model
+    assert small.config["num_attention_heads"] == heads
+    # BERT-base as it is: its config says all that the settings do not.
+    teacher = BertConfig()
+    target = Target(**runs["slice"].model.slice.model_dump(), rule="original")
+    widths = student_widths(widths_of(teacher), target, layout_of(teacher).demands)
+    assert widths == Widths(192, 768, heads, heads, 192 // heads)
+    tables = (30522 + 512 + 2) * 192 + 2 * 192
+    layer = 12 * 192**2 + 13 * 192
+    head = 192**2 + 3 * 192 + 30522 * 192 + 2 * 30522  # HuggingFace's has two biases
+    assert parameters(small, AutoModelForMaskedLM, 30522) == tables + 12 * layer + head
+    assert math.isclose(tables + 12 * layer, 11.30e6, rel_tol=1e-3)
+
+
+def test_the_llama_of_wid_is_as_wide_as_the_smaller_one():
+    runs = read(WID / "llama_ki.yaml").runs
+    method = build_method(runs["wid"].method)
+    # SmolLM2-360M, which is not downloaded here
+    teacher = Widths(960, 2560, 15, 5, 64)
+    target = Target(**runs["slice"].model.slice.model_dump())
+    assert student_widths(teacher, target, Family(rotary=True, divides=True)) == Widths(
+        576, 1536, 9, 3, 64
+    )
+    assert (method.hidden_size, method.heads, method.inherit.schedule) == (576, 9, "linear")
+    steps = runs["wid"].train.steps
+    assert method.inherit.steps == steps / 2
+    assert round(method.inherit.alpha(method.every * method.ramp + method.anneal - 1), 2) == 0.63
+    assert runs["scratch"].model.config["rope_theta"] == 100_000
+    assert method.every * method.ramp + method.anneal < runs["wid"].train.steps / 4

@@ -31,6 +31,7 @@ def make_run(
         "peak_memory_bytes": 3 * 2**29,
         "wall_seconds": 125.0,
         "parameters": 1234567,
+        "trained_parameters": 7654321,
     }
     (folder / "train").mkdir(parents=True)
     (folder / "train/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -143,7 +144,7 @@ def damage(name: str, text: str):
         (damage("train/metrics.jsonl", ""), "metrics.jsonl: no evaluation in it"),
         (damage("train/metrics.jsonl", '{"step": 1, "eval_nll": "x"}\n'), "line 1: damaged, 'eval"),
         (damage("train/summary.json", '{"steps": 4'), "summary.json: damaged, not readable"),
-        (damage("train/summary.json", '{"steps": 4}'), "summary.json: damaged, 'eval_nll'"),
+        (damage("train/summary.json", '{"eval_nll": 4.0}'), "summary.json: damaged, 'steps'"),
         (damage("scores.json", "7"), "scores.json: damaged, not an object"),
         (lambda folder: (folder / "train/summary.json").unlink(), "summary.json: no such file"),
         (lambda folder: (folder / "train/metrics.jsonl").unlink(), "metrics.jsonl: no such file"),

@@ -26,7 +26,7 @@ def test_help(word, capsys):
         (["train.step=3"], "train.step: no such setting; did you mean 'steps'?"),
         (["train.steps=many"], "train.steps"),
         (["train.batch=12"], "train.batch: 12 is not a multiple of train.micro_batch 8"),
-        (["method.kind=kl"], "method.kind: 'kl' is not one of ki, lm; did you mean"),
+        (["method.kind=kl"], "method.kind: 'kl' is not one of ki, lm, wid; did you mean"),
         (["deepspeed=zero9"], "zero9"),
         (["deepspeed={folder}/ds.json"], "train_batch_size"),
         (["teacher=null"], "teacher: the method ki needs one"),

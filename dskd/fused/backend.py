@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dskd.fused import cpu, cpu_mixture, cpu_topk, cpu_vocab_parallel
+from dskd.fused import cpu, cpu_mixture, cpu_topk, cpu_vocab_parallel, products
 
 _PLAIN = {
     "dense": cpu,
@@ -24,6 +24,7 @@ _PLAIN = {
     "topk": cpu_topk,
     "mixture": cpu_mixture,
     "vocab_parallel": cpu_vocab_parallel,
+    "compactor": products,
 }
 _FORCED: ContextVar[bool] = ContextVar("triton_everywhere", default=False)
 

@@ -1,56 +1,21 @@
 """Knowledge Inheritance: a small teacher's distribution helps a larger student at first.
 
-Qin et al. 2022 (NAACL), "Knowledge Inheritance for Pre-trained Language Models": the loss of a
-supervised position is ``(1 - alpha) CE + alpha T^2 KL(teacher || student)``, both distributions of
-the KL at temperature T, with an inheritance rate alpha that falls as the student outgrows its
-teacher.
+Qin et al. 2022 (NAACL); the loss is in :mod:`dskd.inherited`.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
-
 from dskd.batch import Batch, Rows, Signal, Term
-from dskd.losses import TopKMode
+from dskd.inherited import Inherited
 from dskd.method import Method
-from dskd.ops import rows_ce, rows_kd
-from dskd.schedule import RateSchedule, inheritance_rate
 
 
-class KnowledgeInheritance(Method):
+class KnowledgeInheritance(Inherited, Method):
     """Cross entropy with the labels and, while alpha lasts, KL from the teacher."""
 
     kind: Literal["ki"] = "ki"
-    temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
-    """Softens both distributions of the KL."""
-    rate: float = Field(1.0, ge=0, le=1)
-    """Inheritance rate alpha of the first step (of every step, for ``constant``)."""
-    schedule: RateSchedule = "linear"
-    """How alpha falls: ``linear`` or ``cosine`` to 0 at ``steps``, ``switch``: to 0 at once there,
-    ``constant``: never."""
-    steps: int = Field(0, ge=0, validate_default=True)
-    """Completed optimiser steps at which alpha reaches 0; ``constant`` has no such step."""
-    topk: TopKMode = "tail"
-    """What a top-k teacher's dropped tokens count as: ``tail``: one bucket with their exact mass;
-    ``renormalised``: impossible (the kept ones are scaled up to 1); ``truncated``: they are left
-    out of the student's distribution as well."""
-
-    @field_validator("steps")
-    @classmethod
-    def _falls_to_zero(cls, steps: int, info: ValidationInfo) -> int:
-        schedule = info.data.get("schedule")
-        if schedule not in (None, "constant") and steps < 1:
-            raise ValueError(
-                f"the {schedule} schedule needs the step at which the inheritance rate reaches 0, "
-                f"at least 1"
-            )
-        return steps
-
-    def alpha(self, step: int) -> float:
-        """Inheritance rate after ``step`` completed optimiser steps."""
-        return inheritance_rate(self.schedule, step, self.steps, self.rate)
 
     def rates(self, step: int) -> dict[str, float]:
         """``alpha``."""
@@ -65,25 +30,6 @@ class KnowledgeInheritance(Method):
         return self.alpha(step) > 0.0
 
     def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
-        """``(1 - alpha) CE + alpha T^2 KL``, summed over the supervised positions, in nats.
-
-        Logged as ``ce`` and ``kl`` (with its T^2); what has weight 0 is not computed.
-        """
+        """The term of :meth:`Inherited.term`."""
         del batch
-        alpha, heat = self.alpha(step), self.temperature**2
-        if alpha == 0.0:
-            losses = rows_ce(rows)
-            return {"tokens": Term(losses.total, {"ce": losses.label_N.sum()})}
-        assert signal is not None, f"step {step} needs the teacher"
-        losses = rows_kd(
-            rows,
-            signal,
-            temperature=self.temperature,
-            mode=self.topk,
-            weight=alpha * heat,
-            label_weight=1.0 - alpha,
-        )
-        parts = {"kl": losses.divergence_N.sum() * heat}
-        if alpha < 1.0:
-            parts["ce"] = losses.label_N.sum()
-        return {"tokens": Term(losses.total, parts)}
+        return {"tokens": self.term(rows, signal, step)}

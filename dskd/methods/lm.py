@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from dskd.batch import Batch, Rows, Signal, Term
+from dskd.inherited import labels_term
 from dskd.method import Method
-from dskd.ops import rows_ce
 
 
 class LanguageModelling(Method):
@@ -17,5 +17,4 @@ class LanguageModelling(Method):
     def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
         """The cross entropy summed over the supervised positions, in nats, logged as ``ce``."""
         del signal, batch, step
-        losses = rows_ce(rows)
-        return {"tokens": Term(losses.total, {"ce": losses.label_N.sum()})}
+        return {"tokens": labels_term(rows)}

@@ -82,9 +82,9 @@ def build(
     else:
         config = _stored_config(settings, folder, where)
         _check_tokenizer(tokenizer, folder, f"{where}.path")
-    _check_shape(config, objective, block_size, where)
+    check_shape(config, objective, block_size, where)
     _check_vocabulary(config, tokenizer, where)
-    model = _construct(config, settings.attention, ds, dtype, where)
+    model = construct(config, settings.attention, ds, dtype, where)
     if folder is None:
         initialise(model, seed)
         tie_head_bias(model)
@@ -104,7 +104,7 @@ def check_random(
     Raises:
         ConfigError: as :func:`build` does.
     """
-    _check_shape(_random_config(settings, where, None), objective, block_size, where)
+    check_shape(_random_config(settings, where, None), objective, block_size, where)
 
 
 def model_fingerprint(settings: Model, *, seed: int, where: str) -> str:
@@ -118,12 +118,49 @@ def model_fingerprint(settings: Model, *, seed: int, where: str) -> str:
     return fingerprint(fields | {"files": [file_hash(file) for file in files]})
 
 
+def construct(
+    config: PreTrainedConfig,
+    attention: str,
+    ds: dict[str, Any] | None,
+    dtype: torch.dtype,
+    where: str,
+) -> PreTrainedModel:
+    """The model of a config, in train mode, with its weights still to come.
+
+    Raises:
+        ConfigError: HuggingFace refuses the config; the message names the setting ``where``.
+    """
+    auto = _AUTO[FAMILIES[config.model_type].objective]
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    with _complaints(where), no_init_weights(), sharded_construction(ds):
+        model = auto.from_config(config, dtype=dtype, **options)
+    model.tie_weights()
+    return model.train()
+
+
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Parameters of the model of a config, tied ones counted once, without making it."""
+    with torch.device("meta"):
+        model = construct(config, "auto", None, torch.float32, "the config of the export")
+    tie_head_bias(model)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def hidden_size(settings: Model, *, where: str) -> int:
     """Width of the model's hidden states, from its config alone."""
+    return config_of(settings, where=where).hidden_size
+
+
+def config_of(settings: Model, *, where: str) -> PreTrainedConfig:
+    """The config of what :func:`build` would build, but for what a random one has of a tokenizer.
+
+    Raises:
+        ConfigError: as :func:`build` does.
+    """
     folder = _folder(settings, where)
     if folder is None:
-        return _random_config(settings, where, None).hidden_size
-    return _stored_config(settings, folder, where).hidden_size
+        return _random_config(settings, where, None)
+    return _stored_config(settings, folder, where)
 
 
 def _folder(settings: Model, where: str) -> Path | None:
@@ -170,13 +207,22 @@ def _stored_config(settings: Model, folder: Path, where: str) -> PreTrainedConfi
     with _complaints(f"{where}.path: cannot read the config in {folder}"):
         config = AutoConfig.from_pretrained(folder)
     family_of(config.model_type, f"{where}.path: model_type of {folder}")
-    fields = dict(settings.config)
+    return with_fields(config, settings.config, where)
+
+
+def with_fields(config: PreTrainedConfig, own: dict[str, Any], where: str) -> PreTrainedConfig:
+    """A stored model's config, with the settings' own fields for it.
+
+    Raises:
+        ConfigError: another model type, fields that it does not have, values that it refuses.
+    """
+    fields = dict(own)
     if fields.pop("model_type", config.model_type) != config.model_type:
         raise ConfigError(f"{where}.config.model_type: {where}.path holds a {config.model_type}")
     _check_fields(fields, type(config), f"{where}.config")
-    own = {config.attribute_map.get(name, name): value for name, value in fields.items()}
+    named = {config.attribute_map.get(name, name): value for name, value in fields.items()}
     with _complaints(f"{where}.config"):
-        return type(config).from_dict({**config.to_dict(), **own})
+        return type(config).from_dict({**config.to_dict(), **named})
 
 
 def _check_fields(fields: dict[str, Any], cls: type[PreTrainedConfig], where: str) -> None:
@@ -206,9 +252,14 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where: st
     check_same_vocabulary(tokenizer, other, "the data's tokenizer", f"{where} ({folder})")
 
 
-def _check_shape(
+def check_shape(
     config: PreTrainedConfig, objective: Literal["masked", "causal"], block_size: int, where: str
 ) -> None:
+    """Refuse a family that does not fit the objective, and too few positions for the rows.
+
+    Raises:
+        ConfigError: names the setting.
+    """
     family = FAMILIES[config.model_type]
     if family.objective != objective:
         fitting = ", ".join(name for name, f in FAMILIES.items() if f.objective == objective)
@@ -240,22 +291,6 @@ def _check_vocabulary(
             f"{where}: its pad_token_id is {config.pad_token_id}, the tokenizer's "
             f"{tokenizer.pad_token_id}; {config.model_type} counts positions by it"
         )
-
-
-def _construct(
-    config: PreTrainedConfig,
-    attention: str,
-    ds: dict[str, Any] | None,
-    dtype: torch.dtype,
-    where: str,
-) -> PreTrainedModel:
-    """The model with its weights still to come."""
-    auto = _AUTO[FAMILIES[config.model_type].objective]
-    options = {} if attention == "auto" else {"attn_implementation": attention}
-    with _complaints(where), no_init_weights(), sharded_construction(ds):
-        model = auto.from_config(config, dtype=dtype, **options)
-    model.tie_weights()
-    return model.train()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -53,6 +53,18 @@ def local_folder(path: str, revision: str | None, where: str) -> Path:
     except (OSError, HFValidationError, HfHubHTTPError) as problem:
         raise ConfigError(f"{where}: no folder and not on the hub: {path} ({problem})") from problem
     return folder
+
+
+def folder_at_hand(path: str, revision: str | None) -> Path | None:
+    """The folder ``path`` names, or of the hub repository of that name what has been downloaded,
+    if its config has; else None."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        found = try_to_load_from_cache(path, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def weight_files(folder: Path, where: str) -> list[Path]:

@@ -60,7 +60,7 @@ from dskd.objective import Objective
 from dskd.settings import CachedTeacher, LiveTeacher, Model, Run
 from dskd.stages import Job
 from dskd.trainer import Progress, Trainer
-from dskd.zero import full_shape
+from dskd.zero import full_shape, sharded_construction
 from launch.bench import timing
 from launch.bench.figures import FORWARD, about, summarise, table
 
@@ -120,15 +120,20 @@ class Step:
             dtype=DTYPES[precision_of(job.ds)],
             where="model",
         )
+        with sharded_construction(job.ds):
+            change = job.method.change(student, run)
         self.parameters = sum(full_shape(p).numel() for p in student.parameters())
         objective = Objective(student, job.method, inheritance.teacher)
         groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
+        if change is not None:
+            groups = change.groups(groups)
         self.loader = loader_of(job, inheritance)
         self.progress = Progress()
         self._trainer = Trainer(
             run=run,
             precision=precision_of(job.ds),
             method=job.method,
+            change=change,
             engine=Engine(objective, groups, job.ds, monitor=False),
             loader=self.loader,
             evaluate=dict,

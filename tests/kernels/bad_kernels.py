@@ -31,8 +31,29 @@ def row_kernel(x_ptr, y_ptr, columns, stride, KIND: tl.constexpr, B: tl.constexp
     tl.store(y_ptr + row, tl.sum(total, 0) + block_total)
 
 
+@triton.jit
+def square_kernel(x_ptr, y_ptr, columns, stride, B: tl.constexpr):
+    """x^T x of B columns: a matrix product, whose loop has barriers and 16-byte loads"""
+    at = tl.arange(0, B)
+    total = tl.zeros([B, B], tl.float32)
+    for first in tl.range(0, columns, B):
+        x = tl.load(x_ptr + (first + at)[:, None] * stride + at[None, :])
+        total = tl.dot(tl.trans(x), x, total)
+    tl.store(y_ptr + at[:, None] * B + at[None, :], total)
+
+
 def configurations():
     """One for every fault; the scalar loads are those of a row that starts anywhere."""
+    yield {
+        "name": "product",
+        "kernel": square_kernel,
+        "signature": SIGNATURE,
+        "constants": {"B": 64},
+        "num_warps": 4,
+        "num_stages": 3,
+        "aligned": ("x_ptr", "columns", "stride"),
+        "tensors_per_column": 0,
+    }
     for kind in ("good", "typo", "spill", "scalar", "barrier", "dear"):
         yield {
             "name": kind,

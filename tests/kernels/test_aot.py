@@ -70,6 +70,7 @@ def test_faults_are_found_and_named(tmp_path):
             assert f"FINDING {name} on {target}: {finding}" in text
     assert found[names["good"], "sm90"] == found[names["good"], "gfx942"] == []
     for target in ("sm90", "gfx942"):
+        assert found["bad_kernels/product", target] == []
         (error,) = found["bad_kernels/typo", target]
         assert "CompilationError" in error
         assert "no_such_function" in error

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dskd.errors import ConfigError
-from dskd.models.build import build, hidden_size, model_fingerprint
+from dskd.models.build import build, hidden_size, model_fingerprint, parameter_count
 from dskd.models.families import FAMILIES, longest_row
 from dskd.settings import Model
 from tests.models.tiny import ALL, BLOCK, make, settings, tokenizer
@@ -195,6 +195,14 @@ def test_hidden_size_needs_no_model(tmp_path):
     assert hidden_size(_stored(tmp_path, "distilbert"), where="model") == 32
     with pytest.raises(ConfigError, match=r"teacher\.config\.hiden: "):
         hidden_size(settings("bert", hiden=3), where="teacher")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ALL)
+def test_parameters_are_counted_without_a_model(model_type, tied):
+    model = make(model_type, tie_word_embeddings=tied)
+    counted = parameter_count(model.config)
+    assert counted == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_fingerprint_is_of_the_content(tmp_path):

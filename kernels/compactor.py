@@ -1,0 +1,283 @@
+"""The six products of merging compactors, for many layers in one launch each.
+
+They are those of ``dskd/fused/products.py``, with the same arguments and results; what a launch
+computes is told in ``compactor_kernels.py``. All layers of a call have the same sizes, strides and
+dtype.
+
+Shapes: P parts of a layer, N outputs, K inputs, n and k kept ones; M, N, K of a product.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dskd.kernels.common import Configuration
+from dskd.kernels.compactor_kernels import (
+    A_INNER,
+    A_ROWS,
+    B_COLUMNS,
+    B_INNER,
+    C_COLUMNS,
+    C_ROWS,
+    EXTRA_COLUMN,
+    NO_VECTORS,
+    OUTER,
+    WHOLE,
+    product_kernel,
+)
+
+Keeps = Sequence[Tensor | None]
+
+
+class Tiles(NamedTuple):
+    """How the product is launched: the sides of a tile, the inner step, warps, stages."""
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+TILES = {2: Tiles(64, 64, 64, 4, 3), 4: Tiles(64, 64, 32, 4, 2)}
+"""By bytes of an element."""
+
+
+class Operands(NamedTuple):
+    """One layer's: [P, M, K], [P, K, N], the residual or None, the vectors [P, ...] or None."""
+
+    a: Tensor
+    b: Tensor
+    z: Tensor | None = None
+    u: Tensor | None = None
+    v: Tensor | None = None
+
+
+def right(
+    xs_PNK: Sequence[Tensor],
+    xs_PN: Sequence[Tensor] | None,
+    factors_PNN: Sequence[Tensor],
+    keeps: Keeps,
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """``(I + D) x``, of its kept rows, of a matrix and (if there are any) of a vector."""
+    rows = xs_PNK[0].shape[1] if keeps[0] is None else len(keeps[0])
+    return _right(A_ROWS, rows, xs_PNK, xs_PN, factors_PNN, keeps)
+
+
+def right_input(
+    grads_PnK: Sequence[Tensor],
+    grads_Pn: Sequence[Tensor] | None,
+    factors_PNN: Sequence[Tensor],
+    keeps: Keeps,
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """The gradient of :func:`right` for what D is applied to: ``(I + D)^T grad``."""
+    turned = [factor.mT for factor in factors_PNN]
+    return _right(A_INNER, turned[0].shape[1], grads_PnK, grads_Pn, turned, keeps)
+
+
+def left(xs_PNK: Sequence[Tensor], factors_PKK: Sequence[Tensor], keeps: Keeps) -> list[Tensor]:
+    """``x (I + D)``, of its kept columns."""
+    columns = xs_PNK[0].shape[2] if keeps[0] is None else len(keeps[0])
+    given = [Operands(x, d, x) for x, d in zip(xs_PNK, factors_PKK, strict=True)]
+    return _product(B_COLUMNS, (xs_PNK[0].shape[1], columns), given, keeps)
+
+
+def left_input(
+    grads_PNk: Sequence[Tensor], factors_PKK: Sequence[Tensor], keeps: Keeps
+) -> list[Tensor]:
+    """The gradient of :func:`left` for what D is applied to: ``grad (I + D)^T``."""
+    given = [Operands(g, d.mT, g) for g, d in zip(grads_PNk, factors_PKK, strict=True)]
+    shape = grads_PNk[0].shape[1], factors_PKK[0].shape[1]
+    return _product(B_INNER, shape, given, keeps)
+
+
+def right_factor(
+    grads_PnK: Sequence[Tensor],
+    xs_PNK: Sequence[Tensor],
+    grads_Pn: Sequence[Tensor] | None,
+    xs_PN: Sequence[Tensor] | None,
+    keeps: Keeps,
+) -> list[Tensor]:
+    """The gradient of :func:`right` for D: 0 in the rows that are not kept."""
+    given = [Operands(g, x.mT) for g, x in zip(grads_PnK, xs_PNK, strict=True)]
+    if xs_PN is not None:
+        vectors = zip(given, grads_Pn, xs_PN, strict=True)
+        given = [some._replace(u=u.contiguous(), v=v.contiguous()) for some, u, v in vectors]
+    size = xs_PNK[0].shape[1]
+    return _product(C_ROWS, (size, size), given, keeps, OUTER if xs_PN is not None else NO_VECTORS)
+
+
+def left_factor(
+    xs_PNK: Sequence[Tensor], grads_PNk: Sequence[Tensor], keeps: Keeps
+) -> list[Tensor]:
+    """The gradient of :func:`left` for D: 0 in the columns that are not kept."""
+    given = [Operands(x.mT, g) for x, g in zip(xs_PNK, grads_PNk, strict=True)]
+    size = xs_PNK[0].shape[2]
+    return _product(C_COLUMNS, (size, size), given, keeps)
+
+
+def _right(
+    gather: tl.constexpr,
+    rows: int,
+    matrices: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    factors: Sequence[Tensor],
+    keeps: Keeps,
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """A residual product with D on the left, of matrices and vectors."""
+    given = [Operands(d, x, x) for d, x in zip(factors, matrices, strict=True)]
+    shape = rows, matrices[0].shape[2]
+    if vectors is None:
+        return _product(gather, shape, given, keeps), None
+    made = [v.new_empty(len(v), rows) for v in vectors]
+    joined = zip(given, made, vectors, strict=True)
+    given = [some._replace(u=u, v=v.contiguous()) for some, u, v in joined]
+    return _product(gather, shape, given, keeps, EXTRA_COLUMN), made
+
+
+def _product(
+    gather: tl.constexpr,
+    shape: tuple[int, int],
+    layers: Sequence[Operands],
+    keeps: Keeps,
+    vectors: tl.constexpr = NO_VECTORS,
+) -> list[Tensor]:
+    """``a b + z`` of every layer, [P, *shape]; see ``compactor_kernels.py``."""
+    a, b, z = layers[0].a, layers[0].b, layers[0].z
+    rows, columns = shape
+    kept = keeps[0] is not None
+    if not kept:
+        gather = WHOLE
+    # what is not kept stays 0
+    spread = kept and gather in (C_ROWS, C_COLUMNS)
+    make = torch.zeros if spread else torch.empty
+    out = [make((len(a), *shape), dtype=a.dtype, device=a.device) for _ in layers]
+    if spread and gather == C_ROWS:
+        rows = len(keeps[0])
+    if spread and gather == C_COLUMNS:
+        columns = len(keeps[0])
+    places = [_places(keep, gather, shape) for keep in keeps]
+    table, aligned = _table(layers, out, keeps, places)
+    tiles = TILES[a.element_size()]
+    grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns), len(table))
+    product_kernel[grid](
+        table,
+        a,
+        table,
+        rows,
+        columns,
+        min(a.shape[2], b.shape[1]),
+        *a.stride()[1:],
+        *b.stride()[1:],
+        *out[0].stride()[1:],
+        *((0, 0) if z is None else z.stride()[1:]),
+        GATHER=gather.value,
+        RESIDUAL=z is not None,
+        VECTORS=vectors.value,
+        ALIGNED=aligned,
+        PRECISION=precision(),
+        BM=tiles.rows,
+        BN=tiles.columns,
+        BK=tiles.inner,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return out
+
+
+def _places(keep: Tensor | None, gather: tl.constexpr, shape: tuple[int, int]) -> Tensor | None:
+    """For each row or column of C where it stands among the kept ones, or -1."""
+    if keep is None or gather not in (A_INNER, B_INNER):
+        return None
+    size = shape[0] if gather == A_INNER else shape[1]
+    place = torch.full((size,), -1, dtype=torch.int64, device=keep.device)
+    place[keep] = torch.arange(len(keep), device=keep.device)
+    return place
+
+
+def _table(
+    layers: Sequence[Operands], out: Sequence[Tensor], keeps: Keeps, places: Keeps
+) -> tuple[Tensor, bool]:
+    """int64 [members, addresses], on the layers' device; whether all matrices are on 16 bytes."""
+    rows = []
+    for (a, b, z, u, v), c, keep, place in zip(layers, out, keeps, places, strict=True):
+        for part in range(len(a)):
+            parts = [0 if t is None else t[part].data_ptr() for t in (a, b, c, z, u, v)]
+            rows.append(parts + [0 if t is None else t.data_ptr() for t in (keep, place)])
+    aligned = not any(number % 16 for row in rows for number in row[:4])
+    table = torch.tensor(rows, dtype=torch.int64)
+    device = out[0].device
+    if device.type == "cpu":
+        return table, aligned
+    # from pageable memory the host would wait for the device
+    return table.pin_memory().to(device, non_blocking=True), aligned
+
+
+def precision() -> str:
+    """What fp32 operands are multiplied in: as torch's own products."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def configuration(
+    dtype: str, gather: tl.constexpr, vectors: tl.constexpr, *, residual: bool, turned: str = ""
+) -> Configuration:
+    """One compiled form; ``turned`` names the operand that is read transposed."""
+    tiles = TILES[2 if dtype in ("bf16", "fp16") else 4]
+    strides = {}
+    for operand in "abcz":
+        unit, free = ("row", "column") if operand == turned else ("column", "row")
+        strides |= {f"{operand}_{unit}": 1, f"{operand}_{free}": "i32"}
+    if not residual:
+        strides |= {"z_row": 0, "z_column": 0}
+    runtime = {name: type_ for name, type_ in strides.items() if isinstance(type_, str)}
+    return Configuration(
+        name=f"product/{dtype}/gather{gather.value}-vectors{vectors.value}-turned{turned or 0}",
+        kernel=product_kernel,
+        signature={
+            "table_ptr": "*i64",
+            "like_ptr": f"*{dtype}",
+            "index_ptr": "*i64",
+            **dict.fromkeys(("M", "N", "K"), "i32"),
+            **runtime,
+        },
+        constants={
+            **{name: value for name, value in strides.items() if not isinstance(value, str)},
+            "GATHER": gather.value,
+            "RESIDUAL": residual,
+            "VECTORS": vectors.value,
+            "ALIGNED": True,
+            "PRECISION": "ieee",
+            "BM": tiles.rows,
+            "BN": tiles.columns,
+            "BK": tiles.inner,
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        aligned=("table_ptr", "M", "N", "K", *runtime),
+        # a product reads no rows of columns one after the other
+        tensors_per_column=0,
+    )
+
+
+def configurations() -> list[Configuration]:
+    """What is compiled ahead of time in the tests: each product, with and without kept units."""
+    products = [
+        (WHOLE, EXTRA_COLUMN, True, ""),
+        (A_ROWS, EXTRA_COLUMN, True, ""),
+        (B_COLUMNS, NO_VECTORS, True, ""),
+        (WHOLE, EXTRA_COLUMN, True, "a"),
+        (A_INNER, EXTRA_COLUMN, True, "a"),
+        (WHOLE, NO_VECTORS, True, "b"),
+        (B_INNER, NO_VECTORS, True, "b"),
+        (C_ROWS, OUTER, False, "b"),
+        (C_COLUMNS, NO_VECTORS, False, "a"),
+    ]
+    forms = [
+        configuration("bf16", gather, vectors, residual=residual, turned=turned)
+        for gather, vectors, residual, turned in products
+    ]
+    return [*forms, configuration("fp32", WHOLE, EXTRA_COLUMN, residual=True)]

@@ -1,0 +1,281 @@
+"""Weight-Inherited Distillation: the original's trajectory, the loss, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig
+
+import dskd.methods.wid
+from dskd.batch import Batch
+from dskd.engine import decay_groups
+from dskd.method import build_method
+from dskd.methods.wid import Narrowing
+from dskd.models.merged import Exactness
+from dskd.models.surgery import Surgery
+from dskd.schedule import learning_rate
+from dskd.settings import Run, Train
+from dskd.shards import Weights
+from tests.models.wid_golden import (
+    GOLDEN,
+    assert_matches,
+    group_name,
+    integer,
+    parameter_name,
+    real,
+    student,
+)
+
+TRAJECTORY = GOLDEN["trajectory"]
+
+
+class Loop:
+    """The trainer's body around a plain model: hooks, rates and torch's AdamW."""
+
+    def __init__(self, change: Narrowing, surgery: Surgery, train: Train) -> None:
+        self.change, self.model, self.train = change, surgery.model, train
+        groups = change.groups(decay_groups(self.model, train.weight_decay, train.decay_all))
+        self.scales = [group.pop("lr_scale", 1.0) for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps)
+        self.parameters = dict(self.model.named_parameters())
+
+    def step(self, step: int, micro_batches: list[Any], loss: Any) -> float:
+        """One optimiser step over micro-batches whose losses are summed; the loss."""
+        self.optimizer.zero_grad()
+        total = 0.0
+        for number, batch in enumerate(micro_batches):
+            self.change.before_micro_batch(last=number == len(micro_batches) - 1)
+            value = loss(self.model, batch)
+            value.backward()
+            total += value.item()
+        lr = learning_rate(self.train, step)
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = lr * scale
+        before = Weights(self.parameters, self.optimizer, gradients=True)
+        self.change.before_step(before, step, lr)
+        self.optimizer.step()
+        after = Weights(self.parameters, self.optimizer, gradients=False)
+        self.change.after_step(after, step, lr)
+        return total
+
+
+def narrowing(
+    monkeypatch: pytest.MonkeyPatch,
+    surgery: Surgery,
+    method: dict[str, Any],
+    train: dict[str, Any],
+    deepspeed: str = "zero0",
+) -> tuple[Narrowing, Train]:
+    """The change of a student that has its compactors already."""
+    monkeypatch.setattr(dskd.methods.wid, "insert", lambda model: surgery)
+    run = Run(model={"path": "teacher"}, method=method, train=Train(**train), deepspeed=deepspeed)
+    built = build_method(method)
+    built.check(run, surgery.model.config)
+    return built.change(surgery.model, run), run.train
+
+
+def golden_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, segments and targets (0: not predicted) of the golden step, from 1."""
+    shape, size = [4, 8], TRAJECTORY["config"]["V"]
+    tokens_BT, segments_BT = integer(1000 + step, shape, 1, size), torch.ones(shape).long()
+    segments_BT[0, 6:] = 0
+    chosen_BT = real(2000 + step, shape, 1.0) > 0.3
+    targets_BT = torch.where(chosen_BT, integer(3000 + step, shape, 1, size), 0)
+    targets_BT[0, 6:] = 0
+    targets_BT[1, 1] = 5
+    return tokens_BT, segments_BT, targets_BT
+
+
+def golden_loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    tokens_BT, segments_BT, targets_BT = batch
+    # Added, as the original does: here scores of real tokens come near it, so it is not -infinity.
+    mask_B1TT = (-10000.0 * (segments_BT == 0).double())[:, None, None].expand(-1, 1, 8, 8)
+    out = model(input_ids=tokens_BT, token_type_ids=segments_BT, attention_mask=mask_B1TT)
+    chosen_BT = targets_BT > 0
+    return cross_entropy(out.logits[chosen_BT], targets_BT[chosen_BT])
+
+
+@pytest.mark.parametrize("case", TRAJECTORY["cases"], ids=lambda case: case["strategy"])
+def test_the_originals_trajectory(monkeypatch, case):
+    """Losses, masks and weights of 45 steps of the original code, in float64."""
+    options, config = case["options"], TRAJECTORY["config"]
+    surgery = student(config, identity=True, statistics=TRAJECTORY["ln"])
+    method = {
+        "kind": "wid",
+        "rule": "original",
+        "strategy": case["strategy"],
+        "hidden_size": config["target"],
+        "every": options["w_step"],
+        "penalty": options["lam"],
+        "lr": options["clr"],
+    }
+    train = {
+        "steps": options["total"],
+        "warmup": round(options["warmup"] * options["total"]),
+        "lr": options["lr"],
+        "weight_decay": 0.01,
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "clip": 0.0,
+    }
+    change, run = narrowing(monkeypatch, surgery, method, train)
+    loop = Loop(change, surgery, run)
+    for step, expected in enumerate(case["losses"]):
+        loss = loop.step(step, [golden_batch(step + 1)], golden_loss)
+        assert loss == pytest.approx(expected, rel=1e-9 if step < 20 else 1e-6), step + 1
+        removed = {name: gone_U.nonzero()[:, 0] for name, gone_U in removed_units(change).items()}
+        for golden, units in case["removed_at_step"].get(str(step + 1), {}).items():
+            assert removed[group_name(golden)].tolist() == units, (step + 1, golden)
+    for golden, numbers in case["final"].items():
+        found = surgery.model.get_parameter(parameter_name(golden)).detach()
+        if golden.endswith(("CL", "CR")):
+            found = found + torch.eye(len(found))
+        assert_matches(found, numbers, 1e-6)
+
+
+def removed_units(change: Narrowing) -> dict[str, Tensor]:
+    """By group, bool [U], as the checkpoint has them."""
+    removed = {}
+    for name, by_step in change.state()["rule"]["removed"].items():
+        removed[name] = torch.zeros(1024, dtype=torch.bool)
+        for units in by_step.values():
+            removed[name][units] = True
+    return removed
+
+
+TEACHER = BertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=64)
+WID = {"kind": "wid", "hidden_size": 16, "every": 2, "ramp": 4, "anneal": 3, "lr": 0.01}
+ORIGINAL = {"kind": "wid", "rule": "original", "every": 1, "hidden_size": 16, "strategy": "head"}
+
+
+def test_the_exported_config_is_narrow():
+    config = build_method(WID).exported_config(TEACHER)
+    assert (config.hidden_size, config.intermediate_size) == (16, 32)
+    assert config.num_attention_heads == 4
+    assert not config.tie_word_embeddings
+
+
+def test_groups_and_rates(monkeypatch):
+    """Compactors have a rate of their own and no decay; the original's decay is its own affair."""
+    config = GOLDEN["model"]["config"]
+    for rule, decays in (("annealed", [0.3, 0.0, 0.0]), ("original", [0.0, 0.0, 0.0])):
+        surgery = student(config, identity=True, statistics="hf")
+        method = {"annealed": WID | {"hidden_size": 8}, "original": ORIGINAL | {"lr": 0.01}}[rule]
+        train = {"steps": 40, "lr": 0.1, "weight_decay": 0.3, "clip": 0.0}
+        change, run = narrowing(monkeypatch, surgery, method, train)
+        groups = change.groups(decay_groups(surgery.model, run.weight_decay, run.decay_all))
+        assert [group["weight_decay"] for group in groups] == decays
+        assert [group.get("lr_scale", 1.0) for group in groups] == pytest.approx([1.0, 1.0, 0.1])
+        names = {id(p): name for name, p in surgery.model.named_parameters()}
+        found = {names[id(p)] for p in groups[-1]["params"]}
+        assert found == {n for n in names.values() if n.endswith((".left", ".right"))}
+        assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_a_restored_change_goes_on_the_same(monkeypatch):
+    """State through JSON in the middle of the ramp; weights and moments as they are."""
+    config = GOLDEN["model"]["config"] | {"P": 8}
+
+    def loss(model, batch):
+        return model(input_ids=batch, labels=batch).loss
+
+    batches = [integer(step, [2, 8], 1, config["V"]) for step in range(11)]
+    train = {"steps": 20, "lr": 0.01, "warmup": 1, "clip": 0.0}
+    surgery = student(config, identity=True, statistics="hf")
+    change, run = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
+    loop = Loop(change, surgery, run)
+    found = [loop.step(step, [batch], loss) for step, batch in enumerate(batches)]
+    assert change.state()["compacted"] and change.complete(11) and not change.complete(9)
+
+    surgery = student(config, identity=True, statistics="hf")
+    change, _ = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
+    loop = Loop(change, surgery, run)
+    first = [loop.step(step, [batch], loss) for step, batch in enumerate(batches[:5])]
+    other = student(config, identity=True, statistics="hf")
+    copy, _ = narrowing(monkeypatch, other, WID | {"hidden_size": 8}, train)
+    again = Loop(copy, other, run)
+    copy.restore(json.loads(json.dumps(change.state())))
+    other.model.load_state_dict(surgery.model.state_dict())
+    again.optimizer.load_state_dict(loop.optimizer.state_dict())
+    rest = [again.step(step, [batch], loss) for step, batch in enumerate(batches) if step >= 5]
+    assert first + rest == found
+    assert copy.rates() == {"hidden": 8, "kept": 0.5, "removed": 0.0}
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_zero_stays_zero_by_any_optimiser(monkeypatch, tmp_path, kind):
+    """SGD's momentum goes on pushing after the gradient is gone."""
+    config = GOLDEN["model"]["config"]
+    preset = tmp_path / "ds.json"
+    preset.write_text(json.dumps({"optimizer": {"type": kind, "params": {"lr": "auto"}}}))
+    surgery = student(config, identity=True, statistics="hf")
+    train = {"steps": 30, "lr": 0.05, "warmup": 0, "clip": 0.0}
+    method = WID | {"hidden_size": 8, "lr": 0.05}
+    change, run = narrowing(monkeypatch, surgery, method, train, str(preset))
+    loop = Loop(change, surgery, run)
+    if kind == "SGD":
+        groups = [{"params": group["params"]} for group in loop.optimizer.param_groups]
+        loop.optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+    def loss(model, rows):
+        return model(input_ids=rows, labels=rows).loss
+
+    for step in range(25):
+        loop.step(step, [integer(step, [2, 8], 1, config["V"])], loss)
+        settled = change.complete(step + 1)
+        assert settled == (step + 1 >= 10)
+        assert not settled or change.rates()["removed"] == 0.0
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(8, 64), (100, 5), (1024, 1)])
+def test_an_export_is_tried_on_few_tokens(monkeypatch, tokens, rows):
+    """On a CPU: some 512, whatever the rows of an evaluation's micro-batch are."""
+    surgery = student(GOLDEN["model"]["config"], identity=True, statistics="hf")
+    train = {"steps": 20, "lr": 0.01, "clip": 0.0}
+    change, _ = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
+    found = []
+
+    def tried(surgery, keep, whole, batch, *, soft):
+        found.append((batch.ids_BT, soft))
+        return surgery.model, Exactness(0.0, 0.0, 0.0, "none")
+
+    monkeypatch.setattr(dskd.methods.wid, "checked_merge", tried)
+    ids_BT = torch.arange(300)[:, None].expand(300, tokens)
+    batch = Batch(
+        row_ids_B=ids_BT[:, 0],
+        domains_B=ids_BT[:, 0],
+        ids_BT=ids_BT,
+        mask_BT=torch.ones_like(ids_BT),
+        labels_BT=ids_BT,
+    )
+    weights = Weights(dict(surgery.model.named_parameters()), None, gradients=False)
+    change.exported(weights, batch)
+    ((tried_BT, soft),) = found
+    assert torch.equal(tried_BT, ids_BT[:rows])
+    assert soft
+
+
+def test_micro_batches_add_up(monkeypatch):
+    """Merged gradients wait for the last micro-batch: two halves are the whole."""
+    config = GOLDEN["model"]["config"]
+    batch = integer(7, [4, 8], 1, config["V"])
+
+    def loss(model, rows):
+        return model(input_ids=rows, labels=rows).loss * len(rows) / len(batch)
+
+    ends = []
+    for parts in ([batch], [batch[:1], batch[1:]]):
+        surgery = student(config, identity=True, statistics="hf")
+        train = {"steps": 20, "lr": 0.01, "warmup": 0, "clip": 0.0}
+        change, run = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
+        loop = Loop(change, surgery, run)
+        for step in range(4):
+            loop.step(step, parts, loss)
+        ends.append({n: p.detach().clone() for n, p in surgery.model.named_parameters()})
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,202 @@
+"""What is refused before a recipe's runs start, and what as soon as their models are there."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from safetensors import safe_open
+
+from dskd.config import read
+from dskd.errors import ConfigError
+from dskd.method import build_method
+from dskd.models import weights
+from dskd.plan import check
+from dskd.report import table
+from dskd.tree import dump, merge
+from tests.launching import forked
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+REPOSITORY = "somebody/teacher"
+WID = {"kind": "wid", "hidden_size": 16, "every": 1, "ramp": 1, "anneal": 1}
+
+
+def recipe_of(folder: Path, runs: dict) -> Path:
+    """A recipe's file; the runs write to ``<folder>/runs``."""
+    base = {
+        "out": f"{folder}/runs",
+        "deepspeed": "zero0",
+        "method": {"kind": "lm"},
+        "teacher": None,
+        "data": {
+            "folder": f"{folder}/data",
+            "sources": [{"kind": "builtin", "documents": 30}],
+            "tokenizer": {"vocab_size": 320},
+            "block_size": 32,
+        },
+        "train": {"steps": 2, "batch": 4, "micro_batch": 4, "warmup": 0, "precision": "fp32"},
+        "evaluation": {"every": 2, "rows": 8},
+        "checkpoint": {"every": 2},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(dump({"base": base, "runs": runs}))
+    return path
+
+
+def checked(path: Path, *overrides: str) -> None:
+    """The checks of a recipe before anything starts."""
+    recipe = read(path, overrides)
+    check(recipe, {name: build_method(run.method) for name, run in recipe.runs.items()}, world=1)
+
+
+# ---- exports that are not there yet --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_starts_from_its_own_export_is_refused(tmp_path, there):
+    """Whether an earlier call left one or not."""
+    export = tmp_path / "runs" / "only" / "export"
+    if there:
+        export.mkdir(parents=True)
+    path = recipe_of(
+        tmp_path, {"only": {"model": {"path": f"{tmp_path}/runs/../runs/only/export"}}}
+    )
+    with pytest.raises(ConfigError, match=r"^model\.path: \S+ is what this run itself exports"):
+        checked(path)
+
+
+def test_runs_that_name_each_other_are_refused(tmp_path):
+    runs = {
+        name: {"model": {"path": f"{tmp_path}/runs/{other}/export"}}
+        for name, other in (("first", "second"), ("second", "first"))
+    }
+    with pytest.raises(
+        ConfigError, match=r"^runs\.first\.model\.path: \S+ is what the later run second exports"
+    ):
+        checked(recipe_of(tmp_path, runs))
+
+
+def test_an_earlier_export_may_be_named_by_its_folder(tmp_path):
+    """Its sizes are known before it is there."""
+    start = {"model": {"config": BERT}}
+    path = recipe_of(tmp_path, {"a": start, "b": {"model": {"path": f"{tmp_path}/runs/a/export/"}}})
+    checked(path)
+    with pytest.raises(ConfigError, match=r"^runs\.b\.model\.slice\.hidden_size: 18 is not"):
+        checked(path, "runs.b.model.slice.hidden_size=18")
+    with pytest.raises(ConfigError, match=r"^runs\.b\.model\.config\.hiden_size: a bert config"):
+        checked(path, "runs.b.model.config.hiden_size=3")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A teacher and the data that it was trained on."""
+    folder = tmp_path_factory.mktemp("hub")
+    path = recipe_of(folder, {"teacher": {"model": {"config": BERT}}})
+    forked(1, str(path), "until=export")
+    return folder
+
+
+# ---- what is counted ---------------------------------------------------------------------------
+
+
+def assert_counts_what_is_exported(out: Path, *, trained_times: int) -> None:
+    """A run's summary and table have the model that its user gets; the trained one is so many times
+    as large, or larger."""
+    with safe_open(out / "export" / "model.safetensors", framework="pt") as file:
+        names = set(file.keys()) - {"cls.predictions.decoder.bias"}  # a second name of a bias
+        exported = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    summary = json.loads((out / "train" / "summary.json").read_text())
+    assert summary["parameters"] == exported
+    trained = summary["trained_parameters"]
+    assert trained == exported if trained_times == 1 else trained > trained_times * exported
+    (cell, *_) = table({"run": out}, None).columns[1].cells
+    assert cell == f"{exported:,}"
+
+
+def test_without_a_change_all_that_is_trained_is_exported(trained):
+    assert_counts_what_is_exported(trained / "runs" / "teacher", trained_times=1)
+
+
+# ---- models of the hub ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(trained, tmp_path, monkeypatch) -> Path:
+    """The cache of a hub that holds the teacher, which only a download fills."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    home = cache / f"models--{REPOSITORY.replace('/', '--')}"
+    snapshot = home / "snapshots" / ("1" * 40)
+
+    def download(path: str, revision: str | None, patterns: list[str]) -> Path:
+        assert path == REPOSITORY
+        if not home.exists():
+            (home / "refs").mkdir(parents=True)
+            (home / "refs" / "main").write_text("1" * 40)
+            shutil.copytree(trained / "runs" / "teacher" / "export", snapshot)
+        return snapshot
+
+    monkeypatch.setattr(weights, "_download", download)
+    shutil.copytree(trained / "data", tmp_path / "data")
+    return home
+
+
+FROM_HUB = {
+    "model": {"path": REPOSITORY},
+    "method": WID | {"inherit": {"schedule": "constant"}},
+    "teacher": {"kind": "cached", "k": 8, "model": {"path": REPOSITORY}},
+    "data": {"masking": {"draws": 1}},
+}
+CUT = {"path": REPOSITORY, "slice": {"hidden_size": 18}}
+LATE = {
+    "a method's size": ({"method": WID | {"hidden_size": 18}}, {}, "method.hidden_size"),
+    "a slice's size": ({"model": CUT}, {}, "model.slice.hidden_size"),
+    "a later run's": ({}, {"b": {"model": CUT}}, "runs.b.model.slice.hidden_size"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_a_downloaded_model_is_looked_at_before_anything_is_made_of_it(case, hub, tmp_path, capfd):
+    """Right after the data stage, not after a capture or another run."""
+    changed, others, setting = LATE[case]
+    path = recipe_of(tmp_path, {"a": merge(FROM_HUB, changed)} | others)
+    checked(path)
+    assert not hub.exists()
+    forked(1, str(path), status=2)
+    assert f"error: {setting}: 18 is not a multiple of the 4 heads" in capfd.readouterr().err
+    assert hub.exists()
+    assert [made.name for made in (tmp_path / "runs" / "a").iterdir()] == ["config.yaml"]
+    with pytest.raises(ConfigError, match=setting):  # it is at hand now
+        checked(path)
+
+
+def test_a_config_that_is_at_hand_is_looked_at_and_nothing_downloaded(hub, tmp_path, monkeypatch):
+    """As when another program has read no more than the config."""
+    snapshot = weights._download(REPOSITORY, None, [])
+    (snapshot / "model.safetensors").unlink()
+    monkeypatch.setattr(weights, "_download", lambda *rest: pytest.fail("it was downloaded"))
+    with pytest.raises(ConfigError, match=r"^method\.hidden_size: 18"):
+        checked(recipe_of(tmp_path, {"a": merge(FROM_HUB, {"method": {"hidden_size": 18}})}))
+
+
+def test_the_same_recipe_with_a_size_that_goes_is_carried_out(hub, tmp_path):
+    runs = {
+        "a": FROM_HUB,
+        "b": {"model": {"path": REPOSITORY, "slice": {"hidden_size": 16}}, "until": "slice"},
+    }
+    forked(1, str(recipe_of(tmp_path, runs)))
+    scores = json.loads((tmp_path / "runs" / "a" / "scores.json").read_text())
+    assert scores["eval_nll"] > 0
+    assert_counts_what_is_exported(tmp_path / "runs" / "a", trained_times=2)
+    left = {path.name for path in (tmp_path / "runs" / "b").iterdir()}
+    assert left == {"config.yaml", "inputs.json", "sliced"}

@@ -128,8 +128,8 @@ class WeightInheritance(Method):
         self._check_length(train.steps, config)
 
     def _check_rule(self) -> None:
-        """Refuse settings that only the other rule has, where they are not as `dskd settings` prints
-        them."""
+        """Refuse settings of the other rule only, unless at their defaults, as ``dskd settings``
+        prints them."""
         others = {"annealed": ("penalty",), "original": ("ramp", "anneal", "compact")}
         for name in others[self.rule]:
             if getattr(self, name) != type(self).model_fields[name].default:

@@ -38,8 +38,6 @@ from dskd.question import ask, question
 from dskd.settings import HardTokens, LiveTeacher, Model, Run
 from dskd.sliced import student_settings
 
-_LATER = "questions-epoch-"
-
 
 class Student(NamedTuple):
     """Who was asked for a later store: the student as a checkpoint holds it."""
@@ -102,7 +100,7 @@ class Generations:
             self._asked,
             self._prepared,
             self._view,
-            self._folder(0),
+            questions_folder(self._run, 0),
             fingerprints=self._prints,
             device=self._device,
         )
@@ -121,7 +119,7 @@ class Generations:
                 done.
         """
         if position == 0:
-            self._remove(self._run.out.glob(f"{_LATER}*"))
+            self._remove(self._run.out.glob("questions-epoch-*"))
         self._students = {int(generation): Student(*who) for generation, who in state.items()}
         made = self._needed(position - 1) if position else 0
         for generation in range(self._oldest(position), made + 1):
@@ -160,7 +158,7 @@ class Generations:
         try:
             asked = self._ask(generation, student, stop)
         except StoreError as problem:  # of another student, or damaged: the right one is here
-            folder = self._folder(generation)
+            folder = questions_folder(self._run, generation)
             say(f"question: {folder} is made anew, it cannot be used: {problem}")
             self._remove([folder])
             asked = self._ask(generation, student, stop)
@@ -177,7 +175,7 @@ class Generations:
             lambda batch: self._answer(student, batch),
             self._prepared,
             self._view,
-            self._folder(generation),
+            questions_folder(self._run, generation),
             fingerprints=self._prints_of(generation),
             stop=stop,
         )
@@ -190,7 +188,8 @@ class Generations:
 
     def _open(self, generation: int, mend: str | None = None) -> None:
         """Verify a store; find the quantile here, not in the loader's thread when it is due."""
-        masking, prepared, folder = self._masking, self._prepared, self._folder(generation)
+        masking, prepared = self._masking, self._prepared
+        folder = questions_folder(self._run, generation)
         with dist.agreed():
             share = (dist.rank(), dist.world())
             try:
@@ -226,7 +225,7 @@ class Generations:
         manifests = self._checkpoints.manifests().values()
         oldest = self._oldest(min((m["state"]["position"] for m in manifests), default=0))
         unread = [g for g in self._students if 0 < g < oldest]
-        self._remove(self._folder(generation) for generation in unread)
+        self._remove(questions_folder(self._run, generation) for generation in unread)
 
     def _remove(self, folders: Iterable[Path]) -> None:
         with dist.agreed():
@@ -254,12 +253,6 @@ class Generations:
         """The generation of a place in the stream of rows."""
         refresh = self._masking.refresh
         return 0 if refresh is None else place // len(self._prepared.train) // refresh
-
-    def _folder(self, generation: int) -> Path:
-        if generation == 0:
-            return questions_folder(self._run)
-        assert self._masking.refresh is not None
-        return self._run.out / f"{_LATER}{generation * self._masking.refresh:05d}"
 
     def _prints_of(self, generation: int) -> dict[str, str]:
         """Fingerprints of a generation's store."""

@@ -10,6 +10,7 @@ import torch
 
 from dskd import dist
 from dskd.checkpoint import Checkpoints
+from dskd.checks import evaluation_selects
 from dskd.data.blocks import Prepared, open_prepared, prepare
 from dskd.data.hard_masking import HardCausalView, hard_view
 from dskd.data.loader import Attach
@@ -69,11 +70,9 @@ class Job:
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """The run's checkpoints. On masks of hard tokens a masked LM's loss at random ones grows as
-        it learns, so there, too, it selects none."""
-        folder, data = self.run.out / "train" / "checkpoints", self.run.data
-        hard = isinstance(data.masking, HardTokens) and data.objective == "masked"
-        selects = self.method.selects and not hard
+        """The run's checkpoints."""
+        folder = self.run.out / "train" / "checkpoints"
+        selects = evaluation_selects(self.run, self.method)
         return Checkpoints(folder, self.run.checkpoint.keep, selects=selects)
 
     @property

@@ -113,8 +113,8 @@ def strip(
         low = tl.maximum(-base, 0).to(tl.int32)
         high = tl.minimum(count - base, R * columns.to(tl.int64)).to(tl.int32)
         here = (at >= low) & (at < high) & (column < columns)[None, :]
-        diagonal = ((row % columns).to(tl.int32) + r) % columns
-        one = (diagonal[:, None] == column[None, :]) & identity
+        diagonal = tl.where(identity, ((row % columns).to(tl.int32) + r) % columns, -1)
+        one = diagonal[:, None] == column[None, :]
         difference = tl.load(weight + base + at, mask=here, other=0.0)
         whole = tl.where(one & here, difference + 1.0, difference)
         squares += whole * whole

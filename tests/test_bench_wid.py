@@ -193,11 +193,6 @@ def test_other_overrides_go_through():
     assert compare.refused(over) == []
 
 
-def test_the_grid_of_wid_goes_a_step_beyond_the_first():
-    """Which ended where WID was best."""
-    assert {compare.GRID[way] for way in ("wid-dim", "wid-head", "wid-ki")} == {(5e-4, 1e-3, 2e-3)}
-
-
 def test_a_claim_needs_every_seed_to_be_certain():
     def line(way: str, losses: list[float], longer: bool = False) -> dict:
         middle = sum(losses) / len(losses)

@@ -134,10 +134,11 @@ class WeightInheritance(Method):
         self._check_length(train.steps, config)
 
     def _check_rule(self) -> None:
-        """Refuse settings that only the other rule has."""
+        """Refuse settings of the other rule only, unless at their defaults, as ``dskd settings``
+        prints them."""
         others = {"annealed": ("penalty",), "original": ("ramp", "anneal", "compact")}
         for name in others[self.rule]:
-            if name in self.model_fields_set:
+            if getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError(f"method.{name}: of no use to rule {self.rule}; leave it out")
 
     def _check_length(self, steps: int, config: PreTrainedConfig | None) -> None:

@@ -39,15 +39,15 @@ from dskd.tree import Tree, dump, load, merge, overlay
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "launch/wid/compare.yaml"
 GRID = {
-    "wid-dim": (5e-4, 1e-3, 2e-3),
-    "wid-head": (5e-4, 1e-3, 2e-3),
-    "wid-ki": (5e-4, 1e-3, 2e-3),
-    "slice": (1e-3, 3e-3, 1e-2),
+    "wid-dim": (5e-4, 1e-3, 2e-3, 4e-3),
+    "wid-head": (5e-4, 1e-3, 2e-3, 4e-3),
+    "wid-ki": (5e-4, 1e-3, 2e-3, 4e-3),
+    "slice": (1e-3, 3e-3, 1e-2, 2e-2),
     "kd": (3e-3, 1e-2, 1.5e-2, 2e-2),
     "scratch": (3e-3, 1e-2, 1.5e-2, 2e-2),
 }
-"""Peak learning rates of each way, fixed before any of them ran, but for the 2e-3 of the three
-kinds of WID: a first grid ended at 1e-3, where WID was best (LOG.md)."""
+"""Peak learning rates of each way, fixed before any of them ran; then widened where the largest was
+the best (LOG.md)."""
 LONGER = ("slice", "scratch")
 """The ways that are also run at the FLOPs of ``wid-dim``."""
 TEACHER = "teacher"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of WID against its controls over learning rates and seeds, on one core or GPU, written
 # into launch/bench/results: bash launch/wid/compare.sh [--seeds 1,2,3] [a.b=value ...]
-# About 40 minutes on one core. A second call goes on from where the first was stopped.
+# About an hour on one core. A second call goes on from where the first was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/common.sh

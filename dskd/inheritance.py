@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedModel
 
 from dskd import dist
 from dskd.average import Average
@@ -113,19 +114,20 @@ def frozen_model(
         if teacher.deepspeed is not None:
             hidden = hidden_size(settings, where=where)
             ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden)
-        model = _build(run, settings, where, prepared, ds, _precision(teacher, ds))
+        model = model_of(run, settings, where, prepared, ds, _precision(teacher, ds))
     model.requires_grad_(False)
     return model.to(device) if ds is None else shard_teacher(model, ds)
 
 
-def _build(
+def model_of(
     run: Run,
     settings: Model,
     where: str,
     prepared: Prepared,
     ds: dict[str, Any] | None,
     precision: str,
-) -> nn.Module:
+) -> PreTrainedModel:
+    """A model for the run's rows; ``ds`` shards its construction, None does not."""
     return build(
         settings,
         prepared.tokenizer,
@@ -155,7 +157,7 @@ def _from_itself(
         return Inheritance(unmasked(Live(copy, vocabulary)))
     with dist.agreed():
         ds = student_config(run, hidden_size(settings, where="model"))
-        replica = _build(run, settings, "model", prepared, None, precision_of(ds)).to(device)
+        replica = model_of(run, settings, "model", prepared, None, precision_of(ds)).to(device)
     average = Average(replica, teacher.decay)  # before its gradients are off: it keeps what trains
     return Inheritance(unmasked(Live(replica, vocabulary)), change=average)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from dskd import dist, universal
 from dskd.batch import Batch
@@ -25,12 +26,12 @@ from dskd.evaluation import evaluate
 from dskd.export import export
 from dskd.files import write_atomic
 from dskd.generations import Renewal
-from dskd.hardware import DTYPES, teacher_config
-from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit
+from dskd.hardware import teacher_config
+from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit, model_of
 from dskd.job import Job
 from dskd.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.method import Change
-from dskd.models.build import build, hidden_size, parameter_count
+from dskd.models.build import hidden_size, parameter_count
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.objective import Objective
 from dskd.ops import implementation
@@ -193,19 +194,9 @@ def _evaluate_export(job: Job, path: Path) -> None:
     dist.barrier()
 
 
-def _build(job: Job, settings: Model, ds: dict[str, Any] | None, where: str) -> torch.nn.Module:
-    run, prepared = job.run, job.prepared
+def _build(job: Job, settings: Model, ds: dict[str, Any] | None, where: str) -> PreTrainedModel:
     with dist.agreed():
-        return build(
-            settings,
-            prepared.tokenizer,
-            objective=run.data.objective,
-            block_size=run.data.block_size,
-            seed=run.seed,
-            ds=ds,
-            dtype=DTYPES[precision_of(job.ds)],
-            where=where,
-        )
+        return model_of(job.run, settings, where, job.prepared, ds, precision_of(job.ds))
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,9 @@ def _hard_tokens(masking: HardTokens, objective: str) -> Problems:
         for name in ("least", "most"):
             if getattr(masking, name) is not None:
                 yield f"{place}.{name}", f"{place}.sampler original has no bounds; leave it null"
+        if masking.replacement != "bert":
+            text = f"{masking.replacement}, but {place}.sampler original replaces in its own way"
+            yield f"{place}.replacement", text
 
 
 def _idle_without_masks(masking: HardTokens) -> Problems:
@@ -262,7 +265,16 @@ def _method(run: Run, method: Method) -> Problems:
                 f"method.{method.temperature_setting}",
                 f"{method.temperature} is not in {name}.temperatures: {stored}",
             )
-    if caches and run.data.objective == "masked" and run.data.masking.draws is None:
+    hard = run.data.masking if isinstance(run.data.masking, HardTokens) else None
+    if caches and hard is not None and causal:
+        yield "teacher.kind", "cached, which cannot be told hard tokens; use a live teacher"
+    elif caches and hard is not None and hard.refresh is not None:
+        yield (
+            "data.masking.refresh",
+            f"{hard.refresh}, but a cached teacher holds all masks beforehand; use a live one, or"
+            " leave it null",
+        )
+    elif caches and run.data.objective == "masked" and run.data.masking.draws is None:
         yield (
             "data.masking.draws",
             "missing; a cached teacher holds so many masks of each row (epoch e uses e % draws)",

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 
-from dskd.errors import DskdError, StoreError
+from dskd.errors import DiskError, DskdError
 
 Value = TypeVar("Value")
 
@@ -90,7 +90,7 @@ def agreed() -> Iterator[None]:
     except DskdError as found:
         problem = found
     except OSError as found:  # a full disk, no right to write: the user's to mend
-        problem = StoreError(str(found))
+        problem = DiskError(str(found))
     agree(problem)
 
 

@@ -24,6 +24,10 @@ class StoreError(DskdError, ValueError):
     """A row store (logit cache) is missing, damaged, or belongs to something else."""
 
 
+class DiskError(StoreError):
+    """A file cannot be read or written: a full disk, a missing right."""
+
+
 class CheckpointError(DskdError, ValueError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 

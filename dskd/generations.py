@@ -26,7 +26,7 @@ from dskd.data.scoring import ScoringView, scoring_view
 from dskd.data.vocabulary import special_ids
 from dskd.ds_config import precision_of
 from dskd.engine import stage_of
-from dskd.errors import ConfigError, StoreError
+from dskd.errors import ConfigError, DiskError, StoreError
 from dskd.files import fingerprint
 from dskd.hardness import Hardness, hardness_spec, identity
 from dskd.hardware import student_config
@@ -37,6 +37,7 @@ from dskd.models.families import rows_of
 from dskd.question import ask, question
 from dskd.settings import HardTokens, LiveTeacher, Model, Run
 from dskd.sliced import student_settings
+from dskd.teacher import evaluating
 
 
 class Student(NamedTuple):
@@ -74,6 +75,7 @@ class Generations:
             self._refuse_short_epochs()
             self._view: ScoringView = scoring_view(run.data, prepared.tokenizer, run.seed)
             self._prints = {**prints_of_rows(run, prepared), "scoring": self._view.fingerprint}
+        self._prints["precision"] = precision_of(self._ds(hidden=1))
         self._prints["model"] = dist.on_rank0(self._model_print)
 
     def __call__(self, generation: int) -> Hardness:
@@ -157,6 +159,8 @@ class Generations:
         self._students[generation] = Student(step, fingerprint(files))
         try:
             asked = self._ask(generation, student, stop)
+        except DiskError:  # what is there is whole
+            raise
         except StoreError as problem:  # of another student, or damaged: the right one is here
             folder = questions_folder(self._run, generation)
             say(f"question: {folder} is made anew, it cannot be used: {problem}")
@@ -168,18 +172,16 @@ class Generations:
         return asked
 
     def _ask(self, generation: int, student: nn.Module, stop: Callable[[], bool]) -> bool:
-        was_training = student.training
-        student.eval()
-        asked = ask(
-            self._masking,
-            lambda batch: self._answer(student, batch),
-            self._prepared,
-            self._view,
-            questions_folder(self._run, generation),
-            fingerprints=self._prints_of(generation),
-            stop=stop,
-        )
-        student.train(was_training)
+        with evaluating(student):
+            asked = ask(
+                self._masking,
+                lambda batch: self._answer(student, batch),
+                self._prepared,
+                self._view,
+                questions_folder(self._run, generation),
+                fingerprints=self._prints_of(generation),
+                stop=stop,
+            )
         self._open(generation)
         return asked
 
@@ -265,7 +267,7 @@ class Generations:
         model, where = self._named()
         weights = model_fingerprint(model, seed=self._run.seed, where=where)
         cut = None if model.slice is None else model.slice.model_dump(mode="json")
-        return fingerprint([weights, cut, precision_of(self._ds(hidden=1))])
+        return fingerprint([weights, cut])
 
     def _asked(self) -> nn.Module:
         """The model of the first store, sharded by ZeRO-3 if the student is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,17 +27,23 @@ def alone(folder: Path) -> Iterator[None]:
             if dist.rank() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 handle = held.enter_context((folder / ".lock").open("w"))
-        dist.on_rank0(lambda: _lock(handle, folder))
+        waiting = False
+        # never blocking: a rank that waits must hear a signal, and the others of it
+        while not dist.broadcast_object(handle is None or _locked(handle, folder)):
+            if not waiting:
+                say(f"waiting: another job is at work in {folder}")
+            waiting = True
+            time.sleep(1)
         yield
         dist.barrier()
 
 
-def _lock(handle: TextIO | None, folder: Path) -> None:
-    assert handle is not None
+def _locked(handle: TextIO, folder: Path) -> bool:
+    """Take the lock if it is free."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say(f"waiting: another job is at work in {folder}")
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        return False
     except OSError as problem:
         say(f"{folder}: its file system has no locks ({problem}); start one job at a time")
+    return True

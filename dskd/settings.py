@@ -130,8 +130,8 @@ class HardTokens(MaskShares):
 
     kind: Literal["hard_tokens"]
     store: Path | None = None
-    """The store's folder, filled by this run as far as it is not; ``run:NAME`` is the store of
-    another run of the recipe; null: ``<out>/questions``."""
+    """Folder of the first store, filled by this run as far as it is not; ``run:NAME`` is that of
+    another run of the recipe; null: ``<out>/questions``. Later ones are the run's own."""
     model: Model | None = None
     """The model that is asked; null: the run's own before training, as in the paper."""
     shown: Literal["token", "mask"] = "token"

@@ -76,7 +76,12 @@ def cut(job: Job) -> None:
 
 def ask(job: Job) -> None:
     """Ask the model for every token of the training rows, where hard ones are to be masked."""
-    if job.generations is not None:
+    if job.generations is None:
+        return
+    # Of a finished run only a cache may still want masks.
+    trained = dist.broadcast_object((job.run.out / "train" / "summary.json").exists())
+    caches = any(isinstance(t, CachedTeacher) for t in each_teacher(job.run).values())
+    if caches or not trained:
         job.generations.first(job.position)
         _free()
 

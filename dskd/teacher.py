@@ -7,6 +7,8 @@ All return a Signal in Rows order, so that a loss cannot tell them apart.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -44,6 +46,18 @@ class Live:
         return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module's own mode is put back, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class Own:
     """The student itself, as it is: in eval mode and without gradient.
 
@@ -63,13 +77,8 @@ class Own:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Projected:
         """Run the student on the batch, up to its last linear map."""
-        modes = [(module, module.training) for module in self._student.modules()]
-        self._student.eval()
-        try:
+        with evaluating(self._student):
             rows = rows_of(self._student, batch)
-        finally:
-            for module, training in modes:
-                module.training = training
         return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
 
 

@@ -106,6 +106,12 @@ def test_a_causal_run_can_be_read_back(tmp_path):
     validate(read(tmp_path / "config.yaml").runs["run"], 1, _Method(weighs=True))
 
 
+def test_a_cached_teacher_is_not_told_hard_tokens_of_a_causal_model():
+    words = [*CAUSAL_HARD, "teacher={kind: cached, path: somewhere}"]
+    (line,) = _problems(*words, method=_Method(weighs=True))
+    assert line == "teacher.kind: cached, which cannot be told hard tokens; use a live teacher"
+
+
 @pytest.mark.parametrize("kind", ["ki", "self_evolution"])
 def test_a_causal_model_is_not_taught_by_what_it_is(kind):
     words = ["data.objective=causal", "teacher.kind=self"]
@@ -170,6 +176,19 @@ def test_checkpoints_without_evaluation_where_it_does_not_select():
         (
             ["data.masking={kind: hard_tokens, sampler: original, most: 0.2}"],
             "data.masking.most: data.masking.sampler original has no bounds; leave it null",
+        ),
+        (
+            ["data.masking={kind: hard_tokens, sampler: original, replacement: all_mask}"],
+            "data.masking.replacement: all_mask, but data.masking.sampler original replaces in its"
+            " own way",
+        ),
+        (
+            [
+                "data.masking={kind: hard_tokens, refresh: 2}",
+                "teacher={kind: cached, path: somewhere}",
+            ],
+            "data.masking.refresh: 2, but a cached teacher holds all masks beforehand; use a live"
+            " one, or leave it null",
         ),
         (
             ["data.masking={kind: hard_tokens, model: {}}"],

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from dskd import dist
-from dskd.errors import ConfigError, StoreError
+from dskd.errors import ConfigError, DiskError
 from tests.ranks import run_ranks
 
 
@@ -27,7 +27,7 @@ def _collective_inside(rank):
 
 
 def _one_fails(rank):
-    with pytest.raises(StoreError) as caught, dist.agreed():
+    with pytest.raises(DiskError) as caught, dist.agreed():
         if rank == 1:
             raise OSError("disk full")
     return str(caught.value), caught.value.elsewhere

@@ -29,8 +29,8 @@ from dskd.settings import HardTokens, Run, SelfTeacher
 class SelfEvolution(Method):
     """Cross entropy with labels that the student's own distribution smooths.
 
-    The validation loss is that of random masks, which rises while the loss of hard tokens falls;
-    so it selects nothing, and the last checkpoint is exported.
+    The last checkpoint is exported, in every run alike: with hard tokens masked, the validation
+    loss (of random masks) rises while what is trained gets better, so it must select nothing.
     """
 
     temperature: ClassVar[float] = 1.0

@@ -135,6 +135,7 @@ class Step:
             method=job.method,
             change=change,
             engine=Engine(objective, groups, job.ds, monitor=False),
+            renewal=None,
             loader=self.loader,
             evaluate=dict,
             checkpoints=Checkpoints(run.out / "checkpoints", 1),

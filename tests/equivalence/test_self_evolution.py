@@ -26,6 +26,8 @@ from dskd.checkpoint import MANIFEST
 from dskd.config import read
 from dskd.data.blocks import open_prepared, prepare
 from dskd.data.sources import documents
+from dskd.errors import StoreError
+from dskd.files import read_manifest, write_manifest
 from dskd.hardness import Hardness
 from dskd.settings import BuiltinSource
 from dskd.store import shard_path
@@ -257,6 +259,44 @@ def test_what_another_student_said_is_asked_again(runs, references, copied, capf
     said = capfd.readouterr().out
     assert "coming epochs (batch 5)" in said
     assert ("fingerprints.model is" in said) == (left == "checkpoint")
+
+
+def test_dropout_goes_on_after_a_store_is_made_anew(runs, capfd):
+    """Its first attempt fails in eval mode."""
+    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    model = {"config": STUDENT["config"] | dropout}
+    whole = train(runs, "dropout", 1, of="refreshed", model=model)
+    copy = runs.folder / "dropout-copy"
+    shutil.copytree(whole, copy)
+    cut_back(copy, step=5)
+    path = copy / STORES[1] / "manifest.json"
+    content = read_manifest(path, StoreError)
+    content["store"]["fingerprints"]["model"] = "another"
+    write_manifest(path, content)
+    train(runs, copy.name, 1, of="refreshed", model=model)
+    assert "is made anew" in capfd.readouterr().out
+    assert losses(copy) == losses(whole)
+
+
+def test_a_full_disk_costs_no_answers(runs, references, copied, monkeypatch, capfd):
+    """What was written is gone on with once there is room."""
+    cut_back(copied, step=5)
+    for shard in (1, 2):
+        shard_path(copied / STORES[1], shard).unlink()
+    (copied / STORES[1] / "manifest.json").unlink()
+    first = shard_path(copied / STORES[1], 0).stat().st_ino
+
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dskd.store.write_atomic", full)
+        forked(1, str(runs.folder / "refreshed.yaml"), f"out={copied}", status=2)
+    assert "No space left on device" in capfd.readouterr().err
+    train(runs, copied.name, 1, of="refreshed")
+    assert "is made anew" not in capfd.readouterr().out
+    assert shard_path(copied / STORES[1], 0).stat().st_ino == first
+    same(copied, references["refreshed"])
 
 
 def test_a_damaged_store_of_a_student_says_how_to_go_back(runs, references, copied, capfd):

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dskd import dist
 from dskd.batch import Batch, Dense
-from dskd.data.blocks import Prepared
+from dskd.data.blocks import Prepared, RowSet
 from dskd.data.masking import CausalView, View
 from dskd.data.vocabulary import vocabulary_size
 from dskd.errors import ConfigError
+from dskd.locks import alone
 from dskd.log import bar, say
 from dskd.logit_cache import Layout, describe
 from dskd.settings import CachedTeacher
 from dskd.store import Writer, is_complete
+from dskd.store_format import StoreSpec
 from dskd.sweep import sweep
 from dskd.teacher import Live
 
@@ -36,7 +39,8 @@ def capture(
 ) -> None:
     """Make the cache, go on with an interrupted one, or do nothing if it is complete (collective).
 
-    A complete cache is not verified here but when it is opened.
+    While another job makes it, this one waits. A complete cache is not verified here but when it is
+    opened.
 
     Args:
         cached: the settings of the cache.
@@ -78,9 +82,28 @@ def capture(
         rows_per_shard=cached.rows_per_shard,
         fingerprints=fingerprints,
     )
-    if dist.on_rank0(lambda: is_complete(folder, spec)):
+    if _is_complete(folder, spec):
         say(f"cache: {folder} is complete")
         return
+    with alone(folder):  # the cache of several runs has one writer
+        if not _is_complete(folder, spec):
+            _fill(cached, model, rows, view, Writer(folder, spec), layout, present_R, device)
+
+
+def _is_complete(folder: Path, spec: StoreSpec) -> bool:
+    return dist.on_rank0(lambda: is_complete(folder, spec))
+
+
+def _fill(
+    cached: CachedTeacher,
+    model: Callable[[], nn.Module],
+    rows: RowSet,
+    view: View,
+    writer: Writer,
+    layout: Layout,
+    present_R: NDArray[np.bool_],
+    device: torch.device,
+) -> None:
     live = Live(model(), layout.vocabulary)
 
     def forward(batch: Batch) -> Dense:
@@ -95,14 +118,14 @@ def capture(
             forward,
             rows,
             view,
-            Writer(folder, spec),
+            writer,
             micro_batch=cached.micro_batch,
             score=score,
             present_R=present_R,
             progress=report,
         )
-    about = describe(folder)
+    about = describe(writer.folder)
     say(
-        f"cache: {folder} holds {about['positions']:,} positions, top {layout.k} of each in "
+        f"cache: {writer.folder} holds {about['positions']:,} positions, top {layout.k} of each in "
         f"{about['bytes_per_position']} bytes"
     )

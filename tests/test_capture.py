@@ -1,6 +1,8 @@
 """Capturing a real model on real rows: what the cache gives is what the live teacher gives."""
 
 import math
+import multiprocessing
+import time
 
 import numpy as np
 import pytest
@@ -195,3 +197,36 @@ def test_more_logits_than_tokens_are_refused(tmp_path, folders):
     prepared = open_prepared(folders["masked"])
     with pytest.raises(ConfigError, match=r"teacher.k: 301 is not between 1 and the 300 tokens"):
         run_capture(tmp_path / "c", prepared, "masked", settings=cached(k=301))
+
+
+def _capture_slowly(folder, prepared, begun):
+    def model():
+        built = teacher_of(prepared, "masked")
+
+        def hook(*_):
+            begun.set()
+            time.sleep(0.03)
+
+        built.base_model.register_forward_pre_hook(hook)
+        return built
+
+    view = view_for(data_of("masked"), prepared.tokenizer, 1)
+    capture(cached(), model, prepared, view, folder, fingerprints=PRINTS, device=CPU)
+
+
+def test_while_another_job_captures_one_waits(tmp_path, folders):
+    """Two runs that name one cache: the second needs no teacher, and finds the cache whole."""
+    prepared, fork = open_prepared(folders["masked"]), multiprocessing.get_context("fork")
+    begun = fork.Event()
+    other = fork.Process(target=_capture_slowly, args=(tmp_path / "c", prepared, begun))
+    other.start()
+    assert begun.wait(60)
+
+    def no_model():
+        raise AssertionError("the teacher was built")
+
+    view = view_for(data_of("masked"), prepared.tokenizer, 1)
+    capture(cached(), no_model, prepared, view, tmp_path / "c", fingerprints=PRINTS, device=CPU)
+    other.join()
+    assert other.exitcode == 0
+    LogitCache(tmp_path / "c", PRINTS)

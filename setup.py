@@ -1,8 +1,8 @@
-"""Packaging. The packages are listed by hand: two of them live outside dskd/ in the checkout."""
+"""Packaging. Two packages live outside dskd/ in the checkout: kernels/ and ds_configs/."""
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = next(
@@ -18,16 +18,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=[
-        "dskd",
-        "dskd.compaction",
-        "dskd.data",
-        "dskd.fused",
-        "dskd.models",
-        "dskd.methods",
-        "dskd.kernels",
-        "dskd.ds_configs",
-    ],
+    packages=[*find_packages(include=["dskd", "dskd.*"]), "dskd.ds_configs"],
     package_dir={"dskd.kernels": "kernels", "dskd.ds_configs": "ds_configs"},
     package_data={"dskd.ds_configs": ["*.json"]},
     entry_points={"console_scripts": ["dskd = dskd.cli:main"]},

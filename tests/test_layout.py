@@ -96,15 +96,6 @@ def test_a_method_knows_neither_engine_nor_loop_nor_other_methods(module):
 
 def test_packages_import_nothing():
     packages = [path for path in sources("dskd") if path.name == "__init__.py"]
-    assert {path.parent.name for path in packages} == {
-        "dskd",
-        "compaction",
-        "data",
-        "fused",
-        "models",
-        "methods",
-        "kernels",
-    }
     for path in packages:
         assert imports(path) <= {"pathlib", "pathlib.Path"}, path
 

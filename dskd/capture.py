@@ -10,19 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dskd import dist
 from dskd.batch import Batch, Dense
 from dskd.data.blocks import Prepared, RowSet
 from dskd.data.masking import CausalView, View
 from dskd.data.vocabulary import vocabulary_size
 from dskd.errors import ConfigError
-from dskd.locks import alone
-from dskd.log import bar, say
 from dskd.logit_cache import Layout, describe
 from dskd.settings import CachedTeacher
 from dskd.store import Writer, is_complete
 from dskd.store_format import StoreSpec
 from dskd.sweep import sweep
+from dskd.system import dist
+from dskd.system.locks import alone
+from dskd.system.log import bar, say
 from dskd.teacher import Live
 
 

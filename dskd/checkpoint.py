@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dskd import dist
 from dskd.errors import CheckpointError
-from dskd.files import file_hash, read_manifest, sync_folder, write_manifest
-from dskd.log import say
+from dskd.system import dist
+from dskd.system.files import file_hash, read_manifest, sync_folder, write_manifest
+from dskd.system.log import say
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".saving-"

@@ -21,11 +21,11 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from torch import Tensor, nn
 
-from dskd import dist
 from dskd.batch import Batch, Term
 from dskd.ds_config import precision_of
 from dskd.hardware import on_gpu
 from dskd.shards import Weights, weights_of
+from dskd.system import dist
 
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 

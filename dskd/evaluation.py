@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dskd import dist
 from dskd.batch import Batch, Term
 from dskd.data.blocks import RowSet
 from dskd.data.loader import make_batch
 from dskd.data.masking import View
 from dskd.errors import DataError
+from dskd.system import dist
 
 LN2 = math.log(2)
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dskd import dist
 from dskd.errors import DskdError
-from dskd.files import sync_folder
+from dskd.system import dist
+from dskd.system.files import sync_folder
 from dskd.zero import full_shape, gathered
 
 SHARD_BYTES = 4_000_000_000

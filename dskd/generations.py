@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dskd import dist
 from dskd.batch import Batch, Rows
 from dskd.checkpoint import Checkpoints
 from dskd.checks import questions_folder
@@ -27,16 +26,17 @@ from dskd.data.vocabulary import special_ids
 from dskd.ds_config import precision_of
 from dskd.engine import stage_of
 from dskd.errors import ConfigError, DiskError, StoreError
-from dskd.files import fingerprint
 from dskd.hardness import Hardness, hardness_spec, identity
 from dskd.hardware import student_config
 from dskd.inheritance import frozen_model, prints_of_rows
-from dskd.log import say
 from dskd.models.build import hidden_size, model_fingerprint
 from dskd.models.families import rows_of
 from dskd.question import ask, question
 from dskd.settings import HardTokens, LiveTeacher, Model, Run
 from dskd.sliced import student_settings
+from dskd.system import dist
+from dskd.system.files import fingerprint
+from dskd.system.log import say
 from dskd.teacher import evaluating
 
 

@@ -29,11 +29,11 @@ from dskd.data.hard_masking import AnyHardView, HardCausalView, hard_view
 from dskd.data.scoring import scoring_view
 from dskd.data.vocabulary import special_ids, vocabulary_size
 from dskd.errors import ConfigError, StoreError
-from dskd.files import write_atomic
 from dskd.hardness import Hardness
 from dskd.inheritance import prints_of_rows
 from dskd.settings import HardTokens, Run
 from dskd.store import MANIFEST
+from dskd.system.files import write_atomic
 
 FORMATS = ("png", "svg", "pdf")
 EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from dskd import dist
 from dskd.ds_config import fill_auto, load_preset
 from dskd.errors import ConfigError
 from dskd.settings import Precision, Run
+from dskd.system import dist
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from dskd import dist
 from dskd.average import Average
 from dskd.batch import IGNORE
 from dskd.checks import cache_folder
@@ -23,13 +22,14 @@ from dskd.data.vocabulary import vocabulary_size
 from dskd.ds_config import optimizer_device, precision_of
 from dskd.engine import shard_teacher
 from dskd.errors import ConfigError
-from dskd.files import fingerprint
 from dskd.hardware import DTYPES, resolve, student_config, teacher_config
 from dskd.logit_cache import LogitCache
 from dskd.method import Change, Method
 from dskd.models.build import build, hidden_size, model_fingerprint
 from dskd.settings import CachedTeacher, LiveTeacher, Model, RoutedTeacher, Run, SelfTeacher
 from dskd.sliced import student_settings
+from dskd.system import dist
+from dskd.system.files import fingerprint
 from dskd.teacher import Cached, Live, Own, Routed, Teacher, Unmasked
 
 

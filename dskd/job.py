@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from dskd import dist
 from dskd.checkpoint import Checkpoints
 from dskd.checks import evaluation_selects
 from dskd.data.blocks import Prepared, open_prepared, prepare
@@ -21,6 +20,7 @@ from dskd.method import Method
 from dskd.models.build import hidden_size
 from dskd.settings import HardTokens, Model, Run
 from dskd.sliced import student_settings
+from dskd.system import dist
 
 EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed
 

@@ -18,16 +18,13 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from dskd import dist, engine
+from dskd import engine
 from dskd.checks import validate
 from dskd.config import Recipe, differences, dump, read
 from dskd.errors import ConfigError
-from dskd.files import read_manifest, write_atomic, write_manifest
 from dskd.hardware import student_config, teacher_config
 from dskd.inheritance import check_average, each_teacher
 from dskd.job import Job
-from dskd.locks import alone
-from dskd.log import say
 from dskd.method import Method
 from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
 from dskd.models.weights import folder_at_hand
@@ -35,6 +32,10 @@ from dskd.report import print_table, write_report
 from dskd.settings import HardTokens, Model, Run, SelfTeacher
 from dskd.sliced import sliced_config, source_settings
 from dskd.stages import STAGES
+from dskd.system import dist
+from dskd.system.files import read_manifest, write_atomic, write_manifest
+from dskd.system.locks import alone
+from dskd.system.log import say
 
 CONTROL = "scratch"
 """The run of a recipe, if it has one of this name, that the report measures the others against."""

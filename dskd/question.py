@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dskd import dist
 from dskd.batch import Batch, Dense, Rows
 from dskd.data.blocks import Prepared
 from dskd.data.scoring import ScoringView
 from dskd.data.vocabulary import vocabulary_size
 from dskd.errors import NonFiniteError
 from dskd.hardness import describe, encode, hardness_spec
-from dskd.locks import alone
-from dskd.log import bar, say
 from dskd.models.families import rows_of
 from dskd.settings import HardTokens
 from dskd.store import Writer, is_complete
 from dskd.store_format import StoreSpec
 from dskd.sweep import sweep
+from dskd.system import dist
+from dskd.system.locks import alone
+from dskd.system.log import bar, say
 
 _CHUNK = 1 << 24  # logits at once: bounds their float32 copies to some 64 MiB each
 

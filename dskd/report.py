@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dskd.errors import CheckpointError, ConfigError
-from dskd.files import write_atomic
-from dskd.log import clock, read_metrics
+from dskd.system.files import write_atomic
+from dskd.system.log import clock, read_metrics
 
 Points = list[tuple[float, float]]
 """(completed steps, value) pairs, by rising step."""

@@ -21,8 +21,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from dskd import dist
 from dskd.errors import ConfigError
+from dskd.system import dist
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

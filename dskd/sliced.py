@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from dskd import dist
 from dskd.compaction.widths import Target, Widths, student_widths
 from dskd.errors import ConfigError
 from dskd.export import export
@@ -22,6 +21,7 @@ from dskd.models.groups import LAYOUTS, layout_of, widths_of
 from dskd.models.narrow import narrowed_config
 from dskd.models.slicing import slice_model
 from dskd.settings import Model, Run
+from dskd.system import dist
 
 _SLICED = (
     "hidden_size",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dskd import dist, universal
+from dskd import universal
 from dskd.batch import Batch
 from dskd.capture import capture
 from dskd.checkpoint import Saved
@@ -24,12 +24,10 @@ from dskd.ds_config import precision_of
 from dskd.engine import Engine, decay_groups, shard_teacher, stage_of
 from dskd.evaluation import evaluate
 from dskd.export import export
-from dskd.files import write_atomic
 from dskd.generations import Renewal
 from dskd.hardware import teacher_config
 from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit, model_of
 from dskd.job import Job
-from dskd.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.method import Change
 from dskd.models.build import hidden_size, parameter_count
 from dskd.models.speed import checkpoint_activations, compile_layers
@@ -37,6 +35,9 @@ from dskd.objective import Objective
 from dskd.ops import implementation
 from dskd.settings import CachedTeacher, Model
 from dskd.sliced import make_slice, sliced_folder
+from dskd.system import dist
+from dskd.system.files import write_atomic
+from dskd.system.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.trainer import CHANGE, RENEWAL, Progress, Trainer
 from dskd.zero import full_shape, sharded_construction
 

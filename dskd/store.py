@@ -20,7 +20,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from dskd.errors import StoreError
-from dskd.files import file_hash, read_manifest, write_atomic, write_manifest
 from dskd.store_format import (
     ForeignShard,
     StoreSpec,
@@ -29,6 +28,7 @@ from dskd.store_format import (
     encode_shard,
     map_shard,
 )
+from dskd.system.files import file_hash, read_manifest, write_atomic, write_manifest
 
 FORMAT = "dskd-store-1"
 MANIFEST = "manifest.json"

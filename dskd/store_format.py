@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from dskd.errors import StoreError
-from dskd.files import fingerprint
+from dskd.system.files import fingerprint
 
 _METADATA = "dskd"  # one key: safetensors does not keep the order of several
 _NUMPY = {

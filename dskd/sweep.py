@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dskd import dist
 from dskd.batch import Batch
 from dskd.data.blocks import RowSet
 from dskd.data.loader import make_batch
@@ -24,6 +23,7 @@ from dskd.data.masking import View
 from dskd.errors import DskdError
 from dskd.store import Writer
 from dskd.store_format import StoreSpec
+from dskd.system import dist
 
 
 class Stopped(Exception):

@@ -57,7 +57,7 @@ def _run(words: list[str]) -> int:
     methods = {name: build_method(run.method) for name, run in recipe.runs.items()}
 
     from dskd import plan
-    from dskd.log import say
+    from dskd.system.log import say
     from dskd.trainer import Interrupted
 
     plan.check(recipe, methods, world=int(os.environ.get("WORLD_SIZE", "1")))

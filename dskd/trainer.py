@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd import dist
 from dskd.batch import Batch, Term
 from dskd.checkpoint import Checkpoints
 from dskd.data.counter import mix
@@ -26,11 +25,12 @@ from dskd.data.loader import Loader
 from dskd.engine import Engine
 from dskd.errors import NonFiniteError
 from dskd.generations import Renewal
-from dskd.log import Metrics, peak_memory, progress_line, say
 from dskd.method import Change, Method
 from dskd.schedule import learning_rate
 from dskd.settings import Run
 from dskd.sweep import Stopped
+from dskd.system import dist
+from dskd.system.log import Metrics, peak_memory, progress_line, say
 
 MOST_SKIPPED = 100
 """fp16 overflows in a row that stop a run: no loss scale from 2^32 down helps."""

@@ -21,10 +21,10 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor
 
-from dskd import dist
 from dskd.checkpoint import Saved
 from dskd.engine import Engine
 from dskd.errors import CheckpointError
+from dskd.system import dist
 
 _MODEL = "mp_rank_00_model_states.pt"
 _MODEL_ZERO3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"

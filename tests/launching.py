@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dskd.log import read_metrics
+from dskd.system.log import read_metrics
 from dskd.train import main
 from tests.ranks import free_port, run_ranks
 

@@ -17,12 +17,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
-    0: "errors files batch model_settings settings tree sections checks config schedule losses "
-    "dist",
+    0: "errors system.files batch model_settings settings tree sections checks config schedule losses "
+    "system.dist",
     1: "data.counter data.sources data.vocabulary data.packing data.building data.blocks "
     "data.dice data.fairseq data.masking data.scoring data.loader data.judge data.hard_masking "
     "store_format store logit_cache hardness ds_keys "
-    "ds_config hardware log locks zero shards "
+    "ds_config hardware system.log system.locks zero shards "
     "fused.arguments fused.products fused.cpu_chunks fused.cpu_kinds fused.cpu fused.cpu_topk "
     "fused.cpu_mixture fused.cpu_vocab_parallel fused.backend fused.per_token fused.gradients "
     "fused.dense fused.topk fused.label fused.mixture fused.chunking fused.linear_visit "

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dskd import dist, shards
+from dskd import shards
 from dskd.engine import Engine
 from dskd.errors import ConfigError
 from dskd.shards import Weights
+from dskd.system import dist
 from dskd.zero import gathered
 from tests.ranks import run_ranks
 

@@ -9,9 +9,9 @@ import safetensors.numpy
 
 from dskd import store as store_module
 from dskd.errors import StoreError
-from dskd.files import write_manifest
 from dskd.store import MANIFEST, Store, Writer, is_complete, read_spec, shard_path
 from dskd.store_format import Column, StoreSpec
+from dskd.system.files import write_manifest
 
 ROWS, DRAWS = 7, 2
 ABSENT = 3

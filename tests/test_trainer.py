@@ -10,8 +10,8 @@ import pytest
 
 from dskd.config import read
 from dskd.ds_config import load_preset
-from dskd.log import read_metrics
 from dskd.schedule import inheritance_rate, learning_rate
+from dskd.system.log import read_metrics
 from tests.faults.runs import STEPS, Ranks, train, write_recipe
 from tests.launching import evaluations, losses
 

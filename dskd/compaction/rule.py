@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dskd import dist
 from dskd.compaction.masks import Ranking, Units, lost, lowest, scores, spread
 from dskd.errors import CheckpointError
 from dskd.ops import Piece, update
 from dskd.shards import Shard, Weights
+from dskd.system import dist
 
 Edit = Callable[[Tensor], dict[str, Tensor]]
 """From a group's ``removed_at`` [U] to the units' values [U], by their names in ``Piece``."""

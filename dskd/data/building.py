@@ -26,8 +26,8 @@ from dskd.data.vocabulary import (
     vocabulary_size,
 )
 from dskd.errors import DataError
-from dskd.files import file_hash, fingerprint, write_manifest
 from dskd.settings import Data, Source
+from dskd.system.files import file_hash, fingerprint, write_manifest
 
 FORMAT = 1
 MANIFEST = "manifest.json"

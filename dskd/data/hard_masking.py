@@ -24,8 +24,8 @@ from dskd.data.judge import Generations, Judge, select
 from dskd.data.loader import Attachment
 from dskd.data.masking import CausalView
 from dskd.data.vocabulary import special_ids, tokenizer_fingerprint
-from dskd.files import fingerprint
 from dskd.settings import Data, HardTokens
+from dskd.system.files import fingerprint
 
 _ELSEWHERE = ("store", "model", "shown", "micro_batch", "rows_per_shard", "draws")
 """Settings that the store's fingerprint covers, or that change no mask."""

@@ -20,8 +20,8 @@ from dskd.data.dice import Replacer, keys, maskable, number, smallest
 from dskd.data.fairseq import FairseqMask, fairseq_seed
 from dskd.data.vocabulary import continues_word, special_ids, tokenizer_fingerprint
 from dskd.errors import ConfigError
-from dskd.files import fingerprint
 from dskd.settings import Data, Masking, MaskShares
+from dskd.system.files import fingerprint
 
 
 class View(Protocol):

@@ -25,8 +25,8 @@ from dskd.data.counter import mix
 from dskd.data.masking import CausalView
 from dskd.data.vocabulary import special_ids, tokenizer_fingerprint
 from dskd.errors import ConfigError
-from dskd.files import fingerprint
 from dskd.settings import Data, HardTokens
+from dskd.system.files import fingerprint
 
 _RANK = 6  # stream of random numbers, apart from those of the masks and of the order of rows
 _ROUNDING = 1e-9  # 1 / (1 / 49) is more than 49

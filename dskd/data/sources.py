@@ -20,8 +20,8 @@ from typing import Any
 import xxhash
 
 from dskd.errors import ConfigError, DataError
-from dskd.files import file_hash
 from dskd.settings import BuiltinSource, HubSource, JsonlSource, Source, TextSource
+from dskd.system.files import file_hash
 
 # Folders of the standard library that hold no prose, or are no part of it.
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}

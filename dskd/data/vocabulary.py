@@ -17,8 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dskd.errors import ConfigError, DataError
-from dskd.files import fingerprint
 from dskd.settings import Data, TrainedTokenizer
+from dskd.system.files import fingerprint
 
 _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0..3; <mask> comes last, as in RoBERTa
 _MASK = "<mask>"

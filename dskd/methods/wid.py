@@ -24,7 +24,6 @@ from dskd.compaction.widths import Cut, RuleName, Strategy, Target, Widths, cuts
 from dskd.ds_config import optimizer_device
 from dskd.errors import ConfigError
 from dskd.inherited import Inherited, labels_term
-from dskd.log import say
 from dskd.method import Change, Method
 from dskd.models.groups import layout_of, widths_of
 from dskd.models.merged import checked_merge
@@ -32,6 +31,7 @@ from dskd.models.narrow import narrowed_config
 from dskd.models.surgery import Surgery, insert
 from dskd.settings import Run, SelfTeacher
 from dskd.shards import Weights
+from dskd.system.log import say
 
 _TRIAL_TOKENS = 512
 """Tokens that an exported model is compared with the trained one on, on a CPU."""

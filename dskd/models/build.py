@@ -25,11 +25,11 @@ from transformers.initialization import no_init_weights
 
 from dskd.data.vocabulary import check_same_vocabulary, vocabulary_size
 from dskd.errors import ConfigError
-from dskd.files import file_hash, fingerprint
 from dskd.models.families import FAMILIES, family_of, longest_row, tie_head_bias
 from dskd.models.initial import initialise
 from dskd.models.weights import load_weights, local_folder, weight_files
 from dskd.settings import Model
+from dskd.system.files import file_hash, fingerprint
 from dskd.zero import sharded_construction
 
 _AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dskd import dist
-from dskd.files import fingerprint
+from dskd.system import dist
+from dskd.system.files import fingerprint
 from dskd.zero import gathered, is_sharded
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dskd import dist, ops
+from dskd import ops
 from dskd.batch import Batch
 from dskd.compaction.masks import spread
 from dskd.errors import DskdError
@@ -29,6 +29,7 @@ from dskd.models.families import tie_head_bias
 from dskd.models.groups import Map, kept_entries, layout_of
 from dskd.models.narrow import narrow, narrowed_config
 from dskd.models.surgery import Keep, Surgery, Whole, kept_widths, replica
+from dskd.system import dist
 from dskd.zero import gathered
 
 TOLERANCE = 1e-5

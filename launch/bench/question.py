@@ -45,10 +45,10 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from dskd.data.blocks import Prepared
 from dskd.data.loader import sequential
 from dskd.data.scoring import scoring_view
-from dskd.files import write_atomic
 from dskd.hardness import Hardness, describe
 from dskd.question import question
 from dskd.settings import Data, HardTokens
+from dskd.system.files import write_atomic
 from launch.bench import timing
 from launch.bench.wid import about
 

@@ -37,13 +37,13 @@ from dskd.data.hard_masking import hard_view
 from dskd.data.masking import View
 from dskd.data.scoring import scoring_view
 from dskd.evaluation import evaluate
-from dskd.files import write_atomic
 from dskd.hardness import Hardness
 from dskd.method import build_method
 from dskd.models.build import build, model_fingerprint
 from dskd.objective import Objective
 from dskd.question import question
 from dskd.settings import HardTokens, Model, Run
+from dskd.system.files import write_atomic
 from dskd.tree import Tree, dump, load, merge
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -42,7 +42,7 @@ import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 
-from dskd import dist, engine, stages
+from dskd import engine, stages
 from dskd.batch import Batch
 from dskd.checkpoint import Checkpoints
 from dskd.config import read
@@ -50,15 +50,16 @@ from dskd.data.loader import Loader
 from dskd.ds_config import precision_of
 from dskd.engine import Engine, decay_groups
 from dskd.errors import ConfigError
-from dskd.files import write_atomic
 from dskd.hardware import DTYPES
 from dskd.inheritance import Inheritance, inherit
 from dskd.job import Job
-from dskd.log import Metrics, peak_memory
 from dskd.method import build_method
 from dskd.models.build import build
 from dskd.objective import Objective
 from dskd.settings import CachedTeacher, LiveTeacher, Model, Run
+from dskd.system import dist
+from dskd.system.files import write_atomic
+from dskd.system.log import Metrics, peak_memory
 from dskd.trainer import Progress, Trainer
 from dskd.zero import full_shape, sharded_construction
 from launch.bench import timing

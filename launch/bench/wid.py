@@ -43,11 +43,11 @@ from torch.nn.functional import linear
 from transformers import BertConfig, BertForMaskedLM
 
 from dskd.compaction.widths import Widths
-from dskd.files import write_atomic
 from dskd.models.groups import maps_of
 from dskd.models.merged import zero_removed
 from dskd.models.slicing import heaviest, slice_model
 from dskd.models.surgery import Surgery, insert
+from dskd.system.files import write_atomic
 from launch.bench import timing
 
 ROOT = Path(__file__).resolve().parents[2]

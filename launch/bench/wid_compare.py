@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from dskd.config import read
-from dskd.files import write_atomic
 from dskd.settings import Run
+from dskd.system.files import write_atomic
 from dskd.tree import Tree, dump, load, merge, overlay
 
 ROOT = Path(__file__).resolve().parents[2]

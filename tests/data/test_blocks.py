@@ -150,7 +150,7 @@ def test_unverified_opening_still_checks_sizes_and_tokenizer(
 
 
 def test_other_manifest_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    from dskd.files import write_manifest
+    from dskd.system.files import write_manifest
 
     write_manifest(tmp_path / "manifest.json", {"kind": "store", "format": 1})
     with pytest.raises(DataError, match="not of prepared rows"):

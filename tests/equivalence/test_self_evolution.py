@@ -27,11 +27,11 @@ from dskd.config import read
 from dskd.data.blocks import open_prepared, prepare
 from dskd.data.sources import documents
 from dskd.errors import StoreError
-from dskd.files import read_manifest, write_manifest
 from dskd.hardness import Hardness
 from dskd.settings import BuiltinSource
 from dskd.store import shard_path
 from dskd.store_format import map_shard
+from dskd.system.files import read_manifest, write_manifest
 from tests.equivalence.small import CAUSAL, LIVE, MASKED, STEPS, Runs, cached, source
 from tests.launching import cut_back, evaluations, forked, losses
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dskd.log import read_metrics
+from dskd.system.log import read_metrics
 from tests.equivalence.small import STEPS, Runs, causal
 from tests.launching import cut_back, evaluations, losses
 

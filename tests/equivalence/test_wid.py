@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dskd.log import read_metrics
+from dskd.system.log import read_metrics
 from dskd.tree import merge
 from tests.equivalence.small import LIVE, MASKED, Runs, cached
 from tests.launching import cut_back, evaluations, losses

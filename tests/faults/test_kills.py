@@ -18,7 +18,7 @@ import torch
 from dskd import checkpoint, export, stages, store, trainer
 from dskd.data import blocks, building
 from dskd.engine import Engine
-from dskd.log import Metrics, read_metrics
+from dskd.system.log import Metrics, read_metrics
 from tests.faults.runs import STEPS, Ranks, die, train, write_recipe
 from tests.launching import evaluations, losses
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dskd.errors import CheckpointError
-from dskd.log import Metrics, clock, progress_line, read_metrics
+from dskd.system.log import Metrics, clock, progress_line, read_metrics
 
 LINES = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_nll": 2.5}]
 TEXT = "".join(json.dumps(line) + "\n" for line in LINES)

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from dskd import dist
 from dskd.errors import ConfigError, DiskError
+from dskd.system import dist
 from tests.ranks import run_ranks
 
 

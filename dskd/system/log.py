@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from dskd import dist
 from dskd.errors import CheckpointError
-from dskd.files import write_atomic
 from dskd.hardware import on_gpu
+from dskd.system import dist
+from dskd.system.files import write_atomic
 
 _STATUS = Path("/proc/self/status")
 

@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from dskd import dist
-from dskd.log import say
+from dskd.system import dist
+from dskd.system.log import say
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Files, ranks, locks, log and device of a process: nothing here knows of models or data."""

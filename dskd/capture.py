@@ -16,7 +16,7 @@ from dskd.data.masking import CausalView, View
 from dskd.data.vocabulary import vocabulary_size
 from dskd.errors import ConfigError
 from dskd.logit_cache import Layout, describe
-from dskd.settings import CachedTeacher
+from dskd.settings.run import CachedTeacher
 from dskd.store import Writer, is_complete
 from dskd.store_format import StoreSpec
 from dskd.sweep import sweep

@@ -85,8 +85,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> int:
-    from dskd.config import SINGLE, dump, read, validate
     from dskd.method import build_method
+    from dskd.settings.recipe import SINGLE, dump, read, validate
 
     files = [word for word in arguments.words if "=" not in word]
     if len(files) > 1:

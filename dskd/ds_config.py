@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from dskd.ds_keys import BROKEN, NESTED, TOP, UNUSED
 from dskd.errors import ConfigError
-from dskd.sections import nearest, show
-from dskd.settings import Precision, Run
+from dskd.settings.parsing import nearest, show
+from dskd.settings.run import Precision, Run
 
 DS = dict[str, Any]
 Role = Literal["student", "teacher"]

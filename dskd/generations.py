@@ -19,7 +19,6 @@ from torch import nn
 
 from dskd.batch import Batch, Rows
 from dskd.checkpoint import Checkpoints
-from dskd.checks import questions_folder
 from dskd.data.blocks import Prepared
 from dskd.data.scoring import ScoringView, scoring_view
 from dskd.data.vocabulary import special_ids
@@ -32,7 +31,8 @@ from dskd.inheritance import frozen_model, prints_of_rows
 from dskd.models.build import hidden_size, model_fingerprint
 from dskd.models.families import rows_of
 from dskd.question import ask, question
-from dskd.settings import HardTokens, LiveTeacher, Model, Run
+from dskd.settings.checks import questions_folder
+from dskd.settings.run import HardTokens, LiveTeacher, Model, Run
 from dskd.sliced import student_settings
 from dskd.system import dist
 from dskd.system.files import fingerprint

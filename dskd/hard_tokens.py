@@ -22,8 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from dskd.batch import IGNORE
-from dskd.checks import questions_folder, validate
-from dskd.config import read
 from dskd.data.blocks import Prepared, open_prepared, prepare
 from dskd.data.hard_masking import AnyHardView, HardCausalView, hard_view
 from dskd.data.scoring import scoring_view
@@ -31,7 +29,9 @@ from dskd.data.vocabulary import special_ids, vocabulary_size
 from dskd.errors import ConfigError, StoreError
 from dskd.hardness import Hardness
 from dskd.inheritance import prints_of_rows
-from dskd.settings import HardTokens, Run
+from dskd.settings.checks import questions_folder, validate
+from dskd.settings.recipe import read
+from dskd.settings.run import HardTokens, Run
 from dskd.store import MANIFEST
 from dskd.system.files import write_atomic
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from dskd.data.blocks import RowSet
 from dskd.data.scoring import Asking, ScoringView
 from dskd.errors import StoreError
-from dskd.settings import HardTokens
+from dskd.settings.run import HardTokens
 from dskd.store import Store, read_spec
 from dskd.store_format import Column, StoreSpec
 

@@ -9,7 +9,7 @@ import torch
 
 from dskd.ds_config import fill_auto, load_preset
 from dskd.errors import ConfigError
-from dskd.settings import Precision, Run
+from dskd.settings.run import Precision, Run
 from dskd.system import dist
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from dskd.average import Average
 from dskd.batch import IGNORE
-from dskd.checks import cache_folder
 from dskd.data.blocks import Prepared
 from dskd.data.loader import Attach, Attachment
 from dskd.data.masking import View
@@ -26,7 +25,8 @@ from dskd.hardware import DTYPES, resolve, student_config, teacher_config
 from dskd.logit_cache import LogitCache
 from dskd.method import Change, Method
 from dskd.models.build import build, hidden_size, model_fingerprint
-from dskd.settings import CachedTeacher, LiveTeacher, Model, RoutedTeacher, Run, SelfTeacher
+from dskd.settings.checks import cache_folder
+from dskd.settings.run import CachedTeacher, LiveTeacher, Model, RoutedTeacher, Run, SelfTeacher
 from dskd.sliced import student_settings
 from dskd.system import dist
 from dskd.system.files import fingerprint

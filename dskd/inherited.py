@@ -14,7 +14,7 @@ from dskd.batch import Rows, Signal, Term
 from dskd.losses import TopKMode
 from dskd.ops import rows_ce, rows_kd
 from dskd.schedule import RateSchedule, inheritance_rate
-from dskd.settings import Section
+from dskd.settings.run import Section
 
 
 class Inherited(Section):

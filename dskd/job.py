@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from dskd.checkpoint import Checkpoints
-from dskd.checks import evaluation_selects
 from dskd.data.blocks import Prepared, open_prepared, prepare
 from dskd.data.hard_masking import HardCausalView, hard_view
 from dskd.data.loader import Attach
@@ -18,7 +17,8 @@ from dskd.generations import Generations
 from dskd.hardware import student_config
 from dskd.method import Method
 from dskd.models.build import hidden_size
-from dskd.settings import HardTokens, Model, Run
+from dskd.settings.checks import evaluation_selects
+from dskd.settings.run import HardTokens, Model, Run
 from dskd.sliced import student_settings
 from dskd.system import dist
 

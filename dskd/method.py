@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Rows, Signal, Term
 from dskd.errors import ConfigError
-from dskd.sections import nearest, parse
-from dskd.settings import Run, Section
+from dskd.settings.parsing import nearest, parse
+from dskd.settings.run import Run, Section
 from dskd.shards import Weights
 
 METHODS: dict[str, str] = {

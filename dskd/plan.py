@@ -19,8 +19,6 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from dskd import engine
-from dskd.checks import validate
-from dskd.config import Recipe, differences, dump, read
 from dskd.errors import ConfigError
 from dskd.hardware import student_config, teacher_config
 from dskd.inheritance import check_average, each_teacher
@@ -29,7 +27,9 @@ from dskd.method import Method
 from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
 from dskd.models.weights import folder_at_hand
 from dskd.report import print_table, write_report
-from dskd.settings import HardTokens, Model, Run, SelfTeacher
+from dskd.settings.checks import validate
+from dskd.settings.recipe import Recipe, differences, dump, read
+from dskd.settings.run import HardTokens, Model, Run, SelfTeacher
 from dskd.sliced import sliced_config, source_settings
 from dskd.stages import STAGES
 from dskd.system import dist

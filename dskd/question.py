@@ -21,7 +21,7 @@ from dskd.data.vocabulary import vocabulary_size
 from dskd.errors import NonFiniteError
 from dskd.hardness import describe, encode, hardness_spec
 from dskd.models.families import rows_of
-from dskd.settings import HardTokens
+from dskd.settings.run import HardTokens
 from dskd.store import Writer, is_complete
 from dskd.store_format import StoreSpec
 from dskd.sweep import sweep

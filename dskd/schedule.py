@@ -9,7 +9,7 @@ import math
 from typing import Literal
 
 from dskd.errors import ConfigError
-from dskd.settings import Train
+from dskd.settings.run import Train
 
 RateSchedule = Literal["linear", "switch", "constant", "cosine"]
 

@@ -18,7 +18,6 @@ from dskd import universal
 from dskd.batch import Batch
 from dskd.capture import capture
 from dskd.checkpoint import Saved
-from dskd.checks import cache_folder
 from dskd.data.loader import Loader, make_batch
 from dskd.ds_config import precision_of
 from dskd.engine import Engine, decay_groups, shard_teacher, stage_of
@@ -33,7 +32,8 @@ from dskd.models.build import hidden_size, parameter_count
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.objective import Objective
 from dskd.ops import implementation
-from dskd.settings import CachedTeacher, Model
+from dskd.settings.checks import cache_folder
+from dskd.settings.run import CachedTeacher, Model
 from dskd.sliced import make_slice, sliced_folder
 from dskd.system import dist
 from dskd.system.files import write_atomic

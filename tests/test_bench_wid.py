@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dskd.config import read
+from dskd.settings.recipe import read
 from launch.bench import wid
 from launch.bench import wid_compare as compare
 from tests.launching import environment

@@ -16,7 +16,7 @@ from dskd.engine import shard_teacher
 from dskd.errors import ConfigError, StoreError
 from dskd.logit_cache import LogitCache, describe
 from dskd.models.build import build
-from dskd.settings import CachedTeacher, Data, Masking, Model, TextSource, TrainedTokenizer
+from dskd.settings.run import CachedTeacher, Data, Masking, Model, TextSource, TrainedTokenizer
 from dskd.store import shard_path
 from dskd.teacher import Cached, Live
 from tests.data.conftest import make_corpus

@@ -9,8 +9,8 @@ import pytest
 
 from dskd import __version__, logit_cache, report, train
 from dskd.cli import main
-from dskd.config import SINGLE, read
 from dskd.errors import StoreError
+from dskd.settings.recipe import SINGLE, read
 
 
 def test_help_imports_nothing_heavy():

@@ -22,7 +22,7 @@ from dskd.data.vocabulary import tokenizer_fingerprint
 from dskd.errors import DskdError
 from dskd.export import export
 from dskd.models.families import FAMILIES, rows_of
-from dskd.settings import Model
+from dskd.settings.run import Model
 from dskd.zero import full_shape
 from tests.models.test_initial import fingerprints
 from tests.models.tiny import ALL, SIX, batch, loss_of, make, tokenizer, zero3

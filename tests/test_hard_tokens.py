@@ -10,7 +10,6 @@ from matplotlib.image import imread
 
 from dskd.batch import IGNORE
 from dskd.cli import main
-from dskd.config import dump, read
 from dskd.data.blocks import open_prepared, prepare
 from dskd.data.hard_masking import hard_view
 from dskd.data.scoring import scoring_view
@@ -18,6 +17,7 @@ from dskd.data.vocabulary import special_ids
 from dskd.hard_tokens import EDGES, find, run_at
 from dskd.hardness import Hardness, encode, hardness_spec
 from dskd.inheritance import prints_of_rows
+from dskd.settings.recipe import dump, read
 from dskd.store import Writer
 from tests.data.conftest import make_corpus
 

@@ -9,7 +9,7 @@ import pytest
 from dskd.data.scoring import Asking, ScoringView
 from dskd.errors import StoreError
 from dskd.hardness import Hardness, describe, encode, hardness_spec, identity
-from dskd.settings import HardTokens
+from dskd.settings.run import HardTokens
 from dskd.store import Writer, shard_path
 from tests.caches import ToyRows
 from tests.data.test_masking import tokenizer_of

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
-    0: "errors system.files batch model_settings settings tree sections checks config schedule losses "
+    0: "errors system.files batch settings.model settings.run settings.yaml_tree settings.parsing settings.checks settings.recipe schedule losses "
     "system.dist",
     1: "data.counter data.sources data.vocabulary data.packing data.building data.blocks "
     "data.dice data.fairseq data.masking data.scoring data.loader data.judge data.hard_masking "

@@ -11,13 +11,13 @@ import pytest
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from dskd.config import read
 from dskd.errors import ConfigError
 from dskd.method import build_method
 from dskd.models import weights
 from dskd.plan import check
 from dskd.report import table
-from dskd.tree import dump, merge
+from dskd.settings.recipe import read
+from dskd.settings.yaml_tree import dump, merge
 from tests.launching import forked
 
 BERT = {

@@ -9,7 +9,7 @@ import pytest
 
 from dskd.errors import ConfigError
 from dskd.schedule import inheritance_rate, learning_rate
-from dskd.settings import Train
+from dskd.settings.run import Train
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = json.loads((FOLDER / "ki.json").read_text())

@@ -12,11 +12,11 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForMaskedLM
 
 from dskd.compaction.widths import Widths
-from dskd.config import read
 from dskd.errors import ConfigError
 from dskd.method import build_method
 from dskd.models.slicing import slice_model
 from dskd.plan import check
+from dskd.settings.recipe import read
 from tests.launching import cut_back, forked, losses
 
 RECIPE = """

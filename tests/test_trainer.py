@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dskd.config import read
 from dskd.ds_config import load_preset
 from dskd.schedule import inheritance_rate, learning_rate
+from dskd.settings.recipe import read
 from dskd.system.log import read_metrics
 from tests.faults.runs import STEPS, Ranks, train, write_recipe
 from tests.launching import evaluations, losses

@@ -14,7 +14,7 @@ from dskd.compaction.widths import RuleName
 from dskd.ds_config import load_preset
 from dskd.errors import ConfigError
 from dskd.hardware import resolve
-from dskd.settings import Run
+from dskd.settings.run import Run
 
 _ADAM = ("adam", "adamw")
 _FP32 = ("fp32", "float32", "float", "torch.float32")

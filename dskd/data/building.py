@@ -26,7 +26,7 @@ from dskd.data.vocabulary import (
     vocabulary_size,
 )
 from dskd.errors import DataError
-from dskd.settings import Data, Source
+from dskd.settings.run import Data, Source
 from dskd.system.files import file_hash, fingerprint, write_manifest
 
 FORMAT = 1

@@ -24,7 +24,7 @@ from dskd.data.judge import Generations, Judge, select
 from dskd.data.loader import Attachment
 from dskd.data.masking import CausalView
 from dskd.data.vocabulary import special_ids, tokenizer_fingerprint
-from dskd.settings import Data, HardTokens
+from dskd.settings.run import Data, HardTokens
 from dskd.system.files import fingerprint
 
 _ELSEWHERE = ("store", "model", "shown", "micro_batch", "rows_per_shard", "draws")

@@ -20,7 +20,7 @@ from dskd.data.dice import Replacer, keys, maskable, number, smallest
 from dskd.data.fairseq import FairseqMask, fairseq_seed
 from dskd.data.vocabulary import continues_word, special_ids, tokenizer_fingerprint
 from dskd.errors import ConfigError
-from dskd.settings import Data, Masking, MaskShares
+from dskd.settings.run import Data, Masking, MaskShares
 from dskd.system.files import fingerprint
 
 

@@ -23,7 +23,7 @@ from dskd.errors import ConfigError
 from dskd.fused.arguments import Weight
 from dskd.method import Method
 from dskd.ops import rows_ce, rows_kd
-from dskd.settings import HardTokens, Run, SelfTeacher
+from dskd.settings.run import HardTokens, Run, SelfTeacher
 
 
 class SelfEvolution(Method):

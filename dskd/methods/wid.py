@@ -29,7 +29,7 @@ from dskd.models.groups import layout_of, widths_of
 from dskd.models.merged import checked_merge
 from dskd.models.narrow import narrowed_config
 from dskd.models.surgery import Surgery, insert
-from dskd.settings import Run, SelfTeacher
+from dskd.settings.run import Run, SelfTeacher
 from dskd.shards import Weights
 from dskd.system.log import say
 

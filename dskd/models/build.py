@@ -28,7 +28,7 @@ from dskd.errors import ConfigError
 from dskd.models.families import FAMILIES, family_of, longest_row, tie_head_bias
 from dskd.models.initial import initialise
 from dskd.models.weights import load_weights, local_folder, weight_files
-from dskd.settings import Model
+from dskd.settings.run import Model
 from dskd.system.files import file_hash, fingerprint
 from dskd.zero import sharded_construction
 

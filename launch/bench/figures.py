@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dskd.settings import Run
+from dskd.settings.run import Run
 from launch.bench import timing
 from launch.bench.timing import over, show, spread
 

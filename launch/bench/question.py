@@ -47,7 +47,7 @@ from dskd.data.loader import sequential
 from dskd.data.scoring import scoring_view
 from dskd.hardness import Hardness, describe
 from dskd.question import question
-from dskd.settings import Data, HardTokens
+from dskd.settings.run import Data, HardTokens
 from dskd.system.files import write_atomic
 from launch.bench import timing
 from launch.bench.wid import about

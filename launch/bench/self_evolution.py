@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 
-from dskd.config import read
 from dskd.data.blocks import Prepared, open_prepared, prepare
 from dskd.data.hard_masking import hard_view
 from dskd.data.masking import View
@@ -42,9 +41,10 @@ from dskd.method import build_method
 from dskd.models.build import build, model_fingerprint
 from dskd.objective import Objective
 from dskd.question import question
-from dskd.settings import HardTokens, Model, Run
+from dskd.settings.recipe import read
+from dskd.settings.run import HardTokens, Model, Run
+from dskd.settings.yaml_tree import Tree, dump, load, merge
 from dskd.system.files import write_atomic
-from dskd.tree import Tree, dump, load, merge
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "launch/self_evolution/compare.yaml"

@@ -45,7 +45,6 @@ import torch
 from dskd import engine, stages
 from dskd.batch import Batch
 from dskd.checkpoint import Checkpoints
-from dskd.config import read
 from dskd.data.loader import Loader
 from dskd.ds_config import precision_of
 from dskd.engine import Engine, decay_groups
@@ -56,7 +55,8 @@ from dskd.job import Job
 from dskd.method import build_method
 from dskd.models.build import build
 from dskd.objective import Objective
-from dskd.settings import CachedTeacher, LiveTeacher, Model, Run
+from dskd.settings.recipe import read
+from dskd.settings.run import CachedTeacher, LiveTeacher, Model, Run
 from dskd.system import dist
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory

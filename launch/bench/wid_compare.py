@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from dskd.config import read
-from dskd.settings import Run
+from dskd.settings.recipe import read
+from dskd.settings.run import Run
+from dskd.settings.yaml_tree import Tree, dump, load, merge, overlay
 from dskd.system.files import write_atomic
-from dskd.tree import Tree, dump, load, merge, overlay
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "launch/wid/compare.yaml"

@@ -15,12 +15,7 @@ import pytest
 from dskd.data import blocks, building
 from dskd.data.blocks import Prepared, open_prepared, prepare
 from dskd.errors import ConfigError, DataError
-from dskd.settings import (
-    Masking,
-    PretrainedTokenizer,
-    TextSource,
-    TrainedTokenizer,
-)
+from dskd.settings.run import Masking, PretrainedTokenizer, TextSource, TrainedTokenizer
 from tests.data.conftest import all_rows, make_corpus, settings
 
 

@@ -14,13 +14,7 @@ from dskd.data import building
 from dskd.data.blocks import open_prepared, prepare
 from dskd.data.packing import complete, complete_doc
 from dskd.errors import DataError
-from dskd.settings import (
-    Data,
-    HubSource,
-    JsonlSource,
-    PretrainedTokenizer,
-    TextSource,
-)
+from dskd.settings.run import Data, HubSource, JsonlSource, PretrainedTokenizer, TextSource
 from tests.data.conftest import all_rows, make_corpus, settings
 
 

@@ -16,7 +16,7 @@ from dskd.data.scoring import Asking, ScoringView
 from dskd.data.vocabulary import special_ids
 from dskd.errors import ConfigError
 from dskd.hardness import Hardness, encode, hardness_spec
-from dskd.settings import Data, HardTokens
+from dskd.settings.run import Data, HardTokens
 from dskd.store import Writer
 from tests.data.test_masking import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 

@@ -13,7 +13,7 @@ from dskd.data.blocks import Prepared
 from dskd.data.loader import Attachment, Loader, sequential
 from dskd.data.masking import view_for
 from dskd.errors import ConfigError, StoreError
-from dskd.settings import Data
+from dskd.settings.run import Data
 
 SEED = 3
 

@@ -9,7 +9,7 @@ from dskd.batch import IGNORE
 from dskd.data.masking import CausalView
 from dskd.data.scoring import Asking, scoring_view
 from dskd.errors import ConfigError
-from dskd.settings import Data, HardTokens
+from dskd.settings.run import Data, HardTokens
 from tests.data.test_masking import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 
 IDS, LENGTHS = rows_of(20, 37)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dskd.data.sources import documents
-from dskd.settings import BuiltinSource
-from dskd.tree import dump, merge
+from dskd.settings.run import BuiltinSource
+from dskd.settings.yaml_tree import dump, merge
 from tests.launching import forked
 
 STEPS = 4

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from dskd.batch import IGNORE
-from dskd.config import parse
 from dskd.data.blocks import open_prepared, prepare
 from dskd.data.loader import Loader
 from dskd.data.masking import view_for
 from dskd.models.build import build
 from dskd.ops import triton_everywhere
-from dskd.settings import Model, Run
+from dskd.settings.recipe import parse
+from dskd.settings.run import Model, Run
 from dskd.system.log import read_metrics
 from dskd.teacher import Live
 from tests.equivalence.small import (

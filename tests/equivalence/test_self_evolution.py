@@ -23,12 +23,12 @@ import pytest
 
 from dskd import generations
 from dskd.checkpoint import MANIFEST
-from dskd.config import read
 from dskd.data.blocks import open_prepared, prepare
 from dskd.data.sources import documents
 from dskd.errors import StoreError
 from dskd.hardness import Hardness
-from dskd.settings import BuiltinSource
+from dskd.settings.recipe import read
+from dskd.settings.run import BuiltinSource
 from dskd.store import shard_path
 from dskd.store_format import map_shard
 from dskd.system.files import read_manifest, write_manifest

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from dskd.settings.yaml_tree import merge
 from dskd.system.log import read_metrics
-from dskd.tree import merge
 from tests.equivalence.small import LIVE, MASKED, Runs, cached
 from tests.launching import cut_back, evaluations, losses
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dskd.batch import IGNORE, Batch, Dense, Projected, Rows, Term
-from dskd.config import read
 from dskd.errors import ConfigError
 from dskd.method import Method, build_method
-from dskd.settings import Run
+from dskd.settings.recipe import read
+from dskd.settings.run import Run
 from dskd.trainer import Progress, Trainer
 from tests.methods.test_ki import Identity
 

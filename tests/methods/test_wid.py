@@ -19,7 +19,7 @@ from dskd.methods.wid import Narrowing
 from dskd.models.merged import Exactness
 from dskd.models.surgery import Surgery
 from dskd.schedule import learning_rate
-from dskd.settings import Run, Train
+from dskd.settings.run import Run, Train
 from dskd.shards import Weights
 from tests.models.wid_golden import (
     GOLDEN,

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from dskd.errors import ConfigError
 from dskd.method import build_method
-from dskd.settings import Run, Train
+from dskd.settings.run import Run, Train
 from tests.methods.test_wid import ORIGINAL, TEACHER, WID
 
 

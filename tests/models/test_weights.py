@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from dskd.errors import ConfigError
 from dskd.models.families import FAMILIES
-from dskd.settings import Model
+from dskd.settings.run import Model
 from dskd.system import dist
 from dskd.zero import full_shape
 from tests.models.test_initial import fingerprints

@@ -7,14 +7,14 @@ import math
 import pytest
 import yaml
 
-from dskd import tree
 from dskd.errors import ConfigError
+from dskd.settings import yaml_tree
 
 
 def _load(tmp_path, text):
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    return tree.load(path)
+    return yaml_tree.load(path)
 
 
 @pytest.mark.parametrize(
@@ -81,11 +81,11 @@ def test_unreadable_yaml_is_refused_with_its_place(tmp_path, text, message):
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
-        tree.load(tmp_path / "none.yaml")
+        yaml_tree.load(tmp_path / "none.yaml")
     path = tmp_path / "latin.yaml"
     path.write_bytes(b"a: caf\xe9\n")
     with pytest.raises(ConfigError, match=r"latin\.yaml: not UTF-8 text \(byte 6\)"):
-        tree.load(path)
+        yaml_tree.load(path)
     assert _load(tmp_path, "# nothing\n") == {}
 
 
@@ -113,28 +113,28 @@ NASTY = {
 
 
 def test_dump_round_trips(tmp_path):
-    text = tree.dump(NASTY)
+    text = yaml_tree.dump(NASTY)
     assert text.isascii()
     assert _load(tmp_path, text) == NASTY
     assert list(_load(tmp_path, text)) == list(NASTY)
 
 
 def test_other_yaml_readers_get_the_same_values():
-    assert yaml.safe_load(tree.dump(NASTY)) == NASTY
+    assert yaml.safe_load(yaml_tree.dump(NASTY)) == NASTY
 
 
 def test_overrides_make_a_tree():
     words = ["a.b=1e-4", "a.c=[1, x]", "d=", "a.b=2", "e={f: {g: true}}", "h=x=y"]
     expected = {"a": {"b": 2, "c": [1, "x"]}, "d": None, "e": {"f": {"g": True}}, "h": "x=y"}
-    assert tree.overlay(words) == expected
+    assert yaml_tree.overlay(words) == expected
 
 
 @pytest.mark.parametrize("text", ["a", "=1", "a..b=1", ".a=1"])
 def test_a_malformed_override_is_refused(text):
     with pytest.raises(ConfigError, match=r"command line: '.*' is not of the form a\.b=value"):
-        tree.overlay([text])
+        yaml_tree.overlay([text])
     with pytest.raises(ConfigError, match=r"command line: a\.b:1:3: not readable as YAML"):
-        tree.overlay(["a.b=[1"])
+        yaml_tree.overlay(["a.b=[1"])
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_a_malformed_override_is_refused(text):
 )
 def test_merge(base, over, merged):
     before = str(base), str(over)
-    assert tree.merge(base, over) == merged
+    assert yaml_tree.merge(base, over) == merged
     assert (str(base), str(over)) == before
 
 
 def test_merging_into_an_entry_that_is_not_there():
     with pytest.raises(ConfigError, match=r"a\.b\.2: no such entry; a\.b has 1"):
-        tree.merge({"a": {"b": [1]}}, {"a": {"b": {"2": 0}}})
+        yaml_tree.merge({"a": {"b": [1]}}, {"a": {"b": {"2": 0}}})

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_json
 
 from dskd.errors import ConfigError
-from dskd.tree import Place
+from dskd.settings.yaml_tree import Place
 
 S = TypeVar("S", bound=BaseModel)
 Problem = tuple[Place, str]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import Field, field_validator
 
-from dskd.checks import questions_folder
-from dskd.config import SINGLE, differences, dump, parse, read
 from dskd.errors import ConfigError
-from dskd.settings import (
+from dskd.settings.checks import questions_folder
+from dskd.settings.recipe import SINGLE, differences, dump, parse, read
+from dskd.settings.run import (
     CachedTeacher,
     HardTokens,
     LiveTeacher,
@@ -463,7 +463,7 @@ def test_where_hard_tokens_are_stored_is_free():
 
 
 @pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[1].glob("launch/**/*.yaml")), ids=str
+    "path", sorted(Path(__file__).parents[2].glob("launch/**/*.yaml")), ids=str
 )
 def test_shipped_settings_load(path):
     assert read(path).runs

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dskd.checks import cache_folder, evaluation_selects, validate
-from dskd.config import dump, read
 from dskd.errors import ConfigError
 from dskd.method import build_method
+from dskd.settings.checks import cache_folder, evaluation_selects, validate
+from dskd.settings.recipe import dump, read
 
 CACHED = "teacher={kind: cached, model: {config: {model_type: bert}}}"
 ROUTED = "teacher={kind: routed, domains: {a: {kind: live}, b: {kind: live}}}"

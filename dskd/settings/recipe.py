@@ -1,6 +1,6 @@
 """Settings from YAML and the command line: read, check, write, compare.
 
-A settings file holds one run (the sections of :class:`dskd.settings.Run`), or a recipe of several::
+A settings file holds one run (the sections of :class:`dskd.settings.run.Run`), or a recipe of several::
 
     base: {out: runs/demo, data: {...}}    # what the runs share
     runs:
@@ -25,12 +25,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dskd import tree as trees
-from dskd.checks import cache_folder, questions_folder, validate
 from dskd.errors import ConfigError
-from dskd.sections import Problem, build, line, nearest, parse, show, with_kinds
-from dskd.settings import CachedTeacher, HardTokens, RoutedTeacher, Run
-from dskd.tree import Place, Tree
+from dskd.settings import yaml_tree as trees
+from dskd.settings.checks import cache_folder, questions_folder, validate
+from dskd.settings.parsing import Problem, build, line, nearest, parse, show, with_kinds
+from dskd.settings.run import CachedTeacher, HardTokens, RoutedTeacher, Run
+from dskd.settings.yaml_tree import Place, Tree
 
 __all__ = ["SINGLE", "Recipe", "cache_folder", "differences", "dump", "parse", "read", "validate"]
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dskd.model_settings import Model, Section
+from dskd.settings.model import Model, Section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 

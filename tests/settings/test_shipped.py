@@ -10,13 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
 from dskd.compaction.widths import Family, Target, Widths, student_widths
-from dskd.config import Recipe, differences, read
 from dskd.method import build_method
 from dskd.models.groups import layout_of, widths_of
 from dskd.plan import CONTROL, check
-from dskd.settings import CachedTeacher, Model
+from dskd.settings.recipe import Recipe, differences, read
+from dskd.settings.run import CachedTeacher, Model
 
-LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 RECIPES = sorted(LAUNCH.rglob("*.yaml"))
 KI = LAUNCH / "ki"
 WID = LAUNCH / "wid"

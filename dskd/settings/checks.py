@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from dskd.errors import ConfigError
-from dskd.sections import line, nearest
-from dskd.settings import (
+from dskd.settings.parsing import line, nearest
+from dskd.settings.run import (
     CachedTeacher,
     HardTokens,
     LiveTeacher,

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dskd.batch import Batch, Dense
-from dskd.data.blocks import Prepared, RowSet
-from dskd.data.masking import CausalView, View
-from dskd.data.vocabulary import vocabulary_size
+from dskd.data.prepared import Prepared, RowSet
+from dskd.data.tokenizers import vocabulary_size
+from dskd.data.views import CausalView, View
 from dskd.errors import ConfigError
 from dskd.logit_cache import Layout, describe
 from dskd.settings.run import CachedTeacher

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from dskd.batch import Batch, Term
-from dskd.data.blocks import RowSet
 from dskd.data.loader import make_batch
-from dskd.data.masking import View
+from dskd.data.prepared import RowSet
+from dskd.data.views import View
 from dskd.errors import DataError
 from dskd.system import dist
 

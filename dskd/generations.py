@@ -19,9 +19,9 @@ from torch import nn
 
 from dskd.batch import Batch, Rows
 from dskd.checkpoint import Checkpoints
-from dskd.data.blocks import Prepared
+from dskd.data.prepared import Prepared
 from dskd.data.scoring import ScoringView, scoring_view
-from dskd.data.vocabulary import special_ids
+from dskd.data.tokenizers import special_ids
 from dskd.ds_config import precision_of
 from dskd.engine import stage_of
 from dskd.errors import ConfigError, DiskError, StoreError

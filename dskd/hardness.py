@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dskd.data.blocks import RowSet
+from dskd.data.prepared import RowSet
 from dskd.data.scoring import Asking, ScoringView
 from dskd.errors import StoreError
 from dskd.settings.run import HardTokens

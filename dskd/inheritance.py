@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from dskd.average import Average
 from dskd.batch import IGNORE
-from dskd.data.blocks import Prepared
 from dskd.data.loader import Attach, Attachment
-from dskd.data.masking import View
-from dskd.data.vocabulary import vocabulary_size
+from dskd.data.prepared import Prepared
+from dskd.data.tokenizers import vocabulary_size
+from dskd.data.views import View
 from dskd.ds_config import optimizer_device, precision_of
 from dskd.engine import shard_teacher
 from dskd.errors import ConfigError

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from dskd.checkpoint import Checkpoints
-from dskd.data.blocks import Prepared, open_prepared, prepare
 from dskd.data.hard_masking import HardCausalView, hard_view
 from dskd.data.loader import Attach
-from dskd.data.masking import View, at_random, view_for
+from dskd.data.prepared import Prepared, open_prepared, prepare
+from dskd.data.views import View, at_random, view_for
 from dskd.generations import Generations
 from dskd.hardware import student_config
 from dskd.method import Method

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dskd.batch import Batch, Dense, Rows
-from dskd.data.blocks import Prepared
+from dskd.data.prepared import Prepared
 from dskd.data.scoring import ScoringView
-from dskd.data.vocabulary import vocabulary_size
+from dskd.data.tokenizers import vocabulary_size
 from dskd.errors import NonFiniteError
 from dskd.hardness import describe, encode, hardness_spec
 from dskd.models.families import rows_of

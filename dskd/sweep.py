@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from dskd.batch import Batch
-from dskd.data.blocks import RowSet
 from dskd.data.loader import make_batch
-from dskd.data.masking import View
+from dskd.data.prepared import RowSet
+from dskd.data.views import View
 from dskd.errors import DskdError
 from dskd.store import Writer
 from dskd.store_format import StoreSpec

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dskd.capture import capture
-from dskd.data.blocks import open_prepared, prepare
 from dskd.data.loader import Attachment, make_batch
-from dskd.data.masking import view_for
+from dskd.data.prepared import open_prepared, prepare
+from dskd.data.views import view_for
 from dskd.engine import shard_teacher
 from dskd.errors import ConfigError, StoreError
 from dskd.logit_cache import LogitCache, describe

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from dskd import export as exporting
-from dskd.data.vocabulary import tokenizer_fingerprint
+from dskd.data.tokenizers import tokenizer_fingerprint
 from dskd.errors import DskdError
 from dskd.export import export
 from dskd.models.families import FAMILIES, rows_of

@@ -10,10 +10,10 @@ from matplotlib.image import imread
 
 from dskd.batch import IGNORE
 from dskd.cli import main
-from dskd.data.blocks import open_prepared, prepare
 from dskd.data.hard_masking import hard_view
+from dskd.data.prepared import open_prepared, prepare
 from dskd.data.scoring import scoring_view
-from dskd.data.vocabulary import special_ids
+from dskd.data.tokenizers import special_ids
 from dskd.hard_tokens import EDGES, find, run_at
 from dskd.hardness import Hardness, encode, hardness_spec
 from dskd.inheritance import prints_of_rows

@@ -12,7 +12,7 @@ from dskd.hardness import Hardness, describe, encode, hardness_spec, identity
 from dskd.settings.run import HardTokens
 from dskd.store import Writer, shard_path
 from tests.caches import ToyRows
-from tests.data.test_masking import tokenizer_of
+from tests.data.test_views import tokenizer_of
 
 PRINTS = {"model": "M", "tokenizer": "V", "data": "D", "blocking": "B", "scoring": "S"}
 SPECIAL = (5, 6, 7)

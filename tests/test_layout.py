@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     0: "errors system.files batch settings.model settings.run settings.yaml_tree settings.parsing settings.checks settings.recipe schedule losses "
     "system.dist",
-    1: "data.counter data.sources data.vocabulary data.packing data.building data.blocks "
-    "data.dice data.fairseq data.masking data.scoring data.loader data.judge data.hard_masking "
+    1: "data.counter data.sources data.tokenizers data.packing data.preparing data.prepared "
+    "data.mask_draws data.fairseq_masks data.views data.scoring data.loader data.judge data.hard_masking "
     "store_format store logit_cache hardness ds_keys "
     "ds_config hardware system.log system.locks zero shards "
     "fused.arguments fused.products fused.cpu_chunks fused.cpu_kinds fused.cpu fused.cpu_topk "

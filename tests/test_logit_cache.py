@@ -11,7 +11,7 @@ import torch
 from dskd import logit_cache
 from dskd.batch import IGNORE, Batch
 from dskd.data.loader import make_batch
-from dskd.data.masking import CausalView
+from dskd.data.views import CausalView
 from dskd.errors import ConfigError, NonFiniteError, StoreError
 from dskd.logit_cache import Layout, LogitCache, describe, verify
 from dskd.store import Store, Writer, shard_path

@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 
 from dskd import question as question_module
 from dskd.batch import Dense
-from dskd.data.blocks import open_prepared, prepare
 from dskd.data.loader import make_batch
-from dskd.data.masking import view_for
+from dskd.data.prepared import open_prepared, prepare
 from dskd.data.scoring import scoring_view
-from dskd.data.vocabulary import special_ids
+from dskd.data.tokenizers import special_ids
+from dskd.data.views import view_for
 from dskd.engine import Engine, decay_groups, shard_teacher
 from dskd.errors import NonFiniteError, StoreError
 from dskd.hardness import Hardness, describe
@@ -31,7 +31,7 @@ from dskd.question import answers_of, ask, question
 from dskd.settings.run import Data, HardTokens, Masking, Model, TextSource, TrainedTokenizer
 from dskd.store import shard_path
 from tests.data.conftest import make_corpus
-from tests.data.test_masking import tokenizer_of
+from tests.data.test_views import tokenizer_of
 from tests.ranks import run_ranks
 
 STAGE1 = json.loads((Path(__file__).parent / "golden/self_evolution.json").read_text())["stage1"]

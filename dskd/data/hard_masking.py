@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import IGNORE
-from dskd.data.blocks import RowSet
-from dskd.data.dice import Replacer, keys, maskable, number
-from dskd.data.fairseq import FairseqMask, fairseq_seed
+from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
 from dskd.data.judge import Generations, Judge, select
 from dskd.data.loader import Attachment
-from dskd.data.masking import CausalView
-from dskd.data.vocabulary import special_ids, tokenizer_fingerprint
+from dskd.data.mask_draws import Replacer, keys, maskable, number
+from dskd.data.prepared import RowSet
+from dskd.data.tokenizers import special_ids, tokenizer_fingerprint
+from dskd.data.views import CausalView
 from dskd.settings.run import Data, HardTokens
 from dskd.system.files import fingerprint
 
@@ -35,7 +35,7 @@ class HardView:
     """Masks of the hard tokens, between ``least`` and ``most`` of a row's c maskable ones.
 
     A row's bounds are ``int(least * c + u)`` and ``int(most * c + u)``, u uniform in [0, 1), and
-    its random numbers are those of :class:`~dskd.data.masking.MaskedView`: with the defaults as
+    its random numbers are those of :class:`~dskd.data.views.MaskedView`: with the defaults as
     many tokens are masked in each row as there, and the same ones where no token is hard.
 
     Args:
@@ -80,7 +80,7 @@ class HardView:
         ids_BT: NDArray[np.int64],
         lengths_B: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.masking.View`."""
+        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.views.View`."""
         draws_B = epochs_B if self.draws is None else epochs_B % self.draws
         maskable_BT = maskable(ids_BT, lengths_B, self._special_V)
         counts_B = maskable_BT.sum(axis=1)
@@ -135,7 +135,7 @@ class OriginalHardView:
         ids_BT: NDArray[np.int64],
         lengths_B: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.masking.View`."""
+        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.views.View`."""
         _, hard_BT = self.judge(row_ids_B, epochs_B, ids_BT, lengths_B)
         draws_B = epochs_B if self.draws is None else epochs_B % self.draws
         inputs_BT = ids_BT.copy()

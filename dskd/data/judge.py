@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dskd.data.blocks import RowSet
-from dskd.data.dice import smallest
+from dskd.data.mask_draws import smallest
+from dskd.data.prepared import RowSet
 from dskd.settings.run import HardTokens
 
 _LARGEST_BITS = np.uint64(0x7FFFFFFF)  # of a float32 without its sign

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dskd.batch import Batch
-from dskd.data.blocks import RowSet
 from dskd.data.counter import mix
-from dskd.data.masking import View
+from dskd.data.prepared import RowSet
+from dskd.data.views import View
 from dskd.errors import ConfigError
 
 _ORDER = 5  # stream of random numbers, apart from those of the masks

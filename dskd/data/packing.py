@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dskd.data.vocabulary import encoder, end_id, start_id
+from dskd.data.tokenizers import encoder, end_id, start_id
 from dskd.settings.run import Data
 
 Slice = tuple[int, int]

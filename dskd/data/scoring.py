@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import IGNORE
 from dskd.data.counter import mix
-from dskd.data.masking import CausalView
-from dskd.data.vocabulary import special_ids, tokenizer_fingerprint
+from dskd.data.tokenizers import special_ids, tokenizer_fingerprint
+from dskd.data.views import CausalView
 from dskd.errors import ConfigError
 from dskd.settings.run import Data, HardTokens
 from dskd.system.files import fingerprint
@@ -99,7 +99,7 @@ class Asking:
 
 
 class ScoringView:
-    """A :class:`~dskd.data.masking.View` whose labels are the tokens that are asked about.
+    """A :class:`~dskd.data.views.View` whose labels are the tokens that are asked about.
 
     Args:
         asking: which places.
@@ -130,7 +130,7 @@ class ScoringView:
         ids_BT: NDArray[np.int64],
         lengths_B: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.masking.View`."""
+        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.views.View`."""
         if self.asking.shown == "next":
             return CausalView()(row_ids_B, epochs_B, ids_BT, lengths_B)
         draw_of_BT = self.asking.draw_of(row_ids_B, ids_BT, lengths_B)

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from dskd.data.vocabulary import check_same_vocabulary, vocabulary_size
+from dskd.data.tokenizers import check_same_vocabulary, vocabulary_size
 from dskd.errors import ConfigError
 from dskd.models.families import FAMILIES, family_of, longest_row, tie_head_bias
 from dskd.models.initial import initialise

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from dskd.data.blocks import Prepared
 from dskd.data.loader import sequential
+from dskd.data.prepared import Prepared
 from dskd.data.scoring import scoring_view
 from dskd.hardness import Hardness, describe
 from dskd.question import question
@@ -62,7 +62,7 @@ _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 class RandomRows:
-    """Rows of ``length`` random tokens, in the place of a :class:`~dskd.data.blocks.RowSet`."""
+    """Rows of ``length`` random tokens, in the place of a :class:`~dskd.data.prepared.RowSet`."""
 
     fingerprint = "random"
 

@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 
-from dskd.data.blocks import Prepared, open_prepared, prepare
 from dskd.data.hard_masking import hard_view
-from dskd.data.masking import View
+from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.data.scoring import scoring_view
+from dskd.data.views import View
 from dskd.evaluation import evaluate
 from dskd.hardness import Hardness
 from dskd.method import build_method

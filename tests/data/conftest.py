@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dskd.data.blocks import Prepared, RowSet, open_prepared, prepare
 from dskd.data.counter import below
+from dskd.data.prepared import Prepared, RowSet, open_prepared, prepare
 from dskd.settings.run import Data, TextSource, TrainedTokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "small", "dogs", "ran", "round"]

@@ -11,14 +11,14 @@ from dskd.batch import IGNORE
 from dskd.data.hard_masking import HardCausalView, HardView, hard_view
 from dskd.data.judge import Judge, select
 from dskd.data.loader import Loader
-from dskd.data.masking import MaskedView, at_random
 from dskd.data.scoring import Asking, ScoringView
-from dskd.data.vocabulary import special_ids
+from dskd.data.tokenizers import special_ids
+from dskd.data.views import MaskedView, at_random
 from dskd.errors import ConfigError
 from dskd.hardness import Hardness, encode, hardness_spec
 from dskd.settings.run import Data, HardTokens
 from dskd.store import Writer
-from tests.data.test_masking import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
+from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 
 ROWS, WIDTH = 400, 64
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dskd.batch import IGNORE, Batch
-from dskd.data.blocks import Prepared
 from dskd.data.loader import Attachment, Loader, sequential
-from dskd.data.masking import view_for
+from dskd.data.prepared import Prepared
+from dskd.data.views import view_for
 from dskd.errors import ConfigError, StoreError
 from dskd.settings.run import Data
 

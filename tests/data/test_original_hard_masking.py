@@ -12,13 +12,13 @@ from dskd.batch import IGNORE
 from dskd.data.hard_masking import OriginalHardView, hard_view
 from dskd.data.judge import Judge
 from dskd.data.scoring import Asking, ScoringView
-from dskd.data.vocabulary import special_ids
+from dskd.data.tokenizers import special_ids
 from dskd.errors import ConfigError
 from dskd.hardness import Hardness, encode, hardness_spec
 from dskd.settings.run import Data, HardTokens
 from dskd.store import Writer
 from tests.data.test_hard_masking import ALL, NLL_RT, WIDTH, Rows, seen, store_of, view_of
-from tests.data.test_masking import SIZE, TOKENIZER, tokenizer_of
+from tests.data.test_views import SIZE, TOKENIZER, tokenizer_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "self_evolution.json").read_text())
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dskd.data.blocks import Prepared
 from dskd.data.counter import below
 from dskd.data.packing import Encoder, Items, Packer, complete, complete_doc, contiguous, cut
+from dskd.data.prepared import Prepared
 from dskd.settings.run import Data
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())["blocking"]

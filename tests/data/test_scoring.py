@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from dskd.batch import IGNORE
-from dskd.data.masking import CausalView
 from dskd.data.scoring import Asking, scoring_view
+from dskd.data.views import CausalView
 from dskd.errors import ConfigError
 from dskd.settings.run import Data, HardTokens
-from tests.data.test_masking import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
+from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 
 IDS, LENGTHS = rows_of(20, 37)
 ROWS = np.arange(20) * 7

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from dskd.batch import IGNORE
-from dskd.data.blocks import open_prepared, prepare
 from dskd.data.loader import Loader
-from dskd.data.masking import view_for
+from dskd.data.prepared import open_prepared, prepare
+from dskd.data.views import view_for
 from dskd.models.build import build
 from dskd.ops import triton_everywhere
 from dskd.settings.recipe import parse

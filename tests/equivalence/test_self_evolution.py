@@ -23,7 +23,7 @@ import pytest
 
 from dskd import generations
 from dskd.checkpoint import MANIFEST
-from dskd.data.blocks import open_prepared, prepare
+from dskd.data.prepared import open_prepared, prepare
 from dskd.data.sources import documents
 from dskd.errors import StoreError
 from dskd.hardness import Hardness

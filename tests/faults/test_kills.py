@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from dskd import checkpoint, export, stages, store, trainer
-from dskd.data import blocks, building
 from dskd.engine import Engine
 from dskd.system.log import Metrics, read_metrics
 from tests.faults.runs import STEPS, Ranks, die, train, write_recipe

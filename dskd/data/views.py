@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import IGNORE
-from dskd.data.dice import Replacer, keys, maskable, number, smallest
-from dskd.data.fairseq import FairseqMask, fairseq_seed
-from dskd.data.vocabulary import continues_word, special_ids, tokenizer_fingerprint
+from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
+from dskd.data.mask_draws import Replacer, keys, maskable, number, smallest
+from dskd.data.tokenizers import continues_word, special_ids, tokenizer_fingerprint
 from dskd.errors import ConfigError
 from dskd.settings.run import Data, Masking, MaskShares
 from dskd.system.files import fingerprint

@@ -19,12 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.data import sources
 from dskd.data.packing import Encoder, Packer
-from dskd.data.vocabulary import (
-    load_tokenizer,
-    start_id,
-    tokenizer_fingerprint,
-    vocabulary_size,
-)
+from dskd.data.tokenizers import load_tokenizer, start_id, tokenizer_fingerprint, vocabulary_size
 from dskd.errors import DataError
 from dskd.settings.run import Data, Source
 from dskd.system.files import file_hash, fingerprint, write_manifest

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dskd.data import building
-from dskd.data.blocks import open_prepared, prepare
+from dskd.data import preparing
 from dskd.data.packing import complete, complete_doc
+from dskd.data.prepared import open_prepared, prepare
 from dskd.errors import DataError
 from dskd.settings.run import Data, HubSource, JsonlSource, PretrainedTokenizer, TextSource
 from tests.data.conftest import all_rows, make_corpus, settings
@@ -23,7 +23,7 @@ def documents_of(corpus: Path) -> list[str]:
 
 
 def split_documents(corpus: Path, fraction: float = 0.2) -> tuple[list[str], list[str]]:
-    held = [building._held_out(text, fraction) for text in documents_of(corpus)]
+    held = [preparing._held_out(text, fraction) for text in documents_of(corpus)]
     pairs = list(zip(held, documents_of(corpus), strict=True))
     return [t for h, t in pairs if not h], [t for h, t in pairs if h]
 
@@ -178,7 +178,7 @@ def test_builtin_corpus_by_default(tmp_path: Path) -> None:
 def test_share_held_out_is_the_fraction() -> None:
     texts = [f"text {i}" for i in range(5000)]
     for fraction in (0.05, 0.5):
-        share = sum(building._held_out(text, fraction) for text in texts) / 5000
+        share = sum(preparing._held_out(text, fraction) for text in texts) / 5000
         assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / 5000) ** 0.5
-    less = {text for text in texts if building._held_out(text, 0.05)}
-    assert less < {text for text in texts if building._held_out(text, 0.5)}
+    less = {text for text in texts if preparing._held_out(text, 0.05)}
+    assert less < {text for text in texts if preparing._held_out(text, 0.5)}

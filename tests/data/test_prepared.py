@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dskd.data import blocks, building
-from dskd.data.blocks import Prepared, open_prepared, prepare
+from dskd.data import prepared, preparing
+from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.errors import ConfigError, DataError
 from dskd.settings.run import Masking, PretrainedTokenizer, TextSource, TrainedTokenizer
 from tests.data.conftest import all_rows, make_corpus, settings
@@ -86,7 +86,7 @@ def test_moved_corpus_is_the_same_and_changed_one_another(corpus: Path, tmp_path
 
 def test_corpus_that_changes_while_it_is_read(tmp_path: Path, monkeypatch) -> None:
     make_corpus(tmp_path / "corpus.txt")
-    original = building._write_manifest
+    original = preparing._write_manifest
 
     def meanwhile(*args: object) -> None:
         original(*args)
@@ -98,7 +98,7 @@ def test_corpus_that_changes_while_it_is_read(tmp_path: Path, monkeypatch) -> No
     assert list((tmp_path / "rows").iterdir()) == []
 
 
-FILES = [f"{split}.{part}" for split in ("train", "validation") for part in building._FILES]
+FILES = [f"{split}.{part}" for split in ("train", "validation") for part in preparing._FILES]
 FILES += ["manifest.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
 
 
@@ -185,7 +185,7 @@ def test_killed_build_leaves_nothing_that_is_reused(tmp_path: Path, monkeypatch)
 
 def test_two_builders_at_once(tmp_path: Path, monkeypatch) -> None:
     make_corpus(tmp_path / "corpus.txt")
-    original = blocks._publish
+    original = prepared._publish
 
     def slower(temporary: Path, folder: Path) -> None:
         monkeypatch.setattr(blocks, "_publish", original)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import IGNORE
 from dskd.data.counter import below, mix, uniform
-from dskd.data.vocabulary import real_ids, special_ids
+from dskd.data.tokenizers import real_ids, special_ids
 from dskd.errors import ConfigError
 from dskd.settings.run import MaskShares
 

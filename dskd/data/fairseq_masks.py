@@ -13,8 +13,8 @@ from numpy.random import RandomState
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dskd.data.dice import checked_mask_id
-from dskd.data.vocabulary import special_ids, vocabulary_size
+from dskd.data.mask_draws import checked_mask_id
+from dskd.data.tokenizers import special_ids, vocabulary_size
 from dskd.errors import ConfigError
 from dskd.settings.run import MaskShares
 

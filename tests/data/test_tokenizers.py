@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dskd.data.blocks import Prepared
-from dskd.data.vocabulary import (
+from dskd.data.prepared import Prepared
+from dskd.data.tokenizers import (
     check_same_vocabulary,
     continues_word,
     end_id,

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dskd.batch import IGNORE
-from dskd.data.fairseq import _tuple_hash, fairseq_seed
-from dskd.data.masking import CausalView, FairseqView, MaskedView, at_random, view_for
-from dskd.data.vocabulary import tokenizer_fingerprint
+from dskd.data.fairseq_masks import _tuple_hash, fairseq_seed
+from dskd.data.tokenizers import tokenizer_fingerprint
+from dskd.data.views import CausalView, FairseqView, MaskedView, at_random, view_for
 from dskd.errors import ConfigError
 from dskd.settings.run import Data, HardTokens, Masking
 from dskd.system.files import fingerprint

@@ -25,7 +25,7 @@ from dskd.inheritance import check_average, each_teacher
 from dskd.job import Job
 from dskd.method import Method
 from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
-from dskd.models.weights import folder_at_hand
+from dskd.models.reading import folder_at_hand
 from dskd.report import print_table, write_report
 from dskd.settings.checks import validate
 from dskd.settings.recipe import Recipe, differences, dump, read

@@ -22,7 +22,6 @@ from dskd.data.loader import Loader, make_batch
 from dskd.ds_config import precision_of
 from dskd.engine import Engine, decay_groups, shard_teacher, stage_of
 from dskd.evaluation import evaluate
-from dskd.export import export
 from dskd.generations import Renewal
 from dskd.hardware import teacher_config
 from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit, model_of
@@ -30,6 +29,7 @@ from dskd.job import Job
 from dskd.method import Change
 from dskd.models.build import hidden_size, parameter_count
 from dskd.models.speed import checkpoint_activations, compile_layers
+from dskd.models.writing import export
 from dskd.objective import Objective
 from dskd.ops import implementation
 from dskd.settings.checks import cache_folder

@@ -28,11 +28,11 @@ FLOORS = {
     "fused.dense fused.topk fused.label fused.mixture fused.chunking fused.linear_visit "
     "fused.linear fused.vocab_parallel fused.compactor fused.update ops "
     "compaction.widths compaction.masks compaction.presets compaction.rule compaction.rules "
-    "inherited models.families models.initial models.weights models.build models.speed "
+    "inherited models.families models.initial models.reading models.build models.speed "
     "models.masked_norm models.compactor models.groups models.surgery models.narrow "
     "models.merged models.slicing",
     2: "teacher engine checkpoint universal",
-    3: "method average objective sweep evaluation export capture question sliced inheritance "
+    3: "method average objective sweep evaluation models.writing capture question sliced inheritance "
     "generations job trainer report stages hard_tokens plan",
     4: "methods.lm methods.ki methods.self_evolution methods.wid train cli",
 }

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from dskd.errors import ConfigError
 from dskd.method import build_method
-from dskd.models import weights
+from dskd.models import reading
 from dskd.plan import check
 from dskd.report import table
 from dskd.settings.recipe import read
@@ -182,7 +182,7 @@ def test_a_downloaded_model_is_looked_at_before_anything_is_made_of_it(case, hub
 
 def test_a_config_that_is_at_hand_is_looked_at_and_nothing_downloaded(hub, tmp_path, monkeypatch):
     """As when another program has read no more than the config."""
-    snapshot = weights._download(REPOSITORY, None, [])
+    snapshot = reading._download(REPOSITORY, None, [])
     (snapshot / "model.safetensors").unlink()
     monkeypatch.setattr(weights, "_download", lambda *rest: pytest.fail("it was downloaded"))
     with pytest.raises(ConfigError, match=r"^method\.hidden_size: 18"):

@@ -27,7 +27,7 @@ from dskd.data.tokenizers import check_same_vocabulary, vocabulary_size
 from dskd.errors import ConfigError
 from dskd.models.families import FAMILIES, family_of, longest_row, tie_head_bias
 from dskd.models.initial import initialise
-from dskd.models.weights import load_weights, local_folder, weight_files
+from dskd.models.reading import load_weights, local_folder, weight_files
 from dskd.settings.run import Model
 from dskd.system.files import file_hash, fingerprint
 from dskd.zero import sharded_construction

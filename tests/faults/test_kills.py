@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from dskd import checkpoint, export, stages, store, trainer
+from dskd import checkpoint, stages, store, trainer
 from dskd.engine import Engine
 from dskd.system.log import Metrics, read_metrics
 from tests.faults.runs import STEPS, Ranks, die, train, write_recipe

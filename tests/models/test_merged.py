@@ -7,12 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertModel
 
 from dskd.errors import DskdError
-from dskd.export import export
 from dskd.models.families import FAMILIES
 from dskd.models.groups import widths_of
 from dskd.models.merged import check_exact, checked_merge, largest_removed, merge, zero_removed
 from dskd.models.narrow import narrowed_config
 from dskd.models.surgery import insert, kept_widths, replica
+from dskd.models.writing import export
 from dskd.system.dist import sum_over_ranks
 from dskd.zero import gathered, is_sharded
 from tests.models.test_surgery import golden_keep, golden_logits

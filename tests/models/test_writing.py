@@ -17,11 +17,11 @@ from transformers import (
     GenerationConfig,
 )
 
-from dskd import export as exporting
 from dskd.data.tokenizers import tokenizer_fingerprint
 from dskd.errors import DskdError
-from dskd.export import export
+from dskd.models import writing as exporting
 from dskd.models.families import FAMILIES, rows_of
+from dskd.models.writing import export
 from dskd.settings.run import Model
 from dskd.zero import full_shape
 from tests.models.test_initial import fingerprints

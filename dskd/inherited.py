@@ -11,7 +11,7 @@ from __future__ import annotations
 from pydantic import Field, ValidationInfo, field_validator
 
 from dskd.batch import Rows, Signal, Term
-from dskd.losses import TopKMode
+from dskd.fused.reference import TopKMode
 from dskd.ops import rows_ce, rows_kd
 from dskd.schedule import RateSchedule, inheritance_rate
 from dskd.settings.run import Section

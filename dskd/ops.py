@@ -6,7 +6,7 @@ cross entropy, into which the caller folds whatever its method asks for: mask, r
 re-weighting. It returns :class:`Losses`, whose ``total`` is a weighted SUM with a gradient,
 computed together with the loss; nothing is divided by a count here.
 
-The same in plain differentiable torch, for any dtype, is in ``dskd/losses.py``.
+The same in plain differentiable torch, for any dtype, is in ``dskd/fused/reference.py``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dskd.fused.dense import dense_kd
 from dskd.fused.label import label_ce
 from dskd.fused.linear import DenseTeacher, LinearTeacher, LogitTeacher, TopKTeacher, linear_kd
 from dskd.fused.mixture import mixture_kd
+from dskd.fused.reference import TopKMode
 from dskd.fused.topk import topk_kd
 from dskd.fused.update import Piece, update
 from dskd.fused.vocab_parallel import vocab_parallel_kd
-from dskd.losses import TopKMode
 
 __all__ = [
     "KINDS",

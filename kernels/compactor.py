@@ -1,6 +1,6 @@
 """The six products of merging compactors, for many layers in one launch each.
 
-They are those of ``dskd/fused/products.py``, with the same arguments and results; what a launch
+They are those of ``dskd/fused/cpu/products.py``, with the same arguments and results; what a launch
 computes is told in ``compactor_kernels.py``. All layers of a call have the same sizes, strides and
 dtype.
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dskd import losses
+from dskd.fused import reference
 from launch.bench import cases, kernels, peers, timing, truth, verdicts
 from launch.bench.logit_cases import FLOOR, OURS
 from launch.bench.peers import Outcome
@@ -130,7 +130,7 @@ def test_the_order_of_the_cases_and_the_choice_of_operations():
 def test_peers_compute_the_named_divergence(kind):
     student, teacher = torch.randn(2, 5, 33).double().mul(2).unbind()
     expected = peers.differentiate(
-        lambda logits: losses.divergence(logits, teacher, kind).mean(), student
+        lambda logits: reference.divergence(logits, teacher, kind).mean(), student
     )
     eager = peers.differentiate(lambda logits: peers.eager(logits, teacher, kind), student)
     torch.testing.assert_close(eager.loss.double(), expected.loss, rtol=1e-5, atol=0)
@@ -146,10 +146,10 @@ def test_truth_goes_by_chunks_and_sees_a_wrong_row(monkeypatch):
     head = SimpleNamespace(hidden_ND=hidden, weight_VD=weight)
 
     def per_token(logits, rows):
-        return losses.divergence(logits, teacher[rows].double(), "jsd")
+        return reference.divergence(logits, teacher[rows].double(), "jsd")
 
     def whole(hidden, weight):
-        return losses.divergence(hidden @ weight.t(), teacher, "jsd").mean()
+        return reference.divergence(hidden @ weight.t(), teacher, "jsd").mean()
 
     checked = truth.through_head(head, per_token)
     expected, right = checked.compute(), peers.differentiate(whole, hidden, weight)

@@ -17,14 +17,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
-    0: "errors system.files batch settings.model settings.run settings.yaml_tree settings.parsing settings.checks settings.recipe schedule losses "
+    0: "errors system.files batch settings.model settings.run settings.yaml_tree settings.parsing settings.checks settings.recipe schedule fused.reference "
     "system.dist",
     1: "data.counter data.sources data.tokenizers data.packing data.preparing data.prepared "
     "data.mask_draws data.fairseq_masks data.views data.scoring data.loader data.judge data.hard_masking "
     "store_format store logit_cache hardness ds_keys "
     "ds_config hardware system.log system.locks zero shards "
-    "fused.arguments fused.products fused.cpu_chunks fused.cpu_kinds fused.cpu fused.cpu_topk "
-    "fused.cpu_mixture fused.cpu_vocab_parallel fused.backend fused.per_token fused.gradients "
+    "fused.arguments fused.cpu.products fused.cpu.chunks fused.cpu.kinds fused.cpu.dense fused.cpu.topk "
+    "fused.cpu.mixture fused.cpu.vocab_parallel fused.backend fused.per_token fused.gradients "
     "fused.dense fused.topk fused.label fused.mixture fused.chunking fused.linear_visit "
     "fused.linear fused.vocab_parallel fused.compactor fused.update ops "
     "compaction.widths compaction.masks compaction.presets compaction.rule compaction.rules "

@@ -8,7 +8,7 @@ from dskd.batch import IGNORE, Batch, Dense, Projected, Rows
 from dskd.errors import ConfigError
 from dskd.method import METHODS, Method, build_method
 from dskd.models.families import LinearProjection
-from tests.plain_losses import top_k
+from tests.fused.plain_losses import top_k
 
 VOCABULARY, WIDTH = 13, 6
 

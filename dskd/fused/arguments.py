@@ -11,7 +11,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dskd.losses import Divergence, TopKMode
+from dskd.fused.reference import Divergence, TopKMode
 
 KINDS: tuple[str, ...] = get_args(Divergence)
 MODES: tuple[str, ...] = get_args(TopKMode)
@@ -94,7 +94,7 @@ def matrix(
     on_gpu = value.device.type == "cuda"
     refuse(
         on_gpu and value.dtype == torch.float64,
-        lambda: f"{name}: the kernels do not compute in float64; dskd.losses does",
+        lambda: f"{name}: the kernels do not compute in float64; dskd.fused.reference does",
     )
     refuse(value.shape[1] == 0 and not empty, lambda: f"{name}: has no columns")
     if rows is not None:

@@ -1,7 +1,7 @@
 """Which implementation of the row functions runs: Triton on a GPU, plain torch elsewhere.
 
 Both offer ``dense_rows``, ``label_rows``, ``topk_rows`` and ``mixture_rows`` with one signature and
-one meaning; see ``dskd/kernels/dense.py`` and ``dskd/fused/cpu.py``.
+one meaning; see ``dskd/kernels/dense.py`` and ``dskd/fused/dense.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dskd.fused import cpu, cpu_mixture, cpu_topk, cpu_vocab_parallel, products
+from dskd.fused.cpu import products
 
 _PLAIN = {
     "dense": cpu,

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dskd.fused import products
 from dskd.fused.arguments import FLOATING, refuse
 from dskd.fused.backend import row_functions
+from dskd.fused.cpu import products
 
 GROUPED_UP_TO = 1024 * 1024
 """Elements N K of the largest weight whose layers share a launch of the kernels on a GPU; larger

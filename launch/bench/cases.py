@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd import losses, ops
+from dskd import ops
+from dskd.fused import reference
 from launch.bench import peers
 from launch.bench.logit_cases import (
     OURS,
@@ -157,7 +158,7 @@ def linear_topk(
 
     def eager() -> Outcome:
         return peers.differentiate(
-            lambda h, w: losses.topk_divergence((h @ w.t()).float(), *teacher).mean(),
+            lambda h, w: reference.topk_divergence((h @ w.t()).float(), *teacher).mean(),
             head.hidden_ND,
             head.weight_VD,
         )
@@ -201,4 +202,4 @@ def _linear(head: Head, teacher: ops.LogitTeacher, **arguments: str) -> Outcome:
 
 def _linear_per_token(head: Head, kind: str, logits_CV: Tensor, rows: slice) -> Tensor:
     teacher_CV = head.teacher_NE[rows].double() @ head.teacher_VE.double().t()
-    return losses.divergence(logits_CV, teacher_CV, kind)
+    return reference.divergence(logits_CV, teacher_CV, kind)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dskd import losses
 from dskd.batch import Batch, Rows, Signal, Term, TopK
+from dskd.fused import reference
 from dskd.methods.ki import KnowledgeInheritance
 from dskd.ops import topk_teacher
 
@@ -19,9 +19,9 @@ class EagerInheritance(KnowledgeInheritance):
         if isinstance(signal, TopK):
             kept = topk_teacher(signal, self.temperature, self.topk)
             parts = (kept.ids_NK, kept.logprobs_NK, kept.tail_N, self.topk)
-            kl_N = losses.topk_divergence(student_NV, *parts, temperature=self.temperature)
+            kl_N = reference.topk_divergence(student_NV, *parts, temperature=self.temperature)
         else:
-            kl_N = losses.divergence(student_NV, signal.logits_NV, temperature=self.temperature)
-        ce, kl = losses.cross_entropy(student_NV, rows.labels_N).sum(), kl_N.sum() * heat
+            kl_N = reference.divergence(student_NV, signal.logits_NV, temperature=self.temperature)
+        ce, kl = reference.cross_entropy(student_NV, rows.labels_N).sum(), kl_N.sum() * heat
         total = (1 - alpha) * ce + alpha * kl
         return {"tokens": Term(total, {"ce": ce.detach(), "kl": kl.detach()})}

@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dskd import losses, ops
+from dskd import ops
+from dskd.fused import reference
 from dskd.fused.backend import row_functions
 from launch.bench import peers
 from launch.bench.peers import Outcome, Peer
@@ -96,7 +97,9 @@ def label(tokens: int, columns: int, kept: int, device: torch.device, *, compile
         {"N": tokens, "V": columns},
         {OURS: ours} | peers.label_peers(student_NV, work_NV, labels_N, compiled=compiled),
         stream(tokens * columns * 4, reads=1, device=device),
-        through_logits(student_NV, lambda z_CV, rows: losses.cross_entropy(z_CV, labels_N[rows])),
+        through_logits(
+            student_NV, lambda z_CV, rows: reference.cross_entropy(z_CV, labels_N[rows])
+        ),
         restore=partial(work_NV.copy_, student_NV),
     )
 
@@ -117,7 +120,7 @@ def topk(tokens: int, columns: int, kept: int, device: torch.device, *, compiled
         {"N": tokens, "V": columns, "K": kept},
         {OURS: ours}
         | peers.logits_peers(
-            student_NV, lambda x: losses.topk_divergence(x, *teacher).mean(), compiled=compiled
+            student_NV, lambda x: reference.topk_divergence(x, *teacher).mean(), compiled=compiled
         ),
         stream(tokens * columns * 4, reads=1, device=device),
         through_logits(student_NV, partial(topk_per_token, teacher)),
@@ -141,7 +144,7 @@ def mixture(tokens: int, columns: int, kept: int, device: torch.device, *, compi
 
     def divergence(logits_CV: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
         others = [logits_NV[rows].to(dtype) for logits_NV in teachers]
-        return losses.mixture_divergence(logits_CV, others, (0, 0), weights_N2[rows].to(dtype))
+        return reference.mixture_divergence(logits_CV, others, (0, 0), weights_N2[rows].to(dtype))
 
     def eager(logits_NV: Tensor) -> Tensor:
         return divergence(logits_NV, slice(None), torch.float32).mean()
@@ -214,13 +217,13 @@ def topk_per_token(
 ) -> Tensor:
     """The divergence from a top-k teacher, of a slice of the tokens."""
     ids_NK, logprobs_NK, tail_N = teacher
-    return losses.topk_divergence(
+    return reference.topk_divergence(
         logits_CV, ids_NK[rows].long(), logprobs_NK[rows].double(), tail_N[rows].double()
     )
 
 
 def _dense_per_token(teacher_NV: Tensor, kind: str, logits_CV: Tensor, rows: slice) -> Tensor:
-    return losses.divergence(logits_CV, teacher_NV[rows].double(), kind)
+    return reference.divergence(logits_CV, teacher_NV[rows].double(), kind)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -7,7 +7,8 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from dskd import losses, ops
+from dskd import ops
+from dskd.fused import reference
 from dskd.ops import DenseTeacher, LinearTeacher, LogitMap, TopKTeacher
 from tests.fused.cases import (
     COMMON,
@@ -34,23 +35,23 @@ def plain(logits_NV, teacher, *, kind="forward_kl", temperature=1.0, mode="tail"
     heat = {"temperature": temperature}
     if isinstance(teacher, TopKTeacher):
         tail_N = teacher.tail_N if mode == "tail" else None
-        found = losses.topk_divergence(
+        found = reference.topk_divergence(
             logits_NV, teacher.ids_NK, teacher.logprobs_NK, tail_N, mode, **heat
         )
     elif kind == "mixed":
-        found = losses.divergence(logits_NV, teacher, "forward_kl", **heat)
+        found = reference.divergence(logits_NV, teacher, "forward_kl", **heat)
     else:
-        found = losses.divergence(logits_NV, teacher, kind, beta=0.3, **heat)
+        found = reference.divergence(logits_NV, teacher, kind, beta=0.3, **heat)
     labelled = LABELS >= 0
     total = (WEIGHT * found)[labelled].sum()
     if reverse is not None:
         total = (
             total
-            + (reverse * losses.divergence(logits_NV, teacher, "reverse_kl", **heat))[
+            + (reverse * reference.divergence(logits_NV, teacher, "reverse_kl", **heat))[
                 labelled
             ].sum()
         )
-    return total + 0.7 * losses.cross_entropy(logits_NV, LABELS)[labelled].sum()
+    return total + 0.7 * reference.cross_entropy(logits_NV, LABELS)[labelled].sum()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
@@ -116,7 +117,7 @@ def test_mixture_kd_passes_gradcheck():
             student_NV, teachers, weights_Nn, firsts=firsts, temperature=1.5
         ).total
 
-    found = losses.mixture_divergence(student_NV, teachers, firsts, weights_Nn, temperature=1.5)
+    found = reference.mixture_divergence(student_NV, teachers, firsts, weights_Nn, temperature=1.5)
     expected = (weights_Nn.sum(1) * found).sum()
     torch.testing.assert_close(total(student_NV), expected, rtol=1e-10, atol=1e-12)
     assert gradcheck(total, student_NV)
@@ -149,7 +150,7 @@ def test_labels_alone():
     hidden_ND, weight_VD, bias_V = inputs
     found = ops.linear_kd(*inputs, teacher=None, labels_N=LABELS, label_weight=1.0, chunk=2)
     logits_NV = hidden_ND @ weight_VD.t() + bias_V
-    expected = losses.cross_entropy(logits_NV, LABELS)
+    expected = reference.cross_entropy(logits_NV, LABELS)
     torch.testing.assert_close(found.total, expected.sum(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.label_N, expected, rtol=1e-10, atol=1e-12)
     assert not found.divergence_N.any()
@@ -213,7 +214,7 @@ def test_the_loss_scale_saves_an_fp16_gradient():
     student_NV = normal(4, 1000, dtype=torch.float16).requires_grad_()
     teacher_NV = student_NV.detach().float() + 1e-3 * normal(4, 1000, seed=1).float()
     exact_NV = student_NV.detach().double().requires_grad_()
-    reference = losses.divergence(exact_NV, teacher_NV.double(), temperature=4.0).sum()
+    reference = reference.divergence(exact_NV, teacher_NV.double(), temperature=4.0).sum()
     (expected,) = gradients(reference * 65536.0, exact_NV)
     for loss in (
         lambda: ops.dense_kd(student_NV, teacher_NV, temperature=4.0),
@@ -236,7 +237,9 @@ def test_fp32_logits_keep_the_gradient_of_a_student_close_to_its_teacher():
     weight_VD = weight_VD.bfloat16()
     teacher = LinearTeacher(hidden_ND.bfloat16(), weight_VD)
     exact_ND, wide_VD = student_ND.detach().double().requires_grad_(), weight_VD.double()
-    reference = losses.divergence(exact_ND @ wide_VD.t(), teacher.hidden_NE.double() @ wide_VD.t())
+    reference = reference.divergence(
+        exact_ND @ wide_VD.t(), teacher.hidden_NE.double() @ wide_VD.t()
+    )
     (expected,) = gradients(reference.sum(), exact_ND)
     error = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -341,8 +344,8 @@ def test_the_logit_map_is_the_models():
     student_NV, teacher_NV = normal(N, V).requires_grad_(), normal(N, V, seed=1)
     own, other = LogitMap(1.3, 2.0), LogitMap(softcap=1.5)
     found = ops.dense_kd(student_NV, teacher_NV, student_map=own, teacher_map=other).total
-    expected = losses.divergence(
-        losses.mapped(student_NV, *own), losses.mapped(teacher_NV, *other)
+    expected = reference.divergence(
+        reference.mapped(student_NV, *own), reference.mapped(teacher_NV, *other)
     ).sum()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(gradients(found, student_NV), gradients(expected, student_NV))

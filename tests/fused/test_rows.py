@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from dskd import losses, ops
+from dskd import ops
 from dskd.batch import Dense, Projected, Rows, TopK
 from dskd.errors import ConfigError
+from dskd.fused import reference
 from dskd.models.families import LinearProjection
 from tests.fused.cases import D, E, N, V, W, normal
 
@@ -34,8 +35,8 @@ def test_the_reverse_kl_of_a_padded_student_is_of_the_shared_vocabulary(dense):
         label_weight=0.5,
     )
     shared_NW = rows.logits_NV[:, :W]
-    divergence_N = losses.divergence(shared_NW, signal.logits_NV, "reverse_kl", temperature=2.0)
-    expected = divergence_N.sum() + 0.5 * losses.cross_entropy(shared_NW, LABELS).sum()
+    divergence_N = reference.divergence(shared_NW, signal.logits_NV, "reverse_kl", temperature=2.0)
+    expected = divergence_N.sum() + 0.5 * reference.cross_entropy(shared_NW, LABELS).sum()
     torch.testing.assert_close(found.total, expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(
         torch.autograd.grad(found.total, leaves(rows)),
@@ -52,7 +53,7 @@ def test_the_mixed_divergence_has_its_weight():
         rows, signal, kind="mixed", temperature=1.0, weight=0.3, reverse_weight=reverse_N
     )
     forward_N, backward_N = (
-        losses.divergence(rows.logits_NV, signal.logits_NV, kind)
+        reference.divergence(rows.logits_NV, signal.logits_NV, kind)
         for kind in ("forward_kl", "reverse_kl")
     )
     expected = (0.3 * forward_N + reverse_N * backward_N).sum()

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dskd.fused import compactor as door
-from dskd.fused import products
 from dskd.fused.backend import triton_everywhere
 from dskd.fused.compactor import Factors, merge, unmerge
+from dskd.fused.cpu import products
 from dskd.kernels import compactor
 from tests.kernels.cases import GPU, ROUNDING, close
 

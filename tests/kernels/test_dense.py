@@ -1,4 +1,4 @@
-"""The dense kernel against float64 autograd of dskd/losses.py."""
+"""The dense kernel against float64 autograd of dskd/fused/reference.py."""
 
 import math
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dskd import losses
+from dskd.fused import reference
 from dskd.kernels.common import EVEN, LOOSE, RAGGED, alignment, launch, map_kind
 from dskd.kernels.dense import dense_rows
 from dskd.kernels.divergence import KINDS
@@ -54,14 +54,14 @@ def weights(rows, columns, device, *, kind="forward_kl", labelled=True):
 def reference(student, teacher, w, kind, beta, temperature, maps):
     """Divergence, label loss and gradient in float64 of rows that count, 0 for the others."""
     rows = w.counted()
-    teacher = losses.mapped(teacher[rows].double(), *maps[1])
+    teacher = reference.mapped(teacher[rows].double(), *maps[1])
     weight, reverse, labels, label_weight = (v if v is None else v[rows] for v in w)
 
     def parts(leaf):
-        z = losses.mapped(leaf, *maps[0])
+        z = reference.mapped(leaf, *maps[0])
 
         def one(kind):
-            return losses.divergence(z, teacher, kind, beta=beta, temperature=temperature)
+            return reference.divergence(z, teacher, kind, beta=beta, temperature=temperature)
 
         if kind == "mixed":
             total = divergence = weight * one("forward_kl") + reverse * one("reverse_kl")
@@ -71,7 +71,7 @@ def reference(student, teacher, w, kind, beta, temperature, maps):
             divergence = divergence * (weight != 0)
         if labels is None:
             return total.sum(), divergence
-        loss = losses.cross_entropy(z, labels.where(label_weight != 0, -1))
+        loss = reference.cross_entropy(z, labels.where(label_weight != 0, -1))
         return (total + label_weight * loss).sum(), divergence, loss
 
     def everywhere(of_rows):

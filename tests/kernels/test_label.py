@@ -1,11 +1,11 @@
-"""The kernel of the label's cross entropy against float64 autograd of dskd/losses.py."""
+"""The kernel of the label's cross entropy against float64 autograd of dskd/fused/reference.py."""
 
 import math
 
 import pytest
 import torch
 
-from dskd import losses
+from dskd.fused import reference
 from dskd.kernels.label import label_rows
 
 from .cases import ROUNDING, close, gradient_of, logits, needs_gpu, surroundings
@@ -30,7 +30,7 @@ def check(student, labels, weight, grad, student_map=PLAIN, *, relative=3e-5, ab
     counted = weight != 0
 
     def loss_of(leaf):
-        return losses.cross_entropy(losses.mapped(leaf, *student_map), labels[counted])
+        return reference.cross_entropy(reference.mapped(leaf, *student_map), labels[counted])
 
     wanted = loss_of(student[counted].double())
     wanted_grad = gradient_of(

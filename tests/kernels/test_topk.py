@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dskd import losses
+from dskd.fused import reference
 from dskd.kernels import topk
 from tests.kernels.cases import GPU, ROUNDING, close, gradient_of, logits, surroundings
 
@@ -60,11 +60,11 @@ def reference(student, teacher, labels, weights, mode, temperature, logit_map):
     student = student.where(used[:, None], 0.0)
 
     def both(leaf):
-        z = losses.mapped(leaf, *logit_map)
-        found = losses.topk_divergence(
+        z = reference.mapped(leaf, *logit_map)
+        found = reference.topk_divergence(
             z, ids, logprobs.double(), tail.double(), mode, temperature=temperature
         )
-        return found * used, losses.cross_entropy(z, labels) if labels is not None else None
+        return found * used, reference.cross_entropy(z, labels) if labels is not None else None
 
     def total(leaf):
         divergence, label_loss = both(leaf)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dskd import losses
+from dskd.fused import reference
 from dskd.kernels import vocab_parallel
 
 BETA = 0.3
@@ -91,16 +91,16 @@ def whole(student, teacher, labels, vectors, kind, temperature):
     t = teacher[counted].double()
     heat = {"temperature": temperature}
     if kind == "mixed":
-        divergence = weight * losses.divergence(x, t, "forward_kl", **heat)
-        divergence = divergence + reverse * losses.divergence(x, t, "reverse_kl", **heat)
+        divergence = weight * reference.divergence(x, t, "forward_kl", **heat)
+        divergence = divergence + reverse * reference.divergence(x, t, "reverse_kl", **heat)
         total = divergence.sum()
     else:
-        divergence = losses.divergence(x, t, kind, beta=BETA, **heat)
+        divergence = reference.divergence(x, t, kind, beta=BETA, **heat)
         total = (weight * divergence).sum()
         divergence = divergence * (weight != 0)
     label = None
     if labels is not None:
-        label = losses.cross_entropy(x, labels[counted])
+        label = reference.cross_entropy(x, labels[counted])
         total = total + (label_weight * label).sum()
     total.backward()
     found = [divergence.new_zeros(len(counted)), None, torch.zeros_like(student).double()]

@@ -10,7 +10,7 @@ import torch
 from dskd.batch import IGNORE, Batch, Dense, Rows
 from dskd.errors import ConfigError
 from dskd.method import build_method
-from tests.plain_losses import MODES, top_k
+from tests.fused.plain_losses import MODES, top_k
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())
 SCHEDULES = {"linear": "linear", "then": "switch"}

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dskd.fused import cpu_chunks
-from dskd.fused.cpu_topk import topk_rows
-from dskd.losses import cross_entropy, divergence, mapped, topk_divergence
-from tests.plain_losses import MODES
+from dskd.fused.cpu.topk import topk_rows
+from dskd.fused.reference import cross_entropy, divergence, mapped, topk_divergence
+from tests.fused.plain_losses import MODES
 
 FP64, FP32 = (torch.float64, 1e-10), (torch.float32, 1e-5)
 SAME = (1.0, 0.0)
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())["topk"]
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "ki.json").read_text())["topk"]
 
 
 def kept(teacher, k, temperature, mode="tail"):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dskd.fused.arguments import wide
-from dskd.fused.cpu_chunks import (
+from dskd.fused.cpu.chunks import (
     LOWEST,
     Chunk,
     Hot,
@@ -55,9 +55,9 @@ def topk_rows(
         ids_NK: int32 or int64, negative on unused slots.
         logprobs_NK: the teacher's at ``temperature``, over its whole vocabulary.
         tail_N: mode ``tail`` only: log of the mass of what is not kept.
-        mode, temperature: see :func:`dskd.losses.topk_divergence`; no factor T^2.
+        mode, temperature: see :func:`dskd.fused.reference.topk_divergence`; no factor T^2.
 
-    The other arguments are those of :func:`dskd.fused.cpu.dense_rows`. A row without used slots has
+    The other arguments are those of :func:`dskd.fused.cpu.dense.dense_rows`. A row without used slots has
     the divergence 0.
     """
     dtype = wide(student_NV.dtype)

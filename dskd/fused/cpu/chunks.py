@@ -31,7 +31,7 @@ Term: TypeAlias = tuple[Tensor, Tensor]
 """A matrix [C, <= V] and what its rows are multiplied by [C, 1]."""
 
 Map: TypeAlias = tuple[float, float]
-"""Scale and softcap (0: none) of logits, see :func:`dskd.losses.mapped`."""
+"""Scale and softcap (0: none) of logits, see :func:`dskd.fused.reference.mapped`."""
 
 LOWEST = -1e30
 """Stands for the logit of a token without probability: ``-inf - -inf`` would be NaN."""

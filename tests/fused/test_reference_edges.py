@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dskd.losses import cross_entropy, divergence, mixture_divergence, topk_divergence
-from tests.plain_losses import MODES, at_temperature, top_k
-from tests.test_losses import KINDS, make, topk_of
+from dskd.fused.reference import cross_entropy, divergence, mixture_divergence, topk_divergence
+from tests.fused.plain_losses import MODES, at_temperature, top_k
+from tests.fused.test_reference import KINDS, make, topk_of
 
 LOSSES = {
     "ce": lambda s, z, y: cross_entropy(s, y),

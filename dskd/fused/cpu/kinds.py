@@ -1,4 +1,4 @@
-"""The divergences of a chunk of dense rows in closed form, for :mod:`dskd.fused.cpu`.
+"""The divergences of a chunk of dense rows in closed form, for :mod:`dskd.fused.cpu.dense`.
 
 In the formulas s and t are the chunks of the student's and the teacher's logits, a and b the
 factors that make them logits over the temperature, ``es = exp(a s)`` and ``et = exp(b t)`` with
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dskd.fused.cpu_chunks import MASKED, Logits, Rows, Term, exponentials
+from dskd.fused.cpu.chunks import MASKED, Logits, Rows, Term, exponentials
 
 Divergence = tuple[Tensor, list[Term]]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dskd.fused.arguments import wide
-from dskd.fused.cpu_chunks import (
+from dskd.fused.cpu.chunks import (
     MASKED,
     Chunk,
     Logits,
@@ -45,9 +45,9 @@ def mixture_rows(
         firsts: the student's column that each teacher's first one is.
         weight_Nn: fp32 (float64 for float64 logits), not negative. A teacher is not looked at in a
             row where its weight is 0.
-        temperature: see :func:`dskd.losses.mixture_divergence`; no factor T^2.
+        temperature: see :func:`dskd.fused.reference.mixture_divergence`; no factor T^2.
 
-    The other arguments are those of :func:`dskd.fused.cpu.dense_rows`.
+    The other arguments are those of :func:`dskd.fused.cpu.dense.dense_rows`.
     """
     dtype = wide(student_NV.dtype)
     student = Logits(student_NV, student_map, temperature, dtype)

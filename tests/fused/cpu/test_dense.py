@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from dskd.fused import cpu, cpu_chunks
-from dskd.losses import cross_entropy, divergence, mapped
+from dskd.fused.cpu import dense
+from dskd.fused.reference import cross_entropy, divergence, mapped
 
-KINDS = [*cpu.KINDS, "mixed"]
+KINDS = [*dense.KINDS, "mixed"]
 FP64, FP32 = (torch.float64, 1e-10), (torch.float32, 1e-5)
 SAME = (1.0, 0.0)
 
@@ -33,7 +33,7 @@ def expected(s, t, labels, w, r, lw, kind, beta=0.3, temperature=1.0, maps=(SAME
 
 
 def ours(s, t, labels, w, r, lw, kind, beta=0.3, temperature=1.0, maps=(SAME, SAME), grad=None):
-    return cpu.dense_rows(
+    return dense.dense_rows(
         s,
         t,
         labels,
@@ -260,6 +260,6 @@ def test_label_rows(dtype, tolerance, student_map):
     want = cross_entropy(mapped(x, *student_map), labels)
     (want_grad,) = torch.autograd.grad((want * lw.double()).sum(), x)
     s[2] = math.nan
-    loss = cpu.label_rows(s, labels, lw, student_map=student_map, grad_NV=s)
+    loss = dense.label_rows(s, labels, lw, student_map=student_map, grad_NV=s)
     torch.testing.assert_close(loss.double(), want.detach(), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(s.double(), want_grad, rtol=tolerance, atol=tolerance)

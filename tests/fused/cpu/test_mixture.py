@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from dskd.fused import cpu_chunks
-from dskd.fused.cpu_mixture import mixture_rows
-from dskd.losses import divergence, mapped, mixture_divergence
+from dskd.fused.cpu.mixture import mixture_rows
+from dskd.fused.reference import divergence, mapped, mixture_divergence
 
 FP64, FP32 = (torch.float64, 1e-10), (torch.float32, 1e-5)
 SAME = (1.0, 0.0)

@@ -1,7 +1,7 @@
 """Row functions on a CPU (and any device that has no kernels): dense divergences, label loss.
 
 Closed forms, the gradient in the visit of the loss, by chunks of rows that stay in the cache
-(:mod:`dskd.fused.cpu_chunks`). Arithmetic in fp32, or float64 for float64 logits. The callers have
+(:mod:`dskd.fused.cpu.chunks`). Arithmetic in fp32, or float64 for float64 logits. The callers have
 checked the arguments.
 
 Shape letters: N rows (tokens), C of them in a chunk, V student columns, W teacher columns (W <= V).
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dskd.fused.arguments import wide
-from dskd.fused.cpu_chunks import (
+from dskd.fused.cpu.chunks import (
     Chunk,
     Hot,
     Labels,
@@ -28,7 +28,7 @@ from dskd.fused.cpu_chunks import (
     scratch,
     unweighted,
 )
-from dskd.fused.cpu_kinds import KINDS, Pair, mixed
+from dskd.fused.cpu.kinds import KINDS, Pair, mixed
 
 
 def dense_rows(
@@ -56,7 +56,7 @@ def dense_rows(
         reverse_N: kind ``mixed`` only: weights of KL(q || p), ``weight_N`` being those of
             KL(p || q). Its divergence is their weighted sum.
         label_weight_N: the label loss's weights; None with ``labels_N``.
-        kind, beta, temperature: see :func:`dskd.losses.divergence`; no factor T^2.
+        kind, beta, temperature: see :func:`dskd.fused.reference.divergence`; no factor T^2.
         student_map, teacher_map: scale and softcap (0: none) of each side's logits.
         grad_NV: receives the gradient of the weighted sum of the losses by ``student_NV``; it may
             be that tensor, or have another dtype and row stride. None: losses only.

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dskd.engine.shards import Weights
 from dskd.method import Change
-from dskd.shards import Weights
 from dskd.system import dist
 
 _FILE = "average.safetensors"

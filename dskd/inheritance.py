@@ -18,10 +18,10 @@ from dskd.data.loader import Attach, Attachment
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
 from dskd.data.views import View
-from dskd.ds_config import optimizer_device, precision_of
-from dskd.engine import shard_teacher
+from dskd.engine.ds_config import optimizer_device, precision_of
+from dskd.engine.engine import shard_teacher
+from dskd.engine.run_config import DTYPES, resolve, student_config, teacher_config
 from dskd.errors import ConfigError
-from dskd.hardware import DTYPES, resolve, student_config, teacher_config
 from dskd.logit_cache import LogitCache
 from dskd.method import Change, Method
 from dskd.models.build import build, hidden_size, model_fingerprint

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Rows, Signal, Term
+from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
 from dskd.settings.parsing import nearest, parse
 from dskd.settings.run import Run, Section
-from dskd.shards import Weights
 
 METHODS: dict[str, str] = {
     "ki": "dskd.methods.ki:KnowledgeInheritance",

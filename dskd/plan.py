@@ -18,9 +18,9 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from dskd import engine
+from dskd.engine import engine
+from dskd.engine.run_config import student_config, teacher_config
 from dskd.errors import ConfigError
-from dskd.hardware import student_config, teacher_config
 from dskd.inheritance import check_average, each_teacher
 from dskd.job import Job
 from dskd.method import Method

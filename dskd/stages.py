@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dskd import universal
 from dskd.batch import Batch
 from dskd.capture import capture
-from dskd.checkpoint import Saved
 from dskd.data.loader import Loader, make_batch
-from dskd.ds_config import precision_of
-from dskd.engine import Engine, decay_groups, shard_teacher, stage_of
+from dskd.engine import reshard
+from dskd.engine.checkpoints import Saved
+from dskd.engine.ds_config import precision_of
+from dskd.engine.engine import Engine, decay_groups, shard_teacher, stage_of
+from dskd.engine.run_config import teacher_config
+from dskd.engine.zero import full_shape, sharded_construction
 from dskd.evaluation import evaluate
 from dskd.generations import Renewal
-from dskd.hardware import teacher_config
 from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit, model_of
 from dskd.job import Job
 from dskd.method import Change
@@ -39,7 +40,6 @@ from dskd.system import dist
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.trainer import CHANGE, RENEWAL, Progress, Trainer
-from dskd.zero import full_shape, sharded_construction
 
 
 def cache(job: Job) -> None:
@@ -219,10 +219,10 @@ def _engine(job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor:
     """The student in its engine, at ``saved`` if given."""
     run, ds = job.run, job.ds
     precision, stage = precision_of(ds), stage_of(ds)
-    native = saved is None or universal.is_native(saved, dist.world(), stage, precision)
+    native = saved is None or reshard.is_native(saved, dist.world(), stage, precision)
     if not native:
         with dist.agreed():
-            universal.check(saved, stage, precision)
+            reshard.check(saved, stage, precision)
         if stage:
             ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
     student = _build(job, job.student, ds, where="model")
@@ -257,12 +257,12 @@ def _of_progress(state: dict[str, Any]) -> dict[str, Any]:
 
 def _load_converted(engine: Engine, saved: Saved, stage: int) -> None:
     say(f"converting {saved.folder} (ZeRO-{saved.stage}, {saved.world} ranks)")
-    folder = universal.convert(saved)
+    folder = reshard.convert(saved)
     if stage:
         engine.load(folder.parent, folder.name)
     else:
-        universal.load_into_plain(engine, folder)
-    universal.discard(folder)
+        reshard.load_into_plain(engine, folder)
+    reshard.discard(folder)
 
 
 def _evaluate(job: Job, objective: torch.nn.Module) -> dict[str, Any]:

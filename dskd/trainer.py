@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from dskd.batch import Batch, Term
-from dskd.checkpoint import Checkpoints
 from dskd.data.counter import mix
 from dskd.data.loader import Loader
-from dskd.engine import Engine
+from dskd.engine.checkpoints import Checkpoints
+from dskd.engine.engine import Engine
 from dskd.errors import NonFiniteError
 from dskd.generations import Renewal
 from dskd.method import Change, Method

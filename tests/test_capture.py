@@ -12,7 +12,7 @@ from dskd.capture import capture
 from dskd.data.loader import Attachment, make_batch
 from dskd.data.prepared import open_prepared, prepare
 from dskd.data.views import view_for
-from dskd.engine import shard_teacher
+from dskd.engine.engine import shard_teacher
 from dskd.errors import ConfigError, StoreError
 from dskd.logit_cache import LogitCache, describe
 from dskd.models.build import build

@@ -10,7 +10,7 @@ import torch
 from dskd.job import Job
 from dskd.method import build_method
 from dskd.settings.run import Data, HardTokens, Masking, Run
-from tests.test_checkpoint import save
+from tests.engine.test_checkpoints import save
 
 HARD = HardTokens(kind="hard_tokens")
 

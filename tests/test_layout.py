@@ -21,8 +21,8 @@ FLOORS = {
     "system.dist",
     1: "data.counter data.sources data.tokenizers data.packing data.preparing data.prepared "
     "data.mask_draws data.fairseq_masks data.views data.scoring data.loader data.judge data.hard_masking "
-    "store_format store logit_cache hardness ds_keys "
-    "ds_config hardware system.log system.locks zero shards "
+    "store_format store logit_cache hardness engine.ds_words "
+    "engine.ds_config engine.run_config system.log system.locks engine.zero engine.shards "
     "fused.arguments fused.cpu.products fused.cpu.chunks fused.cpu.kinds fused.cpu.dense fused.cpu.topk "
     "fused.cpu.mixture fused.cpu.vocab_parallel fused.backend fused.per_token fused.gradients "
     "fused.dense fused.topk fused.label fused.mixture fused.chunking fused.linear_visit "
@@ -31,7 +31,7 @@ FLOORS = {
     "inherited models.families models.initial models.reading models.build models.speed "
     "models.masked_norm models.compactor models.groups models.surgery models.narrow "
     "models.merged models.slicing",
-    2: "teacher engine checkpoint universal",
+    2: "teacher engine.engine engine.checkpoints engine.reshard",
     3: "method average objective sweep evaluation models.writing capture question sliced inheritance "
     "generations job trainer report stages hard_tokens plan",
     4: "methods.lm methods.ki methods.self_evolution methods.wid train cli",
@@ -41,7 +41,12 @@ those named before it; so there are no cycles."""
 
 NEVER_IN_METHODS = {"engine", "trainer", "plan", "stages", "dist", "methods"}
 MAY_IMPORT = {
-    "deepspeed": {"dskd/engine.py", "dskd/zero.py", "dskd/shards.py", "dskd/universal.py"},
+    "deepspeed": {
+        "dskd/engine/engine.py",
+        "dskd/engine/zero.py",
+        "dskd/engine/shards.py",
+        "dskd/engine/reshard.py",
+    },
     "triton": {"kernels/"},
 }
 
@@ -212,7 +217,7 @@ def test_an_installed_wheel_works_elsewhere(packages, tmp_path):
     with zipfile.ZipFile(packages[0]) as wheel:
         wheel.extractall(tmp_path / "site")
     program = (
-        "import dskd, dskd.cli; from dskd.ds_config import load_preset; "
+        "import dskd, dskd.cli; from dskd.engine.ds_config import load_preset; "
         "print(dskd.__file__, load_preset('zero1')['zero_optimization']['stage'])"
     )
     done = subprocess.run(

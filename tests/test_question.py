@@ -20,7 +20,7 @@ from dskd.data.prepared import open_prepared, prepare
 from dskd.data.scoring import scoring_view
 from dskd.data.tokenizers import special_ids
 from dskd.data.views import view_for
-from dskd.engine import Engine, decay_groups, shard_teacher
+from dskd.engine.engine import Engine, decay_groups, shard_teacher
 from dskd.errors import NonFiniteError, StoreError
 from dskd.hardness import Hardness, describe
 from dskd.methods.lm import LanguageModelling

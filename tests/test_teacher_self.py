@@ -11,13 +11,13 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from dskd.average import Average
 from dskd.batch import IGNORE, Batch, Projected
+from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
 from dskd.method import build_method
 from dskd.objective import Objective
 from dskd.plan import check
 from dskd.settings.checks import validate
 from dskd.settings.recipe import Recipe, read
-from dskd.shards import Weights
 from dskd.teacher import Live, Own, Unmasked
 
 VOCABULARY, MASK = 23, 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dskd.ds_config import load_preset
+from dskd.engine.ds_config import load_preset
 from dskd.schedule import inheritance_rate, learning_rate
 from dskd.settings.recipe import read
 from dskd.system.log import read_metrics

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from dskd.compaction.widths import RuleName
-from dskd.ds_config import load_preset
+from dskd.engine.ds_config import load_preset
+from dskd.engine.run_config import resolve
 from dskd.errors import ConfigError
-from dskd.hardware import resolve
 from dskd.settings.run import Run
 
 _ADAM = ("adam", "adamw")

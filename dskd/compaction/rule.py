@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from dskd.compaction.masks import Ranking, Units, lost, lowest, scores, spread
+from dskd.engine.shards import Shard, Weights
 from dskd.errors import CheckpointError
 from dskd.ops import Piece, update
-from dskd.shards import Shard, Weights
 from dskd.system import dist
 
 Edit = Callable[[Tensor], dict[str, Tensor]]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dskd.compaction.masks import Ranking, Units, original_count, ramp_count
 from dskd.compaction.rule import Edit, Rule
+from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
-from dskd.shards import Weights
 
 NEAR_ZERO = 0.01
 """Size (:meth:`Rule.largest_removed`) up to which the original rule's removed units count as gone.

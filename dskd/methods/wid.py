@@ -21,7 +21,8 @@ from dskd.compaction.presets import check_preset, is_adam
 from dskd.compaction.rule import Rule
 from dskd.compaction.rules import Annealed, Original
 from dskd.compaction.widths import Cut, RuleName, Strategy, Target, Widths, cuts, student_widths
-from dskd.ds_config import optimizer_device
+from dskd.engine.ds_config import optimizer_device
+from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
 from dskd.inherited import Inherited, labels_term
 from dskd.method import Change, Method
@@ -30,7 +31,6 @@ from dskd.models.merged import checked_merge
 from dskd.models.narrow import narrowed_config
 from dskd.models.surgery import Surgery, insert
 from dskd.settings.run import Run, SelfTeacher
-from dskd.shards import Weights
 from dskd.system.log import say
 
 _TRIAL_TOKENS = 512

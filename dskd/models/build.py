@@ -24,13 +24,13 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from dskd.data.tokenizers import check_same_vocabulary, vocabulary_size
+from dskd.engine.zero import sharded_construction
 from dskd.errors import ConfigError
 from dskd.models.families import FAMILIES, family_of, longest_row, tie_head_bias
 from dskd.models.initial import initialise
 from dskd.models.reading import load_weights, local_folder, weight_files
 from dskd.settings.run import Model
 from dskd.system.files import file_hash, fingerprint
-from dskd.zero import sharded_construction
 
 _AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
 _ELSEWHERE = {

@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dskd.batch import Use
+from dskd.engine.zero import full_shape, is_sharded
 from dskd.fused.arguments import wide
 from dskd.models.families import LinearProjection
 from dskd.ops import Factors, Merged, merge, unmerge
-from dskd.zero import full_shape, is_sharded
 
 
 class Compacted(nn.Module):

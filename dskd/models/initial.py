@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dskd.engine.zero import gathered, is_sharded
 from dskd.system import dist
 from dskd.system.files import fingerprint
-from dskd.zero import gathered, is_sharded
 
 
 def initialise(model: PreTrainedModel, seed: int) -> None:

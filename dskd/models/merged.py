@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from dskd import ops
 from dskd.batch import Batch
 from dskd.compaction.masks import spread
+from dskd.engine.zero import gathered
 from dskd.errors import DskdError
 from dskd.models.build import construct
 from dskd.models.compactor import MergedLayer
@@ -30,7 +31,6 @@ from dskd.models.groups import Map, kept_entries, layout_of
 from dskd.models.narrow import narrow, narrowed_config
 from dskd.models.surgery import Keep, Surgery, Whole, kept_widths, replica
 from dskd.system import dist
-from dskd.zero import gathered
 
 TOLERANCE = 1e-5
 """Most that logits may differ, as a share of the largest one (or of 1, if that is larger)."""

@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dskd.engine.zero import full_shape, gathered, is_sharded
 from dskd.errors import ConfigError, DskdError
 from dskd.models.families import FAMILIES
 from dskd.system import dist
 from dskd.system.log import say
-from dskd.zero import full_shape, gathered, is_sharded
 
 _NAMES = (  # in order of preference: an index of several files, or one file
     "model.safetensors.index.json",

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dskd.compaction.masks import spread
 from dskd.compaction.widths import Widths
+from dskd.engine.zero import full_shape
 from dskd.errors import DskdError
 from dskd.models.build import construct
 from dskd.models.compactor import (
@@ -39,7 +40,6 @@ from dskd.models.groups import (
     widths_of,
 )
 from dskd.models.masked_norm import MaskedLayerNorm, MaskedNorm, MaskedRMSNorm
-from dskd.zero import full_shape
 
 Keep = Mapping[str, Tensor]
 """For each group which of its units are kept, bool [U]; units are equal runs of entries."""

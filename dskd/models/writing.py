@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dskd.engine.zero import full_shape, gathered
 from dskd.errors import DskdError
 from dskd.system import dist
 from dskd.system.files import sync_folder
-from dskd.zero import full_shape, gathered
 
 SHARD_BYTES = 4_000_000_000
 """Most bytes of a file of weights (a single larger parameter gets a file of its own)."""

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from dskd.engine.run_config import on_gpu
 from dskd.errors import CheckpointError
-from dskd.hardware import on_gpu
 from dskd.system import dist
 from dskd.system.files import write_atomic
 

@@ -42,14 +42,16 @@ import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 
-from dskd import engine, stages
+from dskd import stages
 from dskd.batch import Batch
-from dskd.checkpoint import Checkpoints
 from dskd.data.loader import Loader
-from dskd.ds_config import precision_of
-from dskd.engine import Engine, decay_groups
+from dskd.engine import engine
+from dskd.engine.checkpoints import Checkpoints
+from dskd.engine.ds_config import precision_of
+from dskd.engine.engine import Engine, decay_groups
+from dskd.engine.run_config import DTYPES
+from dskd.engine.zero import full_shape, sharded_construction
 from dskd.errors import ConfigError
-from dskd.hardware import DTYPES
 from dskd.inheritance import Inheritance, inherit
 from dskd.job import Job
 from dskd.method import build_method
@@ -61,7 +63,6 @@ from dskd.system import dist
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory
 from dskd.trainer import Progress, Trainer
-from dskd.zero import full_shape, sharded_construction
 from launch.bench import timing
 from launch.bench.figures import FORWARD, about, summarise, table
 

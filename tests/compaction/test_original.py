@@ -11,8 +11,8 @@ from dskd.compaction.masks import Member, Units, Vector
 from dskd.compaction.rule import Held
 from dskd.compaction.rules import Original
 from dskd.compaction.widths import Cut
+from dskd.engine.shards import Shard
 from dskd.errors import ConfigError
-from dskd.shards import Shard
 from tests.compaction.toy import (
     COMPACTORS,
     GROUPS,

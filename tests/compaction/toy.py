@@ -10,7 +10,7 @@ import torch
 
 from dskd.compaction.masks import Member, Units, Vector
 from dskd.compaction.widths import Cut
-from dskd.shards import Shard, Weights
+from dskd.engine.shards import Shard, Weights
 
 SHAPES = {
     "stream.left": (6, 6),

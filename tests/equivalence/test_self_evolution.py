@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 
 from dskd import generations
-from dskd.checkpoint import MANIFEST
 from dskd.data.prepared import open_prepared, prepare
 from dskd.data.sources import documents
+from dskd.engine.checkpoints import MANIFEST
 from dskd.errors import StoreError
 from dskd.hardness import Hardness
 from dskd.settings.recipe import read

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dskd import trainer
-from dskd.engine import Engine
+from dskd.engine.engine import Engine
 from tests.faults.runs import Ranks, refused, train, write_recipe
 from tests.launching import losses
 

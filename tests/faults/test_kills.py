@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from dskd import checkpoint, stages, store, trainer
-from dskd.engine import Engine
+from dskd import stages, store, trainer
+from dskd.engine import checkpoints
+from dskd.engine.engine import Engine
 from dskd.system.log import Metrics, read_metrics
 from tests.faults.runs import STEPS, Ranks, die, train, write_recipe
 from tests.launching import evaluations, losses
@@ -154,7 +155,7 @@ MOMENTS: list[tuple[str, Trap, list[int]]] = [
     ("other rank is done, one is not", before(Engine, "save"), []),
     ("files hashed, no manifest", before(checkpoint, "write_manifest"), []),
     ("manifest, not yet named", moving(".saving-"), []),
-    ("named, nothing pruned", before(checkpoint.Checkpoints, "_prune", call=2), [2, 4]),
+    ("named, nothing pruned", before(checkpoints.Checkpoints, "_prune", call=2), [2, 4]),
     ("half of one pruned", _trap(shutil, "rmtree", _half_a_folder, None, rank=0), [4, 6]),
     ("half a line of metrics", _trap(Metrics, "write", _half_a_line, 1, rank=0), [4, 6]),
     ("last checkpoint, no summary", before(stages, "_summarise"), [8]),

@@ -13,14 +13,14 @@ from transformers import BertConfig
 
 import dskd.methods.wid
 from dskd.batch import Batch
-from dskd.engine import decay_groups
+from dskd.engine.engine import decay_groups
+from dskd.engine.shards import Weights
 from dskd.method import build_method
 from dskd.methods.wid import Narrowing
 from dskd.models.merged import Exactness
 from dskd.models.surgery import Surgery
 from dskd.schedule import learning_rate
 from dskd.settings.run import Run, Train
-from dskd.shards import Weights
 from tests.models.wid_golden import (
     GOLDEN,
     assert_matches,

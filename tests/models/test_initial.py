@@ -8,9 +8,9 @@ import torch
 import xxhash
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from dskd.engine.zero import full_shape, gathered, is_sharded
 from dskd.models.families import FAMILIES
 from dskd.system import dist
-from dskd.zero import full_shape, gathered, is_sharded
 from tests.models.tiny import ALL, SIX, make, tokenizer, zero3
 from tests.ranks import run_ranks
 

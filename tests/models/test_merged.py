@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertModel
 
+from dskd.engine.zero import gathered, is_sharded
 from dskd.errors import DskdError
 from dskd.models.families import FAMILIES
 from dskd.models.groups import widths_of
@@ -14,7 +15,6 @@ from dskd.models.narrow import narrowed_config
 from dskd.models.surgery import insert, kept_widths, replica
 from dskd.models.writing import export
 from dskd.system.dist import sum_over_ranks
-from dskd.zero import gathered, is_sharded
 from tests.models.test_surgery import golden_keep, golden_logits
 from tests.models.tiny import batch, tokenizer, zero3
 from tests.models.wid_golden import GOLDEN, assert_matches, parameter_name, set_statistics, student

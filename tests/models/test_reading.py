@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertForPreTraining
 
+from dskd.engine.zero import full_shape
 from dskd.errors import ConfigError
 from dskd.models.families import FAMILIES
 from dskd.settings.run import Model
 from dskd.system import dist
-from dskd.zero import full_shape
 from tests.models.test_initial import fingerprints
 from tests.models.tiny import ALL, SIX, make, settings, tokenizer, zero3
 from tests.ranks import run_ranks

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dskd.compaction.widths import Widths
+from dskd.engine.zero import gathered, sharded_construction
 from dskd.models.groups import layout_of, widths_of
 from dskd.models.surgery import Surgery, insert
-from dskd.zero import gathered, sharded_construction
 from tests.models.tiny import batch, make
 
 SHAPES = [

@@ -22,9 +22,9 @@ from deepspeed.monitor.monitor import MonitorMaster
 from torch import Tensor, nn
 
 from dskd.batch import Batch, Term
-from dskd.ds_config import precision_of
-from dskd.hardware import on_gpu
-from dskd.shards import Weights, weights_of
+from dskd.engine.ds_config import precision_of
+from dskd.engine.run_config import on_gpu
+from dskd.engine.shards import Weights, weights_of
 from dskd.system import dist
 
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")

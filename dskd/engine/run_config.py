@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from dskd.ds_config import fill_auto, load_preset
+from dskd.engine.ds_config import fill_auto, load_preset
 from dskd.errors import ConfigError
 from dskd.settings.run import Precision, Run
 from dskd.system import dist

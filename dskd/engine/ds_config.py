@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from dskd.ds_keys import BROKEN, NESTED, TOP, UNUSED
+from dskd.engine.ds_words import BROKEN, NESTED, TOP, UNUSED
 from dskd.errors import ConfigError
 from dskd.settings.parsing import nearest, show
 from dskd.settings.run import Precision, Run

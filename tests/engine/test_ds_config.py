@@ -20,8 +20,8 @@ from deepspeed.runtime.zero import offload_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
-from dskd.ds_config import fill_auto, load_preset, precision_of, presets
-from dskd.ds_keys import BROKEN, NESTED, TOP, UNUSED
+from dskd.engine.ds_config import fill_auto, load_preset, precision_of, presets
+from dskd.engine.ds_words import BROKEN, NESTED, TOP, UNUSED
 from dskd.errors import ConfigError
 from dskd.settings.recipe import read
 from tests.ranks import run_ranks

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dskd.checkpoint import Checkpoints
+from dskd.engine.checkpoints import Checkpoints
 from dskd.errors import CheckpointError
 from tests.ranks import run_ranks
 

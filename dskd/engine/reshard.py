@@ -21,8 +21,8 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor
 
-from dskd.checkpoint import Saved
-from dskd.engine import Engine
+from dskd.engine.checkpoints import Saved
+from dskd.engine.engine import Engine
 from dskd.errors import CheckpointError
 from dskd.system import dist
 

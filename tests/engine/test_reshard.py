@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dskd.checkpoint import Saved
+from dskd.engine.checkpoints import Saved
+from dskd.engine.reshard import check
 from dskd.errors import CheckpointError
-from dskd.universal import check
 from tests.launching import cut_back, forked, losses
 
 RECIPE = """

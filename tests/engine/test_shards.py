@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dskd import shards
-from dskd.engine import Engine
+from dskd.engine import shards
+from dskd.engine.engine import Engine
+from dskd.engine.shards import Weights
+from dskd.engine.zero import gathered
 from dskd.errors import ConfigError
-from dskd.shards import Weights
 from dskd.system import dist
-from dskd.zero import gathered
 from tests.ranks import run_ranks
 
 STEPS, MICRO, ROWS, WIDTH = 4, 2, 4, 7

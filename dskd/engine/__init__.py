@@ -1,0 +1,1 @@
+"""All that knows DeepSpeed: configs, the engine, shards, hooks and checkpoints."""

@@ -15,11 +15,11 @@ from dskd.data.prepared import Prepared, RowSet
 from dskd.data.tokenizers import vocabulary_size
 from dskd.data.views import CausalView, View
 from dskd.errors import ConfigError
-from dskd.logit_cache import Layout, describe
 from dskd.settings.run import CachedTeacher
-from dskd.store import Writer, is_complete
-from dskd.store_format import StoreSpec
-from dskd.sweep import sweep
+from dskd.stores.logits import Layout, describe
+from dskd.stores.shard import StoreSpec
+from dskd.stores.store import Writer, is_complete
+from dskd.stores.sweep import sweep
 from dskd.system import dist
 from dskd.system.locks import alone
 from dskd.system.log import bar, say

@@ -103,7 +103,7 @@ def _settings(arguments: argparse.Namespace) -> int:
 
 
 def _cache_verify(arguments: argparse.Namespace) -> int:
-    from dskd.logit_cache import verify
+    from dskd.stores.logits import verify
 
     _show(verify(arguments.path))
     print(f"{arguments.path}: whole")
@@ -111,7 +111,7 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
 
 
 def _cache_info(arguments: argparse.Namespace) -> int:
-    from dskd.logit_cache import describe
+    from dskd.stores.logits import describe
 
     _show(describe(arguments.path))
     return 0

@@ -32,7 +32,7 @@ from dskd.inheritance import prints_of_rows
 from dskd.settings.checks import questions_folder, validate
 from dskd.settings.recipe import read
 from dskd.settings.run import HardTokens, Run
-from dskd.store import MANIFEST
+from dskd.stores.store import MANIFEST
 from dskd.system.files import write_atomic
 
 FORMATS = ("png", "svg", "pdf")

@@ -26,8 +26,8 @@ from dskd.data.prepared import RowSet
 from dskd.data.scoring import Asking, ScoringView
 from dskd.errors import StoreError
 from dskd.settings.run import HardTokens
-from dskd.store import Store, read_spec
-from dskd.store_format import Column, StoreSpec
+from dskd.stores.shard import Column, StoreSpec
+from dskd.stores.store import Store, read_spec
 
 KIND = "hardness"
 _LARGEST = float(np.finfo(np.float16).max)

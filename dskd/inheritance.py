@@ -22,12 +22,12 @@ from dskd.engine.ds_config import optimizer_device, precision_of
 from dskd.engine.engine import shard_teacher
 from dskd.engine.run_config import DTYPES, resolve, student_config, teacher_config
 from dskd.errors import ConfigError
-from dskd.logit_cache import LogitCache
 from dskd.method import Change, Method
 from dskd.models.build import build, hidden_size, model_fingerprint
 from dskd.settings.checks import cache_folder
 from dskd.settings.run import CachedTeacher, LiveTeacher, Model, RoutedTeacher, Run, SelfTeacher
 from dskd.sliced import student_settings
+from dskd.stores.logits import LogitCache
 from dskd.system import dist
 from dskd.system.files import fingerprint
 from dskd.teacher import Cached, Live, Own, Routed, Teacher, Unmasked

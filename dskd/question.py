@@ -22,9 +22,9 @@ from dskd.errors import NonFiniteError
 from dskd.hardness import describe, encode, hardness_spec
 from dskd.models.families import rows_of
 from dskd.settings.run import HardTokens
-from dskd.store import Writer, is_complete
-from dskd.store_format import StoreSpec
-from dskd.sweep import sweep
+from dskd.stores.shard import StoreSpec
+from dskd.stores.store import Writer, is_complete
+from dskd.stores.sweep import sweep
 from dskd.system import dist
 from dskd.system.locks import alone
 from dskd.system.log import bar, say

@@ -28,7 +28,7 @@ from dskd.generations import Renewal
 from dskd.method import Change, Method
 from dskd.schedule import learning_rate
 from dskd.settings.run import Run
-from dskd.sweep import Stopped
+from dskd.stores.sweep import Stopped
 from dskd.system import dist
 from dskd.system.log import Metrics, peak_memory, progress_line, say
 

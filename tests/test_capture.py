@@ -14,10 +14,10 @@ from dskd.data.prepared import open_prepared, prepare
 from dskd.data.views import view_for
 from dskd.engine.engine import shard_teacher
 from dskd.errors import ConfigError, StoreError
-from dskd.logit_cache import LogitCache, describe
 from dskd.models.build import build
 from dskd.settings.run import CachedTeacher, Data, Masking, Model, TextSource, TrainedTokenizer
-from dskd.store import shard_path
+from dskd.stores.logits import LogitCache, describe
+from dskd.stores.store import shard_path
 from dskd.teacher import Cached, Live
 from tests.data.conftest import make_corpus
 from tests.ranks import run_ranks

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dskd import __version__, logit_cache, report, train
+from dskd import __version__, report, train
 from dskd.cli import main
 from dskd.errors import StoreError
 from dskd.settings.recipe import SINGLE, read

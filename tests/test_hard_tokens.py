@@ -18,7 +18,7 @@ from dskd.hard_tokens import EDGES, find, run_at
 from dskd.hardness import Hardness, encode, hardness_spec
 from dskd.inheritance import prints_of_rows
 from dskd.settings.recipe import dump, read
-from dskd.store import Writer
+from dskd.stores.store import Writer
 from tests.data.conftest import make_corpus
 
 BAR = "\u2502"  # between the cells of rich's tables

@@ -10,9 +10,9 @@ from dskd.data.scoring import Asking, ScoringView
 from dskd.errors import StoreError
 from dskd.hardness import Hardness, describe, encode, hardness_spec, identity
 from dskd.settings.run import HardTokens
-from dskd.store import Writer, shard_path
-from tests.caches import ToyRows
+from dskd.stores.store import Writer, shard_path
 from tests.data.test_views import tokenizer_of
+from tests.stores.caches import ToyRows
 
 PRINTS = {"model": "M", "tokenizer": "V", "data": "D", "blocking": "B", "scoring": "S"}
 SPECIAL = (5, 6, 7)

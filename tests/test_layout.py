@@ -21,7 +21,7 @@ FLOORS = {
     "system.dist",
     1: "data.counter data.sources data.tokenizers data.packing data.preparing data.prepared "
     "data.mask_draws data.fairseq_masks data.views data.scoring data.loader data.judge data.hard_masking "
-    "store_format store logit_cache hardness engine.ds_words "
+    "stores.shard stores.store stores.logits hardness engine.ds_words "
     "engine.ds_config engine.run_config system.log system.locks engine.zero engine.shards "
     "fused.arguments fused.cpu.products fused.cpu.chunks fused.cpu.kinds fused.cpu.dense fused.cpu.topk "
     "fused.cpu.mixture fused.cpu.vocab_parallel fused.backend fused.per_token fused.gradients "
@@ -32,7 +32,7 @@ FLOORS = {
     "models.masked_norm models.compactor models.groups models.surgery models.narrow "
     "models.merged models.slicing",
     2: "teacher engine.engine engine.checkpoints engine.reshard",
-    3: "method average objective sweep evaluation models.writing capture question sliced inheritance "
+    3: "method average objective stores.sweep evaluation models.writing capture question sliced inheritance "
     "generations job trainer report stages hard_tokens plan",
     4: "methods.lm methods.ki methods.self_evolution methods.wid train cli",
 }

@@ -29,7 +29,7 @@ from dskd.models.families import rows_of
 from dskd.objective import Objective
 from dskd.question import answers_of, ask, question
 from dskd.settings.run import Data, HardTokens, Masking, Model, TextSource, TrainedTokenizer
-from dskd.store import shard_path
+from dskd.stores.store import shard_path
 from tests.data.conftest import make_corpus
 from tests.data.test_views import tokenizer_of
 from tests.ranks import run_ranks

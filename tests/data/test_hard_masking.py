@@ -17,7 +17,7 @@ from dskd.data.views import MaskedView, at_random
 from dskd.errors import ConfigError
 from dskd.hardness import Hardness, encode, hardness_spec
 from dskd.settings.run import Data, HardTokens
-from dskd.store import Writer
+from dskd.stores.store import Writer
 from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 
 ROWS, WIDTH = 400, 64

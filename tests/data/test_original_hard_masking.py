@@ -16,7 +16,7 @@ from dskd.data.tokenizers import special_ids
 from dskd.errors import ConfigError
 from dskd.hardness import Hardness, encode, hardness_spec
 from dskd.settings.run import Data, HardTokens
-from dskd.store import Writer
+from dskd.stores.store import Writer
 from tests.data.test_hard_masking import ALL, NLL_RT, WIDTH, Rows, seen, store_of, view_of
 from tests.data.test_views import SIZE, TOKENIZER, tokenizer_of
 

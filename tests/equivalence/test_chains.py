@@ -13,7 +13,7 @@ from dskd.errors import ConfigError
 from dskd.models.build import model_fingerprint
 from dskd.settings.run import Model
 from dskd.settings.yaml_tree import load
-from dskd.store import read_spec
+from dskd.stores.store import read_spec
 from dskd.system.files import fingerprint, read_manifest
 from dskd.train import main
 from tests.equivalence.small import source, write_corpora

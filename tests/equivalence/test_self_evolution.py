@@ -29,8 +29,8 @@ from dskd.errors import StoreError
 from dskd.hardness import Hardness
 from dskd.settings.recipe import read
 from dskd.settings.run import BuiltinSource
-from dskd.store import shard_path
-from dskd.store_format import map_shard
+from dskd.stores.shard import map_shard
+from dskd.stores.store import shard_path
 from dskd.system.files import read_manifest, write_manifest
 from tests.equivalence.small import CAUSAL, LIVE, MASKED, STEPS, Runs, cached, source
 from tests.launching import cut_back, evaluations, forked, losses
@@ -290,7 +290,7 @@ def test_a_full_disk_costs_no_answers(runs, references, copied, monkeypatch, cap
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("dskd.store.write_atomic", full)
+        patch.setattr("dskd.stores.store.write_atomic", full)
         forked(1, str(runs.folder / "refreshed.yaml"), f"out={copied}", status=2)
     assert "No space left on device" in capfd.readouterr().err
     train(runs, copied.name, 1, of="refreshed")

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from dskd import stages, store, trainer
+from dskd import stages, trainer
 from dskd.engine import checkpoints
 from dskd.engine.engine import Engine
+from dskd.stores import store
 from dskd.system.log import Metrics, read_metrics
 from tests.faults.runs import STEPS, Ranks, die, train, write_recipe
 from tests.launching import evaluations, losses

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from dskd.errors import NonFiniteError, StoreError
-from dskd.logit_cache import Layout, LogitCache
-from dskd.store import Writer, shard_path
-from dskd.sweep import Stopped, sweep
-from tests.caches import ToyMasks, ToyRows, ToyTeacher
+from dskd.stores.logits import Layout, LogitCache
+from dskd.stores.store import Writer, shard_path
+from dskd.stores.sweep import Stopped, sweep
 from tests.ranks import run_ranks
+from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher
 
 PRINTS = {"teacher": "T", "data": "D"}
 LAYOUT = Layout(

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from dskd import logit_cache
 from dskd.batch import IGNORE, Batch
 from dskd.data.loader import make_batch
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError, NonFiniteError, StoreError
-from dskd.logit_cache import Layout, LogitCache, describe, verify
-from dskd.store import Store, Writer, shard_path
-from tests.caches import ToyMasks, ToyRows, ToyTeacher
+from dskd.stores.logits import Layout, LogitCache, describe, verify
+from dskd.stores.store import Store, Writer, shard_path
+from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher
 
 PRINTS = {"teacher": "T", "tokenizer": "V", "data": "D", "masking": "M"}
 
@@ -188,8 +187,8 @@ def test_every_id_of_a_large_vocabulary(vocabulary):
     kept = [vocabulary - 1, 65_533, 257]
     logits[0, kept] = torch.tensor([30.0, 20.0, 10.0])
     columns = layout.encode(batch, logits)
-    assert logit_cache._join("ids", columns).tolist() == [kept]
-    assert logit_cache._join("input", columns).tolist() == [vocabulary - 2]
+    assert logits._join("ids", columns).tolist() == [kept]
+    assert logits._join("input", columns).tolist() == [vocabulary - 2]
     normaliser = math.log(math.exp(30) + math.exp(20) + math.exp(10) + vocabulary - 3)
     tail = math.log(vocabulary - 3) - normaliser / 2
     assert columns["tail"][0, 0] == pytest.approx(tail, rel=1e-6)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dskd import store as store_module
 from dskd.errors import StoreError
-from dskd.store import MANIFEST, Store, Writer, is_complete, read_spec, shard_path
-from dskd.store_format import Column, StoreSpec
+from dskd.stores import store as store_module
+from dskd.stores.shard import Column, StoreSpec
+from dskd.stores.store import MANIFEST, Store, Writer, is_complete, read_spec, shard_path
 from dskd.system.files import write_manifest
 
 ROWS, DRAWS = 7, 2

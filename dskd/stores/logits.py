@@ -33,8 +33,8 @@ from torch import Tensor
 
 from dskd.batch import IGNORE, Batch
 from dskd.errors import ConfigError, NonFiniteError, StoreError
-from dskd.store import Store, read_spec
-from dskd.store_format import Column, StoreSpec
+from dskd.stores.shard import Column, StoreSpec
+from dskd.stores.store import Store, read_spec
 
 KIND = "logits"
 MAX_VOCABULARY = 1 << 24
@@ -102,7 +102,7 @@ class Layout:
     def spec(
         self, *, rows: int, draws: int, rows_per_shard: int, fingerprints: Mapping[str, str]
     ) -> StoreSpec:
-        """The spec of a store of this layout; see :class:`~dskd.store_format.StoreSpec`."""
+        """The spec of a store of this layout; see :class:`~dskd.stores.shard.StoreSpec`."""
         return StoreSpec(
             kind=KIND,
             columns=self.columns(),

@@ -21,8 +21,8 @@ from dskd.data.loader import make_batch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
 from dskd.errors import DskdError
-from dskd.store import Writer
-from dskd.store_format import StoreSpec
+from dskd.stores.shard import StoreSpec
+from dskd.stores.store import Writer
 from dskd.system import dist
 
 

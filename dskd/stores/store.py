@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from dskd.errors import StoreError
-from dskd.store_format import (
+from dskd.stores.shard import (
     ForeignShard,
     StoreSpec,
     check_shard,

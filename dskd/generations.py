@@ -30,10 +30,10 @@ from dskd.hardness import Hardness, hardness_spec, identity
 from dskd.inheritance import frozen_model, prints_of_rows
 from dskd.models.build import hidden_size, model_fingerprint
 from dskd.models.families import rows_of
+from dskd.narrowing.slice_stage import student_settings
 from dskd.question import ask, question
 from dskd.settings.checks import questions_folder
 from dskd.settings.run import HardTokens, LiveTeacher, Model, Run
-from dskd.sliced import student_settings
 from dskd.system import dist
 from dskd.system.files import fingerprint
 from dskd.system.log import say

@@ -24,9 +24,9 @@ from dskd.engine.run_config import DTYPES, resolve, student_config, teacher_conf
 from dskd.errors import ConfigError
 from dskd.method import Change, Method
 from dskd.models.build import build, hidden_size, model_fingerprint
+from dskd.narrowing.slice_stage import student_settings
 from dskd.settings.checks import cache_folder
 from dskd.settings.run import CachedTeacher, LiveTeacher, Model, RoutedTeacher, Run, SelfTeacher
-from dskd.sliced import student_settings
 from dskd.stores.logits import LogitCache
 from dskd.system import dist
 from dskd.system.files import fingerprint

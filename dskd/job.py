@@ -17,9 +17,9 @@ from dskd.engine.run_config import student_config
 from dskd.generations import Generations
 from dskd.method import Method
 from dskd.models.build import hidden_size
+from dskd.narrowing.slice_stage import student_settings
 from dskd.settings.checks import evaluation_selects
 from dskd.settings.run import HardTokens, Model, Run
-from dskd.sliced import student_settings
 from dskd.system import dist
 
 EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed

@@ -31,11 +31,11 @@ from dskd.method import Change
 from dskd.models.build import hidden_size, parameter_count
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.models.writing import export
+from dskd.narrowing.slice_stage import make_slice, sliced_folder
 from dskd.objective import Objective
 from dskd.ops import implementation
 from dskd.settings.checks import cache_folder
 from dskd.settings.run import CachedTeacher, Model
-from dskd.sliced import make_slice, sliced_folder
 from dskd.system import dist
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory, reset_peak_memory, say

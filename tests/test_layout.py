@@ -27,12 +27,12 @@ FLOORS = {
     "fused.cpu.mixture fused.cpu.vocab_parallel fused.backend fused.per_token fused.gradients "
     "fused.dense fused.topk fused.label fused.mixture fused.chunking fused.linear_visit "
     "fused.linear fused.vocab_parallel fused.compactor fused.update ops "
-    "compaction.widths compaction.masks compaction.presets compaction.rule compaction.rules "
+    "narrowing.widths narrowing.units narrowing.ds_limits narrowing.rule narrowing.rules "
     "inherited models.families models.initial models.reading models.build models.speed "
-    "models.masked_norm models.compactor models.groups models.surgery models.narrow "
-    "models.merged models.slicing",
+    "narrowing.masked_norm narrowing.compactors narrowing.layouts narrowing.insert narrowing.narrow "
+    "narrowing.merge narrowing.heaviest",
     2: "teacher engine.engine engine.checkpoints engine.reshard",
-    3: "method average objective stores.sweep evaluation models.writing capture question sliced inheritance "
+    3: "method average objective stores.sweep evaluation models.writing capture question narrowing.slice_stage inheritance "
     "generations job trainer report stages hard_tokens plan",
     4: "methods.lm methods.ki methods.self_evolution methods.wid train cli",
 }

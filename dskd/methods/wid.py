@@ -16,20 +16,20 @@ from pydantic import Field
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Rows, Signal, Term
-from dskd.compaction.masks import Ranking, Units, original_end, ramp_end, spread
-from dskd.compaction.presets import check_preset, is_adam
-from dskd.compaction.rule import Rule
-from dskd.compaction.rules import Annealed, Original
-from dskd.compaction.widths import Cut, RuleName, Strategy, Target, Widths, cuts, student_widths
 from dskd.engine.ds_config import optimizer_device
 from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
 from dskd.inherited import Inherited, labels_term
 from dskd.method import Change, Method
-from dskd.models.groups import layout_of, widths_of
-from dskd.models.merged import checked_merge
-from dskd.models.narrow import narrowed_config
-from dskd.models.surgery import Surgery, insert
+from dskd.narrowing.ds_limits import check_preset, is_adam
+from dskd.narrowing.insert import Surgery, insert
+from dskd.narrowing.layouts import layout_of, widths_of
+from dskd.narrowing.merge import checked_merge
+from dskd.narrowing.narrow import narrowed_config
+from dskd.narrowing.rule import Rule
+from dskd.narrowing.rules import Annealed, Original
+from dskd.narrowing.units import Ranking, Units, original_end, ramp_end, spread
+from dskd.narrowing.widths import Cut, RuleName, Strategy, Target, Widths, cuts, student_widths
 from dskd.settings.run import Run, SelfTeacher
 from dskd.system.log import say
 

@@ -42,11 +42,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import BertConfig, BertForMaskedLM
 
-from dskd.compaction.widths import Widths
-from dskd.models.groups import maps_of
-from dskd.models.merged import zero_removed
-from dskd.models.slicing import heaviest, slice_model
-from dskd.models.surgery import Surgery, insert
+from dskd.narrowing.heaviest import heaviest, slice_model
+from dskd.narrowing.insert import Surgery, insert
+from dskd.narrowing.layouts import maps_of
+from dskd.narrowing.merge import zero_removed
+from dskd.narrowing.widths import Widths
 from dskd.system.files import write_atomic
 from launch.bench import timing
 

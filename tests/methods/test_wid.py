@@ -17,11 +17,11 @@ from dskd.engine.engine import decay_groups
 from dskd.engine.shards import Weights
 from dskd.method import build_method
 from dskd.methods.wid import Narrowing
-from dskd.models.merged import Exactness
-from dskd.models.surgery import Surgery
+from dskd.narrowing.insert import Surgery
+from dskd.narrowing.merge import Exactness
 from dskd.schedule import learning_rate
 from dskd.settings.run import Run, Train
-from tests.models.wid_golden import (
+from tests.narrowing.wid_golden import (
     GOLDEN,
     assert_matches,
     group_name,

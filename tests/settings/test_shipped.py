@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
-from dskd.compaction.widths import Family, Target, Widths, student_widths
 from dskd.method import build_method
-from dskd.models.groups import layout_of, widths_of
+from dskd.narrowing.layouts import layout_of, widths_of
+from dskd.narrowing.widths import Family, Target, Widths, student_widths
 from dskd.plan import CONTROL, check
 from dskd.settings.recipe import Recipe, differences, read
 from dskd.settings.run import CachedTeacher, Model

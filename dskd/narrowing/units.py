@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dskd.compaction.widths import Cut
+from dskd.narrowing.widths import Cut
 
 Side = Literal["left", "right"]
 Ranking = Literal["group", "original"]

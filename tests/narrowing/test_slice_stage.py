@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForMaskedLM
 
-from dskd.compaction.widths import Widths
 from dskd.errors import ConfigError
 from dskd.method import build_method
-from dskd.models.slicing import slice_model
+from dskd.narrowing.heaviest import slice_model
+from dskd.narrowing.widths import Widths
 from dskd.plan import check
 from dskd.settings.recipe import read
 from tests.launching import cut_back, forked, losses

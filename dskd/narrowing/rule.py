@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dskd.compaction.masks import Ranking, Units, lost, lowest, scores, spread
 from dskd.engine.shards import Shard, Weights
 from dskd.errors import CheckpointError
+from dskd.narrowing.units import Ranking, Units, lost, lowest, scores, spread
 from dskd.ops import Piece, update
 from dskd.system import dist
 

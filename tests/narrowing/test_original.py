@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dskd.compaction.masks import Member, Units, Vector
-from dskd.compaction.rule import Held
-from dskd.compaction.rules import Original
-from dskd.compaction.widths import Cut
 from dskd.engine.shards import Shard
 from dskd.errors import ConfigError
-from tests.compaction.toy import (
+from dskd.narrowing.rule import Held
+from dskd.narrowing.rules import Original
+from dskd.narrowing.units import Member, Units, Vector
+from dskd.narrowing.widths import Cut
+from tests.narrowing.toy import (
     COMPACTORS,
     GROUPS,
     SHAPES,

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dskd.compaction.masks import Ranking, Units, original_count, ramp_count
-from dskd.compaction.rule import Edit, Rule
 from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
+from dskd.narrowing.rule import Edit, Rule
+from dskd.narrowing.units import Ranking, Units, original_count, ramp_count
 
 NEAR_ZERO = 0.01
 """Size (:meth:`Rule.largest_removed`) up to which the original rule's removed units count as gone.

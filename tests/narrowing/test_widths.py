@@ -2,8 +2,8 @@
 
 import pytest
 
-from dskd.compaction.widths import Cut, Family, Target, Widths, cuts, student_widths
 from dskd.errors import ConfigError
+from dskd.narrowing.widths import Cut, Family, Target, Widths, cuts, student_widths
 
 BERT = Widths(hidden=768, intermediate=3072, heads=12, kv_heads=12, head_dim=64)
 LLAMA = Widths(hidden=1024, intermediate=2816, heads=16, kv_heads=4, head_dim=64)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dskd.compaction.widths import Widths
 from dskd.models.build import construct
 from dskd.models.families import FAMILIES, tie_head_bias
-from dskd.models.groups import Map, kept_entries, layout_of, maps_of, norms_of, projected
-from dskd.models.surgery import Keep, kept_widths
+from dskd.narrowing.insert import Keep, kept_widths
+from dskd.narrowing.layouts import Map, kept_entries, layout_of, maps_of, norms_of, projected
+from dskd.narrowing.widths import Widths
 
 
 class Source(Protocol):

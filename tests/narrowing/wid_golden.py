@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from dskd.models.families import tie_head_bias
-from dskd.models.masked_norm import MaskedNorm
-from dskd.models.surgery import Surgery, insert
+from dskd.narrowing.insert import Surgery, insert
+from dskd.narrowing.masked_norm import MaskedNorm
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "wid.json").read_text())
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from dskd.compaction.widths import Target, Widths, student_widths
 from dskd.errors import ConfigError
 from dskd.models.build import build, with_fields
-from dskd.models.groups import LAYOUTS, layout_of, widths_of
-from dskd.models.narrow import narrowed_config
-from dskd.models.slicing import slice_model
 from dskd.models.writing import export
+from dskd.narrowing.heaviest import slice_model
+from dskd.narrowing.layouts import LAYOUTS, layout_of, widths_of
+from dskd.narrowing.narrow import narrowed_config
+from dskd.narrowing.widths import Target, Widths, student_widths
 from dskd.settings.model import Slice
 from dskd.settings.run import Model, Run
 from dskd.system import dist

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dskd.compaction.widths import Widths
 from dskd.engine.zero import gathered, sharded_construction
-from dskd.models.groups import layout_of, widths_of
-from dskd.models.surgery import Surgery, insert
+from dskd.narrowing.insert import Surgery, insert
+from dskd.narrowing.layouts import layout_of, widths_of
+from dskd.narrowing.widths import Widths
 from tests.models.tiny import batch, make
 
 SHAPES = [

@@ -9,16 +9,22 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig,
 from dskd.engine.zero import gathered, is_sharded
 from dskd.errors import DskdError
 from dskd.models.families import FAMILIES
-from dskd.models.groups import widths_of
-from dskd.models.merged import check_exact, checked_merge, largest_removed, merge, zero_removed
-from dskd.models.narrow import narrowed_config
-from dskd.models.surgery import insert, kept_widths, replica
 from dskd.models.writing import export
+from dskd.narrowing.insert import insert, kept_widths, replica
+from dskd.narrowing.layouts import widths_of
+from dskd.narrowing.merge import check_exact, checked_merge, largest_removed, merge, zero_removed
+from dskd.narrowing.narrow import narrowed_config
 from dskd.system.dist import sum_over_ranks
-from tests.models.test_surgery import golden_keep, golden_logits
 from tests.models.tiny import batch, tokenizer, zero3
-from tests.models.wid_golden import GOLDEN, assert_matches, parameter_name, set_statistics, student
-from tests.models.wid_students import SHAPES, logits_of, small_student
+from tests.narrowing.test_insert import golden_keep, golden_logits
+from tests.narrowing.wid_golden import (
+    GOLDEN,
+    assert_matches,
+    parameter_name,
+    set_statistics,
+    student,
+)
+from tests.narrowing.wid_students import SHAPES, logits_of, small_student
 from tests.ranks import run_ranks
 
 MODEL = GOLDEN["model"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dskd.compaction.widths import Target, student_widths
-from dskd.models.groups import layout_of, widths_of
-from dskd.models.merged import merge, zero_removed
-from dskd.models.slicing import heaviest, slice_model, unit_weights
-from dskd.models.surgery import insert
+from dskd.narrowing.heaviest import heaviest, slice_model, unit_weights
+from dskd.narrowing.insert import insert
+from dskd.narrowing.layouts import layout_of, widths_of
+from dskd.narrowing.merge import merge, zero_removed
+from dskd.narrowing.widths import Target, student_widths
 from tests.models.tiny import make
-from tests.models.wid_students import logits_of
+from tests.narrowing.wid_students import logits_of
 
 
 def sizes(model, hidden, strategy, **more):

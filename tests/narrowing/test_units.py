@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dskd.compaction.masks import (
+from dskd.narrowing.units import (
     Member,
     Units,
     fold,
@@ -19,7 +19,7 @@ from dskd.compaction.masks import (
     scores,
     spread,
 )
-from dskd.compaction.widths import Cut
+from dskd.narrowing.widths import Cut
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())
 

@@ -8,9 +8,9 @@ import copy
 
 import torch
 
-from dskd.compaction.masks import Member, Units, Vector
-from dskd.compaction.widths import Cut
 from dskd.engine.shards import Shard, Weights
+from dskd.narrowing.units import Member, Units, Vector
+from dskd.narrowing.widths import Cut
 
 SHAPES = {
     "stream.left": (6, 6),

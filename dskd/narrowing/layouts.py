@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dskd.compaction.masks import Member, Vector, spread
-from dskd.compaction.widths import Family, Widths
 from dskd.errors import ConfigError
 from dskd.models.families import FAMILIES
+from dskd.narrowing.units import Member, Vector, spread
+from dskd.narrowing.widths import Family, Widths
 
 
 @dataclass(frozen=True)

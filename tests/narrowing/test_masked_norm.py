@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dskd.models.masked_norm import MaskedLayerNorm, MaskedRMSNorm
+from dskd.narrowing.masked_norm import MaskedLayerNorm, MaskedRMSNorm
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())["layernorm"]
 CASES = ["uer_full", "uer_keep_soft", "uer_keep_hard", "hf_full", "hf_keep_hard"]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dskd.compaction.masks import fold, lowest
-from dskd.compaction.widths import Strategy, Widths, cuts
 from dskd.models.families import FAMILIES
-from dskd.models.groups import Map, kept_entries, layout_of, maps_of, projected, widths_of
-from dskd.models.narrow import narrow, part_by_part
-from dskd.models.surgery import Keep
+from dskd.narrowing.insert import Keep
+from dskd.narrowing.layouts import Map, kept_entries, layout_of, maps_of, projected, widths_of
+from dskd.narrowing.narrow import narrow, part_by_part
+from dskd.narrowing.units import fold, lowest
+from dskd.narrowing.widths import Strategy, Widths, cuts
 
 
 def slice_model(teacher: PreTrainedModel, student: Widths, strategy: Strategy) -> PreTrainedModel:

@@ -8,23 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from dskd.compaction.masks import Vector
-from dskd.compaction.widths import Family, Widths
 from dskd.errors import ConfigError, DskdError
-from dskd.models.compactor import Compacted, CompactedEmbeddings
-from dskd.models.groups import LAYOUTS, layout_of, widths_of
-from dskd.models.masked_norm import MaskedNorm
-from dskd.models.merged import zero_removed
-from dskd.models.surgery import insert, kept_widths, replica
+from dskd.narrowing.compactors import Compacted, CompactedEmbeddings
+from dskd.narrowing.insert import insert, kept_widths, replica
+from dskd.narrowing.layouts import LAYOUTS, layout_of, widths_of
+from dskd.narrowing.masked_norm import MaskedNorm
+from dskd.narrowing.merge import zero_removed
+from dskd.narrowing.units import Vector
+from dskd.narrowing.widths import Family, Widths
 from tests.models.tiny import batch, loss_of, make
-from tests.models.wid_golden import (
-    GOLDEN,
-    assert_matches,
-    group_name,
-    parameter_name,
-    student,
-)
-from tests.models.wid_students import SHAPES, logits_of, small_student
+from tests.narrowing.wid_golden import GOLDEN, assert_matches, group_name, parameter_name, student
+from tests.narrowing.wid_students import SHAPES, logits_of, small_student
 
 MODEL = GOLDEN["model"]
 CASES = {f"{c['strategy']}-{c['ln']}-{c['hard']}": c for c in MODEL["cases"]}

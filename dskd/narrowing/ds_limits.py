@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dskd.compaction.widths import RuleName
 from dskd.engine.ds_config import load_preset
 from dskd.engine.run_config import resolve
 from dskd.errors import ConfigError
+from dskd.narrowing.widths import RuleName
 from dskd.settings.run import Run
 
 _ADAM = ("adam", "adamw")

@@ -11,15 +11,15 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from dskd.models import compactor
-from dskd.models.compactor import (
+from dskd.models.families import projection_of
+from dskd.narrowing import compactors
+from dskd.narrowing.compactors import (
     CompactedConv1D,
     CompactedEmbeddings,
     CompactedLinear,
     CompactedProjection,
     Merging,
 )
-from dskd.models.families import projection_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())["linear"]
 INPUTS, OUTPUTS = 6, 8
@@ -208,7 +208,7 @@ def test_micro_batches_are_taken_apart_once(kind, monkeypatch):
     xs = torch.randn(4, 3, INPUTS, dtype=torch.float64)
     each = accumulated(layer, xs, last_only=False)
     calls = []
-    original = compactor.unmerge
+    original = compactors.unmerge
     monkeypatch.setattr(compactor, "unmerge", lambda *a: calls.append(1) or original(*a))
     assert_close(accumulated(layer, xs, last_only=True), each)
     assert_close(accumulated(layer, xs[:1], last_only=True), accumulated(layer, xs[:1], False))
@@ -234,7 +234,7 @@ def test_one_merge_serves_until_it_is_forgotten(monkeypatch):
     merging = Merging()
     layers = [CompactedLinear(nn.Linear(4, 4), merging) for _ in range(3)]
     layers.append(CompactedLinear(nn.Linear(4, 8), merging))
-    sizes, original = [], compactor.merge
+    sizes, original = [], compactors.merge
     monkeypatch.setattr(compactor, "merge", lambda some: sizes.append(len(some)) or original(some))
     x = torch.randn(2, 4)
     with torch.no_grad():

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from dskd.compaction.masks import ramp_end
-from dskd.compaction.rules import Annealed
 from dskd.errors import CheckpointError
-from tests.compaction.toy import COMPACTORS, GROUPS, SHAPES, SIDES, Toy, identity, of_units
+from dskd.narrowing.rules import Annealed
+from dskd.narrowing.units import ramp_end
+from tests.narrowing.toy import COMPACTORS, GROUPS, SHAPES, SIDES, Toy, identity, of_units
 from tests.ranks import run_ranks
 
 EVERY, RAMP, ANNEAL = 3, 4, 5

@@ -21,15 +21,15 @@ from transformers import PreTrainedModel
 
 from dskd import ops
 from dskd.batch import Batch
-from dskd.compaction.masks import spread
 from dskd.engine.zero import gathered
 from dskd.errors import DskdError
 from dskd.models.build import construct
-from dskd.models.compactor import MergedLayer
 from dskd.models.families import tie_head_bias
-from dskd.models.groups import Map, kept_entries, layout_of
-from dskd.models.narrow import narrow, narrowed_config
-from dskd.models.surgery import Keep, Surgery, Whole, kept_widths, replica
+from dskd.narrowing.compactors import MergedLayer
+from dskd.narrowing.insert import Keep, Surgery, Whole, kept_widths, replica
+from dskd.narrowing.layouts import Map, kept_entries, layout_of
+from dskd.narrowing.narrow import narrow, narrowed_config
+from dskd.narrowing.units import spread
 from dskd.system import dist
 
 TOLERANCE = 1e-5

@@ -15,20 +15,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dskd.compaction.masks import spread
-from dskd.compaction.widths import Widths
 from dskd.engine.zero import full_shape
 from dskd.errors import DskdError
 from dskd.models.build import construct
-from dskd.models.compactor import (
+from dskd.models.families import FAMILIES, tie_head_bias
+from dskd.narrowing.compactors import (
     CompactedConv1D,
     CompactedEmbeddings,
     CompactedLinear,
     CompactedProjection,
     Merging,
 )
-from dskd.models.families import FAMILIES, tie_head_bias
-from dskd.models.groups import (
+from dskd.narrowing.layouts import (
     Group,
     Map,
     groups_of,
@@ -39,7 +37,9 @@ from dskd.models.groups import (
     projected,
     widths_of,
 )
-from dskd.models.masked_norm import MaskedLayerNorm, MaskedNorm, MaskedRMSNorm
+from dskd.narrowing.masked_norm import MaskedLayerNorm, MaskedNorm, MaskedRMSNorm
+from dskd.narrowing.units import spread
+from dskd.narrowing.widths import Widths
 
 Keep = Mapping[str, Tensor]
 """For each group which of its units are kept, bool [U]; units are equal runs of entries."""

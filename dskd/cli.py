@@ -124,7 +124,7 @@ def _show(values: dict[str, object]) -> None:
 
 
 def _hard_tokens(arguments: argparse.Namespace) -> int:
-    from dskd.hard_tokens import show
+    from dskd.hardness.report import show
 
     show(arguments.path, arguments.overrides, arguments.plot, arguments.top, arguments.epoch)
     return 0

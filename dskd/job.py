@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from dskd.data.hard_masking import HardCausalView, hard_view
 from dskd.data.loader import Attach
 from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.data.views import View, at_random, view_for
 from dskd.engine.checkpoints import Checkpoints
 from dskd.engine.run_config import student_config
-from dskd.generations import Generations
+from dskd.hardness.masks import HardCausalView, hard_view
+from dskd.hardness.refresh import Generations
 from dskd.method import Method
 from dskd.models.build import hidden_size
 from dskd.narrowing.slice_stage import student_settings

@@ -24,7 +24,7 @@ from dskd.engine.engine import Engine, decay_groups, shard_teacher, stage_of
 from dskd.engine.run_config import teacher_config
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.evaluation import evaluate
-from dskd.generations import Renewal
+from dskd.hardness.refresh import Renewal
 from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit, model_of
 from dskd.job import Job
 from dskd.method import Change

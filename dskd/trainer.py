@@ -24,7 +24,7 @@ from dskd.data.loader import Loader
 from dskd.engine.checkpoints import Checkpoints
 from dskd.engine.engine import Engine
 from dskd.errors import NonFiniteError
-from dskd.generations import Renewal
+from dskd.hardness.refresh import Renewal
 from dskd.method import Change, Method
 from dskd.schedule import learning_rate
 from dskd.settings.run import Run

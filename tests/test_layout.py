@@ -20,8 +20,8 @@ FLOORS = {
     0: "errors system.files batch settings.model settings.run settings.yaml_tree settings.parsing settings.checks settings.recipe schedule fused.reference "
     "system.dist",
     1: "data.counter data.sources data.tokenizers data.packing data.preparing data.prepared "
-    "data.mask_draws data.fairseq_masks data.views data.scoring data.loader data.judge data.hard_masking "
-    "stores.shard stores.store stores.logits hardness engine.ds_words "
+    "data.mask_draws data.fairseq_masks data.views hardness.scoring data.loader hardness.criterion hardness.masks "
+    "stores.shard stores.store stores.logits hardness.store engine.ds_words "
     "engine.ds_config engine.run_config system.log system.locks engine.zero engine.shards "
     "fused.arguments fused.cpu.products fused.cpu.chunks fused.cpu.kinds fused.cpu.dense fused.cpu.topk "
     "fused.cpu.mixture fused.cpu.vocab_parallel fused.backend fused.per_token fused.gradients "
@@ -32,8 +32,8 @@ FLOORS = {
     "narrowing.masked_norm narrowing.compactors narrowing.layouts narrowing.insert narrowing.narrow "
     "narrowing.merge narrowing.heaviest",
     2: "teacher engine.engine engine.checkpoints engine.reshard",
-    3: "method average objective stores.sweep evaluation models.writing capture question narrowing.slice_stage inheritance "
-    "generations job trainer report stages hard_tokens plan",
+    3: "method average objective stores.sweep evaluation models.writing capture hardness.asking narrowing.slice_stage inheritance "
+    "hardness.refresh job trainer report stages hardness.report plan",
     4: "methods.lm methods.ki methods.self_evolution methods.wid train cli",
 }
 """The modules of dskd, lowest first. One may import those of lower floors and, on its own floor,

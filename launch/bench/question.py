@@ -44,9 +44,9 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from dskd.data.loader import sequential
 from dskd.data.prepared import Prepared
-from dskd.data.scoring import scoring_view
-from dskd.hardness import Hardness, describe
-from dskd.question import question
+from dskd.hardness.asking import question
+from dskd.hardness.scoring import scoring_view
+from dskd.hardness.store import Hardness, describe
 from dskd.settings.run import Data, HardTokens
 from dskd.system.files import write_atomic
 from launch.bench import timing

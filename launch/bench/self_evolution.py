@@ -31,16 +31,16 @@ from typing import Any
 
 import torch
 
-from dskd.data.hard_masking import hard_view
 from dskd.data.prepared import Prepared, open_prepared, prepare
-from dskd.data.scoring import scoring_view
 from dskd.data.views import View
 from dskd.evaluation import evaluate
-from dskd.hardness import Hardness
+from dskd.hardness.asking import question
+from dskd.hardness.masks import hard_view
+from dskd.hardness.scoring import scoring_view
+from dskd.hardness.store import Hardness
 from dskd.method import build_method
 from dskd.models.build import build, model_fingerprint
 from dskd.objective import Objective
-from dskd.question import question
 from dskd.settings.recipe import read
 from dskd.settings.run import HardTokens, Model, Run
 from dskd.settings.yaml_tree import Tree, dump, load, merge

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dskd import generations
 from dskd.data.prepared import open_prepared, prepare
 from dskd.data.sources import documents
 from dskd.engine.checkpoints import MANIFEST
 from dskd.errors import StoreError
-from dskd.hardness import Hardness
+from dskd.hardness import refresh
+from dskd.hardness.store import Hardness
 from dskd.settings.recipe import read
 from dskd.settings.run import BuiltinSource
 from dskd.stores.shard import map_shard
@@ -337,7 +337,7 @@ def test_stores_that_no_checkpoint_needs_are_removed(runs, references):
 
 def test_a_signal_while_the_student_is_asked(runs, references, monkeypatch):
     """On one rank: all stop after the round, and what was asked is kept."""
-    asked = generations.ask
+    asked = refresh.ask
 
     def interrupted(*args, stop=None, **more):
         def after_a_round():

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from dskd.data.scoring import Asking, ScoringView
 from dskd.errors import StoreError
-from dskd.hardness import Hardness, describe, encode, hardness_spec, identity
+from dskd.hardness.scoring import Asking, ScoringView
+from dskd.hardness.store import Hardness, describe, encode, hardness_spec, identity
 from dskd.settings.run import HardTokens
 from dskd.stores.store import Writer, shard_path
 from tests.data.test_views import tokenizer_of

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from dskd.batch import IGNORE
-from dskd.data.hard_masking import HardCausalView, HardView, hard_view
-from dskd.data.judge import Judge, select
 from dskd.data.loader import Loader
-from dskd.data.scoring import Asking, ScoringView
 from dskd.data.tokenizers import special_ids
 from dskd.data.views import MaskedView, at_random
 from dskd.errors import ConfigError
-from dskd.hardness import Hardness, encode, hardness_spec
+from dskd.hardness.criterion import Judge, select
+from dskd.hardness.masks import HardCausalView, HardView, hard_view
+from dskd.hardness.scoring import Asking, ScoringView
+from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.run import Data, HardTokens
 from dskd.stores.store import Writer
 from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of

@@ -19,19 +19,19 @@ from torch import nn
 
 from dskd.batch import Batch, Rows
 from dskd.data.prepared import Prepared
-from dskd.data.scoring import ScoringView, scoring_view
 from dskd.data.tokenizers import special_ids
 from dskd.engine.checkpoints import Checkpoints
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import stage_of
 from dskd.engine.run_config import student_config
 from dskd.errors import ConfigError, DiskError, StoreError
-from dskd.hardness import Hardness, hardness_spec, identity
+from dskd.hardness.asking import ask, question
+from dskd.hardness.scoring import ScoringView, scoring_view
+from dskd.hardness.store import Hardness, hardness_spec, identity
 from dskd.inheritance import frozen_model, prints_of_rows
 from dskd.models.build import hidden_size, model_fingerprint
 from dskd.models.families import rows_of
 from dskd.narrowing.slice_stage import student_settings
-from dskd.question import ask, question
 from dskd.settings.checks import questions_folder
 from dskd.settings.run import HardTokens, LiveTeacher, Model, Run
 from dskd.system import dist

@@ -10,12 +10,12 @@ from matplotlib.image import imread
 
 from dskd.batch import IGNORE
 from dskd.cli import main
-from dskd.data.hard_masking import hard_view
 from dskd.data.prepared import open_prepared, prepare
-from dskd.data.scoring import scoring_view
 from dskd.data.tokenizers import special_ids
-from dskd.hard_tokens import EDGES, find, run_at
-from dskd.hardness import Hardness, encode, hardness_spec
+from dskd.hardness.masks import hard_view
+from dskd.hardness.report import EDGES, find, run_at
+from dskd.hardness.scoring import scoring_view
+from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.inheritance import prints_of_rows
 from dskd.settings.recipe import dump, read
 from dskd.stores.store import Writer

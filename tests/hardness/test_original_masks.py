@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from dskd.batch import IGNORE
-from dskd.data.hard_masking import OriginalHardView, hard_view
-from dskd.data.judge import Judge
-from dskd.data.scoring import Asking, ScoringView
 from dskd.data.tokenizers import special_ids
 from dskd.errors import ConfigError
-from dskd.hardness import Hardness, encode, hardness_spec
+from dskd.hardness.criterion import Judge
+from dskd.hardness.masks import OriginalHardView, hard_view
+from dskd.hardness.scoring import Asking, ScoringView
+from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.run import Data, HardTokens
 from dskd.stores.store import Writer
-from tests.data.test_hard_masking import ALL, NLL_RT, WIDTH, Rows, seen, store_of, view_of
 from tests.data.test_views import SIZE, TOKENIZER, tokenizer_of
+from tests.hardness.test_masks import ALL, NLL_RT, WIDTH, Rows, seen, store_of, view_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "self_evolution.json").read_text())
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dskd.batch import IGNORE
-from dskd.data.scoring import Asking, scoring_view
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError
+from dskd.hardness.scoring import Asking, scoring_view
 from dskd.settings.run import Data, HardTokens
 from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 

@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import IGNORE
 from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
-from dskd.data.judge import Generations, Judge, select
 from dskd.data.loader import Attachment
 from dskd.data.mask_draws import Replacer, keys, maskable, number
 from dskd.data.prepared import RowSet
 from dskd.data.tokenizers import special_ids, tokenizer_fingerprint
 from dskd.data.views import CausalView
+from dskd.hardness.criterion import Generations, Judge, select
 from dskd.settings.run import Data, HardTokens
 from dskd.system.files import fingerprint
 

@@ -16,10 +16,10 @@ from torch.nn.functional import linear
 
 from dskd.batch import Batch, Dense, Rows
 from dskd.data.prepared import Prepared
-from dskd.data.scoring import ScoringView
 from dskd.data.tokenizers import vocabulary_size
 from dskd.errors import NonFiniteError
-from dskd.hardness import describe, encode, hardness_spec
+from dskd.hardness.scoring import ScoringView
+from dskd.hardness.store import describe, encode, hardness_spec
 from dskd.models.families import rows_of
 from dskd.settings.run import HardTokens
 from dskd.stores.shard import StoreSpec

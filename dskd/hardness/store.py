@@ -6,7 +6,7 @@ metric of hard tokens can be changed without asking again. Rounding to float16 m
 most 1/2048 of it (3e-8 below 6e-5); what is beyond the largest float16 becomes that (65504).
 
 The places that were asked about are not stored: they follow from the spec's settings, which are an
-:class:`~dskd.data.scoring.Asking`.
+:class:`~dskd.hardness.scoring.Asking`.
 
 Shape letters: B rows, T tokens, N places asked about, V vocabulary.
 """
@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from dskd.data.prepared import RowSet
-from dskd.data.scoring import Asking, ScoringView
 from dskd.errors import StoreError
+from dskd.hardness.scoring import Asking, ScoringView
 from dskd.settings.run import HardTokens
 from dskd.stores.shard import Column, StoreSpec
 from dskd.stores.store import Store, read_spec

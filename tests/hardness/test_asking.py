@@ -13,28 +13,30 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dskd import question as question_module
 from dskd.batch import Dense
 from dskd.data.loader import make_batch
 from dskd.data.prepared import open_prepared, prepare
-from dskd.data.scoring import scoring_view
 from dskd.data.tokenizers import special_ids
 from dskd.data.views import view_for
 from dskd.engine.engine import Engine, decay_groups, shard_teacher
 from dskd.errors import NonFiniteError, StoreError
-from dskd.hardness import Hardness, describe
+from dskd.hardness import asking as question_module
+from dskd.hardness.asking import answers_of, ask, question
+from dskd.hardness.scoring import scoring_view
+from dskd.hardness.store import Hardness, describe
 from dskd.methods.lm import LanguageModelling
 from dskd.models.build import build
 from dskd.models.families import rows_of
 from dskd.objective import Objective
-from dskd.question import answers_of, ask, question
 from dskd.settings.run import Data, HardTokens, Masking, Model, TextSource, TrainedTokenizer
 from dskd.stores.store import shard_path
 from tests.data.conftest import make_corpus
 from tests.data.test_views import tokenizer_of
 from tests.ranks import run_ranks
 
-STAGE1 = json.loads((Path(__file__).parent / "golden/self_evolution.json").read_text())["stage1"]
+STAGE1 = json.loads((Path(__file__).parents[1] / "golden/self_evolution.json").read_text())[
+    "stage1"
+]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIZES["initializer_range"] = 0.3  # far from uniform
 MODELS = {
@@ -340,7 +342,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path, folders):
 def test_a_complete_store_needs_no_model(tmp_path, folders, monkeypatch):
     prepared = open_prepared(folders["masked"])
     said = []
-    monkeypatch.setattr("dskd.question.say", said.append)
+    monkeypatch.setattr("dskd.hardness.asking.say", said.append)
     run_question(tmp_path / "s", prepared, "masked")
     assert f"holds the NLL of {prepared.train.tokens:,} tokens in 3.74 bytes" in said[-1]
     before = files(tmp_path / "s")

@@ -22,12 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dskd.batch import IGNORE
-from dskd.data.hard_masking import AnyHardView, HardCausalView, hard_view
 from dskd.data.prepared import Prepared, open_prepared, prepare
-from dskd.data.scoring import scoring_view
 from dskd.data.tokenizers import special_ids, vocabulary_size
 from dskd.errors import ConfigError, StoreError
-from dskd.hardness import Hardness
+from dskd.hardness.masks import AnyHardView, HardCausalView, hard_view
+from dskd.hardness.scoring import scoring_view
+from dskd.hardness.store import Hardness
 from dskd.inheritance import prints_of_rows
 from dskd.settings.checks import questions_folder, validate
 from dskd.settings.recipe import read

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dskd.engine.shards import Weights
-from dskd.method import Change
+from dskd.methods.base import Change
 from dskd.system import dist
 
 _FILE = "average.safetensors"

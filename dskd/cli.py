@@ -85,7 +85,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> int:
-    from dskd.method import build_method
+    from dskd.methods.base import build_method
     from dskd.settings.recipe import SINGLE, dump, read, validate
 
     files = [word for word in arguments.words if "=" not in word]

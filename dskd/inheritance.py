@@ -22,7 +22,7 @@ from dskd.engine.ds_config import optimizer_device, precision_of
 from dskd.engine.engine import shard_teacher
 from dskd.engine.run_config import DTYPES, resolve, student_config, teacher_config
 from dskd.errors import ConfigError
-from dskd.method import Change, Method
+from dskd.methods.base import Change, Method
 from dskd.models.build import build, hidden_size, model_fingerprint
 from dskd.narrowing.slice_stage import student_settings
 from dskd.settings.checks import cache_folder

@@ -15,7 +15,7 @@ from dskd.engine.checkpoints import Checkpoints
 from dskd.engine.run_config import student_config
 from dskd.hardness.masks import HardCausalView, hard_view
 from dskd.hardness.refresh import Generations
-from dskd.method import Method
+from dskd.methods.base import Method
 from dskd.models.build import hidden_size
 from dskd.narrowing.slice_stage import student_settings
 from dskd.settings.checks import evaluation_selects

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from dskd.batch import Batch, Term
-from dskd.method import Method
+from dskd.methods.base import Method
 from dskd.models.families import rows_of
 from dskd.ops import rows_ce
 from dskd.teacher import Teacher

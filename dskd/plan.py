@@ -23,7 +23,7 @@ from dskd.engine.run_config import student_config, teacher_config
 from dskd.errors import ConfigError
 from dskd.inheritance import check_average, each_teacher
 from dskd.job import Job
-from dskd.method import Method
+from dskd.methods.base import Method
 from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
 from dskd.models.reading import folder_at_hand
 from dskd.narrowing.slice_stage import sliced_config, source_settings

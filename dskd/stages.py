@@ -27,7 +27,7 @@ from dskd.evaluation import evaluate
 from dskd.hardness.refresh import Renewal
 from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit, model_of
 from dskd.job import Job
-from dskd.method import Change
+from dskd.methods.base import Change
 from dskd.models.build import hidden_size, parameter_count
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.models.writing import export

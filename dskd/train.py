@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     # Imported here: they take seconds, and a mistyped setting should be told at once.
-    from dskd.method import build_method
+    from dskd.methods.base import build_method
     from dskd.settings.recipe import read
 
     dashed = [word for word in words if word.startswith("-")]

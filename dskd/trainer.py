@@ -25,7 +25,7 @@ from dskd.engine.checkpoints import Checkpoints
 from dskd.engine.engine import Engine
 from dskd.errors import NonFiniteError
 from dskd.hardness.refresh import Renewal
-from dskd.method import Change, Method
+from dskd.methods.base import Change, Method
 from dskd.schedule import learning_rate
 from dskd.settings.run import Run
 from dskd.stores.sweep import Stopped

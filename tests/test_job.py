@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dskd.job import Job
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from dskd.settings.run import Data, HardTokens, Masking, Run
 from tests.engine.test_checkpoints import save
 

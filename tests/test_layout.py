@@ -28,11 +28,11 @@ FLOORS = {
     "fused.dense fused.topk fused.label fused.mixture fused.chunking fused.linear_visit "
     "fused.linear fused.vocab_parallel fused.compactor fused.update ops "
     "narrowing.widths narrowing.units narrowing.ds_limits narrowing.rule narrowing.rules "
-    "inherited models.families models.initial models.reading models.build models.speed "
+    "methods.inheritance_loss models.families models.initial models.reading models.build models.speed "
     "narrowing.masked_norm narrowing.compactors narrowing.layouts narrowing.insert narrowing.narrow "
     "narrowing.merge narrowing.heaviest",
     2: "teacher engine.engine engine.checkpoints engine.reshard",
-    3: "method average objective stores.sweep evaluation models.writing capture hardness.asking narrowing.slice_stage inheritance "
+    3: "methods.base average objective stores.sweep evaluation models.writing capture hardness.asking narrowing.slice_stage inheritance "
     "hardness.refresh job trainer report stages hardness.report plan",
     4: "methods.lm methods.ki methods.self_evolution methods.wid train cli",
 }

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from safetensors import safe_open
 
 from dskd.errors import ConfigError
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from dskd.models import reading
 from dskd.plan import check
 from dskd.report import table

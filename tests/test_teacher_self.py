@@ -13,7 +13,7 @@ from dskd.average import Average
 from dskd.batch import IGNORE, Batch, Projected
 from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from dskd.objective import Objective
 from dskd.plan import check
 from dskd.settings.checks import validate

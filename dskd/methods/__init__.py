@@ -1,1 +1,1 @@
-"""The methods: one file each, found through ``dskd.method.METHODS``."""
+"""The methods: one file each, found through ``dskd.methods.base.METHODS``."""

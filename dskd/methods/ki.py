@@ -1,6 +1,6 @@
 """Knowledge Inheritance: a small teacher's distribution helps a larger student at first.
 
-Qin et al. 2022 (NAACL); the loss is in :mod:`dskd.inherited`.
+Qin et al. 2022 (NAACL); the loss is in :mod:`dskd.methods.inheritance_loss`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Literal
 
 from dskd.batch import Batch, Rows, Signal, Term
-from dskd.inherited import Inherited
-from dskd.method import Method
+from dskd.methods.base import Method
+from dskd.methods.inheritance_loss import Inherited
 
 
 class KnowledgeInheritance(Inherited, Method):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from dskd.batch import Batch, Rows, Signal, Term
-from dskd.inherited import labels_term
-from dskd.method import Method
+from dskd.methods.base import Method
+from dskd.methods.inheritance_loss import labels_term
 
 
 class LanguageModelling(Method):

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from dskd.batch import Batch, Rows, Signal, Term
 from dskd.errors import ConfigError
 from dskd.fused.arguments import Weight
-from dskd.method import Method
+from dskd.methods.base import Method
 from dskd.ops import rows_ce, rows_kd
 from dskd.settings.run import HardTokens, Run, SelfTeacher
 

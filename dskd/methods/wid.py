@@ -19,8 +19,8 @@ from dskd.batch import Batch, Rows, Signal, Term
 from dskd.engine.ds_config import optimizer_device
 from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
-from dskd.inherited import Inherited, labels_term
-from dskd.method import Change, Method
+from dskd.methods.base import Change, Method
+from dskd.methods.inheritance_loss import Inherited, labels_term
 from dskd.narrowing.ds_limits import check_preset, is_adam
 from dskd.narrowing.insert import Surgery, insert
 from dskd.narrowing.layouts import layout_of, widths_of

@@ -38,7 +38,7 @@ from dskd.hardness.asking import question
 from dskd.hardness.masks import hard_view
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from dskd.models.build import build, model_fingerprint
 from dskd.objective import Objective
 from dskd.settings.recipe import read

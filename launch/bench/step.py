@@ -54,7 +54,7 @@ from dskd.engine.zero import full_shape, sharded_construction
 from dskd.errors import ConfigError
 from dskd.inheritance import Inheritance, inherit
 from dskd.job import Job
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from dskd.models.build import build
 from dskd.objective import Objective
 from dskd.settings.recipe import read

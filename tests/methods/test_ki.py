@@ -9,7 +9,7 @@ import torch
 
 from dskd.batch import IGNORE, Batch, Dense, Rows
 from dskd.errors import ConfigError
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from tests.fused.plain_losses import MODES, top_k
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())

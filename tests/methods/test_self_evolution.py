@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dskd.batch import IGNORE, Batch, Dense, Projected, Rows, Term
 from dskd.errors import ConfigError
-from dskd.method import Method, build_method
+from dskd.methods.base import Method, build_method
 from dskd.settings.recipe import read
 from dskd.settings.run import Run
 from dskd.trainer import Progress, Trainer

@@ -15,7 +15,7 @@ import dskd.methods.wid
 from dskd.batch import Batch
 from dskd.engine.engine import decay_groups
 from dskd.engine.shards import Weights
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from dskd.methods.wid import Narrowing
 from dskd.narrowing.insert import Surgery
 from dskd.narrowing.merge import Exactness

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedConfig
 
 from dskd.errors import ConfigError
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from dskd.settings.run import Run, Train
 from tests.methods.test_wid import ORIGINAL, TEACHER, WID
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForMaskedLM
 
 from dskd.errors import ConfigError
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from dskd.narrowing.heaviest import slice_model
 from dskd.narrowing.widths import Widths
 from dskd.plan import check

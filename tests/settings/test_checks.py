@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dskd.errors import ConfigError
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from dskd.settings.checks import cache_folder, evaluation_selects, validate
 from dskd.settings.recipe import dump, read
 

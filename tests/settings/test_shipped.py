@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
-from dskd.method import build_method
+from dskd.methods.base import build_method
 from dskd.narrowing.layouts import layout_of, widths_of
 from dskd.narrowing.widths import Family, Target, Widths, student_widths
 from dskd.plan import CONTROL, check

@@ -6,7 +6,7 @@ from torch import nn
 
 from dskd.batch import IGNORE, Batch, Dense, Projected, Rows
 from dskd.errors import ConfigError
-from dskd.method import METHODS, Method, build_method
+from dskd.methods.base import METHODS, Method, build_method
 from dskd.models.families import LinearProjection
 from tests.fused.plain_losses import top_k
 

@@ -13,7 +13,7 @@ from dskd.batch import Batch, Term
 from dskd.methods.base import Method
 from dskd.models.families import rows_of
 from dskd.ops import rows_ce
-from dskd.teacher import Teacher
+from dskd.teachers.teacher import Teacher
 
 
 class Objective(nn.Module):

@@ -21,7 +21,6 @@ from transformers import PreTrainedConfig
 from dskd.engine import engine
 from dskd.engine.run_config import student_config, teacher_config
 from dskd.errors import ConfigError
-from dskd.inheritance import check_average, each_teacher
 from dskd.job import Job
 from dskd.methods.base import Method
 from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
@@ -36,6 +35,7 @@ from dskd.system import dist
 from dskd.system.files import read_manifest, write_atomic, write_manifest
 from dskd.system.locks import alone
 from dskd.system.log import say
+from dskd.teachers.setup import check_average, each_teacher
 
 CONTROL = "scratch"
 """The run of a recipe, if it has one of this name, that the report measures the others against."""

@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedModel
 
 from dskd.batch import Batch
-from dskd.capture import capture
 from dskd.data.loader import Loader, make_batch
 from dskd.engine import reshard
 from dskd.engine.checkpoints import Saved
@@ -25,7 +24,6 @@ from dskd.engine.run_config import teacher_config
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.evaluation import evaluate
 from dskd.hardness.refresh import Renewal
-from dskd.inheritance import Inheritance, each_teacher, expected, frozen, inherit, model_of
 from dskd.job import Job
 from dskd.methods.base import Change
 from dskd.models.build import hidden_size, parameter_count
@@ -39,6 +37,8 @@ from dskd.settings.run import CachedTeacher, Model
 from dskd.system import dist
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory, reset_peak_memory, say
+from dskd.teachers.capture import capture
+from dskd.teachers.setup import Inheritance, each_teacher, expected, frozen, inherit, model_of
 from dskd.trainer import CHANGE, RENEWAL, Progress, Trainer
 
 

@@ -31,8 +31,8 @@ FLOORS = {
     "methods.inheritance_loss models.families models.initial models.reading models.build models.speed "
     "narrowing.masked_norm narrowing.compactors narrowing.layouts narrowing.insert narrowing.narrow "
     "narrowing.merge narrowing.heaviest",
-    2: "teacher engine.engine engine.checkpoints engine.reshard",
-    3: "methods.base average objective stores.sweep evaluation models.writing capture hardness.asking narrowing.slice_stage inheritance "
+    2: "teachers.teacher engine.engine engine.checkpoints engine.reshard",
+    3: "methods.base teachers.average objective stores.sweep evaluation models.writing teachers.capture hardness.asking narrowing.slice_stage teachers.setup "
     "hardness.refresh job trainer report stages hardness.report plan",
     4: "methods.lm methods.ki methods.self_evolution methods.wid train cli",
 }

@@ -28,7 +28,6 @@ from dskd.errors import ConfigError, DiskError, StoreError
 from dskd.hardness.asking import ask, question
 from dskd.hardness.scoring import ScoringView, scoring_view
 from dskd.hardness.store import Hardness, hardness_spec, identity
-from dskd.inheritance import frozen_model, prints_of_rows
 from dskd.models.build import hidden_size, model_fingerprint
 from dskd.models.families import rows_of
 from dskd.narrowing.slice_stage import student_settings
@@ -37,7 +36,8 @@ from dskd.settings.run import HardTokens, LiveTeacher, Model, Run
 from dskd.system import dist
 from dskd.system.files import fingerprint
 from dskd.system.log import say
-from dskd.teacher import evaluating
+from dskd.teachers.setup import frozen_model, prints_of_rows
+from dskd.teachers.teacher import evaluating
 
 
 class Student(NamedTuple):

@@ -52,7 +52,6 @@ from dskd.engine.engine import Engine, decay_groups
 from dskd.engine.run_config import DTYPES
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.errors import ConfigError
-from dskd.inheritance import Inheritance, inherit
 from dskd.job import Job
 from dskd.methods.base import build_method
 from dskd.models.build import build
@@ -62,6 +61,7 @@ from dskd.settings.run import CachedTeacher, LiveTeacher, Model, Run
 from dskd.system import dist
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory
+from dskd.teachers.setup import Inheritance, inherit
 from dskd.trainer import Progress, Trainer
 from launch.bench import timing
 from launch.bench.figures import FORWARD, about, summarise, table

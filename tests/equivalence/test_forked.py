@@ -22,7 +22,7 @@ from dskd.ops import triton_everywhere
 from dskd.settings.recipe import parse
 from dskd.settings.run import Model, Run
 from dskd.system.log import read_metrics
-from dskd.teacher import Live
+from dskd.teachers.teacher import Live
 from tests.equivalence.small import (
     CAUSAL,
     LIVE,

@@ -23,7 +23,7 @@ from dskd.stores.sweep import sweep
 from dskd.system import dist
 from dskd.system.locks import alone
 from dskd.system.log import bar, say
-from dskd.teacher import Live
+from dskd.teachers.teacher import Live
 
 
 def capture(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from dskd.capture import capture
 from dskd.data.loader import Attachment, make_batch
 from dskd.data.prepared import open_prepared, prepare
 from dskd.data.views import view_for
@@ -18,7 +17,8 @@ from dskd.models.build import build
 from dskd.settings.run import CachedTeacher, Data, Masking, Model, TextSource, TrainedTokenizer
 from dskd.stores.logits import LogitCache, describe
 from dskd.stores.store import shard_path
-from dskd.teacher import Cached, Live
+from dskd.teachers.capture import capture
+from dskd.teachers.teacher import Cached, Live
 from tests.data.conftest import make_corpus
 from tests.ranks import run_ranks
 
@@ -168,7 +168,7 @@ def test_one_domains_rows_only(tmp_path, folders):
 def test_complete_cache_needs_no_teacher(tmp_path, folders, monkeypatch):
     prepared = open_prepared(folders["causal"])
     said = []
-    monkeypatch.setattr("dskd.capture.say", said.append)
+    monkeypatch.setattr("dskd.teachers.capture.say", said.append)
     run_capture(tmp_path / "c", prepared, "causal")
     before = shard_path(tmp_path / "c", 0).stat().st_mtime_ns
     assert "top 8 of each in 52 bytes" in said[-1]  # 8 x (2 + 4) and a tail of 4

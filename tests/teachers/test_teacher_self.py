@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from dskd.average import Average
 from dskd.batch import IGNORE, Batch, Projected
 from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
@@ -18,7 +17,8 @@ from dskd.objective import Objective
 from dskd.plan import check
 from dskd.settings.checks import validate
 from dskd.settings.recipe import Recipe, read
-from dskd.teacher import Live, Own, Unmasked
+from dskd.teachers.average import Average
+from dskd.teachers.teacher import Live, Own, Unmasked
 
 VOCABULARY, MASK = 23, 4
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from dskd.average import Average
 from dskd.batch import IGNORE
 from dskd.data.loader import Attach, Attachment
 from dskd.data.prepared import Prepared
@@ -30,7 +29,8 @@ from dskd.settings.run import CachedTeacher, LiveTeacher, Model, RoutedTeacher, 
 from dskd.stores.logits import LogitCache
 from dskd.system import dist
 from dskd.system.files import fingerprint
-from dskd.teacher import Cached, Live, Own, Routed, Teacher, Unmasked
+from dskd.teachers.average import Average
+from dskd.teachers.teacher import Cached, Live, Own, Routed, Teacher, Unmasked
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What gives a student its signal: live, cached, routed and self teachers."""

@@ -22,7 +22,6 @@ from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import Engine, decay_groups, shard_teacher, stage_of
 from dskd.engine.run_config import teacher_config
 from dskd.engine.zero import full_shape, sharded_construction
-from dskd.evaluation import evaluate
 from dskd.hardness.refresh import Renewal
 from dskd.job import Job
 from dskd.methods.base import Change
@@ -30,7 +29,6 @@ from dskd.models.build import hidden_size, parameter_count
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice, sliced_folder
-from dskd.objective import Objective
 from dskd.ops import implementation
 from dskd.settings.checks import cache_folder
 from dskd.settings.run import CachedTeacher, Model
@@ -39,7 +37,9 @@ from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.teachers.capture import capture
 from dskd.teachers.setup import Inheritance, each_teacher, expected, frozen, inherit, model_of
-from dskd.trainer import CHANGE, RENEWAL, Progress, Trainer
+from dskd.training.evaluation import evaluate
+from dskd.training.objective import Objective
+from dskd.training.trainer import CHANGE, RENEWAL, Progress, Trainer
 
 
 def cache(job: Job) -> None:

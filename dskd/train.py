@@ -58,7 +58,7 @@ def _run(words: list[str]) -> int:
 
     from dskd import plan
     from dskd.system.log import say
-    from dskd.trainer import Interrupted
+    from dskd.training.trainer import Interrupted
 
     plan.check(recipe, methods, world=int(os.environ.get("WORLD_SIZE", "1")))
     one_node = os.environ.get("LOCAL_SIZE") == os.environ.get("WORLD_SIZE")

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
-    0: "errors system.files batch settings.model settings.run settings.yaml_tree settings.parsing settings.checks settings.recipe schedule fused.reference "
+    0: "errors system.files batch settings.model settings.run settings.yaml_tree settings.parsing settings.checks settings.recipe training.learning_rate fused.reference "
     "system.dist",
     1: "data.counter data.sources data.tokenizers data.packing data.preparing data.prepared "
     "data.mask_draws data.fairseq_masks data.views hardness.scoring data.loader hardness.criterion hardness.masks "
@@ -32,8 +32,8 @@ FLOORS = {
     "narrowing.masked_norm narrowing.compactors narrowing.layouts narrowing.insert narrowing.narrow "
     "narrowing.merge narrowing.heaviest",
     2: "teachers.teacher engine.engine engine.checkpoints engine.reshard",
-    3: "methods.base teachers.average objective stores.sweep evaluation models.writing teachers.capture hardness.asking narrowing.slice_stage teachers.setup "
-    "hardness.refresh job trainer report stages hardness.report plan",
+    3: "methods.base teachers.average training.objective stores.sweep training.evaluation models.writing teachers.capture hardness.asking narrowing.slice_stage teachers.setup "
+    "hardness.refresh job training.trainer report stages hardness.report plan",
     4: "methods.lm methods.ki methods.self_evolution methods.wid train cli",
 }
 """The modules of dskd, lowest first. One may import those of lower floors and, on its own floor,

@@ -13,8 +13,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from dskd.batch import Rows, Signal, Term
 from dskd.fused.reference import TopKMode
 from dskd.ops import rows_ce, rows_kd
-from dskd.schedule import RateSchedule, inheritance_rate
 from dskd.settings.run import Section
+from dskd.training.learning_rate import RateSchedule, inheritance_rate
 
 
 class Inherited(Section):

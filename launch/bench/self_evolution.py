@@ -33,18 +33,18 @@ import torch
 
 from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.data.views import View
-from dskd.evaluation import evaluate
 from dskd.hardness.asking import question
 from dskd.hardness.masks import hard_view
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness
 from dskd.methods.base import build_method
 from dskd.models.build import build, model_fingerprint
-from dskd.objective import Objective
 from dskd.settings.recipe import read
 from dskd.settings.run import HardTokens, Model, Run
 from dskd.settings.yaml_tree import Tree, dump, load, merge
 from dskd.system.files import write_atomic
+from dskd.training.evaluation import evaluate
+from dskd.training.objective import Objective
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "launch/self_evolution/compare.yaml"

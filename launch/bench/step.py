@@ -55,14 +55,14 @@ from dskd.errors import ConfigError
 from dskd.job import Job
 from dskd.methods.base import build_method
 from dskd.models.build import build
-from dskd.objective import Objective
 from dskd.settings.recipe import read
 from dskd.settings.run import CachedTeacher, LiveTeacher, Model, Run
 from dskd.system import dist
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory
 from dskd.teachers.setup import Inheritance, inherit
-from dskd.trainer import Progress, Trainer
+from dskd.training.objective import Objective
+from dskd.training.trainer import Progress, Trainer
 from launch.bench import timing
 from launch.bench.figures import FORWARD, about, summarise, table
 

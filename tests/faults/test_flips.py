@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dskd import trainer
 from dskd.engine.engine import Engine
+from dskd.training import trainer
 from tests.faults.runs import Ranks, refused, train, write_recipe
 from tests.launching import losses
 

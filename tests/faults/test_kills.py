@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from dskd import stages, trainer
+from dskd import stages
 from dskd.engine import checkpoints
 from dskd.engine.engine import Engine
 from dskd.stores import store
 from dskd.system.log import Metrics, read_metrics
+from dskd.training import trainer
 from tests.faults.runs import STEPS, Ranks, die, train, write_recipe
 from tests.launching import evaluations, losses
 

@@ -27,9 +27,9 @@ from dskd.hardness.store import Hardness, describe
 from dskd.methods.lm import LanguageModelling
 from dskd.models.build import build
 from dskd.models.families import rows_of
-from dskd.objective import Objective
 from dskd.settings.run import Data, HardTokens, Masking, Model, TextSource, TrainedTokenizer
 from dskd.stores.store import shard_path
+from dskd.training.objective import Objective
 from tests.data.conftest import make_corpus
 from tests.data.test_views import tokenizer_of
 from tests.ranks import run_ranks

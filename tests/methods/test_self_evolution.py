@@ -18,7 +18,7 @@ from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
 from dskd.settings.recipe import read
 from dskd.settings.run import Run
-from dskd.trainer import Progress, Trainer
+from dskd.training.trainer import Progress, Trainer
 from tests.methods.test_ki import Identity
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "self_evolution.json").read_text())

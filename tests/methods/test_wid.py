@@ -19,8 +19,8 @@ from dskd.methods.base import build_method
 from dskd.methods.wid import Narrowing
 from dskd.narrowing.insert import Surgery
 from dskd.narrowing.merge import Exactness
-from dskd.schedule import learning_rate
 from dskd.settings.run import Run, Train
+from dskd.training.learning_rate import learning_rate
 from tests.narrowing.wid_golden import (
     GOLDEN,
     assert_matches,

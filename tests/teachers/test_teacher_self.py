@@ -13,12 +13,12 @@ from dskd.batch import IGNORE, Batch, Projected
 from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
-from dskd.objective import Objective
 from dskd.plan import check
 from dskd.settings.checks import validate
 from dskd.settings.recipe import Recipe, read
 from dskd.teachers.average import Average
 from dskd.teachers.teacher import Live, Own, Unmasked
+from dskd.training.objective import Objective
 
 VOCABULARY, MASK = 23, 4
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from dskd.errors import ConfigError
-from dskd.schedule import inheritance_rate, learning_rate
 from dskd.settings.run import Train
+from dskd.training.learning_rate import inheritance_rate, learning_rate
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((FOLDER / "ki.json").read_text())
 EVOLUTION = json.loads((FOLDER / "self_evolution.json").read_text())
 KINDS = {"linear": "linear", "then": "switch"}

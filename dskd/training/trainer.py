@@ -26,11 +26,11 @@ from dskd.engine.engine import Engine
 from dskd.errors import NonFiniteError
 from dskd.hardness.refresh import Renewal
 from dskd.methods.base import Change, Method
-from dskd.schedule import learning_rate
 from dskd.settings.run import Run
 from dskd.stores.sweep import Stopped
 from dskd.system import dist
 from dskd.system.log import Metrics, peak_memory, progress_line, say
+from dskd.training.learning_rate import learning_rate
 
 MOST_SKIPPED = 100
 """fp16 overflows in a row that stop a run: no loss scale from 2^32 down helps."""

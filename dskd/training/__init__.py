@@ -1,0 +1,1 @@
+"""The step loop, the wrapped objective, the learning rate and the evaluation."""

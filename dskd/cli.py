@@ -131,7 +131,7 @@ def _hard_tokens(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dskd.report import print_table, write_report
+    from dskd.runs.report import print_table, write_report
 
     runs = {folder.name: folder for folder in arguments.folders}
     if len(runs) < len(arguments.folders):

@@ -56,7 +56,7 @@ def _run(words: list[str]) -> int:
     recipe = read(Path(files[0]) if files else None, overrides)
     methods = {name: build_method(run.method) for name, run in recipe.runs.items()}
 
-    from dskd import plan
+    from dskd.runs import plan
     from dskd.system.log import say
     from dskd.training.trainer import Interrupted
 

@@ -27,7 +27,7 @@ import torch
 import transformers  # noqa: F401
 from deepspeed import ops as deepspeed_ops
 
-import dskd.plan  # noqa: F401
+import dskd.runs.plan  # noqa: F401
 
 # The CPU communication op is compiled with g++ at start-up and hangs on a stale lock: never use it.
 deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from dskd import __version__, report, train
+from dskd import __version__, train
 from dskd.cli import main
 from dskd.errors import StoreError
+from dskd.runs import report
 from dskd.settings.recipe import SINGLE, read
 
 

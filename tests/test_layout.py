@@ -33,7 +33,7 @@ FLOORS = {
     "narrowing.merge narrowing.heaviest",
     2: "teachers.teacher engine.engine engine.checkpoints engine.reshard",
     3: "methods.base teachers.average training.objective stores.sweep training.evaluation models.writing teachers.capture hardness.asking narrowing.slice_stage teachers.setup "
-    "hardness.refresh job training.trainer report stages hardness.report plan",
+    "hardness.refresh runs.context training.trainer runs.report runs.stages hardness.report runs.plan",
     4: "methods.lm methods.ki methods.self_evolution methods.wid train cli",
 }
 """The modules of dskd, lowest first. One may import those of lower floors and, on its own floor,

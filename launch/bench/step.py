@@ -42,7 +42,6 @@ import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 
-from dskd import stages
 from dskd.batch import Batch
 from dskd.data.loader import Loader
 from dskd.engine import engine
@@ -52,9 +51,10 @@ from dskd.engine.engine import Engine, decay_groups
 from dskd.engine.run_config import DTYPES
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.errors import ConfigError
-from dskd.job import Job
 from dskd.methods.base import build_method
 from dskd.models.build import build
+from dskd.runs import stages
+from dskd.runs.context import Job
 from dskd.settings.recipe import read
 from dskd.settings.run import CachedTeacher, LiveTeacher, Model, Run
 from dskd.system import dist

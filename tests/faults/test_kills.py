@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from dskd import stages
 from dskd.engine import checkpoints
 from dskd.engine.engine import Engine
+from dskd.runs import stages
 from dskd.stores import store
 from dskd.system.log import Metrics, read_metrics
 from dskd.training import trainer

@@ -15,7 +15,7 @@ from dskd.errors import ConfigError
 from dskd.methods.base import build_method
 from dskd.narrowing.heaviest import slice_model
 from dskd.narrowing.widths import Widths
-from dskd.plan import check
+from dskd.runs.plan import check
 from dskd.settings.recipe import read
 from tests.launching import cut_back, forked, losses
 

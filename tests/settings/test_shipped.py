@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from dskd.methods.base import build_method
 from dskd.narrowing.layouts import layout_of, widths_of
 from dskd.narrowing.widths import Family, Target, Widths, student_widths
-from dskd.plan import CONTROL, check
+from dskd.runs.plan import CONTROL, check
 from dskd.settings.recipe import Recipe, differences, read
 from dskd.settings.run import CachedTeacher, Model
 

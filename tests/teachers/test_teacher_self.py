@@ -13,7 +13,7 @@ from dskd.batch import IGNORE, Batch, Projected
 from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
-from dskd.plan import check
+from dskd.runs.plan import check
 from dskd.settings.checks import validate
 from dskd.settings.recipe import Recipe, read
 from dskd.teachers.average import Average

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
 from dskd.models import reading
-from dskd.plan import check
-from dskd.report import table
+from dskd.runs.plan import check
+from dskd.runs.report import table
 from dskd.settings.recipe import read
 from dskd.settings.yaml_tree import dump, merge
 from tests.launching import forked

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dskd.errors import CheckpointError, ConfigError
-from dskd.report import print_table, read_history, steps_to, table, write_report
+from dskd.runs.report import print_table, read_history, steps_to, table, write_report
 
 
 def make_run(

@@ -23,13 +23,13 @@ from dskd.engine.engine import Engine, decay_groups, shard_teacher, stage_of
 from dskd.engine.run_config import teacher_config
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.hardness.refresh import Renewal
-from dskd.job import Job
 from dskd.methods.base import Change
 from dskd.models.build import hidden_size, parameter_count
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice, sliced_folder
 from dskd.ops import implementation
+from dskd.runs.context import Job
 from dskd.settings.checks import cache_folder
 from dskd.settings.run import CachedTeacher, Model
 from dskd.system import dist

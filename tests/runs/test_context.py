@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dskd.job import Job
 from dskd.methods.base import build_method
+from dskd.runs.context import Job
 from dskd.settings.run import Data, HardTokens, Masking, Run
 from tests.engine.test_checkpoints import save
 

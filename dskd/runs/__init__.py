@@ -1,0 +1,1 @@
+"""Recipes carried out: plan, stages, context and report."""

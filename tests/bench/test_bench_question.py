@@ -12,7 +12,7 @@ import pytest
 from launch.bench.question import AT_MOST
 from tests.launching import environment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_it_leaves_its_numbers(tmp_path):

@@ -16,7 +16,7 @@ from launch.bench import wid
 from launch.bench import wid_compare as compare
 from tests.launching import environment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

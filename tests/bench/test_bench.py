@@ -11,7 +11,7 @@ import pytest
 
 from tests.launching import environment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 base:
   out: {folder}/runs

@@ -19,7 +19,7 @@ from launch.bench.logit_cases import FLOOR, OURS
 from launch.bench.peers import Outcome
 from tests.launching import environment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 MADE = dict(cases.cases(verdicts.OPS, cases.SMALL, CPU))
 

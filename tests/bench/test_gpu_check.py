@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = """#!/usr/bin/env bash
 echo "python $* DEVICES=${{CUDA_VISIBLE_DEVICES-unset}}" >>"{log}"
 case "$*" in

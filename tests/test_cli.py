@@ -12,6 +12,7 @@ from dskd.cli import main
 from dskd.errors import StoreError
 from dskd.runs import report
 from dskd.settings.recipe import SINGLE, read
+from dskd.stores import logits
 
 
 def test_help_imports_nothing_heavy():
@@ -94,14 +95,14 @@ def test_errors_are_one_message(capsys, words, message):
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(logit_cache, "describe", lambda path: 1 / 0)
+    monkeypatch.setattr(logits, "describe", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["cache", "info", "x"])
 
 
 def test_cache_commands(monkeypatch, capsys):
-    monkeypatch.setattr(logit_cache, "describe", lambda path: {"k": 8, "shards": 2})
-    monkeypatch.setattr(logit_cache, "verify", lambda path: {"k": 8, "shards": 2})
+    monkeypatch.setattr(logits, "describe", lambda path: {"k": 8, "shards": 2})
+    monkeypatch.setattr(logits, "verify", lambda path: {"k": 8, "shards": 2})
     assert main(["cache", "info", "x"]) == 0
     assert capsys.readouterr().out == "k       8\nshards  2\n"
     assert main(["cache", "verify", "x"]) == 0
@@ -110,7 +111,7 @@ def test_cache_commands(monkeypatch, capsys):
     def damaged(path):
         raise StoreError(f"{path}: shard 3 is damaged")
 
-    monkeypatch.setattr(logit_cache, "verify", damaged)
+    monkeypatch.setattr(logits, "verify", damaged)
     assert main(["cache", "verify", "x"]) == 2
     assert capsys.readouterr().err == "error: x: shard 3 is damaged\n"
 

@@ -16,14 +16,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dskd.fused.cpu import products
+from dskd.fused.cpu import dense, mixture, products, topk, vocab_parallel
 
 _PLAIN = {
-    "dense": cpu,
-    "label": cpu,
-    "topk": cpu_topk,
-    "mixture": cpu_mixture,
-    "vocab_parallel": cpu_vocab_parallel,
+    "dense": dense,
+    "label": dense,
+    "topk": topk,
+    "mixture": mixture,
+    "vocab_parallel": vocab_parallel,
     "compactor": products,
 }
 _FORCED: ContextVar[bool] = ContextVar("triton_everywhere", default=False)

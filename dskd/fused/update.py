@@ -1,8 +1,8 @@
 """What a mask does to the entries of compactors around an optimizer step, and their norms.
 
 A compactor is C = I + D, stored as D; unit j of it is a column (left) or a row (right). A norm's or
-bias's vector is C as it is. A piece is what a rank holds of one (``dskd/engine/shards.py``): flat entries
-f of the whole, row = f // columns. An entry of unit j becomes
+bias's vector is C as it is. A piece is what a rank holds of one (``dskd/engine/shards.py``): flat
+entries f of the whole, row = f // columns. An entry of unit j becomes
 
     gradient <- gate_j gradient + pull_j C
     moment <- fade_j moment + push_j C

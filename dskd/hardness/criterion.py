@@ -21,7 +21,7 @@ _HALF = np.uint64(32)
 
 
 class HardnessReader(Protocol):
-    """What a model said of the tokens of the training rows (:class:`dskd.hardness.store.Hardness`)."""
+    """How hard a model found the tokens of the training rows (``dskd.hardness.store.Hardness``)."""
 
     def read(
         self,

@@ -1,6 +1,6 @@
 """Settings from YAML and the command line: read, check, write, compare.
 
-A settings file holds one run (the sections of :class:`dskd.settings.run.Run`), or a recipe of several::
+A settings file holds one run (the sections of ``dskd.settings.run.Run``), or a recipe of several::
 
     base: {out: runs/demo, data: {...}}    # what the runs share
     runs:

@@ -44,7 +44,7 @@ def test_second_call_only_reads(corpus: Path, monkeypatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("built again")
 
-    monkeypatch.setattr(blocks, "build", never)
+    monkeypatch.setattr(prepared, "build", never)
     assert prepare(settings(corpus)) == folder
     # How the rows are masked does not change them.
     assert prepare(settings(corpus, masking=Masking(probability=0.5))) == folder
@@ -92,7 +92,7 @@ def test_corpus_that_changes_while_it_is_read(tmp_path: Path, monkeypatch) -> No
         original(*args)
         make_corpus(tmp_path / "corpus.txt", 100)
 
-    monkeypatch.setattr(building, "_write_manifest", meanwhile)
+    monkeypatch.setattr(preparing, "_write_manifest", meanwhile)
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(settings(tmp_path))
     assert list((tmp_path / "rows").iterdir()) == []
@@ -163,7 +163,7 @@ def test_killed_build_leaves_nothing_that_is_reused(tmp_path: Path, monkeypatch)
         time.sleep(60)
 
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "_publish", wait)  # everything is written, only the name is missing
+        patch.setattr(prepared, "_publish", wait)  # everything is written, only the name is missing
         child = multiprocessing.get_context("fork").Process(
             target=prepare, args=(settings(tmp_path),)
         )
@@ -188,11 +188,11 @@ def test_two_builders_at_once(tmp_path: Path, monkeypatch) -> None:
     original = prepared._publish
 
     def slower(temporary: Path, folder: Path) -> None:
-        monkeypatch.setattr(blocks, "_publish", original)
+        monkeypatch.setattr(prepared, "_publish", original)
         shutil.copytree(temporary, folder)  # another run was first
         original(temporary, folder)
 
-    monkeypatch.setattr(blocks, "_publish", slower)
+    monkeypatch.setattr(prepared, "_publish", slower)
     folder = prepare(settings(tmp_path))
     assert [p.name for p in (tmp_path / "rows").iterdir()] == [folder.name]
     open_prepared(folder)

@@ -71,7 +71,7 @@ def test_causal_rows_hold_the_corpus(corpus: Path, packing: str) -> None:
 
 def test_stretches_do_not_show(corpus: Path, tmp_path: Path, monkeypatch) -> None:
     whole = open_prepared(prepare(settings(corpus)))
-    monkeypatch.setattr(building, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(preparing, "_CHUNK_CHARACTERS", 100)
     pieces = open_prepared(prepare(settings(corpus, folder=tmp_path)))
     assert pieces.fingerprint == whole.fingerprint
 

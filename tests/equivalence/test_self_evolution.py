@@ -350,7 +350,7 @@ def test_a_signal_while_the_student_is_asked(runs, references, monkeypatch):
     out = runs.folder / "signalled"
     recipe, words = str(runs.folder / "refreshed.yaml"), (f"out={out}", "train.micro_batch=2")
     with monkeypatch.context() as patch:
-        patch.setattr(generations, "ask", interrupted)
+        patch.setattr(refresh, "ask", interrupted)
         forked(2, recipe, *words, status=75)
     assert len(shards(out / STORES[1])) == 2  # of three: one round of two ranks
     assert json.loads((out / STORES[1] / MANIFEST).read_text())["shards"] is None

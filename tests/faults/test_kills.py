@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from dskd.data import prepared, preparing
 from dskd.engine import checkpoints
 from dskd.engine.engine import Engine
+from dskd.models import writing
 from dskd.runs import stages
 from dskd.stores import store
 from dskd.system.log import Metrics, read_metrics
@@ -146,8 +148,8 @@ def _half_a_folder(original, path, *args, **kwargs):
 
 
 MOMENTS: list[tuple[str, Trap, list[int]]] = [
-    ("rows written, no manifest", before(building, "_write_manifest"), []),
-    ("rows whole, not yet named", before(blocks, "_publish"), []),
+    ("rows written, no manifest", before(preparing, "_write_manifest"), []),
+    ("rows whole, not yet named", before(prepared, "_publish"), []),
     ("first shard written", after(store.Writer, "write_shard"), []),
     ("other rank's shard not yet named", moving(".shard-", "replace"), []),
     ("all shards, no manifest", before(store.Writer, "finish"), []),
@@ -155,14 +157,14 @@ MOMENTS: list[tuple[str, Trap, list[int]]] = [
     ("half a shard of the other rank", _trap(torch, "save", _half_a_file, 1, rank=1), []),
     ("engine's files written", after(Engine, "save"), []),
     ("other rank is done, one is not", before(Engine, "save"), []),
-    ("files hashed, no manifest", before(checkpoint, "write_manifest"), []),
+    ("files hashed, no manifest", before(checkpoints, "write_manifest"), []),
     ("manifest, not yet named", moving(".saving-"), []),
     ("named, nothing pruned", before(checkpoints.Checkpoints, "_prune", call=2), [2, 4]),
     ("half of one pruned", _trap(shutil, "rmtree", _half_a_folder, None, rank=0), [4, 6]),
     ("half a line of metrics", _trap(Metrics, "write", _half_a_line, 1, rank=0), [4, 6]),
     ("last checkpoint, no summary", before(stages, "_summarise"), [8]),
-    ("weights exported, no tokenizer", before(export, "_describe"), [8]),
-    ("export whole, not yet named", before(export, "_replace"), [8]),
+    ("weights exported, no tokenizer", before(writing, "_describe"), [8]),
+    ("export whole, not yet named", before(writing, "_replace"), [8]),
     ("scores not yet named", moving(".scores.json", "replace"), [8]),
 ]
 """What has happened, the trap that kills a rank there, and the steps saved by then."""

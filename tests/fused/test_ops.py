@@ -214,8 +214,8 @@ def test_the_loss_scale_saves_an_fp16_gradient():
     student_NV = normal(4, 1000, dtype=torch.float16).requires_grad_()
     teacher_NV = student_NV.detach().float() + 1e-3 * normal(4, 1000, seed=1).float()
     exact_NV = student_NV.detach().double().requires_grad_()
-    reference = reference.divergence(exact_NV, teacher_NV.double(), temperature=4.0).sum()
-    (expected,) = gradients(reference * 65536.0, exact_NV)
+    loss = reference.divergence(exact_NV, teacher_NV.double(), temperature=4.0).sum()
+    (expected,) = gradients(loss * 65536.0, exact_NV)
     for loss in (
         lambda: ops.dense_kd(student_NV, teacher_NV, temperature=4.0),
         lambda: ops.topk_kd(student_NV, *_all_kept(teacher_NV / 4.0), temperature=4.0),
@@ -237,10 +237,8 @@ def test_fp32_logits_keep_the_gradient_of_a_student_close_to_its_teacher():
     weight_VD = weight_VD.bfloat16()
     teacher = LinearTeacher(hidden_ND.bfloat16(), weight_VD)
     exact_ND, wide_VD = student_ND.detach().double().requires_grad_(), weight_VD.double()
-    reference = reference.divergence(
-        exact_ND @ wide_VD.t(), teacher.hidden_NE.double() @ wide_VD.t()
-    )
-    (expected,) = gradients(reference.sum(), exact_ND)
+    loss = reference.divergence(exact_ND @ wide_VD.t(), teacher.hidden_NE.double() @ wide_VD.t())
+    (expected,) = gradients(loss.sum(), exact_ND)
     error = {}
     for dtype in (torch.float32, torch.bfloat16):
         total = ops.linear_kd(student_ND, weight_VD, teacher=teacher, logits_dtype=dtype).total

@@ -51,7 +51,7 @@ def weights(rows, columns, device, *, kind="forward_kl", labelled=True):
     return Weights(divergence, reverse, labels, label)
 
 
-def reference(student, teacher, w, kind, beta, temperature, maps):
+def expected_by_reference(student, teacher, w, kind, beta, temperature, maps):
     """Divergence, label loss and gradient in float64 of rows that count, 0 for the others."""
     rows = w.counted()
     teacher = reference.mapped(teacher[rows].double(), *maps[1])
@@ -107,7 +107,7 @@ def check(  # the arguments of `run` and tolerances
     relative=3e-5, absolute=3e-7,
 ):  # fmt: skip
     """Losses and gradient are the reference's; returns the losses."""
-    wanted = reference(student, teacher, w, kind, 0.3, temperature, maps)
+    wanted = expected_by_reference(student, teacher, w, kind, 0.3, temperature, maps)
     grad = torch.empty_like(student) if grad is None else grad
     divergence, label_loss = run(student, teacher, w, kind, 0.3, temperature, maps, grad)
     assert divergence.dtype == torch.float32
@@ -182,7 +182,7 @@ def test_types(device, kind, dtypes):
     grad = student if in_place else logits(4, 301, dtypes[2], padding=8, device=device)
     before = student.clone()
     w = weights(4, 301, device, kind=kind)
-    wanted = reference(before, teacher, w, kind, 0.3, 2.0, (PLAIN, PLAIN))
+    wanted = expected_by_reference(before, teacher, w, kind, 0.3, 2.0, (PLAIN, PLAIN))
     check(student, teacher, w, kind, 2.0, grad=grad)
     # the label's column, which is written twice
     at = (torch.tensor((0, 3), device=device), w.labels[[0, 3]])
@@ -329,7 +329,7 @@ def test_more_than_two_to_the_31_elements():
     w.divergence[:-4] = 0
     last = Weights(w.divergence[-4:], None, None, None)
     maps = (PLAIN, PLAIN)
-    wanted = reference(student[-4:], teacher[-4:], last, "forward_kl", 0.3, 1.0, maps)
+    wanted = expected_by_reference(student[-4:], teacher[-4:], last, "forward_kl", 0.3, 1.0, maps)
     divergence, _ = run(student, teacher, w, "forward_kl", grad=student)
     close("divergence", divergence[-4:], wanted[0], 3e-5, 3e-6)
     close("gradient", student[-4:], wanted[2], ROUNDING[BF16] + 3e-5, 3e-7)

@@ -48,7 +48,7 @@ def awkward(columns, ranges, device, dtype=torch.float32, padding=0, offset=0, p
     return student, teachers, [first for first, _ in ranges], weight
 
 
-def reference(student, teachers, firsts, weight, temperature, logit_map):
+def expected_by_reference(student, teachers, firsts, weight, temperature, logit_map):
     """Divergence and the gradient of its sum over rows, each times its weights' sum."""
     read = weight != 0
     student = student.where(read.any(1, keepdim=True), 0.0).double()
@@ -75,7 +75,7 @@ def check(
     tolerance=3e-5,
 ):
     """Run the kernel into `grad` ("other", "in place", None, a tensor) and compare everything."""
-    wanted = reference(student, teachers, firsts, weight, temperature, logit_map)
+    wanted = expected_by_reference(student, teachers, firsts, weight, temperature, logit_map)
     read = [teacher.clone() for teacher in teachers]
     if grad == "in place":
         grad = student
@@ -237,7 +237,7 @@ def test_elements_beyond_int32(device, tmp_path):
         rows.append(memory.as_strided((3, columns), (stride, 1)).copy_(logits(3, columns)))
     student, *teachers = *rows, logits(3, columns, torch.float16, device=device)
     weight = torch.rand(3, 2, device=device)
-    wanted = reference(student, teachers, [0, 0], weight, 1.0, PLAIN)
+    wanted = expected_by_reference(student, teachers, [0, 0], weight, 1.0, PLAIN)
     divergence = mixture.mixture_rows(
         student, teachers, [0, 0], weight, temperature=1.0, student_map=PLAIN, grad_NV=student
     )

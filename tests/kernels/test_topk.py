@@ -50,7 +50,7 @@ def awkward(columns, kept, temperature, device, dtype=torch.float32, padding=0):
     return student, (ids, logprobs, tail), labels, (weight, label_weight)
 
 
-def reference(student, teacher, labels, weights, mode, temperature, logit_map):
+def expected_by_reference(student, teacher, labels, weights, mode, temperature, logit_map):
     """Divergence, label loss, and the gradient of their weighted sum; ignored rows are 0."""
     weight, label_weight = weights
     used = weight != 0 if label_weight is None else (weight != 0) | (label_weight != 0)
@@ -92,7 +92,7 @@ def check(
     """Run the kernel into `grad` ("other", "in place", None, a tensor) and compare everything."""
     weight, label_weight = weights if labels is not None else (weights[0], None)
     weights = weight, label_weight
-    wanted = reference(student, teacher, labels, weights, mode, temperature, logit_map)
+    wanted = expected_by_reference(student, teacher, labels, weights, mode, temperature, logit_map)
     outside = surroundings(student)
     if grad == "in place":
         grad = student
@@ -285,7 +285,7 @@ def test_elements_beyond_int32(device, tmp_path):
     teacher = logits(3, columns, device=device)
     weight = torch.ones(3, device=device)
     kept = from_teacher(teacher, 5, 1.0)
-    wanted = reference(student, kept, None, (weight, None), "tail", 1.0, PLAIN)
+    wanted = expected_by_reference(student, kept, None, (weight, None), "tail", 1.0, PLAIN)
     divergence, _ = topk.topk_rows(
         student, *kept, None, weight, None,
         mode="tail", temperature=1.0, student_map=PLAIN, grad_NV=student,

@@ -209,7 +209,7 @@ def test_micro_batches_are_taken_apart_once(kind, monkeypatch):
     each = accumulated(layer, xs, last_only=False)
     calls = []
     original = compactors.unmerge
-    monkeypatch.setattr(compactor, "unmerge", lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setattr(compactors, "unmerge", lambda *a: calls.append(1) or original(*a))
     assert_close(accumulated(layer, xs, last_only=True), each)
     assert_close(accumulated(layer, xs[:1], last_only=True), accumulated(layer, xs[:1], False))
     assert calls == [1] * 3
@@ -235,7 +235,7 @@ def test_one_merge_serves_until_it_is_forgotten(monkeypatch):
     layers = [CompactedLinear(nn.Linear(4, 4), merging) for _ in range(3)]
     layers.append(CompactedLinear(nn.Linear(4, 8), merging))
     sizes, original = [], compactors.merge
-    monkeypatch.setattr(compactor, "merge", lambda some: sizes.append(len(some)) or original(some))
+    monkeypatch.setattr(compactors, "merge", lambda some: sizes.append(len(some)) or original(some))
     x = torch.randn(2, 4)
     with torch.no_grad():
         before = [layer(x) for layer in layers]
@@ -274,7 +274,7 @@ def test_sharded_weights_leave_nothing_whole_behind(kind, monkeypatch):
     drift(layer)
     x = torch.randn(5, INPUTS, dtype=torch.float64, requires_grad=True)
     wanted = {"y": layer(x)} | gradients(layer, layer(x), x)
-    monkeypatch.setattr(compactor, "is_sharded", lambda parameter: True)
+    monkeypatch.setattr(compactors, "is_sharded", lambda parameter: True)
     layer.merging.forget()
     layer.merging.last = False
     kept = []

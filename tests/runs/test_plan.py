@@ -146,7 +146,7 @@ def hub(trained, tmp_path, monkeypatch) -> Path:
             shutil.copytree(trained / "runs" / "teacher" / "export", snapshot)
         return snapshot
 
-    monkeypatch.setattr(weights, "_download", download)
+    monkeypatch.setattr(reading, "_download", download)
     shutil.copytree(trained / "data", tmp_path / "data")
     return home
 
@@ -184,7 +184,7 @@ def test_a_config_that_is_at_hand_is_looked_at_and_nothing_downloaded(hub, tmp_p
     """As when another program has read no more than the config."""
     snapshot = reading._download(REPOSITORY, None, [])
     (snapshot / "model.safetensors").unlink()
-    monkeypatch.setattr(weights, "_download", lambda *rest: pytest.fail("it was downloaded"))
+    monkeypatch.setattr(reading, "_download", lambda *rest: pytest.fail("it was downloaded"))
     with pytest.raises(ConfigError, match=r"^method\.hidden_size: 18"):
         checked(recipe_of(tmp_path, {"a": merge(FROM_HUB, {"method": {"hidden_size": 18}})}))
 

@@ -12,6 +12,7 @@ from dskd.batch import IGNORE, Batch
 from dskd.data.loader import make_batch
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError, NonFiniteError, StoreError
+from dskd.stores import logits as logits_module
 from dskd.stores.logits import Layout, LogitCache, describe, verify
 from dskd.stores.store import Store, Writer, shard_path
 from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher
@@ -170,7 +171,7 @@ def test_batch_without_supervised_position():
 def test_encoding_in_chunks_changes_nothing(monkeypatch):
     logits = torch.randn(12, 50)
     whole = layout_of().encode(batch_of(3, 4), logits)
-    monkeypatch.setattr(logit_cache, "_CHUNK", 150)  # three positions at a time
+    monkeypatch.setattr(logits_module, "_CHUNK", 150)  # three positions at a time
     parts = layout_of().encode(batch_of(3, 4), logits)
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array)
@@ -187,8 +188,8 @@ def test_every_id_of_a_large_vocabulary(vocabulary):
     kept = [vocabulary - 1, 65_533, 257]
     logits[0, kept] = torch.tensor([30.0, 20.0, 10.0])
     columns = layout.encode(batch, logits)
-    assert logits._join("ids", columns).tolist() == [kept]
-    assert logits._join("input", columns).tolist() == [vocabulary - 2]
+    assert logits_module._join("ids", columns).tolist() == [kept]
+    assert logits_module._join("input", columns).tolist() == [vocabulary - 2]
     normaliser = math.log(math.exp(30) + math.exp(20) + math.exp(10) + vocabulary - 3)
     tail = math.log(vocabulary - 3) - normaliser / 2
     assert columns["tail"][0, 0] == pytest.approx(tail, rel=1e-6)

@@ -57,8 +57,8 @@ def topk_rows(
         tail_N: mode ``tail`` only: log of the mass of what is not kept.
         mode, temperature: see :func:`dskd.fused.reference.topk_divergence`; no factor T^2.
 
-    The other arguments are those of :func:`dskd.fused.cpu.dense.dense_rows`. A row without used slots has
-    the divergence 0.
+    The other arguments are those of :func:`dskd.fused.cpu.dense.dense_rows`. A row without used
+    slots has the divergence 0.
     """
     dtype = wide(student_NV.dtype)
     student = Logits(student_NV, student_map, temperature, dtype)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dskd.fused.cpu import dense
+from dskd.fused.cpu import chunks, dense
 from dskd.fused.reference import cross_entropy, divergence, mapped
 
 KINDS = [*dense.KINDS, "mixed"]
@@ -136,7 +136,7 @@ def test_in_place_and_into_strided_bf16(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_weight_are_not_looked_at(kind, monkeypatch):
-    monkeypatch.setattr(cpu_chunks, "rows_per_chunk", lambda *_: 3)  # several chunks, some gathered
+    monkeypatch.setattr(chunks, "rows_per_chunk", lambda *_: 3)  # several chunks, some gathered
     s, t, labels, w, r, lw = make(11, 19, None, torch.float64, kind)
     dead = torch.tensor([0, 2, 5, 6, 10])
     for weights in (w, r, lw):

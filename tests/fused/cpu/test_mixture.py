@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dskd.fused.cpu import chunks
 from dskd.fused.cpu.mixture import mixture_rows
 from dskd.fused.reference import divergence, mapped, mixture_divergence
 
@@ -75,7 +76,7 @@ def test_mass_on_a_masked_column_is_infinite():
 
 
 def test_rows_without_weight_are_not_looked_at(monkeypatch):
-    monkeypatch.setattr(cpu_chunks, "rows_per_chunk", lambda *_: 3)
+    monkeypatch.setattr(chunks, "rows_per_chunk", lambda *_: 3)
     arguments = make(10, 23, RANGES["shared"])
     s, teachers, _, weights = arguments
     dead = torch.tensor([0, 2, 5, 6, 9])

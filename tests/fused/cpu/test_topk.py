@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dskd.fused.cpu import chunks
 from dskd.fused.cpu.topk import topk_rows
 from dskd.fused.reference import cross_entropy, divergence, mapped, topk_divergence
 from tests.fused.plain_losses import MODES
@@ -183,7 +184,7 @@ def test_an_infinite_divergence_has_a_finite_gradient():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_without_weight_are_not_looked_at(mode, monkeypatch):
-    monkeypatch.setattr(cpu_chunks, "rows_per_chunk", lambda *_: 3)
+    monkeypatch.setattr(chunks, "rows_per_chunk", lambda *_: 3)
     s, t, labels, w, lw = make(10, 13)
     dead = torch.tensor([0, 2, 5, 6, 9])
     w[dead], lw[dead] = 0.0, 0.0

@@ -1,1 +1,0 @@
-"""Which units of a teacher go, when, and how their compactors become exactly zero."""

@@ -86,7 +86,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> int:
     from dskd.methods.base import build_method
-    from dskd.settings.recipe import SINGLE, dump, read, validate
+    from dskd.settings.checks import validate
+    from dskd.settings.recipe import SINGLE, dump, read
 
     files = [word for word in arguments.words if "=" not in word]
     if len(files) > 1:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dskd.data.mask_draws import checked_mask_id
 from dskd.data.tokenizers import special_ids, vocabulary_size
 from dskd.errors import ConfigError
-from dskd.settings.run import MaskShares
+from dskd.settings.data import MaskShares
 
 _SPECIALS = 4  # <s> <pad> </s> <unk> come first in a fairseq dictionary
 

@@ -16,7 +16,7 @@ from dskd.batch import IGNORE
 from dskd.data.counter import below, mix, uniform
 from dskd.data.tokenizers import real_ids, special_ids
 from dskd.errors import ConfigError
-from dskd.settings.run import MaskShares
+from dskd.settings.data import MaskShares
 
 _COUNT, _KEY, _KIND, _TOKEN = 1, 2, 3, 4  # one stream of random numbers for each decision
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dskd.data.tokenizers import encoder, end_id, start_id
-from dskd.settings.run import Data
+from dskd.settings.data import Data
 
 Slice = tuple[int, int]
 

@@ -33,7 +33,7 @@ from dskd.data import sources
 from dskd.data.preparing import FORMAT, MANIFEST, build
 from dskd.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from dskd.errors import DataError
-from dskd.settings.run import Data, HubSource, PretrainedTokenizer, Source
+from dskd.settings.data import Data, HubSource, PretrainedTokenizer, Source
 from dskd.system.files import file_hash, fingerprint, read_manifest, sync_folder
 
 

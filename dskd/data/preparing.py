@@ -21,7 +21,7 @@ from dskd.data import sources
 from dskd.data.packing import Encoder, Packer
 from dskd.data.tokenizers import load_tokenizer, start_id, tokenizer_fingerprint, vocabulary_size
 from dskd.errors import DataError
-from dskd.settings.run import Data, Source
+from dskd.settings.data import Data, Source
 from dskd.system.files import file_hash, fingerprint, write_manifest
 
 FORMAT = 1

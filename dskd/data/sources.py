@@ -20,7 +20,7 @@ from typing import Any
 import xxhash
 
 from dskd.errors import ConfigError, DataError
-from dskd.settings.run import BuiltinSource, HubSource, JsonlSource, Source, TextSource
+from dskd.settings.data import BuiltinSource, HubSource, JsonlSource, Source, TextSource
 from dskd.system.files import file_hash
 
 # Folders of the standard library that hold no prose, or are no part of it.

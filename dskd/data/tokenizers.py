@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dskd.errors import ConfigError, DataError
-from dskd.settings.run import Data, TrainedTokenizer
+from dskd.settings.data import Data, TrainedTokenizer
 from dskd.system.files import fingerprint
 
 _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0..3; <mask> comes last, as in RoBERTa

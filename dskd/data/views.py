@@ -20,7 +20,7 @@ from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
 from dskd.data.mask_draws import Replacer, keys, maskable, number, smallest
 from dskd.data.tokenizers import continues_word, special_ids, tokenizer_fingerprint
 from dskd.errors import ConfigError
-from dskd.settings.run import Data, Masking, MaskShares
+from dskd.settings.data import Data, Masking, MaskShares
 from dskd.system.files import fingerprint
 
 

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from dskd.engine.ds_words import BROKEN, NESTED, TOP, UNUSED
 from dskd.errors import ConfigError
 from dskd.settings.parsing import nearest, show
-from dskd.settings.run import Precision, Run
+from dskd.settings.run import Run
+from dskd.settings.teachers import Precision
 
 DS = dict[str, Any]
 Role = Literal["student", "teacher"]

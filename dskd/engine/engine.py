@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from dskd.batch import Batch, Term
 from dskd.engine.ds_config import precision_of
-from dskd.engine.run_config import on_gpu
 from dskd.engine.shards import Weights, weights_of
 from dskd.system import dist
+from dskd.system.device import on_gpu
 
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from dskd.engine.ds_config import fill_auto, load_preset
 from dskd.errors import ConfigError
-from dskd.settings.run import Precision, Run
+from dskd.settings.run import Run
+from dskd.settings.teachers import Precision
 from dskd.system import dist
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def on_gpu() -> bool:
-    """Whether the ranks compute on GPUs; ``DS_ACCELERATOR=cpu`` keeps them off those there are."""
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-
-
-def resolve(precision: Precision) -> Literal["fp32", "bf16", "fp16"]:
-    """``auto`` is bf16 on a GPU that computes in it, else fp32."""
-    if precision != "auto":
-        return precision
-    return "bf16" if _has_bf16() else "fp32"
+from dskd.system.device import _has_bf16, on_gpu
 
 
 def student_config(run: Run, hidden: int, *, world: int | None = None) -> dict[str, Any]:
@@ -63,7 +49,3 @@ def _fill(
         ranks_per_node=local,
         **options,
     )
-
-
-def _has_bf16() -> bool:
-    return on_gpu() and torch.cuda.is_bf16_supported()

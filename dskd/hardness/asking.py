@@ -21,7 +21,7 @@ from dskd.errors import NonFiniteError
 from dskd.hardness.scoring import ScoringView
 from dskd.hardness.store import describe, encode, hardness_spec
 from dskd.models.families import rows_of
-from dskd.settings.run import HardTokens
+from dskd.settings.data import HardTokens
 from dskd.stores.shard import StoreSpec
 from dskd.stores.store import Writer, is_complete
 from dskd.stores.sweep import sweep

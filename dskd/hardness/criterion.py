@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dskd.data.mask_draws import smallest
 from dskd.data.prepared import RowSet
-from dskd.settings.run import HardTokens
+from dskd.settings.data import HardTokens
 
 _LARGEST_BITS = np.uint64(0x7FFFFFFF)  # of a float32 without its sign
 _NOT_HARD = np.uint64(1 << 63)

@@ -24,7 +24,7 @@ from dskd.data.prepared import RowSet
 from dskd.data.tokenizers import special_ids, tokenizer_fingerprint
 from dskd.data.views import CausalView
 from dskd.hardness.criterion import Generations, Judge, select
-from dskd.settings.run import Data, HardTokens
+from dskd.settings.data import Data, HardTokens
 from dskd.system.files import fingerprint
 
 _ELSEWHERE = ("store", "model", "shown", "micro_batch", "rows_per_shard", "draws")

@@ -30,14 +30,16 @@ from dskd.hardness.scoring import ScoringView, scoring_view
 from dskd.hardness.store import Hardness, hardness_spec, identity
 from dskd.models.build import hidden_size, model_fingerprint
 from dskd.models.families import rows_of
-from dskd.narrowing.slice_stage import student_settings
-from dskd.settings.checks import questions_folder
-from dskd.settings.run import HardTokens, LiveTeacher, Model, Run
+from dskd.models.frozen import evaluating, frozen_model
+from dskd.settings.data import HardTokens
+from dskd.settings.folders import questions_folder, student_settings
+from dskd.settings.model import Model
+from dskd.settings.run import Run
+from dskd.settings.teachers import LiveTeacher
+from dskd.stores.fingerprints import prints_of_rows
 from dskd.system import dist
 from dskd.system.files import fingerprint
 from dskd.system.log import say
-from dskd.teachers.setup import frozen_model, prints_of_rows
-from dskd.teachers.teacher import evaluating
 
 
 class Student(NamedTuple):

@@ -28,12 +28,14 @@ from dskd.errors import ConfigError, StoreError
 from dskd.hardness.masks import AnyHardView, HardCausalView, hard_view
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness
-from dskd.settings.checks import questions_folder, validate
+from dskd.settings.checks import validate
+from dskd.settings.data import HardTokens
+from dskd.settings.folders import questions_folder
 from dskd.settings.recipe import read
-from dskd.settings.run import HardTokens, Run
+from dskd.settings.run import Run
+from dskd.stores.fingerprints import prints_of_rows
 from dskd.stores.store import MANIFEST
 from dskd.system.files import write_atomic
-from dskd.teachers.setup import prints_of_rows
 
 FORMATS = ("png", "svg", "pdf")
 EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

@@ -25,7 +25,7 @@ from dskd.data.counter import mix
 from dskd.data.tokenizers import special_ids, tokenizer_fingerprint
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError
-from dskd.settings.run import Data, HardTokens
+from dskd.settings.data import Data, HardTokens
 from dskd.system.files import fingerprint
 
 _RANK = 6  # stream of random numbers, apart from those of the masks and of the order of rows

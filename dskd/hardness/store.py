@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from dskd.data.prepared import RowSet
 from dskd.errors import StoreError
 from dskd.hardness.scoring import Asking, ScoringView
-from dskd.settings.run import HardTokens
+from dskd.settings.data import HardTokens
 from dskd.stores.shard import Column, StoreSpec
 from dskd.stores.store import Store, read_spec
 

@@ -8,13 +8,18 @@ teacher.
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 from pydantic import Field, ValidationInfo, field_validator
 
 from dskd.batch import Rows, Signal, Term
+from dskd.errors import ConfigError
 from dskd.fused.reference import TopKMode
 from dskd.ops import rows_ce, rows_kd
-from dskd.settings.run import Section
-from dskd.training.learning_rate import RateSchedule, inheritance_rate
+from dskd.settings.base import Section
+
+RateSchedule = Literal["linear", "switch", "constant", "cosine"]
 
 
 class Inherited(Section):
@@ -76,3 +81,28 @@ def labels_term(rows: Rows) -> Term:
     """The cross entropy summed over the supervised positions, in nats, logged as ``ce``."""
     losses = rows_ce(rows)
     return Term(losses.total, {"ce": losses.label_N.sum()})
+
+
+def inheritance_rate(kind: RateSchedule, step: int, end: int, start: float = 1.0) -> float:
+    """Weight alpha of the teacher's term after ``step`` completed steps (KI, section 3.2).
+
+    ``linear``: ``start * max(0, 1 - step / end)``; ``cosine``: half a cosine from ``start`` at 0 to
+    0 at ``end``; ``switch``: ``start`` before ``end``, 0 from there on; ``constant``: ``start``.
+    It never rises with ``step``.
+
+    Raises:
+        ConfigError: ``linear`` or ``cosine`` without an ``end`` to fall towards.
+    """
+    if kind == "constant":
+        return start
+    if kind == "switch":
+        return start if step < end else 0.0
+    if end < 1:
+        raise ConfigError(
+            f"a {kind} inheritance rate needs at least 1 step to fall to 0, not {end}"
+        )
+    if step >= end:
+        return 0.0
+    if kind == "linear":
+        return start * (1.0 - step / end)
+    return start * 0.5 * (1.0 + math.cos(math.pi * step / end))

@@ -23,7 +23,9 @@ from dskd.errors import ConfigError
 from dskd.fused.arguments import Weight
 from dskd.methods.base import Method
 from dskd.ops import rows_ce, rows_kd
-from dskd.settings.run import HardTokens, Run, SelfTeacher
+from dskd.settings.data import HardTokens
+from dskd.settings.run import Run
+from dskd.settings.teachers import SelfTeacher
 
 
 class SelfEvolution(Method):

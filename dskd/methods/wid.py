@@ -17,9 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Rows, Signal, Term
 from dskd.engine.ds_config import optimizer_device
+from dskd.engine.hooks import Change
 from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
-from dskd.methods.base import Change, Method
+from dskd.methods.base import Method
 from dskd.methods.inheritance_loss import Inherited, labels_term
 from dskd.narrowing.ds_limits import check_preset, is_adam
 from dskd.narrowing.insert import Surgery, insert
@@ -30,7 +31,8 @@ from dskd.narrowing.rule import Rule
 from dskd.narrowing.rules import Annealed, Original
 from dskd.narrowing.units import Ranking, Units, original_end, ramp_end, spread
 from dskd.narrowing.widths import Cut, RuleName, Strategy, Target, Widths, cuts, student_widths
-from dskd.settings.run import Run, SelfTeacher
+from dskd.settings.run import Run
+from dskd.settings.teachers import SelfTeacher
 from dskd.system.log import say
 
 _TRIAL_TOKENS = 512

@@ -29,7 +29,7 @@ from dskd.errors import ConfigError
 from dskd.models.families import FAMILIES, family_of, longest_row, tie_head_bias
 from dskd.models.initial import initialise
 from dskd.models.reading import load_weights, local_folder, weight_files
-from dskd.settings.run import Model
+from dskd.settings.model import Model
 from dskd.system.files import file_hash, fingerprint
 
 _AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from dskd.engine.ds_config import load_preset
-from dskd.engine.run_config import resolve
 from dskd.errors import ConfigError
 from dskd.narrowing.widths import RuleName
 from dskd.settings.run import Run
+from dskd.system.device import resolve
 
 _ADAM = ("adam", "adamw")
 _FP32 = ("fp32", "float32", "float", "torch.float32")

@@ -7,8 +7,6 @@ The folder is a HuggingFace model like any other, so whatever loads a ``path`` l
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -19,8 +17,9 @@ from dskd.narrowing.heaviest import slice_model
 from dskd.narrowing.layouts import LAYOUTS, layout_of, widths_of
 from dskd.narrowing.narrow import narrowed_config
 from dskd.narrowing.widths import Target, Widths, student_widths
-from dskd.settings.model import Slice
-from dskd.settings.run import Model, Run
+from dskd.settings.folders import sliced_folder, source_settings
+from dskd.settings.model import Model, Slice
+from dskd.settings.run import Run
 from dskd.system import dist
 
 _SLICED = (
@@ -33,26 +32,6 @@ _SLICED = (
     "tie_word_embeddings",
 )
 """Fields of a config that a cut sets."""
-
-
-def sliced_folder(run: Run) -> Path:
-    """Where a run keeps the model that its student starts as."""
-    return run.out / "sliced"
-
-
-def student_settings(run: Run) -> Model:
-    """The model to build as the run's student: ``run.model``, or what is left of it."""
-    if run.model.slice is None:
-        return run.model
-    own = {"path": str(sliced_folder(run)), "revision": None, "slice": None}
-    return run.model.model_copy(update=own)
-
-
-def source_settings(run: Run) -> Model:
-    """The model that the student is, or is cut from; ``config`` is of the student itself."""
-    if run.model.slice is None:
-        return run.model
-    return run.model.model_copy(update={"config": {}, "slice": None})
 
 
 def sliced_config(config: PreTrainedConfig, model: Model) -> PreTrainedConfig:

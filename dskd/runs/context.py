@@ -17,9 +17,11 @@ from dskd.hardness.masks import HardCausalView, hard_view
 from dskd.hardness.refresh import Generations
 from dskd.methods.base import Method
 from dskd.models.build import hidden_size
-from dskd.narrowing.slice_stage import student_settings
 from dskd.settings.checks import evaluation_selects
-from dskd.settings.run import HardTokens, Model, Run
+from dskd.settings.data import HardTokens
+from dskd.settings.folders import student_settings
+from dskd.settings.model import Model
+from dskd.settings.run import Run
 from dskd.system import dist
 
 EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed

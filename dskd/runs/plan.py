@@ -24,13 +24,18 @@ from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
 from dskd.models.reading import folder_at_hand
-from dskd.narrowing.slice_stage import sliced_config, source_settings
+from dskd.narrowing.slice_stage import sliced_config
 from dskd.runs.context import Job
 from dskd.runs.report import print_table, write_report
 from dskd.runs.stages import STAGES
 from dskd.settings.checks import validate
-from dskd.settings.recipe import Recipe, differences, dump, read
-from dskd.settings.run import HardTokens, Model, Run, SelfTeacher
+from dskd.settings.compare import differences
+from dskd.settings.data import HardTokens
+from dskd.settings.folders import source_settings
+from dskd.settings.model import Model
+from dskd.settings.recipe import Recipe, dump, read
+from dskd.settings.run import Run
+from dskd.settings.teachers import SelfTeacher
 from dskd.system import dist
 from dskd.system.files import read_manifest, write_atomic, write_manifest
 from dskd.system.locks import alone

@@ -20,23 +20,26 @@ from dskd.engine import reshard
 from dskd.engine.checkpoints import Saved
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import Engine, decay_groups, shard_teacher, stage_of
+from dskd.engine.hooks import Change
 from dskd.engine.run_config import teacher_config
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.hardness.refresh import Renewal
-from dskd.methods.base import Change
 from dskd.models.build import hidden_size, parameter_count
+from dskd.models.frozen import model_of
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.models.writing import export
-from dskd.narrowing.slice_stage import make_slice, sliced_folder
+from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
 from dskd.runs.context import Job
-from dskd.settings.checks import cache_folder
-from dskd.settings.run import CachedTeacher, Model
+from dskd.settings.folders import cache_folder, sliced_folder
+from dskd.settings.model import Model
+from dskd.settings.teachers import CachedTeacher
+from dskd.stores.fingerprints import expected
 from dskd.system import dist
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.teachers.capture import capture
-from dskd.teachers.setup import Inheritance, each_teacher, expected, frozen, inherit, model_of
+from dskd.teachers.setup import Inheritance, each_teacher, frozen, inherit
 from dskd.training.evaluation import evaluate
 from dskd.training.objective import Objective
 from dskd.training.trainer import CHANGE, RENEWAL, Progress, Trainer

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 from dskd.errors import ConfigError
+from dskd.settings.data import HardTokens
+from dskd.settings.folders import cache_folder
+from dskd.settings.model import Model
 from dskd.settings.parsing import line, nearest
-from dskd.settings.run import (
-    CachedTeacher,
-    HardTokens,
-    LiveTeacher,
-    Model,
-    RoutedTeacher,
-    Run,
-    SelfTeacher,
-)
+from dskd.settings.run import Run
+from dskd.settings.teachers import CachedTeacher, LiveTeacher, RoutedTeacher, SelfTeacher
 
 Problems = Iterator[tuple[str, str]]
 """Dotted names of settings, and what is wrong with them."""
@@ -37,25 +33,6 @@ class Method(Protocol):
     def weighs_hard_tokens(self) -> bool:
         """Whether the loss reads which labels are hard."""
         ...
-
-
-def cache_folder(run: Run, domain: str | None = None) -> Path:
-    """Where a run's cached teacher (``domain``'s, if routed) keeps its logits."""
-    teacher = run.teacher.domains[domain] if isinstance(run.teacher, RoutedTeacher) else run.teacher
-    if teacher.path is not None:
-        return teacher.path
-    return run.out / "cache" if domain is None else run.out / "cache" / domain
-
-
-def questions_folder(run: Run, generation: int = 0) -> Path:
-    """Where a run whose masking is of hard tokens keeps what the model said before training, or the
-    student after ``generation`` times ``refresh`` epochs."""
-    masking = run.data.masking
-    assert isinstance(masking, HardTokens), masking
-    if generation:
-        assert masking.refresh is not None, generation
-        return run.out / f"questions-epoch-{generation * masking.refresh:05d}"
-    return run.out / "questions" if masking.store is None else masking.store
 
 
 def evaluation_selects(run: Run, method: Method) -> bool:

@@ -1,18 +1,12 @@
-"""Settings of a model, and the base of all settings; see ``settings.py`` for the others."""
+"""Settings of a model: loaded or random, whole or sliced."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Section(BaseModel):
-    """Base of every group of settings: unknown keys are refused, values are never changed."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from dskd.settings.base import Section
 
 
 class Slice(Section):

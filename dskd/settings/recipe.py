@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from pydantic import BaseModel
 
 from dskd.errors import ConfigError
 from dskd.settings import yaml_tree as trees
-from dskd.settings.checks import cache_folder, questions_folder, validate
-from dskd.settings.parsing import Problem, build, line, nearest, parse, show, with_kinds
-from dskd.settings.run import CachedTeacher, HardTokens, RoutedTeacher, Run
+from dskd.settings.data import HardTokens
+from dskd.settings.folders import cache_folder, questions_folder
+from dskd.settings.parsing import Problem, build, line, nearest, show, with_kinds
+from dskd.settings.run import Run
+from dskd.settings.teachers import CachedTeacher, RoutedTeacher
 from dskd.settings.yaml_tree import Place, Tree
-
-__all__ = ["SINGLE", "Recipe", "cache_folder", "differences", "dump", "parse", "read", "validate"]
 
 SINGLE = "run"
 """Name of the only run of a file that is no recipe."""
@@ -71,61 +71,6 @@ def read(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recip
 def dump(run: Run) -> str:
     """The whole of a run's settings as YAML; :func:`read` gives the same run back."""
     return trees.dump(run.model_dump(mode="json"))
-
-
-# Settings that say where, how fast or how far, but not what comes out.
-_FREE = re.compile(
-    r"(?:out|until|deepspeed|log_every|checkpoint\..*|evaluation\.(?:every|micro_batch)|data\.folder"
-    r"|data\.(?:sources|validation)\.\d+\.path"  # the rows' content is compared instead
-    r"|data\.masking\.(?:store|micro_batch|rows_per_shard)"
-    r"|train\.(?:micro_batch|compile|activation_checkpointing)"
-    r"|teacher\.(?:domains\.[^.]*\.)?(?:deepspeed|micro_batch|rows_per_shard))$"
-)
-
-
-# Settings that choose among a model's answers, or what becomes of the chosen tokens.
-_SELECTION = {
-    *("threshold", "metric", "quantile", "least", "most", "probability"),
-    *("keep", "random", "replacement", "sampler", "refresh", "draws"),
-}
-
-
-def differences(a: Run, b: Run, *, selection: bool = True) -> list[str]:
-    """Settings in which two runs differ so that their results differ: ``name: a's value, now b's``.
-
-    Folders, geometry (``deepspeed``, micro-batches, ``compile``, activation checkpointing), the
-    last stage and the cadence of logs, checkpoints and evaluations are free.
-
-    Args:
-        a: a run.
-        b: another.
-        selection: whether what selects among the tokens of a masking of hard tokens counts, or
-            only what their store depends on.
-    """
-    old, new = a.model_dump(mode="json"), b.model_dump(mode="json")
-    if not selection and isinstance(b.data.masking, HardTokens):
-        asked = {"probability"} if b.data.masking.shown == "mask" else set()  # it sets the passes
-        for masking in (old["data"]["masking"], new["data"]["masking"]):
-            for name in masking.keys() & _SELECTION - asked:
-                del masking[name]
-    return list(_changes(old, new, ""))
-
-
-def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
-    if _FREE.match(name) or old == new:
-        return
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind"):
-        for key in old | new:
-            inner = f"{name}.{key}" if name else key
-            yield from _changes(old.get(key), new.get(key), inner)
-    else:
-        yield f"{name}: {show(_kind_or_value(old))}, now {show(_kind_or_value(new))}"
-
-
-def _kind_or_value(value: Any) -> Any:
-    return value.get("kind", value) if isinstance(value, dict) else value
 
 
 def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:

@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from dskd.engine.run_config import on_gpu
 from dskd.errors import CheckpointError
 from dskd.system import dist
+from dskd.system.device import on_gpu
 from dskd.system.files import write_atomic
 
 _STATUS = Path("/proc/self/status")

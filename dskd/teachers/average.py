@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dskd.engine.hooks import Change
 from dskd.engine.shards import Weights
-from dskd.methods.base import Change
 from dskd.system import dist
 
 _FILE = "average.safetensors"

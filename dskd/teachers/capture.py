@@ -15,7 +15,7 @@ from dskd.data.prepared import Prepared, RowSet
 from dskd.data.tokenizers import vocabulary_size
 from dskd.data.views import CausalView, View
 from dskd.errors import ConfigError
-from dskd.settings.run import CachedTeacher
+from dskd.settings.teachers import CachedTeacher
 from dskd.stores.logits import Layout, describe
 from dskd.stores.shard import StoreSpec
 from dskd.stores.store import Writer, is_complete

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedModel
 
 from dskd.batch import IGNORE
 from dskd.data.loader import Attach, Attachment
@@ -18,17 +17,18 @@ from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
 from dskd.data.views import View
 from dskd.engine.ds_config import optimizer_device, precision_of
-from dskd.engine.engine import shard_teacher
-from dskd.engine.run_config import DTYPES, resolve, student_config, teacher_config
+from dskd.engine.hooks import Change
+from dskd.engine.run_config import student_config
 from dskd.errors import ConfigError
-from dskd.methods.base import Change, Method
-from dskd.models.build import build, hidden_size, model_fingerprint
-from dskd.narrowing.slice_stage import student_settings
-from dskd.settings.checks import cache_folder
-from dskd.settings.run import CachedTeacher, LiveTeacher, Model, RoutedTeacher, Run, SelfTeacher
+from dskd.methods.base import Method
+from dskd.models.build import hidden_size
+from dskd.models.frozen import frozen_model, model_of
+from dskd.settings.folders import cache_folder, student_settings
+from dskd.settings.run import Run
+from dskd.settings.teachers import CachedTeacher, LiveTeacher, RoutedTeacher, SelfTeacher
+from dskd.stores.fingerprints import expected
 from dskd.stores.logits import LogitCache
 from dskd.system import dist
-from dskd.system.files import fingerprint
 from dskd.teachers.average import Average
 from dskd.teachers.teacher import Cached, Live, Own, Routed, Teacher, Unmasked
 
@@ -100,46 +100,6 @@ def frozen(run: Run, domain: str | None, prepared: Prepared, device: torch.devic
     return frozen_model(run, teacher, teacher.model, where, prepared, device)
 
 
-def frozen_model(
-    run: Run,
-    teacher: LiveTeacher | CachedTeacher | SelfTeacher,
-    settings: Model,
-    where: str,
-    prepared: Prepared,
-    device: torch.device,
-) -> nn.Module:
-    """The model ``settings``, in the precision and sharded as ``teacher`` says (collective)."""
-    with dist.agreed():
-        ds = None
-        if teacher.deepspeed is not None:
-            hidden = hidden_size(settings, where=where)
-            ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden)
-        model = model_of(run, settings, where, prepared, ds, _precision(teacher, ds))
-    model.requires_grad_(False)
-    return model.to(device) if ds is None else shard_teacher(model, ds)
-
-
-def model_of(
-    run: Run,
-    settings: Model,
-    where: str,
-    prepared: Prepared,
-    ds: dict[str, Any] | None,
-    precision: str,
-) -> PreTrainedModel:
-    """A model for the run's rows; ``ds`` shards its construction, None does not."""
-    return build(
-        settings,
-        prepared.tokenizer,
-        objective=run.data.objective,
-        block_size=run.data.block_size,
-        seed=run.seed,
-        ds=ds,
-        dtype=DTYPES[precision],
-        where=where,
-    )
-
-
 def _from_itself(
     run: Run, teacher: SelfTeacher, prepared: Prepared, device: torch.device
 ) -> Inheritance:
@@ -182,37 +142,6 @@ def check_average(run: Run, method: Method) -> None:
             f"teacher.weights: average, but {run.deepspeed} keeps the weights to average on NVMe; "
             f"use frozen (or, for a masked LM, current)"
         )
-
-
-def prints_of_rows(run: Run, prepared: Prepared) -> dict[str, str]:
-    """Fingerprints that any store about the training rows must carry."""
-    blocking = {"block_size": run.data.block_size, "packing": run.data.packing}
-    return {
-        "blocking": fingerprint(blocking),
-        "tokenizer": prepared.tokenizer_fingerprint,
-        "data": prepared.train.fingerprint,
-    }
-
-
-def expected(run: Run, teacher: CachedTeacher, prepared: Prepared, view: View) -> dict[str, str]:
-    """Fingerprints a cache must carry; the teacher's only where the settings name its model."""
-    prints = prints_of_rows(run, prepared) | {"masking": view.fingerprint}
-    if teacher.model is not None:
-        model = teacher.model
-        weights = dist.on_rank0(
-            lambda: model_fingerprint(model, seed=run.seed, where="teacher.model")
-        )
-        ds = None
-        if teacher.deepspeed is not None:
-            ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden=1)
-        prints["teacher"] = fingerprint([weights, _precision(teacher, ds)])
-    return prints
-
-
-def _precision(
-    teacher: LiveTeacher | CachedTeacher | SelfTeacher, ds: dict[str, Any] | None
-) -> str:
-    return resolve(teacher.precision) if ds is None else precision_of(ds)
 
 
 def _open(

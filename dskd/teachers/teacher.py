@@ -7,8 +7,6 @@ All return a Signal in Rows order, so that a loss cannot tell them apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from dskd.batch import IGNORE, Batch, Dense, Projected, Signal, TopK
 from dskd.models.families import rows_of
+from dskd.models.frozen import evaluating
 
 
 class Teacher(Protocol):
@@ -44,18 +43,6 @@ class Live:
         """Run the model on the batch, up to its last linear map."""
         rows = rows_of(self._model, batch)
         return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module's own mode is put back, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class Own:

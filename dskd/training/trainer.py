@@ -23,9 +23,10 @@ from dskd.data.counter import mix
 from dskd.data.loader import Loader
 from dskd.engine.checkpoints import Checkpoints
 from dskd.engine.engine import Engine
+from dskd.engine.hooks import Change
 from dskd.errors import NonFiniteError
 from dskd.hardness.refresh import Renewal
-from dskd.methods.base import Change, Method
+from dskd.methods.base import Method
 from dskd.settings.run import Run
 from dskd.stores.sweep import Stopped
 from dskd.system import dist

@@ -47,7 +47,7 @@ from dskd.data.prepared import Prepared
 from dskd.hardness.asking import question
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness, describe
-from dskd.settings.run import Data, HardTokens
+from dskd.settings.data import Data, HardTokens
 from dskd.system.files import write_atomic
 from launch.bench import timing
 from launch.bench.wid import about

@@ -39,8 +39,10 @@ from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness
 from dskd.methods.base import build_method
 from dskd.models.build import build, model_fingerprint
+from dskd.settings.data import HardTokens
+from dskd.settings.model import Model
 from dskd.settings.recipe import read
-from dskd.settings.run import HardTokens, Model, Run
+from dskd.settings.run import Run
 from dskd.settings.yaml_tree import Tree, dump, load, merge
 from dskd.system.files import write_atomic
 from dskd.training.evaluation import evaluate

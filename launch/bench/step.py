@@ -48,16 +48,18 @@ from dskd.engine import engine
 from dskd.engine.checkpoints import Checkpoints
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import Engine, decay_groups
-from dskd.engine.run_config import DTYPES
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
 from dskd.models.build import build
 from dskd.runs import stages
 from dskd.runs.context import Job
+from dskd.settings.model import Model
 from dskd.settings.recipe import read
-from dskd.settings.run import CachedTeacher, LiveTeacher, Model, Run
+from dskd.settings.run import Run
+from dskd.settings.teachers import CachedTeacher, LiveTeacher
 from dskd.system import dist
+from dskd.system.device import DTYPES
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory
 from dskd.teachers.setup import Inheritance, inherit

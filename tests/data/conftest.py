@@ -9,7 +9,7 @@ import pytest
 
 from dskd.data.counter import below
 from dskd.data.prepared import Prepared, RowSet, open_prepared, prepare
-from dskd.settings.run import Data, TextSource, TrainedTokenizer
+from dskd.settings.data import Data, TextSource, TrainedTokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "small", "dogs", "ran", "round"]
 WORDS += ["every", "old", "garden", "wall"]

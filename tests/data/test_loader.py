@@ -13,7 +13,7 @@ from dskd.data.loader import Attachment, Loader, sequential
 from dskd.data.prepared import Prepared
 from dskd.data.views import view_for
 from dskd.errors import ConfigError, StoreError
-from dskd.settings.run import Data
+from dskd.settings.data import Data
 
 SEED = 3
 

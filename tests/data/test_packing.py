@@ -11,7 +11,7 @@ import pytest
 from dskd.data.counter import below
 from dskd.data.packing import Encoder, Items, Packer, complete, complete_doc, contiguous, cut
 from dskd.data.prepared import Prepared
-from dskd.settings.run import Data
+from dskd.settings.data import Data
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())["blocking"]
 

@@ -15,7 +15,7 @@ import pytest
 from dskd.data import prepared, preparing
 from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.errors import ConfigError, DataError
-from dskd.settings.run import Masking, PretrainedTokenizer, TextSource, TrainedTokenizer
+from dskd.settings.data import Masking, PretrainedTokenizer, TextSource, TrainedTokenizer
 from tests.data.conftest import all_rows, make_corpus, settings
 
 

@@ -14,7 +14,7 @@ from dskd.data import preparing
 from dskd.data.packing import complete, complete_doc
 from dskd.data.prepared import open_prepared, prepare
 from dskd.errors import DataError
-from dskd.settings.run import Data, HubSource, JsonlSource, PretrainedTokenizer, TextSource
+from dskd.settings.data import Data, HubSource, JsonlSource, PretrainedTokenizer, TextSource
 from tests.data.conftest import all_rows, make_corpus, settings
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from dskd.data.sources import content_hash, documents, files, size
 from dskd.errors import ConfigError, DataError
-from dskd.settings.run import BuiltinSource, HubSource, JsonlSource, TextSource
+from dskd.settings.data import BuiltinSource, HubSource, JsonlSource, TextSource
 
 
 def text(path: Path | str, **more: object) -> TextSource:

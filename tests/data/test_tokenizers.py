@@ -23,7 +23,7 @@ from dskd.data.tokenizers import (
     vocabulary_size,
 )
 from dskd.errors import ConfigError, DataError
-from dskd.settings.run import Data, PretrainedTokenizer, TrainedTokenizer
+from dskd.settings.data import Data, PretrainedTokenizer, TrainedTokenizer
 
 TEXTS = ["the cat sat on the mat\nand the cat ran", "a small dog in the garden"] * 3
 TEXTS += ["while two black horses jumped over every broken fence", "nobody knew who painted it"]

@@ -15,7 +15,7 @@ from dskd.data.fairseq_masks import _tuple_hash, fairseq_seed
 from dskd.data.tokenizers import tokenizer_fingerprint
 from dskd.data.views import CausalView, FairseqView, MaskedView, at_random, view_for
 from dskd.errors import ConfigError
-from dskd.settings.run import Data, HardTokens, Masking
+from dskd.settings.data import Data, HardTokens, Masking
 from dskd.system.files import fingerprint
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())["masking"]

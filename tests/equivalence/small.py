@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.data.sources import documents
-from dskd.settings.run import BuiltinSource
+from dskd.settings.data import BuiltinSource
 from dskd.settings.yaml_tree import dump, merge
 from tests.launching import forked
 

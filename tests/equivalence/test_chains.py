@@ -11,7 +11,7 @@ import torch
 
 from dskd.errors import ConfigError
 from dskd.models.build import model_fingerprint
-from dskd.settings.run import Model
+from dskd.settings.model import Model
 from dskd.settings.yaml_tree import load
 from dskd.stores.store import read_spec
 from dskd.system.files import fingerprint, read_manifest

@@ -19,8 +19,9 @@ from dskd.data.prepared import open_prepared, prepare
 from dskd.data.views import view_for
 from dskd.models.build import build
 from dskd.ops import triton_everywhere
-from dskd.settings.recipe import parse
-from dskd.settings.run import Model, Run
+from dskd.settings.model import Model
+from dskd.settings.parsing import parse
+from dskd.settings.run import Run
 from dskd.system.log import read_metrics
 from dskd.teachers.teacher import Live
 from tests.equivalence.small import (

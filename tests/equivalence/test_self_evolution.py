@@ -27,8 +27,8 @@ from dskd.engine.checkpoints import MANIFEST
 from dskd.errors import StoreError
 from dskd.hardness import refresh
 from dskd.hardness.store import Hardness
+from dskd.settings.data import BuiltinSource
 from dskd.settings.recipe import read
-from dskd.settings.run import BuiltinSource
 from dskd.stores.shard import map_shard
 from dskd.stores.store import shard_path
 from dskd.system.files import read_manifest, write_manifest

@@ -27,7 +27,8 @@ from dskd.hardness.store import Hardness, describe
 from dskd.methods.lm import LanguageModelling
 from dskd.models.build import build
 from dskd.models.families import rows_of
-from dskd.settings.run import Data, HardTokens, Masking, Model, TextSource, TrainedTokenizer
+from dskd.settings.data import Data, HardTokens, Masking, TextSource, TrainedTokenizer
+from dskd.settings.model import Model
 from dskd.stores.store import shard_path
 from dskd.training.objective import Objective
 from tests.data.conftest import make_corpus

@@ -16,7 +16,7 @@ from dskd.hardness.criterion import Judge, select
 from dskd.hardness.masks import HardCausalView, HardView, hard_view
 from dskd.hardness.scoring import Asking, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
-from dskd.settings.run import Data, HardTokens
+from dskd.settings.data import Data, HardTokens
 from dskd.stores.store import Writer
 from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 

@@ -15,7 +15,7 @@ from dskd.hardness.criterion import Judge
 from dskd.hardness.masks import OriginalHardView, hard_view
 from dskd.hardness.scoring import Asking, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
-from dskd.settings.run import Data, HardTokens
+from dskd.settings.data import Data, HardTokens
 from dskd.stores.store import Writer
 from tests.data.test_views import SIZE, TOKENIZER, tokenizer_of
 from tests.hardness.test_masks import ALL, NLL_RT, WIDTH, Rows, seen, store_of, view_of

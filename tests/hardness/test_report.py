@@ -17,8 +17,8 @@ from dskd.hardness.report import EDGES, find, run_at
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.recipe import dump, read
+from dskd.stores.fingerprints import prints_of_rows
 from dskd.stores.store import Writer
-from dskd.teachers.setup import prints_of_rows
 from tests.data.conftest import make_corpus
 
 BAR = "\u2502"  # between the cells of rich's tables

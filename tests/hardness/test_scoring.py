@@ -9,7 +9,7 @@ from dskd.batch import IGNORE
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError
 from dskd.hardness.scoring import Asking, scoring_view
-from dskd.settings.run import Data, HardTokens
+from dskd.settings.data import Data, HardTokens
 from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 
 IDS, LENGTHS = rows_of(20, 37)

@@ -9,7 +9,7 @@ import pytest
 from dskd.errors import StoreError
 from dskd.hardness.scoring import Asking, ScoringView
 from dskd.hardness.store import Hardness, describe, encode, hardness_spec, identity
-from dskd.settings.run import HardTokens
+from dskd.settings.data import HardTokens
 from dskd.stores.store import Writer, shard_path
 from tests.data.test_views import tokenizer_of
 from tests.stores.caches import ToyRows

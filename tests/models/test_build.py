@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from dskd.errors import ConfigError
 from dskd.models.build import build, hidden_size, model_fingerprint, parameter_count
 from dskd.models.families import FAMILIES, longest_row
-from dskd.settings.run import Model
+from dskd.settings.model import Model
 from tests.models.tiny import ALL, BLOCK, make, settings, tokenizer
 
 

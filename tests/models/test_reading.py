@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from dskd.engine.zero import full_shape
 from dskd.errors import ConfigError
 from dskd.models.families import FAMILIES
-from dskd.settings.run import Model
+from dskd.settings.model import Model
 from dskd.system import dist
 from tests.models.test_initial import fingerprints
 from tests.models.tiny import ALL, SIX, make, settings, tokenizer, zero3

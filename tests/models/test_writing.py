@@ -23,7 +23,7 @@ from dskd.errors import DskdError
 from dskd.models import writing as exporting
 from dskd.models.families import FAMILIES, rows_of
 from dskd.models.writing import export
-from dskd.settings.run import Model
+from dskd.settings.model import Model
 from tests.models.test_initial import fingerprints
 from tests.models.tiny import ALL, SIX, batch, loss_of, make, tokenizer, zero3
 from tests.ranks import run_ranks

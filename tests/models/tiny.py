@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from dskd.batch import IGNORE, Batch
 from dskd.models.build import build
 from dskd.models.families import FAMILIES, rows_of
-from dskd.settings.run import Model
+from dskd.settings.model import Model
 
 BLOCK = 16
 SIX = ["bert", "roberta", "gpt2", "llama", "qwen2", "qwen3"]

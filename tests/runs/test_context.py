@@ -9,7 +9,8 @@ import torch
 
 from dskd.methods.base import build_method
 from dskd.runs.context import Job
-from dskd.settings.run import Data, HardTokens, Masking, Run
+from dskd.settings.data import Data, HardTokens, Masking
+from dskd.settings.run import Run
 from tests.engine.test_checkpoints import save
 
 HARD = HardTokens(kind="hard_tokens")

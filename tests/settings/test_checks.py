@@ -9,7 +9,8 @@ import pytest
 
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
-from dskd.settings.checks import cache_folder, evaluation_selects, validate
+from dskd.settings.checks import evaluation_selects, validate
+from dskd.settings.folders import cache_folder
 from dskd.settings.recipe import dump, read
 
 CACHED = "teacher={kind: cached, model: {config: {model_type: bert}}}"

@@ -8,18 +8,14 @@ import pytest
 from pydantic import Field, field_validator
 
 from dskd.errors import ConfigError
-from dskd.settings.checks import questions_folder
-from dskd.settings.recipe import SINGLE, differences, dump, parse, read
-from dskd.settings.run import (
-    CachedTeacher,
-    HardTokens,
-    LiveTeacher,
-    Masking,
-    PretrainedTokenizer,
-    Run,
-    Section,
-    Train,
-)
+from dskd.settings.base import Section
+from dskd.settings.compare import differences
+from dskd.settings.data import HardTokens, Masking, PretrainedTokenizer
+from dskd.settings.folders import questions_folder
+from dskd.settings.parsing import parse
+from dskd.settings.recipe import SINGLE, dump, read
+from dskd.settings.run import Run, Train
+from dskd.settings.teachers import CachedTeacher, LiveTeacher
 
 RECIPE = """
 base:

@@ -13,8 +13,10 @@ from dskd.methods.base import build_method
 from dskd.narrowing.layouts import layout_of, widths_of
 from dskd.narrowing.widths import Family, Target, Widths, student_widths
 from dskd.runs.plan import CONTROL, check
-from dskd.settings.recipe import Recipe, differences, read
-from dskd.settings.run import CachedTeacher, Model
+from dskd.settings.compare import differences
+from dskd.settings.model import Model
+from dskd.settings.recipe import Recipe, read
+from dskd.settings.teachers import CachedTeacher
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 RECIPES = sorted(LAUNCH.rglob("*.yaml"))

@@ -14,7 +14,9 @@ from dskd.data.views import view_for
 from dskd.engine.engine import shard_teacher
 from dskd.errors import ConfigError, StoreError
 from dskd.models.build import build
-from dskd.settings.run import CachedTeacher, Data, Masking, Model, TextSource, TrainedTokenizer
+from dskd.settings.data import Data, Masking, TextSource, TrainedTokenizer
+from dskd.settings.model import Model
+from dskd.settings.teachers import CachedTeacher
 from dskd.stores.logits import LogitCache, describe
 from dskd.stores.store import shard_path
 from dskd.teachers.capture import capture

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from dskd.errors import ConfigError
+from dskd.methods.inheritance_loss import inheritance_rate
 from dskd.settings.run import Train
-from dskd.training.learning_rate import inheritance_rate, learning_rate
+from dskd.training.learning_rate import learning_rate
 
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((FOLDER / "ki.json").read_text())

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dskd.engine.ds_config import load_preset
+from dskd.methods.inheritance_loss import inheritance_rate
 from dskd.settings.recipe import read
 from dskd.system.log import read_metrics
-from dskd.training.learning_rate import inheritance_rate, learning_rate
+from dskd.training.learning_rate import learning_rate
 from tests.faults.runs import STEPS, Ranks, train, write_recipe
 from tests.launching import evaluations, losses
 

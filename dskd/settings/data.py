@@ -1,0 +1,178 @@
+"""Settings of the data: sources, tokenizer, packing and masking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dskd.settings.base import Section
+from dskd.settings.model import Model
+
+
+class BuiltinSource(Section):
+    """The English text every CPython ships: language reference topics and library docstrings."""
+
+    kind: Literal["builtin"] = "builtin"
+    domain: str = "builtin"
+    """Name of the domain its rows belong to (routes domain teachers)."""
+    documents: int | None = Field(None, ge=1)
+    """Use only the first so many documents."""
+
+
+class TextSource(Section):
+    """Text files; documents are separated by blank lines, sentences by line ends."""
+
+    kind: Literal["text"]
+    path: str
+    """A file, a folder (every ``*.txt`` below it) or a glob pattern."""
+    domain: str = "text"
+    documents: int | None = Field(None, ge=1)
+
+
+class JsonlSource(Section):
+    """JSON-lines files; one document a line."""
+
+    kind: Literal["jsonl"]
+    path: str
+    """A file, a folder (every ``*.jsonl`` below it) or a glob pattern."""
+    field: str = "text"
+    """The key that holds the text."""
+    domain: str = "jsonl"
+    documents: int | None = Field(None, ge=1)
+
+
+class HubSource(Section):
+    """Anything ``datasets.load_dataset`` or ``load_from_disk`` reads."""
+
+    kind: Literal["datasets"]
+    path: str
+    """Hub id, a builder's name (``parquet``, ``csv`` ...), or a folder of ``save_to_disk``."""
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    data_files: list[str] | None = None
+    field: str = "text"
+    """The column that holds the text."""
+    streaming: bool = False
+    domain: str = "datasets"
+    documents: int | None = Field(None, ge=1)
+
+
+Source = Annotated[
+    BuiltinSource | TextSource | JsonlSource | HubSource, Field(discriminator="kind")
+]
+
+
+class TrainedTokenizer(Section):
+    """A byte-level BPE trained on the run's own sources."""
+
+    kind: Literal["trained"] = "trained"
+    vocab_size: int = Field(2048, ge=300)
+    """Size of the vocabulary, special tokens included."""
+
+
+class PretrainedTokenizer(Section):
+    """Any HuggingFace tokenizer."""
+
+    kind: Literal["pretrained"]
+    path: str
+    """Folder or hub id; ``run:NAME`` is the export of another run of the recipe."""
+    revision: str | None = None
+
+
+TokenizerSource = Annotated[TrainedTokenizer | PretrainedTokenizer, Field(discriminator="kind")]
+
+
+class MaskShares(Section):
+    """What every kind of masking shares: how many tokens are masked, and what replaces them."""
+
+    probability: float = Field(0.15, gt=0, le=1)
+    """Share of the tokens that are selected and predicted."""
+    keep: float = Field(0.1, ge=0, le=1)
+    """Share of the selected tokens that stay as they are."""
+    random: float = Field(0.1, ge=0, le=1)
+    """Share of the selected tokens replaced by a random one; the rest become the mask token."""
+    draws: int | None = Field(None, ge=1)
+    """Number of different masks a row gets: epoch e uses mask ``e % draws``; null: one per epoch.
+    A logit cache holds ``draws`` masks and needs a number here."""
+
+
+class Masking(MaskShares):
+    """BERT masking of masked LMs: tokens at random (unused for causal LMs)."""
+
+    kind: Literal["random"] = "random"
+    whole_word: bool = False
+    """Select whole words instead of tokens."""
+    sampler: Literal["counter", "fairseq"] = "counter"
+    """``counter``: drawn from (seed, epoch, row) only, vectorised, specials excluded; ``fairseq``:
+    bit for bit the sampling of the original Knowledge Inheritance code."""
+
+
+class HardTokens(MaskShares):
+    """Masking of the tokens that a model finds hard (Self-Evolution).
+
+    The model is asked once, before training; a store keeps its answers for every token, so all
+    that chooses among them can be changed without asking again. Validation rows are masked at
+    random. For causal LMs the hard tokens are labels that the method weighs; without such a method
+    they are refused, as are settings that only masks need (``least``, ``replacement`` ...).
+    """
+
+    kind: Literal["hard_tokens"]
+    store: Path | None = None
+    """Folder of the first store, filled by this run as far as it is not; ``run:NAME`` is that of
+    another run of the recipe; null: ``<out>/questions``. Later ones are the run's own."""
+    model: Model | None = None
+    """The model that is asked; null: the run's own before training, as in the paper."""
+    shown: Literal["token", "mask"] = "token"
+    """What the model sees where it is asked: ``token``: the token itself (the paper; one pass over
+    the rows); ``mask``: the mask token (1 / ``probability`` passes, each asking another share of
+    the tokens)."""
+    metric: Literal["confidence", "correctness", "quantile"] = "confidence"
+    """Which tokens are hard: ``confidence``: those whose negative log-likelihood is above
+    ``threshold``; ``correctness``: those that are not the model's first guess; ``quantile``: the
+    hardest share ``quantile`` of the training rows' tokens."""
+    threshold: float = Field(0.1, ge=0)
+    """Nats; used by ``metric: confidence``. A weak model finds most tokens hard at 0.1."""
+    quantile: float = Field(0.2, gt=0, lt=1)
+    """Used by ``metric: quantile``."""
+    least: float | None = Field(None, ge=0, le=1)
+    """Share of a row's tokens up to which random ones fill up; null: ``probability``."""
+    most: float | None = Field(None, gt=0, le=1)
+    """Largest share of a row's tokens, the hardest first; null: ``probability`` (causal LMs: 1)."""
+    replacement: Literal["bert", "all_mask"] = "bert"
+    """``bert``: as ``keep`` and ``random`` say; ``all_mask``: always the mask token."""
+    sampler: Literal["counter", "original"] = "counter"
+    """``counter``: as above; ``original``: those of the original Self-Evolution code, bit for bit
+    up to the store's float16; ``least``, ``most`` and ``replacement`` play no part."""
+    refresh: int | None = Field(None, ge=1)
+    """Ask again, and then the current student, every so many epochs; null: never."""
+    micro_batch: int = Field(16, ge=1)
+    """Rows that are asked about at a time, per rank."""
+    rows_per_shard: int = Field(1024, ge=1)
+
+
+AnyMasking = Annotated[Masking | HardTokens, Field(discriminator="kind")]
+
+
+class Data(Section):
+    """Where the text comes from and how it becomes rows."""
+
+    objective: Literal["masked", "causal"] = "masked"
+    sources: list[Source] = Field(
+        default_factory=lambda: [BuiltinSource(documents=400)], min_length=1
+    )
+    validation: list[Source] | None = None
+    """Sources of the validation rows; null: ``validation_fraction`` of the documents."""
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share of the documents held out, chosen by a hash of each text."""
+    tokenizer: TokenizerSource = TrainedTokenizer()
+    block_size: int = Field(64, ge=8)
+    """Most tokens of a row, special tokens included."""
+    packing: Literal["complete", "complete_doc", "contiguous"] = "complete"
+    """``complete``: whole sentences, greedily; ``complete_doc``: also cut at documents;
+    ``contiguous``: one stream cut every ``block_size`` tokens."""
+    masking: AnyMasking = Masking()
+    folder: Path = Path("runs/data")
+    """Prepared rows live here, in a folder named by their fingerprint, and are reused."""

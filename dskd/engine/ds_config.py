@@ -66,8 +66,9 @@ def optimizer_device(name: str | Path) -> str:
 
 def presets() -> Path:
     """Folder of the shipped JSON files: inside the package in a wheel, beside it in a checkout."""
-    inside = Path(__file__).resolve().parent / "ds_configs"
-    return inside if inside.is_dir() else inside.parents[1] / "ds_configs"
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "ds_configs"
+    return inside if inside.is_dir() else package.parent / "ds_configs"
 
 
 def precision_of(ds: DS) -> Literal["fp32", "bf16", "fp16"]:

@@ -65,7 +65,7 @@ def model_of(
 def precision_of_teacher(
     teacher: LiveTeacher | CachedTeacher | SelfTeacher, ds: dict[str, Any] | None
 ) -> str:
-    """The number format of a frozen model: as its DeepSpeed config says, if it is sharded by one."""
+    """The number format of a frozen model; its DeepSpeed config, if it has one, decides."""
     return resolve(teacher.precision) if ds is None else precision_of(ds)
 
 

@@ -225,7 +225,7 @@ def test_a_kind_that_names_nothing_is_refused(settings, message):
 
 OUTSIDE = """
 from dskd.batch import Term
-from dskd.method import Method
+from dskd.methods.base import Method
 from dskd.ops import rows_kd
 
 

@@ -17,7 +17,7 @@ from dskd.narrowing.heaviest import slice_model
 from dskd.narrowing.layouts import LAYOUTS, layout_of, widths_of
 from dskd.narrowing.narrow import narrowed_config
 from dskd.narrowing.widths import Target, Widths, student_widths
-from dskd.settings.folders import sliced_folder, source_settings
+from dskd.settings.folders import folder_of, source_settings
 from dskd.settings.model import Model, Slice
 from dskd.settings.run import Run
 from dskd.system import dist
@@ -89,4 +89,4 @@ def make_slice(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
         "source": run.model.path,
         "slice": cut.model_dump(mode="json"),
     }
-    export(student, tokenizer, sliced_folder(run), card=card)
+    export(student, tokenizer, folder_of(run).sliced, card=card)

@@ -192,7 +192,7 @@ def _refuse_other_settings(run: Run) -> None:
     path = run.out / "config.yaml"
     if not (_has(run, _MADE) and path.is_file()):
         return  # nothing was made with the other settings yet
-    changed = differences(read(path).runs["run"], run, selection=_has(run, _MASKED))
+    changed = differences(read(path).runs["run"], run, chosen=_has(run, _MASKED))
     if changed:
         listed = "\n  ".join(changed)
         raise ConfigError(

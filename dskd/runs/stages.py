@@ -31,7 +31,7 @@ from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
 from dskd.runs.context import Job
-from dskd.settings.folders import cache_folder, sliced_folder
+from dskd.settings.folders import cache_folder, folder_of
 from dskd.settings.model import Model
 from dskd.settings.teachers import CachedTeacher
 from dskd.stores.fingerprints import expected
@@ -71,7 +71,7 @@ def cut(job: Job) -> None:
     """Write the folder that a sliced student starts from."""
     if job.run.model.slice is None:
         return
-    folder = sliced_folder(job.run)
+    folder = folder_of(job.run).sliced
     if not dist.broadcast_object(folder.exists()):
         make_slice(job.run, job.prepared.tokenizer)
         say(f"cut {job.run.model.path} to {folder}")

@@ -1,8 +1,38 @@
-"""The base of all settings."""
+"""The base of all settings, and what can be said at a field of theirs besides its type."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """Until when a setting may change between two calls that carry out one run.
+
+    ``always``: it says where, how fast or how far, but not what comes out. ``chosen``: until
+    something is made that depends on which of the scored tokens are chosen. A setting without one
+    is settled by the first call.
+    """
+
+    until: Literal["always", "chosen"]
+
+
+FREE = Freedom("always")
+CHOSEN_LATER = Freedom("chosen")
+
+
+@dataclass(frozen=True)
+class RunPath:
+    """Says that a setting is a path, in which ``~/`` is the user's home.
+
+    ``output``: what ``run:NAME`` stands for in it: what that earlier run of the recipe leaves; None
+    if it may not be written.
+    """
+
+    output: Literal["export", "cache", "store"] | None = None
 
 
 class Section(BaseModel):
@@ -11,3 +41,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    def freedom(self, name: str) -> Freedom | None:
+        """Until when the field ``name`` may change, given the values of the others."""
+        metadata = type(self).model_fields[name].metadata
+        return next((mark for mark in metadata if isinstance(mark, Freedom)), None)

@@ -2,64 +2,56 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from dskd.settings.data import HardTokens
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from dskd.settings.base import CHOSEN_LATER, FREE, Freedom, Section
 from dskd.settings.parsing import show
 from dskd.settings.run import Run
 
-# Settings that say where, how fast or how far, but not what comes out.
-_FREE = re.compile(
-    r"(?:out|until|deepspeed|log_every|checkpoint\..*|evaluation\.(?:every|micro_batch)|data\.folder"
-    r"|data\.(?:sources|validation)\.\d+\.path"  # the rows' content is compared instead
-    r"|data\.masking\.(?:store|micro_batch|rows_per_shard)"
-    r"|train\.(?:micro_batch|compile|activation_checkpointing)"
-    r"|teacher\.(?:domains\.[^.]*\.)?(?:deepspeed|micro_batch|rows_per_shard))$"
-)
 
-
-# Settings that choose among a model's answers, or what becomes of the chosen tokens.
-_SELECTION = {
-    *("threshold", "metric", "quantile", "least", "most", "probability"),
-    *("keep", "random", "replacement", "sampler", "refresh", "draws"),
-}
-
-
-def differences(a: Run, b: Run, *, selection: bool = True) -> list[str]:
+def differences(a: Run, b: Run, *, chosen: bool = True) -> list[str]:
     """Settings in which two runs differ so that their results differ: ``name: a's value, now b's``.
 
-    Folders, geometry (``deepspeed``, micro-batches, ``compile``, activation checkpointing), the
-    last stage and the cadence of logs, checkpoints and evaluations are free.
+    What is marked ``FREE`` at its field may differ: folders, geometry, the last stage, the cadence
+    of logs, checkpoints and evaluations.
 
     Args:
         a: a run.
         b: another.
-        selection: whether what selects among the tokens of a masking of hard tokens counts, or
-            only what their store depends on.
+        chosen: whether something depends on the choice of tokens yet; if not, what is marked
+            ``CHOSEN_LATER`` may differ, too.
     """
-    old, new = a.model_dump(mode="json"), b.model_dump(mode="json")
-    if not selection and isinstance(b.data.masking, HardTokens):
-        asked = {"probability"} if b.data.masking.shown == "mask" else set()  # it sets the passes
-        for masking in (old["data"]["masking"], new["data"]["masking"]):
-            for name in masking.keys() & _SELECTION - asked:
-                del masking[name]
-    return list(_changes(old, new, ""))
+    free = {FREE} if chosen else {FREE, CHOSEN_LATER}
+    return list(_changes(a, b, "", free))
 
 
-def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
-    if _FREE.match(name) or old == new:
+def _changes(old: Any, new: Any, name: str, free: set[Freedom]) -> Iterator[str]:
+    if old == new:
         return
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    if isinstance(new, Section) and type(old) is type(new):
+        free_names = {field for field in type(new).model_fields if new.freedom(field) in free}
+        old, new = _fields(old, free_names), _fields(new, free_names)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind"):
         for key in old | new:
             inner = f"{name}.{key}" if name else key
-            yield from _changes(old.get(key), new.get(key), inner)
+            yield from _changes(old.get(key), new.get(key), inner, free)
     else:
         yield f"{name}: {show(_kind_or_value(old))}, now {show(_kind_or_value(new))}"
 
 
+def _fields(section: Section, left_out: set[str]) -> dict[str, Any]:
+    """The fields of a section, whose values may be sections, by name."""
+    return {n: getattr(section, n) for n in type(section).model_fields if n not in left_out}
+
+
 def _kind_or_value(value: Any) -> Any:
-    return value.get("kind", value) if isinstance(value, dict) else value
+    plain = to_jsonable_python(value) if isinstance(value, BaseModel) else value
+    if isinstance(plain, dict):
+        return plain.get("kind", plain)
+    return to_jsonable_python(plain)

@@ -7,8 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dskd.settings.base import Section
+from dskd.settings.base import CHOSEN_LATER, FREE, Freedom, RunPath, Section
 from dskd.settings.model import Model
+
+SourcePath = Annotated[str, RunPath(), FREE]
+"""Where text lies; a run compares what it holds."""
 
 
 class BuiltinSource(Section):
@@ -25,7 +28,7 @@ class TextSource(Section):
     """Text files; documents are separated by blank lines, sentences by line ends."""
 
     kind: Literal["text"]
-    path: str
+    path: SourcePath
     """A file, a folder (every ``*.txt`` below it) or a glob pattern."""
     domain: str = "text"
     documents: int | None = Field(None, ge=1)
@@ -35,7 +38,7 @@ class JsonlSource(Section):
     """JSON-lines files; one document a line."""
 
     kind: Literal["jsonl"]
-    path: str
+    path: SourcePath
     """A file, a folder (every ``*.jsonl`` below it) or a glob pattern."""
     field: str = "text"
     """The key that holds the text."""
@@ -47,7 +50,7 @@ class HubSource(Section):
     """Anything ``datasets.load_dataset`` or ``load_from_disk`` reads."""
 
     kind: Literal["datasets"]
-    path: str
+    path: SourcePath
     """Hub id, a builder's name (``parquet``, ``csv`` ...), or a folder of ``save_to_disk``."""
     config: str | None = None
     split: str = "train"
@@ -77,7 +80,7 @@ class PretrainedTokenizer(Section):
     """Any HuggingFace tokenizer."""
 
     kind: Literal["pretrained"]
-    path: str
+    path: Annotated[str, RunPath("export")]
     """Folder or hub id; ``run:NAME`` is the export of another run of the recipe."""
     revision: str | None = None
 
@@ -88,13 +91,13 @@ TokenizerSource = Annotated[TrainedTokenizer | PretrainedTokenizer, Field(discri
 class MaskShares(Section):
     """What every kind of masking shares: how many tokens are masked, and what replaces them."""
 
-    probability: float = Field(0.15, gt=0, le=1)
+    probability: Annotated[float, CHOSEN_LATER] = Field(0.15, gt=0, le=1)
     """Share of the tokens that are selected and predicted."""
-    keep: float = Field(0.1, ge=0, le=1)
+    keep: Annotated[float, CHOSEN_LATER] = Field(0.1, ge=0, le=1)
     """Share of the selected tokens that stay as they are."""
-    random: float = Field(0.1, ge=0, le=1)
+    random: Annotated[float, CHOSEN_LATER] = Field(0.1, ge=0, le=1)
     """Share of the selected tokens replaced by a random one; the rest become the mask token."""
-    draws: int | None = Field(None, ge=1)
+    draws: Annotated[int | None, CHOSEN_LATER] = Field(None, ge=1)
     """Number of different masks a row gets: epoch e uses mask ``e % draws``; null: one per epoch.
     A logit cache holds ``draws`` masks and needs a number here."""
 
@@ -120,7 +123,7 @@ class HardTokens(MaskShares):
     """
 
     kind: Literal["hard_tokens"]
-    store: Path | None = None
+    store: Annotated[Path | None, RunPath("store"), FREE] = None
     """Folder of the first store, filled by this run as far as it is not; ``run:NAME`` is that of
     another run of the recipe; null: ``<out>/questions``. Later ones are the run's own."""
     model: Model | None = None
@@ -129,28 +132,33 @@ class HardTokens(MaskShares):
     """What the model sees where it is asked: ``token``: the token itself (the paper; one pass over
     the rows); ``mask``: the mask token (1 / ``probability`` passes, each asking another share of
     the tokens)."""
-    metric: Literal["confidence", "correctness", "quantile"] = "confidence"
+    metric: Annotated[Literal["confidence", "correctness", "quantile"], CHOSEN_LATER] = "confidence"
     """Which tokens are hard: ``confidence``: those whose negative log-likelihood is above
     ``threshold``; ``correctness``: those that are not the model's first guess; ``quantile``: the
     hardest share ``quantile`` of the training rows' tokens."""
-    threshold: float = Field(0.1, ge=0)
+    threshold: Annotated[float, CHOSEN_LATER] = Field(0.1, ge=0)
     """Nats; used by ``metric: confidence``. A weak model finds most tokens hard at 0.1."""
-    quantile: float = Field(0.2, gt=0, lt=1)
+    quantile: Annotated[float, CHOSEN_LATER] = Field(0.2, gt=0, lt=1)
     """Used by ``metric: quantile``."""
-    least: float | None = Field(None, ge=0, le=1)
+    least: Annotated[float | None, CHOSEN_LATER] = Field(None, ge=0, le=1)
     """Share of a row's tokens up to which random ones fill up; null: ``probability``."""
-    most: float | None = Field(None, gt=0, le=1)
+    most: Annotated[float | None, CHOSEN_LATER] = Field(None, gt=0, le=1)
     """Largest share of a row's tokens, the hardest first; null: ``probability`` (causal LMs: 1)."""
-    replacement: Literal["bert", "all_mask"] = "bert"
+    replacement: Annotated[Literal["bert", "all_mask"], CHOSEN_LATER] = "bert"
     """``bert``: as ``keep`` and ``random`` say; ``all_mask``: always the mask token."""
-    sampler: Literal["counter", "original"] = "counter"
+    sampler: Annotated[Literal["counter", "original"], CHOSEN_LATER] = "counter"
     """``counter``: as above; ``original``: those of the original Self-Evolution code, bit for bit
     up to the store's float16; ``least``, ``most`` and ``replacement`` play no part."""
-    refresh: int | None = Field(None, ge=1)
+    refresh: Annotated[int | None, CHOSEN_LATER] = Field(None, ge=1)
     """Ask again, and then the current student, every so many epochs; null: never."""
-    micro_batch: int = Field(16, ge=1)
-    """Rows that are asked about at a time, per rank."""
-    rows_per_shard: int = Field(1024, ge=1)
+    micro_batch: Annotated[int, FREE] = Field(16, ge=1)
+    """Rows that are scored at a time, per rank."""
+    rows_per_shard: Annotated[int, FREE] = Field(1024, ge=1)
+
+    def freedom(self, name: str) -> Freedom | None:
+        """As marked; but with ``shown: mask`` the store depends on ``probability``, too, which then
+        says how many passes there are."""
+        return None if (name, self.shown) == ("probability", "mask") else super().freedom(name)
 
 
 AnyMasking = Annotated[Masking | HardTokens, Field(discriminator="kind")]
@@ -174,5 +182,5 @@ class Data(Section):
     """``complete``: whole sentences, greedily; ``complete_doc``: also cut at documents;
     ``contiguous``: one stream cut every ``block_size`` tokens."""
     masking: AnyMasking = Masking()
-    folder: Path = Path("runs/data")
+    folder: Annotated[Path, RunPath(), FREE] = Path("runs/data")
     """Prepared rows live here, in a folder named by their fingerprint, and are reused."""

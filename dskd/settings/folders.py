@@ -1,7 +1,18 @@
-"""The folders of a run, and what a run starts from: every path that it writes is named here."""
+"""The folders and files of a run, each named once, and what is in another place if settings say so.
+
+A run's folder::
+
+    config.yaml    the resolved settings          inputs.json   fingerprints of data and models
+    sliced/        the model that a sliced student starts as
+    questions/     how hard each token was (questions-epoch-N/: for the student, later)
+    cache/         the teacher's top-k logits
+    train/         metrics, checkpoints, summary  export/       a HuggingFace model
+    scores.json    the exported model's evaluation
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.settings.data import HardTokens
@@ -10,12 +21,80 @@ from dskd.settings.run import Run
 from dskd.settings.teachers import RoutedTeacher
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run, and the names of what the core writes there."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings."""
+        return self.path / "config.yaml"
+
+    @property
+    def inputs(self) -> Path:
+        """Fingerprints of the data and models that the run was started with."""
+        return self.path / "inputs.json"
+
+    @property
+    def sliced(self) -> Path:
+        """The model that a student with ``model.slice`` starts as."""
+        return self.path / "sliced"
+
+    @property
+    def cache(self) -> Path:
+        """The logits of a cached teacher, by domain if it is routed."""
+        return self.path / "cache"
+
+    @property
+    def train(self) -> Path:
+        """What training writes."""
+        return self.path / "train"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line for each logged step and evaluation."""
+        return self.train / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folders from which training goes on."""
+        return self.train / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        """The finished training in numbers."""
+        return self.train / "summary.json"
+
+    @property
+    def export(self) -> Path:
+        """The trained student as a HuggingFace folder."""
+        return self.path / "export"
+
+    @property
+    def scores(self) -> Path:
+        """The evaluation of the exported model."""
+        return self.path / "scores.json"
+
+    @property
+    def report(self) -> Path:
+        """The comparison of the runs in this folder."""
+        return self.path / "report.html"
+
+
+def folder_of(run: Run) -> RunFolder:
+    """The folder that a run writes to."""
+    return RunFolder(run.out)
+
+
 def cache_folder(run: Run, domain: str | None = None) -> Path:
     """Where a run's cached teacher (``domain``'s, if routed) keeps its logits."""
     teacher = run.teacher.domains[domain] if isinstance(run.teacher, RoutedTeacher) else run.teacher
     if teacher.path is not None:
         return teacher.path
-    return run.out / "cache" if domain is None else run.out / "cache" / domain
+    cache = folder_of(run).cache
+    return cache if domain is None else cache / domain
 
 
 def questions_folder(run: Run, generation: int = 0) -> Path:
@@ -29,16 +108,11 @@ def questions_folder(run: Run, generation: int = 0) -> Path:
     return run.out / "questions" if masking.store is None else masking.store
 
 
-def sliced_folder(run: Run) -> Path:
-    """Where a run keeps the model that its student starts as."""
-    return run.out / "sliced"
-
-
 def student_settings(run: Run) -> Model:
     """The model to build as the run's student: ``run.model``, or what is left of it."""
     if run.model.slice is None:
         return run.model
-    own = {"path": str(sliced_folder(run)), "revision": None, "slice": None}
+    own = {"path": str(folder_of(run).sliced), "revision": None, "slice": None}
     return run.model.model_copy(update=own)
 
 

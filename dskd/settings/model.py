@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dskd.settings.base import Section
+from dskd.settings.base import RunPath, Section
 
 
 class Slice(Section):
@@ -27,7 +27,7 @@ class Slice(Section):
 class Model(Section):
     """A HuggingFace masked or causal LM, loaded or built at random."""
 
-    path: str | None = None
+    path: Annotated[str | None, RunPath("export")] = None
     """Folder or hub id to load; ``run:NAME`` is the export of another run of the recipe; null:
     random weights from ``config``."""
     revision: str | None = None

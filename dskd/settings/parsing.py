@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_json
 
 from dskd.errors import ConfigError
-from dskd.settings.yaml_tree import Place
+from dskd.settings.yaml_tree import Place, Tree
 
 S = TypeVar("S", bound=BaseModel)
 Problem = tuple[Place, str]
@@ -67,12 +67,10 @@ def with_kinds(annotation: Any, tree: Any) -> Any:
     """The tree with the default's ``kind`` in every section that may have one and names none."""
     if not isinstance(tree, dict):
         return tree
-    sections = _sections(annotation)
-    if len(sections) > 1:
-        sections = [cls for cls in sections if tree.get("kind") in _kinds(cls)]
-    if not sections:
+    section = section_of(annotation, tree)
+    if section is None:
         return tree
-    fields = sections[0].model_fields
+    fields = section.model_fields
     filled = dict(tree)
     for name, value in tree.items():
         if name in fields and isinstance(value, dict):
@@ -83,6 +81,15 @@ def with_kinds(annotation: Any, tree: Any) -> Any:
             named = value if kind is None else {"kind": kind} | value
             filled[name] = with_kinds(fields[name].annotation, named)
     return filled
+
+
+def section_of(annotation: Any, tree: Tree) -> type[BaseModel] | None:
+    """The section that a mapping at a field of this type describes; of several, the one of its
+    ``kind``; None if there is none."""
+    sections = _sections(annotation)
+    if len(sections) > 1:
+        sections = [cls for cls in sections if tree.get("kind") in _kinds(cls)]
+    return sections[0] if sections else None
 
 
 def line(where: str, place: Place, text: str) -> str:
@@ -152,12 +159,12 @@ def _walk(root: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[Place, Any
             here = next(cls for cls in sections if part in _kinds(cls))
             continue
         place.append(str(part))
-        holder, here = here, _member(here, part)
+        holder, here = here, member(here, part)
     return tuple(place), holder, here
 
 
-def _member(annotation: Any, part: int | str) -> Any:
-    """Type of a section's field, or of a list's or mapping's entries."""
+def member(annotation: Any, part: int | str) -> Any:
+    """Type of a section's field, or of a list's or mapping's entries; ``Any`` if none is known."""
     for option in _options(annotation):
         if _is_section(option):
             return option.model_fields[part].annotation if part in option.model_fields else Any

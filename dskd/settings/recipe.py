@@ -24,12 +24,23 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from dskd.errors import ConfigError
-from dskd.settings import yaml_tree as trees
+from dskd.settings import yaml_tree
+from dskd.settings.base import RunPath
 from dskd.settings.data import HardTokens
-from dskd.settings.folders import cache_folder, questions_folder
-from dskd.settings.parsing import Problem, build, line, nearest, show, with_kinds
+from dskd.settings.folders import RunFolder, cache_folder, questions_folder
+from dskd.settings.parsing import (
+    Problem,
+    build,
+    line,
+    member,
+    nearest,
+    section_of,
+    show,
+    with_kinds,
+)
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, RoutedTeacher
 from dskd.settings.yaml_tree import Place, Tree
@@ -53,10 +64,10 @@ def read(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recip
         ConfigError: the file cannot be read, or every mistake in it, one a line.
     """
     where = "" if path is None else str(path)
-    content = {} if path is None else trees.load(Path(path))
+    content = {} if path is None else yaml_tree.load(Path(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: expected settings (name: value), found {show(content)}")
-    over = trees.overlay(overrides)
+    over = yaml_tree.overlay(overrides)
     if "runs" in content or "base" in content:
         return _read_recipe(content, over, where)
     if "runs" in over:
@@ -70,7 +81,7 @@ def read(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recip
 
 def dump(run: Run) -> str:
     """The whole of a run's settings as YAML; :func:`read` gives the same run back."""
-    return trees.dump(run.model_dump(mode="json"))
+    return yaml_tree.dump(run.model_dump(mode="json"))
 
 
 def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
@@ -99,7 +110,7 @@ def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
                 ("runs", name, "out"), "a run of a recipe writes to <out>/<name>; set base.out"
             )
         place = os.path.join(out, name) if isinstance(out, str) else out
-        reader.run(name, trees.merge(base, layers[0]), trees.merge(over, layers[1]), place)
+        reader.run(name, yaml_tree.merge(base, layers[0]), yaml_tree.merge(over, layers[1]), place)
     built = reader.finish(runs)
     return Recipe(Path(os.path.expanduser(out)), built)
 
@@ -121,9 +132,9 @@ class _Reader:
 
     def run(self, name: str, tree: Tree, over: Tree, out: Any = None) -> None:
         """Build the run ``name``, written to the folder ``out`` if that is given."""
-        tree = trees.merge(_with_defaults(Run(), with_kinds(Run, tree), over), over)
+        tree = yaml_tree.merge(_with_defaults(Run(), with_kinds(Run, tree), over), over)
         problems: list[Problem] = []
-        resolved = self._resolve(tree if out is None else tree | {"out": out}, (), problems)
+        resolved = self._resolve(Run, tree if out is None else tree | {"out": out}, (), problems)
         run, more = build(Run, resolved)
         for place, text in problems + more:
             self.add(place, text, name, over)
@@ -142,35 +153,48 @@ class _Reader:
             raise ConfigError("\n".join(lines))
         return {name: run for name, run in self.built.items() if run is not None}
 
-    def _resolve(self, value: Any, place: Place, problems: list[Problem]) -> Any:
-        """``value`` with ``run:NAME`` and ``~/`` replaced by folders."""
-        if isinstance(value, dict):
-            return {k: self._resolve(v, (*place, k), problems) for k, v in value.items()}
-        if isinstance(value, list):
-            return [self._resolve(v, (*place, str(i)), problems) for i, v in enumerate(value)]
-        folders = ("path", "store", "out", "folder", "deepspeed")
-        if not isinstance(value, str) or place[-1] not in folders:
-            return value
-        left = place[-1] == "store" or (place[-1] == "path" and "sources" not in place)
-        if left and value.startswith("run:"):
+    def _resolve(self, annotation: Any, tree: Any, place: Place, problems: list[Problem]) -> Any:
+        """``tree`` with ``~/`` and ``run:NAME`` replaced in the fields that are paths."""
+        if isinstance(tree, list):
+            entry = member(annotation, 0)
+            return [
+                self._resolve(entry, value, (*place, str(index)), problems)
+                for index, value in enumerate(tree)
+            ]
+        if not isinstance(tree, dict):
+            return tree
+        section, resolved = section_of(annotation, tree), {}
+        for name, value in tree.items():
+            here = (*place, name)
+            info = None if section is None else section.model_fields.get(name)
+            mark = None if info is None else _path_mark(info)
+            if mark is not None and isinstance(value, str):
+                resolved[name] = self._folder(mark, value, here, problems)
+            else:
+                inner = member(annotation, name) if info is None else info.annotation
+                resolved[name] = self._resolve(inner, value, here, problems)
+        return resolved
+
+    def _folder(self, mark: RunPath, value: str, place: Place, problems: list[Problem]) -> str:
+        if mark.output is not None and value.startswith("run:"):
             try:
-                value = self._left_by(value.removeprefix("run:"), place)
+                return self._left_by(value.removeprefix("run:"), mark.output, place)
             except ConfigError as problem:
                 problems.append((place, str(problem)))
         return os.path.expanduser(value) if value.startswith("~/") else value
 
-    def _left_by(self, name: str, place: Place) -> str:
-        """The folder that the setting at ``place`` means by ``run:name``."""
+    def _left_by(self, name: str, output: str, place: Place) -> str:
+        """The folder of what the run ``name`` leaves, for the setting at ``place``."""
         if name not in self.built:
             earlier = ", ".join(self.built) or "none"
             near = nearest(name, self.built)
             raise ConfigError(f"'run:{name}' names no earlier run{near}; earlier ones: {earlier}")
         run = self.built[name]
-        if run is None:  # what is wrong with it is told already
+        if run is None:  # what is wrong with it is among the problems already
             return f"run:{name}"
-        if place[-2:-1] in (("model",), ("tokenizer",)):
-            return str(run.out / "export")
-        if place[-1] == "store":
+        if output == "export":
+            return str(RunFolder(run.out).export)
+        if output == "store":
             if not isinstance(run.data.masking, HardTokens):
                 raise ConfigError(f"'run:{name}' has no store, its masking is not of hard tokens")
             return str(questions_folder(run))
@@ -183,6 +207,10 @@ class _Reader:
         if not isinstance(teacher, CachedTeacher):
             raise ConfigError(f"'run:{name}' has no cache, its teacher is not a cached one")
         return str(cache_folder(run, domain))
+
+
+def _path_mark(field: FieldInfo) -> RunPath | None:
+    return next((mark for mark in field.metadata if isinstance(mark, RunPath)), None)
 
 
 def _with_defaults(default: BaseModel, tree: Tree, over: Tree) -> Tree:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dskd.settings.base import Section
+from dskd.settings.base import FREE, RunPath, Section
 from dskd.settings.data import Data
 from dskd.settings.model import Model
 from dskd.settings.teachers import TINY, LiveTeacher, Precision, Teacher
@@ -28,7 +28,7 @@ class Train(Section):
     """Optimiser steps."""
     batch: int = Field(16, ge=1)
     """Rows of one optimiser step, over all ranks and accumulation steps."""
-    micro_batch: int = Field(8, ge=1)
+    micro_batch: Annotated[int, FREE] = Field(8, ge=1)
     """Rows of one forward pass on one rank."""
     lr: float = Field(1e-3, ge=0)
     """Peak learning rate."""
@@ -48,8 +48,8 @@ class Train(Section):
     """Largest gradient norm; 0: no clipping."""
     precision: Precision = "auto"
     """``auto``: bf16 on a GPU that has it, else fp32."""
-    activation_checkpointing: bool = False
-    compile: bool = False
+    activation_checkpointing: Annotated[bool, FREE] = False
+    compile: Annotated[bool, FREE] = False
     """Run the student's layers through ``torch.compile``."""
 
 
@@ -57,31 +57,31 @@ class Evaluation(Section):
     """The plain LM loss on the validation rows; it selects the best checkpoint, but not where hard
     tokens are masked or by method ``self_evolution``."""
 
-    every: int = Field(10, ge=1)
+    every: Annotated[int, FREE] = Field(10, ge=1)
     """Steps between evaluations (the last step is always evaluated)."""
     rows: int | None = Field(None, ge=1)
     """Use only so many validation rows; null: all."""
-    micro_batch: int = Field(16, ge=1)
+    micro_batch: Annotated[int, FREE] = Field(16, ge=1)
 
 
 class Checkpoint(Section):
     """When to save and how many to keep."""
 
-    every: int = Field(10, ge=1)
+    every: Annotated[int, FREE] = Field(10, ge=1)
     """Steps between checkpoints (the last step is always saved)."""
-    keep: int = Field(2, ge=1)
+    keep: Annotated[int, FREE] = Field(2, ge=1)
     """Most recent checkpoints kept; the best one, if the evaluation selects, besides."""
 
 
 class Run(Section):
     """One run: a student trained by a method."""
 
-    out: Path = Path("runs/toy")
+    out: Annotated[Path, RunPath(), FREE] = Path("runs/toy")
     """Folder of everything the run writes."""
     seed: int = Field(1, ge=0, lt=2**63)
-    until: Literal["data", "slice", "question", "cache", "train", "export", "evaluate"] = "evaluate"
+    until: Annotated[str, FREE] = "evaluate"
     """Last stage to run."""
-    deepspeed: str = "zero0"
+    deepspeed: Annotated[str, RunPath(), FREE] = "zero0"
     """A shipped preset (``zero2`` is ``ds_configs/zero2.json``) or a path to a DeepSpeed JSON."""
     method: dict[str, Any] = Field(
         default_factory=lambda: {"kind": "ki", "schedule": "linear", "steps": 10}
@@ -93,5 +93,5 @@ class Run(Section):
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
-    log_every: int = Field(1, ge=1)
+    log_every: Annotated[int, FREE] = Field(1, ge=1)
     """Steps between progress lines and metrics."""

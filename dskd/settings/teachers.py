@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dskd.settings.base import Section
+from dskd.settings.base import FREE, RunPath, Section
 from dskd.settings.model import Model
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -27,7 +27,7 @@ class LiveTeacher(Section):
 
     kind: Literal["live"] = "live"
     model: Model = Model(config=TINY)
-    deepspeed: str | None = None
+    deepspeed: Annotated[str | None, RunPath(), FREE] = None
     """DeepSpeed JSON (ZeRO-3, with or without offload) that shards the teacher; null: a replica
     on every rank."""
     precision: Precision = "auto"
@@ -37,11 +37,11 @@ class CachedTeacher(Section):
     """Top-k logits captured beforehand; captured by this run when ``path`` does not exist yet."""
 
     kind: Literal["cached"]
-    path: Path | None = None
+    path: Annotated[Path | None, RunPath("cache")] = None
     """The cache's folder; null: ``<out>/cache``."""
     model: Model | None = None
     """The model to capture from; null: the cache must exist."""
-    deepspeed: str | None = None
+    deepspeed: Annotated[str | None, RunPath(), FREE] = None
     """As for a live teacher, used by the capture."""
     precision: Precision = "auto"
     k: int = Field(32, ge=1)
@@ -54,8 +54,8 @@ class CachedTeacher(Section):
     """Temperatures whose tail mass is stored."""
     values: Literal["fp16", "fp32"] = "fp16"
     """Storage type of the log-probabilities."""
-    rows_per_shard: int = Field(1024, ge=1)
-    micro_batch: int = Field(16, ge=1)
+    rows_per_shard: Annotated[int, FREE] = Field(1024, ge=1)
+    micro_batch: Annotated[int, FREE] = Field(16, ge=1)
     """Rows of a capture batch per rank."""
 
 
@@ -78,7 +78,7 @@ class SelfTeacher(Section):
     as the run began; ``average``: their exponential moving average."""
     decay: float = Field(0.999, ge=0, lt=1)
     """Factor of the average."""
-    deepspeed: str | None = None
+    deepspeed: Annotated[str | None, RunPath(), FREE] = None
     """As for a live teacher; of the frozen copy."""
     precision: Precision = "auto"
     """Of the frozen copy."""

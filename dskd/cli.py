@@ -7,8 +7,10 @@ and runs N.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from dskd import __version__
@@ -18,14 +20,37 @@ MENDABLE = 2
 _SETTINGS = "settings file and overrides: [FILE.yaml] [a.b=value ...]; none: the 20-step toy run"
 
 
+COMMANDS: dict[str, tuple[str, str]] = {
+    "hard-tokens": (
+        "say which tokens are hard for a run's model",
+        "dskd.hardness.report:main",
+    ),
+}
+"""Commands that a method or a stage brings: what each does, and where its ``main(words)`` is found,
+``module:function``. One from outside this package is called by that name itself."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command (default: the process's own arguments); returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    brought = _brought(words[0]) if words else None
     try:
+        if brought is not None:
+            return brought(words[1:])
+        arguments = _parser().parse_args(words)
         return arguments.run(arguments)
     except DskdError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return MENDABLE
+
+
+def _brought(name: str) -> Callable[[Sequence[str]], int] | None:
+    """The function behind a command of ``COMMANDS``, or behind ``module:function``."""
+    _, target = COMMANDS.get(name, ("", name))
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", target):
+        return None
+    module, _, function = target.partition(":")
+    return getattr(import_module(module), function)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,19 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("path", type=Path, metavar="PATH", help="folder of the cache")
         command.set_defaults(run=run)
 
-    hard = commands.add_parser("hard-tokens", help="say which tokens are hard for a run's model")
-    hard.add_argument("path", type=Path, metavar="RUN", help="a run's folder or settings file")
-    hard.add_argument("overrides", nargs="*", metavar="a.b=value", help="other settings to try")
-    hard.add_argument("--plot", type=Path, metavar="FILE.png", help="an image to write")
-    hard.add_argument("--top", type=int, default=30, metavar="N", help="tokens to show (30)")
-    hard.add_argument("--epoch", type=int, default=0, metavar="N", help="epoch to look at (0)")
-    hard.set_defaults(run=_hard_tokens)
-
     report = commands.add_parser("report", help="table and report.html of finished runs")
     report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="run folders")
     report.add_argument("--control", metavar="NAME", help="the run to measure the others against")
     report.add_argument("--out", type=Path, default=Path(), help="where report.html goes")
     report.set_defaults(run=_report)
+
+    for name, (about, _) in COMMANDS.items():  # for the help; main() hands their words on
+        commands.add_parser(name, help=about)
     return parser
 
 
@@ -122,13 +142,6 @@ def _show(values: dict[str, object]) -> None:
     width = max(map(len, values))
     for name, value in values.items():
         print(f"{name:<{width}}  {value}")
-
-
-def _hard_tokens(arguments: argparse.Namespace) -> int:
-    from dskd.hardness.report import show
-
-    show(arguments.path, arguments.overrides, arguments.plot, arguments.top, arguments.epoch)
-    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

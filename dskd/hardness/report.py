@@ -9,8 +9,9 @@ Shape letters: B rows, T tokens, N counted tokens, D domains, V vocabulary.
 
 from __future__ import annotations
 
+import argparse
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,21 @@ class Findings:
         """Ids of the tokens that are hard most often, those first."""
         order_V = np.lexsort((np.arange(len(self.hard_V)), -self.hard_V))[:top]
         return order_V[self.hard_V[order_V] > 0]
+
+
+def main(words: Sequence[str]) -> int:
+    """The command ``dskd hard-tokens RUN [a.b=value ...]``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="dskd hard-tokens", description="Say which tokens are hard for a run's model."
+    )
+    parser.add_argument("path", type=Path, metavar="RUN", help="a run's folder or settings file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="other settings to try")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="an image to write")
+    parser.add_argument("--top", type=int, default=30, metavar="N", help="tokens to show (30)")
+    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="epoch to look at (0)")
+    options = parser.parse_args(words)
+    show(options.path, options.overrides, options.plot, options.top, options.epoch)
+    return 0
 
 
 def show(

@@ -1,4 +1,4 @@
-"""What flows through a training step: Batch -> Signal -> Rows -> Terms.
+"""What flows through a training step: Batch -> Signal -> Positions -> Terms.
 
 Shape letters: B rows of a micro-batch, T tokens of a row, N supervised positions of the micro-batch
 (row-major order over ``labels_BT != IGNORE``), V vocabulary, D and E hidden sizes of student and
@@ -51,7 +51,7 @@ class Batch:
 
     @property
     def labels_N(self) -> Tensor:
-        """The labels of the supervised positions, in Rows order."""
+        """The labels of the supervised positions, in the order of the batch."""
         return self.labels_BT[self.supervised_BT]
 
     def to(self, device: torch.device) -> Batch:
@@ -92,7 +92,7 @@ class Projection(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
+class Positions:
     """The supervised positions of a student's forward pass, up to its last linear map.
 
     ``logits_NV`` is computed on first use and kept; a fused loss goes through ``projection``

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dskd.batch import Dense, Projected, Rows, Signal, TopK
+from dskd.batch import Dense, Positions, Projected, Signal, TopK
 from dskd.errors import ConfigError
 from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, Weight
 from dskd.fused.backend import implementation, triton_everywhere
@@ -56,13 +56,13 @@ __all__ = [
 ]
 
 
-def rows_ce(rows: Rows, label_weight: Weight = 1.0) -> Losses:
+def rows_ce(rows: Positions, label_weight: Weight = 1.0) -> Losses:
     """Cross entropy of a student's supervised positions, through its head."""
     return _through_head(rows, None, label_weight=label_weight)
 
 
 def rows_kd(
-    rows: Rows,
+    rows: Positions,
     signal: Signal,
     *,
     temperature: float,
@@ -104,7 +104,7 @@ def rows_kd(
 
 
 def _through_head(
-    rows: Rows, teacher: LogitTeacher, shared: int | None = None, **options: object
+    rows: Positions, teacher: LogitTeacher, shared: int | None = None, **options: object
 ) -> Losses:
     """``shared``: how many columns of the student's head count; None: all."""
 
@@ -119,7 +119,7 @@ def _through_head(
     return Losses(*rows.projection(rows.hidden_ND, use))
 
 
-def _through_heads(rows: Rows, signal: Projected, options: dict[str, object]) -> Losses:
+def _through_heads(rows: Positions, signal: Projected, options: dict[str, object]) -> Losses:
     found: list[Losses] = []
     with_gradient = torch.is_grad_enabled()
 

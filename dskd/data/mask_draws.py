@@ -33,7 +33,7 @@ def number(
     return (share * counts_B + u_B).astype(np.int64)
 
 
-def keys(
+def order_keys(
     seed: int, draws_B: NDArray[np.int64], row_ids_B: NDArray[np.int64], width: int
 ) -> NDArray[np.uint64]:
     """``keys_BT``, by which a row's tokens are in random order."""
@@ -75,7 +75,7 @@ class Replacer:
         row_ids_B: NDArray[np.int64],
         ids_BT: NDArray[np.int64],
         chosen_BT: NDArray[np.bool_],
-        fates_BT: NDArray[np.int64] | None = None,
+        drawn_at_BT: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The rows without the chosen tokens, which are asked for.
 
@@ -84,8 +84,8 @@ class Replacer:
             row_ids_B: row ids.
             ids_BT: the rows.
             chosen_BT: the tokens to replace.
-            fates_BT: of each token, the place whose fate (kept, random, masked) it shares; None:
-                its own.
+            drawn_at_BT: of each token, the place whose draw (kept, random, masked) it shares;
+                None: its own.
 
         Returns:
             inputs_BT, labels_BT: int64; labels are IGNORE where nothing is asked.
@@ -98,7 +98,7 @@ class Replacer:
             draws_B[rows],
             row_ids_B[rows],
             places,
-            places if fates_BT is None else fates_BT[rows, places],
+            places if drawn_at_BT is None else drawn_at_BT[rows, places],
             ids_BT[rows, places],
         )
         return inputs_BT, labels_BT
@@ -108,13 +108,13 @@ class Replacer:
         draws: NDArray[np.int64],
         row_ids: NDArray[np.int64],
         places: NDArray[np.int64],
-        fate_places: NDArray[np.int64],
+        drawn_at: NDArray[np.int64],
         ids: NDArray[np.int64],
     ) -> NDArray[np.int64]:
         """What the model sees at the chosen places: the token itself, a random one, or the mask."""
-        fate = uniform(self._seed, _KIND, draws, row_ids, fate_places)
-        kept = fate < self._keep
-        random = ~kept & (fate < self._keep + self._random)
+        replacement = uniform(self._seed, _KIND, draws, row_ids, drawn_at)
+        kept = replacement < self._keep
+        random = ~kept & (replacement < self._keep + self._random)
         drawn = self._pool[below(len(self._pool), self._seed, _TOKEN, draws, row_ids, places)]
         return np.where(kept, ids, np.where(random, drawn, self._mask_id))
 

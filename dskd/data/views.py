@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import IGNORE
 from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
-from dskd.data.mask_draws import Replacer, keys, maskable, number, smallest
+from dskd.data.mask_draws import Replacer, maskable, number, order_keys, smallest
 from dskd.data.tokenizers import continues_word, special_ids, tokenizer_fingerprint
 from dskd.errors import ConfigError
 from dskd.settings.data import Data, Masking, MaskShares
@@ -70,8 +70,8 @@ class MaskedView:
 
     A row with c tokens that may be masked (all but the special ones) gets ``int(p * c + u)`` of
     them, u uniform in [0, 1), without replacement: those with the smallest random keys. With
-    ``whole_word``, c counts words, and a word's tokens share its fate. Random tokens come evenly
-    from the vocabulary without the special tokens.
+    ``whole_word``, c counts words, and a word's tokens are all kept, random or masked.
+    Random tokens come evenly from the vocabulary without the special tokens.
 
     Raises:
         ConfigError: the shares exceed 1, the tokenizer has no mask token, or its words are unknown.
@@ -125,7 +125,7 @@ class MaskedView:
         """``int(p * heads + u)`` of each row's heads, those with the smallest keys."""
         heads_B = heads_BT.sum(axis=1)
         number_B = number(self._seed, self._probability, draws_B, row_ids_B, heads_B)
-        keys_BT = keys(self._seed, draws_B, row_ids_B, heads_BT.shape[1])
+        keys_BT = order_keys(self._seed, draws_B, row_ids_B, heads_BT.shape[1])
         keys_BT[~heads_BT] = np.iinfo(np.uint64).max
         return heads_BT & smallest(keys_BT, number_B)
 

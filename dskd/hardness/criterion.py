@@ -37,16 +37,16 @@ class HardnessReader(Protocol):
         ...
 
 
-Generations = Callable[[int], HardnessReader]
+HardnessOf = Callable[[int], HardnessReader]
 """Opens a store: 0 is the one made before training, g the one after ``g * refresh`` epochs."""
 
 
-class Judge:
+class HardCriterion:
     """Says which tokens are hard, as the epoch's store knows them; safe in threads.
 
     Args:
         masking: ``metric``, its ``threshold`` or ``quantile``, and ``refresh`` count here.
-        generations: opens the stores, when they are first needed.
+        hardness_of: opens the stores, when they are first needed.
         rows: the training rows, of which the quantile is taken.
         special_V: bool, the special tokens, which the quantile leaves out.
     """
@@ -54,12 +54,12 @@ class Judge:
     def __init__(
         self,
         masking: HardTokens,
-        generations: Generations,
+        hardness_of: HardnessOf,
         rows: RowSet,
         special_V: NDArray[np.bool_],
     ) -> None:
         self._masking = masking
-        self._generations = generations
+        self._hardness_of = hardness_of
         self._rows = rows
         self._special_V = special_V
         self._cuts: dict[int, float] = {}
@@ -80,26 +80,28 @@ class Judge:
         nll_BT = np.empty(ids_BT.shape, np.float32)
         hard_BT = np.empty(ids_BT.shape, bool)
         refresh = self._masking.refresh
-        generations_B = np.zeros_like(epochs_B) if refresh is None else epochs_B // refresh
-        for generation in np.unique(generations_B).tolist():
-            here = np.flatnonzero(generations_B == generation)
-            answers = self._generations(generation)
+        indices_B = np.zeros_like(epochs_B) if refresh is None else epochs_B // refresh
+        for refresh_index in np.unique(indices_B).tolist():
+            here = np.flatnonzero(indices_B == refresh_index)
+            answers = self._hardness_of(refresh_index)
             nll_BT[here], wrong_BT = answers.read(row_ids_B[here], ids_BT[here], lengths_B[here])
             if self._masking.metric == "correctness":
                 hard_BT[here] = wrong_BT
             else:
-                hard_BT[here] = nll_BT[here] > self.cut(generation)
+                hard_BT[here] = nll_BT[here] > self.cut(refresh_index)
         return nll_BT, hard_BT
 
-    def cut(self, generation: int) -> float:
+    def cut(self, refresh_index: int) -> float:
         """The NLL that hard tokens exceed, for the metrics ``confidence`` and ``quantile``."""
         masking = self._masking
         if masking.metric == "confidence":
             return masking.threshold
-        if generation not in self._cuts:
-            answers = self._generations(generation)
-            self._cuts[generation] = answers.quantile(masking.quantile, self._rows, self._special_V)
-        return self._cuts[generation]
+        if refresh_index not in self._cuts:
+            answers = self._hardness_of(refresh_index)
+            self._cuts[refresh_index] = answers.quantile(
+                masking.quantile, self._rows, self._special_V
+            )
+        return self._cuts[refresh_index]
 
 
 def select(

@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from dskd.batch import IGNORE
 from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
 from dskd.data.loader import Attachment
-from dskd.data.mask_draws import Replacer, keys, maskable, number
+from dskd.data.mask_draws import Replacer, maskable, number, order_keys
 from dskd.data.prepared import RowSet
 from dskd.data.tokenizers import special_ids, tokenizer_fingerprint
 from dskd.data.views import CausalView
-from dskd.hardness.criterion import Generations, Judge, select
+from dskd.hardness.criterion import HardCriterion, HardnessOf, select
 from dskd.settings.data import Data, HardTokens
 from dskd.system.files import fingerprint
 
@@ -42,7 +42,7 @@ class HardView:
         masking: the settings.
         tokenizer: of the rows.
         seed: of the run.
-        judge: says which tokens are hard.
+        criterion: says which tokens are hard.
         asked: fingerprint of the first store.
 
     Raises:
@@ -54,7 +54,7 @@ class HardView:
         masking: HardTokens,
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
-        judge: Judge,
+        criterion: HardCriterion,
         asked: str,
     ) -> None:
         all_mask = {"keep": 0.0, "random": 0.0} if masking.replacement == "all_mask" else {}
@@ -71,7 +71,7 @@ class HardView:
         self._most = masking.probability if masking.most is None else masking.most
         self._seed = seed
         self._special_V = special_ids(tokenizer)
-        self.judge = judge
+        self.criterion = criterion
 
     def __call__(
         self,
@@ -84,14 +84,14 @@ class HardView:
         draws_B = epochs_B if self.draws is None else epochs_B % self.draws
         maskable_BT = maskable(ids_BT, lengths_B, self._special_V)
         counts_B = maskable_BT.sum(axis=1)
-        nll_BT, hard_BT = self.judge(row_ids_B, epochs_B, ids_BT, lengths_B)
+        nll_BT, hard_BT = self.criterion(row_ids_B, epochs_B, ids_BT, lengths_B)
         chosen_BT = select(
             hard_BT,
             nll_BT,
             maskable_BT,
             number(self._seed, self._least, draws_B, row_ids_B, counts_B),
             number(self._seed, self._most, draws_B, row_ids_B, counts_B),
-            keys(self._seed, draws_B, row_ids_B, ids_BT.shape[1]),
+            order_keys(self._seed, draws_B, row_ids_B, ids_BT.shape[1]),
         )
         return self._replace(draws_B, row_ids_B, ids_BT, chosen_BT)
 
@@ -117,7 +117,7 @@ class OriginalHardView:
         masking: HardTokens,
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
-        judge: Judge,
+        criterion: HardCriterion,
         asked: str,
     ) -> None:
         self._mask_row = FairseqMask(masking, tokenizer, "original")
@@ -126,7 +126,7 @@ class OriginalHardView:
             masking, tokenizer, seed, asked, unused=["least", "most", "replacement"]
         )
         self._seed = seed
-        self.judge = judge
+        self.criterion = criterion
 
     def __call__(
         self,
@@ -136,7 +136,7 @@ class OriginalHardView:
         lengths_B: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.views.View`."""
-        _, hard_BT = self.judge(row_ids_B, epochs_B, ids_BT, lengths_B)
+        _, hard_BT = self.criterion(row_ids_B, epochs_B, ids_BT, lengths_B)
         draws_B = epochs_B if self.draws is None else epochs_B % self.draws
         inputs_BT = ids_BT.copy()
         labels_BT = np.full_like(ids_BT, IGNORE)
@@ -168,7 +168,7 @@ class HardCausalView(CausalView):
         masking: HardTokens,
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
-        judge: Judge,
+        criterion: HardCriterion,
         asked: str,
     ) -> None:
         unused = ["probability", "keep", "random", "least", "replacement", "sampler"]
@@ -176,7 +176,7 @@ class HardCausalView(CausalView):
         self._most = 1.0 if masking.most is None else masking.most
         self._special_V = special_ids(tokenizer)
         self._seed = seed
-        self.judge = judge
+        self.criterion = criterion
 
     def attach(
         self,
@@ -200,12 +200,12 @@ class HardCausalView(CausalView):
         lengths_B: NDArray[np.int64],
     ) -> NDArray[np.bool_]:
         """``hard_BT``, true where the label is hard: the same in every epoch of a store."""
-        nll_BT, hard_BT = self.judge(row_ids_B, epochs_B, ids_BT, lengths_B)
+        nll_BT, hard_BT = self.criterion(row_ids_B, epochs_B, ids_BT, lengths_B)
         labels_BT = np.roll(ids_BT, -1, axis=1)
         countable_BT = maskable(labels_BT, lengths_B - 1, self._special_V)
         draws_B = np.zeros_like(row_ids_B)
         most_B = number(self._seed, self._most, draws_B, row_ids_B, countable_BT.sum(axis=1))
-        keys_BT = keys(self._seed, draws_B, row_ids_B, ids_BT.shape[1])
+        keys_BT = order_keys(self._seed, draws_B, row_ids_B, ids_BT.shape[1])
         return select(hard_BT, nll_BT, countable_BT, np.zeros_like(most_B), most_B, keys_BT)
 
 
@@ -216,7 +216,7 @@ def hard_view(
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    generations: Generations,
+    hardness_of: HardnessOf,
     *,
     asked: str,
     rows: RowSet,
@@ -227,7 +227,7 @@ def hard_view(
         data: the settings.
         tokenizer: of the rows.
         seed: of the run.
-        generations: opens the stores; called only when rows are asked for.
+        hardness_of: opens the stores; called only when rows are asked for.
         asked: fingerprint of the first store.
         rows: the training rows.
 
@@ -240,8 +240,8 @@ def hard_view(
         kind = HardCausalView
     else:
         kind = OriginalHardView if masking.sampler == "original" else HardView
-    judge = Judge(masking, generations, rows, special_ids(tokenizer))
-    return kind(masking, tokenizer, seed, judge, asked)
+    criterion = HardCriterion(masking, hardness_of, rows, special_ids(tokenizer))
+    return kind(masking, tokenizer, seed, criterion, asked)
 
 
 def _fingerprint(

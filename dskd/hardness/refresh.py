@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dskd.batch import Batch, Rows
+from dskd.batch import Batch, Positions
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import special_ids
 from dskd.engine.checkpoints import Checkpoints
@@ -25,11 +25,11 @@ from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import stage_of
 from dskd.engine.run_config import student_config
 from dskd.errors import ConfigError, DiskError, StoreError
-from dskd.hardness.asking import ask, question
+from dskd.hardness.question import ask, question
 from dskd.hardness.scoring import ScoringView, scoring_view
 from dskd.hardness.store import Hardness, hardness_spec, identity
 from dskd.models.build import hidden_size, model_fingerprint
-from dskd.models.families import rows_of
+from dskd.models.families import positions_of
 from dskd.models.frozen import evaluating, frozen_model
 from dskd.settings.data import HardTokens
 from dskd.settings.folders import questions_folder, student_settings
@@ -50,8 +50,8 @@ class Student(NamedTuple):
     """Fingerprint of the checkpoint's files."""
 
 
-class Generations:
-    """Makes, opens and hands out the stores; called with a generation it is the reader of one.
+class HardnessStores:
+    """Makes, opens and hands out the stores; called with a refresh_index it is the reader of one.
 
     Args:
         run: its masking is of hard tokens.
@@ -60,7 +60,7 @@ class Generations:
         checkpoints: of the run.
 
     Raises:
-        ConfigError: an optimiser step may read rows of more than two generations, or the masking
+        ConfigError: an optimiser step may read rows of more than two stores, or the masking
             does not fit the tokenizer.
     """
 
@@ -80,9 +80,9 @@ class Generations:
         self._prints["precision"] = precision_of(self._ds(hidden=1))
         self._prints["model"] = dist.on_rank0(self._model_print)
 
-    def __call__(self, generation: int) -> Hardness:
-        """The opened store of a generation."""
-        return self._opened[generation]
+    def __call__(self, refresh_index: int) -> Hardness:
+        """The opened store of a refresh_index."""
+        return self._opened[refresh_index]
 
     @property
     def fingerprint(self) -> str:
@@ -124,15 +124,17 @@ class Generations:
         """
         if position == 0:
             self._remove(self._run.out.glob("questions-epoch-*"))
-        self._students = {int(generation): Student(*who) for generation, who in state.items()}
+        self._students = {int(refresh_index): Student(*who) for refresh_index, who in state.items()}
         made = self._needed(position - 1) if position else 0
-        for generation in range(self._oldest(position), made + 1):
-            if generation not in self._opened:
-                self._open(generation, mend=self._way_back(generation) if generation else None)
+        for refresh_index in range(self._oldest(position), made + 1):
+            if refresh_index not in self._opened:
+                self._open(
+                    refresh_index, mend=self._way_back(refresh_index) if refresh_index else None
+                )
 
     def state(self) -> dict[str, Sequence[Any]]:
         """Who was asked for each later store, as JSON values."""
-        return {str(generation): list(who) for generation, who in self._students.items()}
+        return {str(refresh_index): list(who) for refresh_index, who in self._students.items()}
 
     def due(self, position: int) -> bool:
         """Whether the batch at ``position`` needs a store that is not open yet."""
@@ -156,48 +158,48 @@ class Generations:
         Raises:
             Stopped: ``stop`` said so on one of the ranks.
         """
-        generation = self._needed(position)
+        refresh_index = self._needed(position)
         files = self._checkpoints.manifests()[step]["files"] if step else None
-        self._students[generation] = Student(step, fingerprint(files))
+        self._students[refresh_index] = Student(step, fingerprint(files))
         try:
-            asked = self._ask(generation, student, stop)
+            asked = self._ask(refresh_index, student, stop)
         except DiskError:  # what is there is whole
             raise
         except StoreError as problem:  # of another student, or damaged: the right one is here
-            folder = questions_folder(self._run, generation)
+            folder = questions_folder(self._run, refresh_index)
             say(f"question: {folder} is made anew, it cannot be used: {problem}")
             self._remove([folder])
-            asked = self._ask(generation, student, stop)
+            asked = self._ask(refresh_index, student, stop)
         for old in [g for g in self._opened if g < self._oldest(position)]:
             del self._opened[old]
         self._remove_unread()
         return asked
 
-    def _ask(self, generation: int, student: nn.Module, stop: Callable[[], bool]) -> bool:
+    def _ask(self, refresh_index: int, student: nn.Module, stop: Callable[[], bool]) -> bool:
         with evaluating(student):
             asked = ask(
                 self._masking,
                 lambda batch: self._answer(student, batch),
                 self._prepared,
                 self._view,
-                questions_folder(self._run, generation),
-                fingerprints=self._prints_of(generation),
+                questions_folder(self._run, refresh_index),
+                fingerprints=self._prints_of(refresh_index),
                 stop=stop,
             )
-        self._open(generation)
+        self._open(refresh_index)
         return asked
 
-    def _answer(self, student: nn.Module, batch: Batch) -> Rows:
-        return rows_of(student, batch.to(self._device))
+    def _answer(self, student: nn.Module, batch: Batch) -> Positions:
+        return positions_of(student, batch.to(self._device))
 
-    def _open(self, generation: int, mend: str | None = None) -> None:
+    def _open(self, refresh_index: int, mend: str | None = None) -> None:
         """Verify a store; find the quantile here, not in the loader's thread when it is due."""
         masking, prepared = self._masking, self._prepared
-        folder = questions_folder(self._run, generation)
+        folder = questions_folder(self._run, refresh_index)
         with dist.agreed():
             share = (dist.rank(), dist.world())
             try:
-                opened = Hardness(folder, self._prints_of(generation), share, mend=mend)
+                opened = Hardness(folder, self._prints_of(refresh_index), share, mend=mend)
             except StoreError as problem:
                 if mend is None or mend in str(problem):
                     raise
@@ -208,11 +210,11 @@ class Generations:
             cut = dist.on_rank0(lambda: opened.quantile(hardest, prepared.train, special_V))
             opened.quantiles[hardest] = cut
             say(f"{folder}: hard is an NLL above {cut:.4g} nats, the hardest {hardest:g} of tokens")
-        self._opened[generation] = opened
+        self._opened[refresh_index] = opened
 
-    def _way_back(self, generation: int) -> str:
+    def _way_back(self, refresh_index: int) -> str:
         """How a later store can be had again: by the student that was asked."""
-        step, folder = self._students[generation].step, self._checkpoints.folder
+        step, folder = self._students[refresh_index].step, self._checkpoints.folder
         earlier = [kept for kept in self._checkpoints.manifests() if kept <= step]
         if earlier:
             return (
@@ -229,7 +231,7 @@ class Generations:
         manifests = self._checkpoints.manifests().values()
         oldest = self._oldest(min((m["state"]["position"] for m in manifests), default=0))
         unread = [g for g in self._students if 0 < g < oldest]
-        self._remove(questions_folder(self._run, generation) for generation in unread)
+        self._remove(questions_folder(self._run, refresh_index) for refresh_index in unread)
 
     def _remove(self, folders: Iterable[Path]) -> None:
         with dist.agreed():
@@ -247,22 +249,22 @@ class Generations:
             )
 
     def _needed(self, position: int) -> int:
-        """The newest generation that the batch at ``position`` reads."""
+        """The newest refresh_index that the batch at ``position`` reads."""
         return self._of_row((position + 1) * self._run.train.batch - 1)
 
     def _oldest(self, position: int) -> int:
         return self._of_row(position * self._run.train.batch)
 
     def _of_row(self, place: int) -> int:
-        """The generation of a place in the stream of rows."""
+        """The refresh_index of a place in the stream of rows."""
         refresh = self._masking.refresh
         return 0 if refresh is None else place // len(self._prepared.train) // refresh
 
-    def _prints_of(self, generation: int) -> dict[str, str]:
-        """Fingerprints of a generation's store."""
-        if generation == 0:
+    def _prints_of(self, refresh_index: int) -> dict[str, str]:
+        """Fingerprints of a refresh_index's store."""
+        if refresh_index == 0:
             return self._prints
-        model = fingerprint([self._prints["model"], *self._students[generation]])
+        model = fingerprint([self._prints["model"], *self._students[refresh_index]])
         return {**self._prints, "model": model}
 
     def _model_print(self) -> str:
@@ -293,13 +295,13 @@ class Renewal:
     """What the trainer does between two steps when the hard tokens are to be found anew: the next
     batch cannot be made before."""
 
-    def __init__(self, generations: Generations, student: Callable[[], nn.Module]) -> None:
-        self._generations = generations
+    def __init__(self, stores: HardnessStores, student: Callable[[], nn.Module]) -> None:
+        self._stores = stores
         self._student = student
 
     def due(self, position: int) -> bool:
         """Whether the batch at ``position`` waits for it."""
-        return self._generations.due(position)
+        return self._stores.due(position)
 
     def __call__(self, position: int, step: int, stop: Callable[[], bool]) -> None:
         """Ask the student (collective); a repetition of an interrupted call goes on with it.
@@ -312,9 +314,9 @@ class Renewal:
         Raises:
             Stopped: it did, on one of the ranks.
         """
-        if self._generations.renew(position, step, self._student(), stop):
+        if self._stores.renew(position, step, self._student(), stop):
             say(f"asked the student for the hard tokens of the coming epochs (batch {position})")
 
     def state(self) -> dict[str, Any]:
         """Who was asked, for the checkpoint."""
-        return self._generations.state()
+        return self._stores.state()

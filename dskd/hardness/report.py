@@ -166,7 +166,7 @@ def run_at(path: Path, overrides: Iterable[str]) -> Run:
 
 
 def find(run: Run, prepared: Prepared, hardness: Hardness, epoch: int = 0) -> Findings:
-    """Read the whole store, and judge and mask every row as ``epoch`` does, whose store it is."""
+    """Read the whole store, and mask every row as ``epoch`` does, whose store it is."""
     view = hard_view(
         run.data,
         prepared.tokenizer,
@@ -184,9 +184,9 @@ def find(run: Run, prepared: Prepared, hardness: Hardness, epoch: int = 0) -> Fi
         row_ids_B = np.arange(begin, min(begin + _ROWS, len(prepared.train)))
         ids_BT, lengths_B = prepared.train.read(row_ids_B)
         about = (row_ids_B, np.full_like(row_ids_B, epoch), ids_BT, lengths_B)
-        nll_BT, hard_BT = view.judge(*about)
+        nll_BT, hard_BT = view.criterion(*about)
         _, wrong_BT = hardness.read(row_ids_B, ids_BT, lengths_B)
-        targets_BT = hardness.asking.targets(ids_BT)
+        targets_BT = hardness.plan.targets(ids_BT)
         counted_BT = ~np.isnan(nll_BT) & ~special_V[targets_BT]
         values = {
             "tokens": counted_BT,
@@ -211,19 +211,19 @@ def find(run: Run, prepared: Prepared, hardness: Hardness, epoch: int = 0) -> Fi
         magnitudes=magnitudes,
         seen_V=seen_V,
         hard_V=hard_V,
-        cut=None if run.data.masking.metric == "correctness" else view.judge.cut(0),
+        cut=None if run.data.masking.metric == "correctness" else view.criterion.cut(0),
     )
 
 
 def _opened(run: Run, epoch: int) -> tuple[Prepared, Hardness]:
     """The rows, and the store that the epoch's masks are read from."""
     refresh = run.data.masking.refresh
-    generation = 0 if refresh is None else epoch // refresh
-    folder = questions_folder(run, generation)
+    refresh_index = 0 if refresh is None else epoch // refresh
+    folder = questions_folder(run, refresh_index)
     if not (folder / MANIFEST).exists():
         how = "`until=question`"
-        if generation:
-            how = f"training, once {generation * refresh} epochs are over,"
+        if refresh_index:
+            how = f"training, once {refresh_index * refresh} epochs are over,"
         raise StoreError(f"{folder}: no such store; {how} makes it")
     prepared = open_prepared(prepare(run.data), verify=False)
     view = scoring_view(run.data, prepared.tokenizer, run.seed)

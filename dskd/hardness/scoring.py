@@ -33,7 +33,7 @@ _ROUNDING = 1e-9  # 1 / (1 / 49) is more than 49
 
 
 @dataclass(frozen=True)
-class Asking:
+class ScoringPlan:
     """Which places of a row are asked about in which draw; kept in the store as JSON values.
 
     Attributes:
@@ -54,9 +54,9 @@ class Asking:
         return {**asdict(self), "special": list(self.special)}
 
     @staticmethod
-    def from_tree(tree: Mapping[str, Any]) -> Asking:
+    def from_tree(tree: Mapping[str, Any]) -> ScoringPlan:
         """The inverse of :meth:`tree`."""
-        return Asking(**{**tree, "special": tuple(tree["special"])})
+        return ScoringPlan(**{**tree, "special": tuple(tree["special"])})
 
     def draw_of(
         self,
@@ -102,19 +102,19 @@ class ScoringView:
     """A :class:`~dskd.data.views.View` whose labels are the tokens that are asked about.
 
     Args:
-        asking: which places.
+        plan: which places.
         tokenizer: of the rows; ``mask`` needs its mask token.
 
     Raises:
         ConfigError: the tokenizer has no mask token.
     """
 
-    def __init__(self, asking: Asking, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.asking = asking
-        self.draws: int | None = asking.draws
-        about: dict[str, Any] = {"view": "scoring", **asking.tree()}
+    def __init__(self, plan: ScoringPlan, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.plan = plan
+        self.draws: int | None = plan.draws
+        about: dict[str, Any] = {"view": "scoring", **plan.tree()}
         self._mask_id = 0
-        if asking.shown == "mask":
+        if plan.shown == "mask":
             if tokenizer.mask_token_id is None:
                 raise ConfigError(
                     "data.masking.shown: mask, but the tokenizer (data.tokenizer) has no mask token"
@@ -131,12 +131,12 @@ class ScoringView:
         lengths_B: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.views.View`."""
-        if self.asking.shown == "next":
+        if self.plan.shown == "next":
             return CausalView()(row_ids_B, epochs_B, ids_BT, lengths_B)
-        draw_of_BT = self.asking.draw_of(row_ids_B, ids_BT, lengths_B)
-        asked_BT = draw_of_BT == (epochs_B % self.asking.draws)[:, None]
+        draw_of_BT = self.plan.draw_of(row_ids_B, ids_BT, lengths_B)
+        asked_BT = draw_of_BT == (epochs_B % self.plan.draws)[:, None]
         labels_BT = np.where(asked_BT, ids_BT, IGNORE)
-        if self.asking.shown == "token":
+        if self.plan.shown == "token":
             return ids_BT, labels_BT
         return np.where(asked_BT, self._mask_id, ids_BT), labels_BT
 
@@ -150,9 +150,9 @@ def scoring_view(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> S
     masking = data.masking
     assert isinstance(masking, HardTokens), masking
     if data.objective == "causal":
-        return ScoringView(Asking("next"), tokenizer)
+        return ScoringView(ScoringPlan("next"), tokenizer)
     if masking.shown == "token":
-        return ScoringView(Asking("token"), tokenizer)
+        return ScoringView(ScoringPlan("token"), tokenizer)
     draws = math.ceil(1 / masking.probability - _ROUNDING)
     special = tuple(np.flatnonzero(special_ids(tokenizer)).tolist())
-    return ScoringView(Asking("mask", draws, seed, special), tokenizer)
+    return ScoringView(ScoringPlan("mask", draws, seed, special), tokenizer)

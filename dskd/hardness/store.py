@@ -6,7 +6,7 @@ metric of hard tokens can be changed without asking again. Rounding to float16 m
 most 1/2048 of it (3e-8 below 6e-5); what is beyond the largest float16 becomes that (65504).
 
 The places that were asked about are not stored: they follow from the spec's settings, which are an
-:class:`~dskd.hardness.scoring.Asking`.
+:class:`~dskd.hardness.scoring.ScoringPlan`.
 
 Shape letters: B rows, T tokens, N places asked about, V vocabulary.
 """
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from dskd.data.prepared import RowSet
 from dskd.errors import StoreError
-from dskd.hardness.scoring import Asking, ScoringView
+from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.settings.data import HardTokens
 from dskd.stores.shard import Column, StoreSpec
 from dskd.stores.store import Store, read_spec
@@ -51,10 +51,10 @@ def hardness_spec(
         kind=KIND,
         columns={"nll": Column("float16")},
         rows=len(rows),
-        draws=view.asking.draws,
+        draws=view.plan.draws,
         rows_per_shard=masking.rows_per_shard,
         fingerprints=fingerprints,
-        settings=view.asking.tree(),
+        settings=view.plan.tree(),
     )
 
 
@@ -95,7 +95,7 @@ class Hardness:
         mend: what can be done about a damaged shard; None: ask again.
 
     Attributes:
-        asking: which places were asked about.
+        plan: which places were asked about.
         quantiles: those that some rank found for all, by share.
         fingerprint: of what the store says (:func:`identity`).
 
@@ -112,7 +112,7 @@ class Hardness:
     ) -> None:
         self.store = Store(folder, kind=KIND, expect=expect, share=share, mend=mend)
         self.quantiles: dict[float, float] = {}
-        self.asking = Asking.from_tree(self.store.spec.settings)
+        self.plan = ScoringPlan.from_tree(self.store.spec.settings)
         self.fingerprint = identity(self.store.spec)
 
     def read(
@@ -162,7 +162,7 @@ class Hardness:
             row_ids_B = np.arange(begin, min(begin + _ROWS, len(rows)))
             ids_BT, lengths_B = rows.read(row_ids_B)
             stored_BT, asked_BT = self._stored(row_ids_B, ids_BT, lengths_B)
-            counted_BT = asked_BT & ~special_V[self.asking.targets(ids_BT)]
+            counted_BT = asked_BT & ~special_V[self.plan.targets(ids_BT)]
             magnitudes_N = stored_BT[counted_BT].view(np.uint16) % _MAGNITUDES
             counts += np.bincount(magnitudes_N, minlength=_MAGNITUDES)
         total = int(counts.sum())
@@ -182,8 +182,8 @@ class Hardness:
         lengths_B: NDArray[np.int64],
     ) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
         """What is stored of each place, NaN where nothing is, and where something is."""
-        rows, draws = len(row_ids_B), self.asking.draws
-        draw_of_BT = self.asking.draw_of(row_ids_B, ids_BT, lengths_B)
+        rows, draws = len(row_ids_B), self.plan.draws
+        draw_of_BT = self.plan.draw_of(row_ids_B, ids_BT, lengths_B)
         asked_BT = draw_of_BT >= 0
         pair_N = (np.arange(rows)[:, None] * draws + draw_of_BT)[asked_BT]  # a row in a draw
         counts_P = np.bincount(pair_N, minlength=rows * draws)

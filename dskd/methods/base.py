@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dskd.batch import Batch, Rows, Signal, Term
+from dskd.batch import Batch, Positions, Signal, Term
 from dskd.engine.hooks import Change
 from dskd.errors import ConfigError
 from dskd.settings.base import Section
@@ -52,17 +52,19 @@ class Method(Section):
 
     kind: str
 
-    def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
+    def loss(
+        self, positions: Positions, signal: Signal | None, batch: Batch, step: int
+    ) -> dict[str, Term]:
         """The weighted sums of one micro-batch, a function of its arguments alone.
 
         The fused losses of ``dskd.ops`` compute loss and gradient in one visit, so what has one
         denominator is one term, its weights folded in.
 
         Args:
-            rows: the student's supervised positions.
+            positions: the student's supervised positions.
             signal: the teacher's distributions at the same positions; None when
                 :meth:`needs_teacher` says no.
-            batch: the micro-batch the rows come from.
+            batch: the micro-batch that they come from.
             step: completed optimiser steps.
 
         Returns:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from dskd.batch import Rows, Signal, Term
+from dskd.batch import Positions, Signal, Term
 from dskd.errors import ConfigError
 from dskd.fused.reference import TopKMode
 from dskd.ops import rows_ce, rows_kd
@@ -54,7 +54,7 @@ class Inherited(Section):
         """Inheritance rate after ``step`` completed optimiser steps."""
         return inheritance_rate(self.schedule, step, self.steps, self.rate)
 
-    def term(self, rows: Rows, signal: Signal | None, step: int) -> Term:
+    def term(self, rows: Positions, signal: Signal | None, step: int) -> Term:
         """``(1 - alpha) CE + alpha T^2 KL``, summed over the supervised positions, in nats.
 
         Logged as ``ce`` and ``kl`` (with its T^2); what has weight 0 is not computed.
@@ -77,7 +77,7 @@ class Inherited(Section):
         return Term(losses.total, parts)
 
 
-def labels_term(rows: Rows) -> Term:
+def labels_term(rows: Positions) -> Term:
     """The cross entropy summed over the supervised positions, in nats, logged as ``ce``."""
     losses = rows_ce(rows)
     return Term(losses.total, {"ce": losses.label_N.sum()})

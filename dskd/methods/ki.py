@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dskd.batch import Batch, Rows, Signal, Term
+from dskd.batch import Batch, Positions, Signal, Term
 from dskd.methods.base import Method
 from dskd.methods.inheritance_loss import Inherited
 
@@ -29,7 +29,9 @@ class KnowledgeInheritance(Inherited, Method):
         """Whether alpha is above 0 at ``step``; the teacher is not run otherwise."""
         return self.alpha(step) > 0.0
 
-    def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
+    def loss(
+        self, positions: Positions, signal: Signal | None, batch: Batch, step: int
+    ) -> dict[str, Term]:
         """The term of :meth:`Inherited.term`."""
         del batch
-        return {"tokens": self.term(rows, signal, step)}
+        return {"tokens": self.term(positions, signal, step)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dskd.batch import Batch, Rows, Signal, Term
+from dskd.batch import Batch, Positions, Signal, Term
 from dskd.methods.base import Method
 from dskd.methods.inheritance_loss import labels_term
 
@@ -14,7 +14,9 @@ class LanguageModelling(Method):
 
     kind: Literal["lm"] = "lm"
 
-    def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
+    def loss(
+        self, positions: Positions, signal: Signal | None, batch: Batch, step: int
+    ) -> dict[str, Term]:
         """The cross entropy summed over the supervised positions, in nats, logged as ``ce``."""
         del signal, batch, step
-        return {"tokens": labels_term(rows)}
+        return {"tokens": labels_term(positions)}

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from dskd.batch import Batch, Rows, Signal, Term
+from dskd.batch import Batch, Positions, Signal, Term
 from dskd.errors import ConfigError
 from dskd.fused.arguments import Weight
 from dskd.methods.base import Method
@@ -82,18 +82,20 @@ class SelfEvolution(Method):
                 f"{self.hard_weight} needs hard_tokens"
             )
 
-    def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
+    def loss(
+        self, positions: Positions, signal: Signal | None, batch: Batch, step: int
+    ) -> dict[str, Term]:
         """``w ((1 - lambda) CE + lambda KL(r || p))``, summed over the supervised positions, nats.
 
         Logged as ``ce`` and ``kl``, each with its w; what has weight 0 is left out.
         """
         weight, smoothing = self._weight(batch), self.smoothing
         if smoothing == 0.0:
-            losses = rows_ce(rows, weight)
+            losses = rows_ce(positions, weight)
             return {"tokens": Term(losses.total, {"ce": _sum(losses.label_N, weight)})}
         assert signal is not None, f"step {step} needs the teacher"
         losses = rows_kd(
-            rows,
+            positions,
             signal,
             temperature=self.temperature,
             weight=smoothing * weight,

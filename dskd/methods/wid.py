@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dskd.batch import Batch, Rows, Signal, Term
+from dskd.batch import Batch, Positions, Signal, Term
 from dskd.engine.ds_config import optimizer_device
 from dskd.engine.hooks import Change
 from dskd.engine.shards import Weights
@@ -96,12 +96,14 @@ class WeightInheritance(Method):
         """``alpha`` where a distribution is inherited."""
         return {} if self.inherit is None else {"alpha": self.inherit.alpha(step)}
 
-    def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
+    def loss(
+        self, positions: Positions, signal: Signal | None, batch: Batch, step: int
+    ) -> dict[str, Term]:
         """Cross entropy, or the loss of Knowledge Inheritance where ``inherit`` is set."""
         del batch
         if self.inherit is None:
-            return {"tokens": labels_term(rows)}
-        return {"tokens": self.inherit.term(rows, signal, step)}
+            return {"tokens": labels_term(positions)}
+        return {"tokens": self.inherit.term(positions, signal, step)}
 
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
         """Refuse what the change of the weights cannot go with, and sizes that the student's

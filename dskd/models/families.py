@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dskd.batch import Batch, Rows, Use
+from dskd.batch import Batch, Positions, Use
 from dskd.errors import ConfigError
 
 Transform = Callable[[Any, Tensor], Tensor]
@@ -103,7 +103,7 @@ def family_of(model_type: str, where: str) -> Family:
     return FAMILIES[model_type]
 
 
-def rows_of(model: nn.Module, batch: Batch) -> Rows:
+def positions_of(model: nn.Module, batch: Batch) -> Positions:
     """Run the body on a batch and its head up to the last linear map, on supervised positions only.
 
     Under ZeRO-3 call it inside the forward of the module DeepSpeed wraps. With N = 0 every
@@ -114,14 +114,14 @@ def rows_of(model: nn.Module, batch: Batch) -> Rows:
         batch: B rows of T tokens, on the model's device.
 
     Returns:
-        Rows with hidden_ND in the model's dtype.
+        Positions with hidden_ND in the model's dtype.
     """
     family = FAMILIES[model.config.model_type]
     # A cache of keys and values serves generation only.
     options = {"use_cache": False} if family.objective == "causal" else {}
     body = model.base_model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options)
     hidden_ND = family.transform(model, body.last_hidden_state[batch.supervised_BT])
-    return Rows(hidden_ND, projection_of(model), batch.labels_N)
+    return Positions(hidden_ND, projection_of(model), batch.labels_N)
 
 
 def projection_of(model: nn.Module) -> LinearProjection:

@@ -14,7 +14,7 @@ from dskd.data.views import View, at_random, view_for
 from dskd.engine.checkpoints import Checkpoints
 from dskd.engine.run_config import student_config
 from dskd.hardness.masks import HardCausalView, hard_view
-from dskd.hardness.refresh import Generations
+from dskd.hardness.refresh import HardnessStores
 from dskd.methods.base import Method
 from dskd.models.build import hidden_size
 from dskd.settings.checks import evaluation_selects
@@ -44,7 +44,7 @@ class Job:
     @cached_property
     def view(self) -> View:
         """How training rows are masked; collective where it is first used, as ``prepared`` is."""
-        data, prepared, hard = self.run.data, self.prepared, self.generations
+        data, prepared, hard = self.run.data, self.prepared, self.hardness
         with dist.agreed():
             if hard is None:
                 return view_for(data, prepared.tokenizer, self.run.seed)
@@ -57,11 +57,11 @@ class Job:
         return self.view.attach if isinstance(self.view, HardCausalView) else None
 
     @cached_property
-    def generations(self) -> Generations | None:
+    def hardness(self) -> HardnessStores | None:
         """The stores of hard tokens; None where the masking is random. Collective, as above."""
         if not isinstance(self.run.data.masking, HardTokens):
             return None
-        return Generations(self.run, self.prepared, self.device, self.checkpoints)
+        return HardnessStores(self.run, self.prepared, self.device, self.checkpoints)
 
     @property
     def validation_view(self) -> View:

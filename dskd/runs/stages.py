@@ -39,7 +39,7 @@ from dskd.system import dist
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.teachers.capture import capture
-from dskd.teachers.setup import Inheritance, each_teacher, frozen, inherit
+from dskd.teachers.setup import TeacherSetup, each_teacher, frozen, set_up
 from dskd.training.evaluation import evaluate
 from dskd.training.objective import Objective
 from dskd.training.trainer import CHANGE, RENEWAL, Progress, Trainer
@@ -80,13 +80,13 @@ def cut(job: Job) -> None:
 
 def ask(job: Job) -> None:
     """Ask the model for every token of the training rows, where hard ones are to be masked."""
-    if job.generations is None:
+    if job.hardness is None:
         return
     # Of a finished run only a cache may still want masks.
     trained = dist.broadcast_object((job.run.out / "train" / "summary.json").exists())
     caches = any(isinstance(t, CachedTeacher) for t in each_teacher(job.run).values())
     if caches or not trained:
-        job.generations.first(job.position)
+        job.hardness.first(job.position)
         _free()
 
 
@@ -104,18 +104,18 @@ def _train(job: Job, summary: Path) -> None:
     checkpoints = job.checkpoints
     checkpoints.clean()
     saved = checkpoints.latest()
-    inheritance = Inheritance()
+    setup = TeacherSetup()
     if job.method.wants_teacher():
-        inheritance = inherit(run, job.method.temperature, prepared, job.view, job.device)
-    training = _engine(job, inheritance, saved, monitor=True)
+        setup = set_up(run, job.method.temperature, prepared, job.view, job.device)
+    training = _engine(job, setup, saved, monitor=True)
     engine, precision = training.engine, training.precision
     progress = Progress(**_of_progress(saved.state)) if saved else Progress()
     if saved:
         say(f"going on from step {progress.step} ({saved.folder})")
     renewal = None
-    if job.generations is not None:
-        job.generations.begin(progress.position, saved.state[RENEWAL] if saved else {})
-        renewal = Renewal(job.generations, lambda: engine.module.student)
+    if job.hardness is not None:
+        job.hardness.begin(progress.position, saved.state[RENEWAL] if saved else {})
+        renewal = Renewal(job.hardness, lambda: engine.module.student)
     loader = Loader(
         prepared.train,
         job.view,
@@ -124,7 +124,7 @@ def _train(job: Job, summary: Path) -> None:
         rank=dist.rank(),
         world=dist.world(),
         seed=run.seed,
-        attach=inheritance.attach or job.attach,
+        attach=setup.attach or job.attach,
         ready=None if renewal is None else lambda position: not renewal.due(position),
         position=progress.position,
         pin=job.device.type == "cuda",
@@ -161,7 +161,7 @@ def export_best(job: Job) -> None:
 
 def _export(job: Job, folder: Path) -> None:
     best = job.checkpoints.best()
-    training = _engine(job, Inheritance(), best, monitor=False)
+    training = _engine(job, TeacherSetup(), best, monitor=False)
     engine, change = training.engine, training.change
     student = engine.module.student
     if change is not None:
@@ -218,7 +218,7 @@ class _Training:
     parameters: dict[str, int]
 
 
-def _engine(job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor: bool) -> _Training:
+def _engine(job: Job, setup: TeacherSetup, saved: Saved | None, *, monitor: bool) -> _Training:
     """The student in its engine, at ``saved`` if given."""
     run, ds = job.run, job.ds
     precision, stage = precision_of(ds), stage_of(ds)
@@ -232,13 +232,13 @@ def _engine(job: Job, inheritance: Inheritance, saved: Saved | None, *, monitor:
     exported = parameter_count(job.method.exported_config(student.config))
     with dist.agreed(), sharded_construction(ds):
         job.method.check(run, student.config)
-        change = job.method.change(student, run) or inheritance.change
+        change = job.method.change(student, run) or setup.change
     if run.train.activation_checkpointing:
         checkpoint_activations(student)
     if run.train.compile:
         compile_layers(student)
     trained = sum(full_shape(p).numel() for p in student.parameters())
-    objective = Objective(student, job.method, inheritance.teacher_of(student))
+    objective = Objective(student, job.method, setup.teacher_of(student))
     groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
     if change is not None:
         groups = change.groups(groups)

@@ -97,14 +97,14 @@ def cache_folder(run: Run, domain: str | None = None) -> Path:
     return cache if domain is None else cache / domain
 
 
-def questions_folder(run: Run, generation: int = 0) -> Path:
+def questions_folder(run: Run, refresh_index: int = 0) -> Path:
     """Where a run whose masking is of hard tokens keeps what the model said before training, or the
-    student after ``generation`` times ``refresh`` epochs."""
+    student after ``refresh_index`` times ``refresh`` epochs."""
     masking = run.data.masking
     assert isinstance(masking, HardTokens), masking
-    if generation:
-        assert masking.refresh is not None, generation
-        return run.out / f"questions-epoch-{generation * masking.refresh:05d}"
+    if refresh_index:
+        assert masking.refresh is not None, refresh_index
+        return run.out / f"questions-epoch-{refresh_index * masking.refresh:05d}"
     return run.out / "questions" if masking.store is None else masking.store
 
 

@@ -23,7 +23,7 @@ from dskd.stores.sweep import sweep
 from dskd.system import dist
 from dskd.system.locks import alone
 from dskd.system.log import bar, say
-from dskd.teachers.teacher import Live
+from dskd.teachers.teacher import FrozenTeacher
 
 
 def capture(
@@ -104,7 +104,7 @@ def _fill(
     present_R: NDArray[np.bool_],
     device: torch.device,
 ) -> None:
-    live = Live(model(), layout.vocabulary)
+    live = FrozenTeacher(model(), layout.vocabulary)
 
     def forward(batch: Batch) -> Dense:
         # with the head here: a sharded one is a collective, and not every batch is scored

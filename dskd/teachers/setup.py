@@ -30,11 +30,18 @@ from dskd.stores.fingerprints import expected
 from dskd.stores.logits import LogitCache
 from dskd.system import dist
 from dskd.teachers.average import Average
-from dskd.teachers.teacher import Cached, Live, Own, Routed, Teacher, Unmasked
+from dskd.teachers.teacher import (
+    FrozenTeacher,
+    RoutedTeachers,
+    ShownUnmasked,
+    StoredTeacher,
+    StudentAsTeacher,
+    Teacher,
+)
 
 
 @dataclass(frozen=True)
-class Inheritance:
+class TeacherSetup:
     """What a student is taught by.
 
     Attributes:
@@ -66,9 +73,9 @@ def each_teacher(run: Run) -> dict[str | None, LiveTeacher | CachedTeacher]:
     return {None: run.teacher}
 
 
-def inherit(
+def set_up(
     run: Run, temperature: float, prepared: Prepared, view: View, device: torch.device
-) -> Inheritance:
+) -> TeacherSetup:
     """Build the live teachers, or open and verify the caches, of a run (collective).
 
     Raises:
@@ -82,15 +89,17 @@ def inherit(
             domain: (_open(run, domain, prepared, view, temperature), teacher.use_k)
             for domain, teacher in teachers.items()
         }
-        return Inheritance(Cached(temperature), _attachment(caches, prepared, temperature))
+        return TeacherSetup(StoredTeacher(temperature), _attachment(caches, prepared, temperature))
     live = {
-        domain: Live(frozen(run, domain, prepared, device), vocabulary_size(prepared.tokenizer))
+        domain: FrozenTeacher(
+            frozen(run, domain, prepared, device), vocabulary_size(prepared.tokenizer)
+        )
         for domain, teacher in teachers.items()
     }
     if None in live:
-        return Inheritance(live[None])
+        return TeacherSetup(live[None])
     by_index = {prepared.domains.index(domain): one for domain, one in live.items()}
-    return Inheritance(Routed(by_index))
+    return TeacherSetup(RoutedTeachers(by_index))
 
 
 def frozen(run: Run, domain: str | None, prepared: Prepared, device: torch.device) -> nn.Module:
@@ -102,24 +111,24 @@ def frozen(run: Run, domain: str | None, prepared: Prepared, device: torch.devic
 
 def _from_itself(
     run: Run, teacher: SelfTeacher, prepared: Prepared, device: torch.device
-) -> Inheritance:
+) -> TeacherSetup:
     """The student as it is, a frozen copy of it as it starts, or a replica at its average."""
     vocabulary = vocabulary_size(prepared.tokenizer)
 
     def unmasked(teacher: Teacher) -> Teacher:
-        return Unmasked(teacher) if run.data.objective == "masked" else teacher
+        return ShownUnmasked(teacher) if run.data.objective == "masked" else teacher
 
     if teacher.weights == "current":
-        return Inheritance(own=lambda student: unmasked(Own(student, vocabulary)))
+        return TeacherSetup(own=lambda student: unmasked(StudentAsTeacher(student, vocabulary)))
     settings = student_settings(run)
     if teacher.weights == "frozen":
         copy = frozen_model(run, teacher, settings, "model", prepared, device)
-        return Inheritance(unmasked(Live(copy, vocabulary)))
+        return TeacherSetup(unmasked(FrozenTeacher(copy, vocabulary)))
     with dist.agreed():
         ds = student_config(run, hidden_size(settings, where="model"))
         replica = model_of(run, settings, "model", prepared, None, precision_of(ds)).to(device)
     average = Average(replica, teacher.decay)  # before its gradients are off: it keeps what trains
-    return Inheritance(unmasked(Live(replica, vocabulary)), change=average)
+    return TeacherSetup(unmasked(FrozenTeacher(replica, vocabulary)), change=average)
 
 
 def check_average(run: Run, method: Method) -> None:

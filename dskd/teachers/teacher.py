@@ -2,7 +2,7 @@
 
 A live teacher is a frozen model run on the batch; a cached one reads what the loader attached to
 it; a routed one asks each row's domain teacher; a student may be its own, as it is at that step.
-All return a Signal in Rows order, so that a loss cannot tell them apart.
+All return a Signal in the order of the batch, so that a loss cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dskd.batch import IGNORE, Batch, Dense, Projected, Signal, TopK
-from dskd.models.families import rows_of
+from dskd.models.families import positions_of
 from dskd.models.frozen import evaluating
 
 
@@ -22,11 +22,11 @@ class Teacher(Protocol):
     """Maps a batch to the signal of its N supervised positions."""
 
     def __call__(self, batch: Batch) -> Signal:
-        """The signal in Rows order; no gradient flows into it."""
+        """The signal in the order of the batch; no gradient flows into it."""
         ...
 
 
-class Live:
+class FrozenTeacher:
     """A frozen model, replicated or ZeRO-3-sharded.
 
     Args:
@@ -41,11 +41,11 @@ class Live:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Projected:
         """Run the model on the batch, up to its last linear map."""
-        rows = rows_of(self._model, batch)
+        rows = positions_of(self._model, batch)
         return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
 
 
-class Own:
+class StudentAsTeacher:
     """The student itself, as it is: in eval mode and without gradient.
 
     It runs inside the forward of the module DeepSpeed wraps, before the student's own pass (ZeRO-3
@@ -65,11 +65,11 @@ class Own:
     def __call__(self, batch: Batch) -> Projected:
         """Run the student on the batch, up to its last linear map."""
         with evaluating(self._student):
-            rows = rows_of(self._student, batch)
+            rows = positions_of(self._student, batch)
         return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
 
 
-class Unmasked:
+class ShownUnmasked:
     """Shows a teacher the rows as they are: at every supervised position the label is the input.
 
     For masked LMs, whose labels are what the mask hides; causal ones see their rows whole.
@@ -84,7 +84,7 @@ class Unmasked:
         return self._teacher(replace(batch, ids_BT=ids_BT))
 
 
-class Cached:
+class StoredTeacher:
     """Reads ``topk_ids``, ``topk_logprobs`` and ``tail`` from the batch's extra tensors.
 
     Args:
@@ -100,19 +100,19 @@ class Cached:
         return TopK(extra["topk_ids"], extra["topk_logprobs"], {self._temperature: extra["tail"]})
 
 
-class Routed:
-    """Live teachers by domain; each row is taught by its domain's.
+class RoutedTeachers:
+    """FrozenTeacher teachers by domain; each row is taught by its domain's.
 
     Every rank runs every teacher once per batch, on a row without supervision where it has none for
     it, because a ZeRO-3 teacher called on one rank only would hang the others.
     """
 
-    def __init__(self, by_domain: dict[int, Live]) -> None:
+    def __init__(self, by_domain: dict[int, FrozenTeacher]) -> None:
         self._by_domain = by_domain
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Dense:
-        """Run each teacher on its rows and put the logits in Rows order."""
+        """Run each teacher on its rows and put the logits in the order of the batch."""
         per_row_B = batch.supervised_BT.sum(1)
         domain_N = batch.domains_B.repeat_interleave(per_row_B)
         whole_NV: Tensor | None = None

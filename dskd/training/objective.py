@@ -11,7 +11,7 @@ from torch import nn
 
 from dskd.batch import Batch, Term
 from dskd.methods.base import Method
-from dskd.models.families import rows_of
+from dskd.models.families import positions_of
 from dskd.ops import rows_ce
 from dskd.teachers.teacher import Teacher
 
@@ -29,8 +29,8 @@ class Objective(nn.Module):
         """Terms of the method at ``step``; with step None the plain LM loss (evaluation)."""
         (teacher,) = self._unregistered
         if step is None:
-            return {"nll": Term(rows_ce(rows_of(self.student, batch)).total, {})}
+            return {"nll": Term(rows_ce(positions_of(self.student, batch)).total, {})}
         signal = None
         if teacher is not None and self.method.needs_teacher(step):
             signal = teacher(batch)
-        return self.method.loss(rows_of(self.student, batch), signal, batch, step)
+        return self.method.loss(positions_of(self.student, batch), signal, batch, step)

@@ -44,7 +44,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from dskd.data.loader import sequential
 from dskd.data.prepared import Prepared
-from dskd.hardness.asking import question
+from dskd.hardness.question import question
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness, describe
 from dskd.settings.data import Data, HardTokens

@@ -33,8 +33,8 @@ import torch
 
 from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.data.views import View
-from dskd.hardness.asking import question
 from dskd.hardness.masks import hard_view
+from dskd.hardness.question import question
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness
 from dskd.methods.base import build_method

@@ -62,7 +62,7 @@ from dskd.system import dist
 from dskd.system.device import DTYPES
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory
-from dskd.teachers.setup import Inheritance, inherit
+from dskd.teachers.setup import TeacherSetup, set_up
 from dskd.training.objective import Objective
 from dskd.training.trainer import Progress, Trainer
 from launch.bench import timing
@@ -110,10 +110,10 @@ class Step:
 
     def __init__(self, run: Run, device: torch.device) -> None:
         job = job_of(run, device)
-        inheritance = Inheritance()
+        setup = TeacherSetup()
         if job.method.wants_teacher():
             heat = job.method.temperature
-            inheritance = inherit(run, heat, job.prepared, job.view, device)
+            setup = set_up(run, heat, job.prepared, job.view, device)
         student = build(
             run.model,
             job.prepared.tokenizer,
@@ -127,11 +127,11 @@ class Step:
         with sharded_construction(job.ds):
             change = job.method.change(student, run)
         self.parameters = sum(full_shape(p).numel() for p in student.parameters())
-        objective = Objective(student, job.method, inheritance.teacher)
+        objective = Objective(student, job.method, setup.teacher)
         groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
         if change is not None:
             groups = change.groups(groups)
-        self.loader = loader_of(job, inheritance)
+        self.loader = loader_of(job, setup)
         self.progress = Progress()
         self._trainer = Trainer(
             run=run,
@@ -153,7 +153,7 @@ class Step:
         self.progress.step += 1
 
 
-def loader_of(job: Job, inheritance: Inheritance) -> Loader:
+def loader_of(job: Job, setup: TeacherSetup) -> Loader:
     """The loader as the train stage makes it."""
     return Loader(
         job.prepared.train,
@@ -163,7 +163,7 @@ def loader_of(job: Job, inheritance: Inheritance) -> Loader:
         rank=dist.rank(),
         world=dist.world(),
         seed=job.run.seed,
-        attach=inheritance.attach,
+        attach=setup.attach,
         pin=job.device.type == "cuda",
     )
 
@@ -171,9 +171,9 @@ def loader_of(job: Job, inheritance: Inheritance) -> Loader:
 def forwards(run: Run, device: torch.device, rounds: int) -> Callable[[], None]:
     """A function that runs the live teacher on the next step's batches, read beforehand."""
     job = job_of(run, device)
-    teacher = inherit(run, job.method.temperature, job.prepared, job.view, device).teacher
+    teacher = set_up(run, job.method.temperature, job.prepared, job.view, device).teacher
     assert teacher is not None
-    loader = loader_of(job, Inheritance())
+    loader = loader_of(job, TeacherSetup())
     steps: list[list[Batch]] = [loader.next_step() for _ in range(rounds)]
     loader.close()
 

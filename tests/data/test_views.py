@@ -82,7 +82,7 @@ def test_tuple_hash_is_cpythons(parts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("keep", "random"), [(0.0, 0.0), (0.0, 0.2), (0.2, 0.0), (0.0, 1.0)])
-def test_fairseq_without_one_of_the_fates(keep: float, random: float) -> None:
+def test_fairseq_without_one_of_the_replacements(keep: float, random: float) -> None:
     fairseq = FairseqView(Masking(sampler="fairseq", keep=keep, random=random), TOKENIZER, 1)
     ids_BT, lengths_B = rows_of(50, 60)
     inputs_BT, labels_BT = fairseq(np.arange(50), np.zeros(50, np.int64), ids_BT, lengths_B)
@@ -103,7 +103,7 @@ def test_pinned_counter_mask() -> None:
     assert inputs_BT[0, places].tolist() == [499, 499, 394, 36]
 
 
-def test_share_and_fates() -> None:
+def test_share_and_replacements() -> None:
     ids_BT, lengths_B = rows_of(4000, 64)
     inputs_BT, labels_BT = view()(np.arange(4000), np.zeros(4000, np.int64), ids_BT, lengths_B)
     chosen_BT = labels_BT != IGNORE
@@ -178,7 +178,7 @@ def test_draws_repeat(sampler: str) -> None:
     assert (endless_BT[:3] == inputs_BT[:3]).all() and len(np.unique(endless_BT, axis=0)) == 9
 
 
-def test_whole_words_share_their_fate() -> None:
+def test_whole_words_are_replaced_alike() -> None:
     masker = MaskedView(Masking(whole_word=True), tokenizer_of(SIZE, pieces=True), 1)
     ids_BT, lengths_B = rows_of(2000, 64)
     inputs_BT, labels_BT = masker(np.arange(2000), np.zeros(2000, np.int64), ids_BT, lengths_B)

@@ -23,7 +23,7 @@ from dskd.settings.model import Model
 from dskd.settings.parsing import parse
 from dskd.settings.run import Run
 from dskd.system.log import read_metrics
-from dskd.teachers.teacher import Live
+from dskd.teachers.teacher import FrozenTeacher
 from tests.equivalence.small import (
     CAUSAL,
     LIVE,
@@ -228,14 +228,14 @@ def test_other_masks_train(runs, single, option):
 def test_the_teacher_rests_once_alpha_is_0(runs, monkeypatch):
     """Forked ranks inherit the patch that counts the teacher's forward passes."""
     calls = runs.folder / "calls"
-    original = Live.__call__
+    original = FrozenTeacher.__call__
 
     def counted(self, batch):
         with calls.open("a") as stream:
             stream.write("x")
         return original(self, batch)
 
-    monkeypatch.setattr(Live, "__call__", counted)
+    monkeypatch.setattr(FrozenTeacher, "__call__", counted)
     out = runs.run("rest", 1, "method.steps=2")
     lines = [line for line in read_metrics(out / "train" / "metrics.jsonl") if "loss" in line]
     assert ["kl" in line["terms"] for line in lines] == [True, True, False, False]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dskd import ops
-from dskd.batch import Dense, Projected, Rows, TopK
+from dskd.batch import Dense, Positions, Projected, TopK
 from dskd.errors import ConfigError
 from dskd.fused import reference
 from dskd.models.families import LinearProjection
@@ -16,7 +16,7 @@ LABELS = torch.tensor([3, 0, 8, 5, 7])
 def student_and_teacher(vocabulary):
     """Rows of a padded student, and a live teacher of the first columns."""
     own, other = LinearProjection(D, V).double(), LinearProjection(E, V).double()
-    rows = Rows(normal(N, D).requires_grad_(), own, LABELS)
+    rows = Positions(normal(N, D).requires_grad_(), own, LABELS)
     return rows, Projected(normal(N, E, seed=1), other, vocabulary)
 
 

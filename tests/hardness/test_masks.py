@@ -12,9 +12,9 @@ from dskd.data.loader import Loader
 from dskd.data.tokenizers import special_ids
 from dskd.data.views import MaskedView, at_random
 from dskd.errors import ConfigError
-from dskd.hardness.criterion import Judge, select
+from dskd.hardness.criterion import HardCriterion, select
 from dskd.hardness.masks import HardCausalView, HardView, hard_view
-from dskd.hardness.scoring import Asking, ScoringView
+from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.data import Data, HardTokens
 from dskd.stores.store import Writer
@@ -44,15 +44,15 @@ class Rows:
 
 def store_of(folder, rows, nll_RT, wrong_RT=None, shown="token"):
     """A hardness store that holds given answers for every place that is asked about."""
-    asking = Asking(shown)
+    plan = ScoringPlan(shown)
     masking = HardTokens(kind="hard_tokens", rows_per_shard=150)
-    spec = hardness_spec(masking, rows, ScoringView(asking, TOKENIZER), {"data": "rows"})
+    spec = hardness_spec(masking, rows, ScoringView(plan, TOKENIZER), {"data": "rows"})
     writer = Writer(folder, spec)
     writer.prepare()
     for shard in range(spec.shards):
         _, begin, end = spec.span(shard)
         row_ids = np.arange(begin, end)
-        asked_BT = asking.draw_of(row_ids, *rows.read(row_ids)) == 0
+        asked_BT = plan.draw_of(row_ids, *rows.read(row_ids)) == 0
         wrong_BT = np.zeros_like(asked_BT) if wrong_RT is None else wrong_RT[row_ids]
         columns = encode(nll_RT[row_ids][asked_BT].astype(np.float32), wrong_BT[asked_BT])
         writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
@@ -72,9 +72,9 @@ def hardness(tmp_path_factory):
     return store_of(tmp_path_factory.mktemp("store"), ALL, NLL_RT, WRONG_RT)
 
 
-def view_of(hardness, objective="masked", seed=1, generations=None, asked="S", **masking):
+def view_of(hardness, objective="masked", seed=1, hardness_of=None, asked="S", **masking):
     data = Data(objective=objective, masking=HardTokens(kind="hard_tokens", **masking))
-    opened = generations or {0: hardness}
+    opened = hardness_of or {0: hardness}
     return hard_view(data, TOKENIZER, seed, opened.__getitem__, asked=asked, rows=ALL)
 
 
@@ -110,8 +110,8 @@ def test_equally_hard_tokens_are_chosen_evenly(tmp_path):
     rows = Rows(*(np.repeat(array[:1], ROWS, axis=0) for array in rows_of(1, WIDTH)))
     answers = store_of(tmp_path / "s", rows, np.full((ROWS, WIDTH), 3.0))
     masking = HardTokens(kind="hard_tokens", least=0.25, most=0.25)
-    judge = Judge(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))
-    view = HardView(masking, TOKENIZER, 1, judge, "S")
+    criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))
+    view = HardView(masking, TOKENIZER, 1, criterion, "S")
     row_ids = np.tile(np.arange(ROWS), 10)
     labels_BT = view(row_ids, np.repeat(np.arange(10), ROWS), *rows.read(row_ids))[1]
     rate_T = (labels_BT != IGNORE).mean(0)[1:63]
@@ -128,7 +128,7 @@ def test_unbounded_masks_are_exactly_the_hard_tokens(hardness, metric):
         hard_RT = cut < NLL_RT
         share = hard_RT[MASKABLE_RT].mean()
         assert 0.24 < share <= 0.25 + 1e-9
-        assert view.judge.cut(0) == cut
+        assert view.criterion.cut(0) == cut
     hard_RT = hard_RT & MASKABLE_RT
     assert 0.15 < hard_RT[MASKABLE_RT].mean() < 0.35
     for epoch in (0, 5):
@@ -202,28 +202,28 @@ def test_a_mask_depends_on_its_own_row_epoch_and_seed_only(hardness, sampler):
     assert (seen(drawn, epoch=4)[0] == seen(view, epoch=1)[0]).all()
 
 
-# Asking again
+# ScoringPlan again
 
 
 def test_refresh_reads_the_store_of_the_epoch(tmp_path, hardness):
     later = store_of(tmp_path / "later", ALL, NLL_RT[::-1])
     opened = []
 
-    def generations(generation):
-        opened.append(generation)
-        return {0: hardness, 1: later}[generation]
+    def hardness_of(refresh_index):
+        opened.append(refresh_index)
+        return {0: hardness, 1: later}[refresh_index]
 
     settings = {"metric": "quantile", "quantile": 0.2, "least": 0, "most": 1, "refresh": 2}
     data = Data(masking=HardTokens(kind="hard_tokens", **settings))
-    view = hard_view(data, TOKENIZER, 1, generations, asked="S", rows=ALL)
+    view = hard_view(data, TOKENIZER, 1, hardness_of, asked="S", rows=ALL)
     assert not opened  # nothing before there are rows to mask
     row_ids_B = np.arange(ROWS)
     epochs_B = row_ids_B % 4  # a batch over the border
     _, labels_BT = view(row_ids_B, epochs_B, *ALL.read(row_ids_B))
     assert set(opened) == {0, 1}
-    for nll_RT, generation in ((NLL_RT, 0), (NLL_RT[::-1], 1)):
-        hard_RT = (nll_RT > view.judge.cut(generation)) & MASKABLE_RT
-        here_R = epochs_B // 2 == generation
+    for nll_RT, refresh_index in ((NLL_RT, 0), (NLL_RT[::-1], 1)):
+        hard_RT = (nll_RT > view.criterion.cut(refresh_index)) & MASKABLE_RT
+        here_R = epochs_B // 2 == refresh_index
         assert ((labels_BT != IGNORE)[here_R] == hard_RT[here_R]).all()
 
 

@@ -11,9 +11,9 @@ import pytest
 from dskd.batch import IGNORE
 from dskd.data.tokenizers import special_ids
 from dskd.errors import ConfigError
-from dskd.hardness.criterion import Judge
+from dskd.hardness.criterion import HardCriterion
 from dskd.hardness.masks import OriginalHardView, hard_view
-from dskd.hardness.scoring import Asking, ScoringView
+from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.data import Data, HardTokens
 from dskd.stores.store import Writer
@@ -39,8 +39,8 @@ def test_golden_masks_of_the_original(tmp_path, case):
     masking = HardTokens(kind="hard_tokens", sampler="original")
     answers = store_of(tmp_path / "s", rows, nll_RT)
     tokenizer = tokenizer_of(golden["vocab_size"])
-    judge = Judge(masking, {0: answers}.__getitem__, rows, special_ids(tokenizer))
-    view = OriginalHardView(masking, tokenizer, 1, judge, "S")
+    criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(tokenizer))
+    view = OriginalHardView(masking, tokenizer, 1, criterion, "S")
     row_ids_B = np.array([case["index"]])
     inputs_BT, labels_BT = view(row_ids_B, np.array([case["epoch"]]), *rows.read(row_ids_B))
     assert inputs_BT[0].tolist() == case["source"]
@@ -67,9 +67,9 @@ def test_what_several_ranks_found_is_merged(tmp_path, rows_per_shard):
     as after an interruption, and a row is found in whatever shard it lies."""
     golden = GOLDEN["merge"]
     hard = [{int(row): places for row, places in part.items()} for part in golden["shards"]]
-    rows, asking = Rows(ALL.ids_RT[:4], np.full(4, WIDTH)), Asking("token")
+    rows, plan = Rows(ALL.ids_RT[:4], np.full(4, WIDTH)), ScoringPlan("token")
     masking = HardTokens(kind="hard_tokens", rows_per_shard=rows_per_shard)
-    spec = hardness_spec(masking, rows, ScoringView(asking, TOKENIZER), {"data": "rows"})
+    spec = hardness_spec(masking, rows, ScoringView(plan, TOKENIZER), {"data": "rows"})
     writers = [Writer(tmp_path / "s", spec) for _ in hard]
     writers[0].prepare()
     every = hard[0] | hard[1] | {2: []}  # of row 2 no token is hard, so the original has no entry
@@ -107,8 +107,8 @@ def test_the_store_rounds_across_the_threshold(tmp_path):
     nll_RT[0, [3, 7, 9, 20]] = 0.100005, 0.10001, 0.2, 0.09999
     masking = HardTokens(kind="hard_tokens", sampler="original")
     answers = store_of(tmp_path / "s", rows, nll_RT)
-    judge = Judge(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))
-    view = OriginalHardView(masking, TOKENIZER, 1, judge, "S")
+    criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))
+    view = OriginalHardView(masking, TOKENIZER, 1, criterion, "S")
     row_ids_B = np.array([0])
     _, labels_BT = view(row_ids_B, np.array([0]), *rows.read(row_ids_B))
     assert np.flatnonzero(labels_BT[0] != IGNORE).tolist() == [7, 9]

@@ -8,7 +8,7 @@ import pytest
 from dskd.batch import IGNORE
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError
-from dskd.hardness.scoring import Asking, scoring_view
+from dskd.hardness.scoring import ScoringPlan, scoring_view
 from dskd.settings.data import Data, HardTokens
 from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 
@@ -54,20 +54,20 @@ def test_draws_are_random() -> None:
     ids_BT = np.full((2000, 42), 9)
     ids_BT[:, 0], ids_BT[:, -1] = 0, 2
     lengths_B, rows_B = np.full(2000, 42), np.arange(2000)
-    draw_of_BT = view(shown="mask", probability=0.2).asking.draw_of(rows_B, ids_BT, lengths_B)
+    draw_of_BT = view(shown="mask", probability=0.2).plan.draw_of(rows_B, ids_BT, lengths_B)
     assert (draw_of_BT[:, [0, -1]] == -1).all()
     for draw in range(5):
         times_T = (draw_of_BT == draw)[:, 1:-1].sum(0)
         assert times_T.sum() == 2000 * 8 and np.abs(times_T - 400).max() < 5 * 18
-    other = view(shown="mask", probability=0.2, seed=2).asking.draw_of(rows_B, ids_BT, lengths_B)
+    other = view(shown="mask", probability=0.2, seed=2).plan.draw_of(rows_B, ids_BT, lengths_B)
     assert np.abs((other == draw_of_BT)[:, 1:-1].mean() - 1 / 5) < 0.01
 
 
 def test_a_row_is_asked_alike_in_any_batch() -> None:
-    asking = view(shown="mask").asking
-    whole_BT = asking.draw_of(ROWS, IDS, LENGTHS)
+    plan = view(shown="mask").plan
+    whole_BT = plan.draw_of(ROWS, IDS, LENGTHS)
     for b in (0, 6, 13):
-        alone_BT = asking.draw_of(ROWS[b : b + 1], IDS[b : b + 1, : LENGTHS[b]], LENGTHS[b : b + 1])
+        alone_BT = plan.draw_of(ROWS[b : b + 1], IDS[b : b + 1, : LENGTHS[b]], LENGTHS[b : b + 1])
         np.testing.assert_array_equal(alone_BT[0], whole_BT[b, : LENGTHS[b]])
         assert (whole_BT[b, LENGTHS[b] :] == -1).all()
 
@@ -77,10 +77,10 @@ def test_the_next_token_of_a_causal_model() -> None:
     arguments = ROWS, ROWS * 0, IDS, LENGTHS
     for got, want in zip(shown(*arguments), CausalView()(*arguments), strict=True):
         np.testing.assert_array_equal(got, want)
-    asked_BT = shown.asking.draw_of(ROWS, IDS, LENGTHS) == 0
+    asked_BT = shown.plan.draw_of(ROWS, IDS, LENGTHS) == 0
     labels_BT = shown(*arguments)[1]
     np.testing.assert_array_equal(asked_BT, labels_BT != IGNORE)
-    np.testing.assert_array_equal(shown.asking.targets(IDS)[asked_BT], labels_BT[asked_BT])
+    np.testing.assert_array_equal(shown.plan.targets(IDS)[asked_BT], labels_BT[asked_BT])
 
 
 def test_fingerprints_tell_what_matters() -> None:
@@ -100,8 +100,8 @@ def test_fingerprints_tell_what_matters() -> None:
 
 def test_settings_are_kept_as_json() -> None:
     for shown in (view(shown="token"), view(shown="mask"), view("causal")):
-        assert Asking.from_tree(shown.asking.tree()) == shown.asking
-    assert view(shown="mask").asking.tree() == {
+        assert ScoringPlan.from_tree(shown.plan.tree()) == shown.plan
+    assert view(shown="mask").plan.tree() == {
         "shown": "mask",
         "draws": 7,
         "seed": 1,

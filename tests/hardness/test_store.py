@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dskd.errors import StoreError
-from dskd.hardness.scoring import Asking, ScoringView
+from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, describe, encode, hardness_spec, identity
 from dskd.settings.data import HardTokens
 from dskd.stores.store import Writer, shard_path
@@ -16,26 +16,26 @@ from tests.stores.caches import ToyRows
 
 PRINTS = {"model": "M", "tokenizer": "V", "data": "D", "blocking": "B", "scoring": "S"}
 SPECIAL = (5, 6, 7)
-ASKINGS = {
-    "token": Asking("token"),
-    "mask": Asking("mask", 4, 9, SPECIAL),
-    "next": Asking("next"),
+PLANS = {
+    "token": ScoringPlan("token"),
+    "mask": ScoringPlan("mask", 4, 9, SPECIAL),
+    "next": ScoringPlan("next"),
 }
 LARGEST = 65504.0
 
 
-def spec_of(asking, rows, rows_per_shard=10):
+def spec_of(plan, rows, rows_per_shard=10):
     masking = HardTokens(kind="hard_tokens", rows_per_shard=rows_per_shard)
-    return hardness_spec(masking, rows, ScoringView(asking, tokenizer_of(50)), PRINTS)
+    return hardness_spec(masking, rows, ScoringView(plan, tokenizer_of(50)), PRINTS)
 
 
-def truth(asking, rows, row_ids, seed=3):
+def truth(plan, rows, row_ids, seed=3):
     """NLL and wrongness of every place, by row and place alone; NaN and False where not asked."""
     ids_BT, lengths_B = rows.read(row_ids)
     random = np.random.RandomState(seed)
     nll_RT = random.exponential(1.0, (len(rows), rows.block_size)).astype(np.float32)
     wrong_RT = random.rand(len(rows), rows.block_size) < 0.3
-    asked_BT = asking.draw_of(row_ids, ids_BT, lengths_B) >= 0
+    asked_BT = plan.draw_of(row_ids, ids_BT, lengths_B) >= 0
     width = ids_BT.shape[1]
     return (
         np.where(asked_BT, nll_RT[row_ids, :width], np.nan),
@@ -44,28 +44,28 @@ def truth(asking, rows, row_ids, seed=3):
     )
 
 
-def store_all(folder, asking, rows, rows_per_shard=10, change=lambda nll_N: nll_N):
+def store_all(folder, plan, rows, rows_per_shard=10, change=lambda nll_N: nll_N):
     """Write a store without a model."""
-    spec = spec_of(asking, rows, rows_per_shard)
+    spec = spec_of(plan, rows, rows_per_shard)
     writer = Writer(folder, spec)
     writer.prepare()
     for shard in range(spec.shards):
         draw, begin, end = spec.span(shard)
         row_ids = np.arange(begin, end)
-        nll_BT, wrong_BT, _ = truth(asking, rows, row_ids)
-        asked_BT = asking.draw_of(row_ids, *rows.read(row_ids)) == draw
+        nll_BT, wrong_BT, _ = truth(plan, rows, row_ids)
+        asked_BT = plan.draw_of(row_ids, *rows.read(row_ids)) == draw
         columns = encode(change(nll_BT[asked_BT]), wrong_BT[asked_BT])
         writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
     writer.finish(writer.records)
     return Hardness(folder, PRINTS)
 
 
-@pytest.mark.parametrize("shown", ASKINGS)
+@pytest.mark.parametrize("shown", PLANS)
 def test_what_was_written_is_read(tmp_path, shown):
-    rows, asking = ToyRows(), ASKINGS[shown]
-    hardness = store_all(tmp_path / "s", asking, rows)
+    rows, plan = ToyRows(), PLANS[shown]
+    hardness = store_all(tmp_path / "s", plan, rows)
     for row_ids in (np.arange(23), np.array([22, 3, 3, 11, 0]), np.array([7])):
-        nll_BT, wrong_BT, asked_BT = truth(asking, rows, row_ids)
+        nll_BT, wrong_BT, asked_BT = truth(plan, rows, row_ids)
         found_BT, found_wrong_BT = hardness.read(row_ids, *rows.read(row_ids))
         assert found_BT.dtype == np.float32 and found_wrong_BT.dtype == bool
         np.testing.assert_array_equal(found_BT, nll_BT.astype(np.float16).astype(np.float32))
@@ -90,21 +90,21 @@ def test_extremes(tmp_path):
     np.testing.assert_array_equal(np.abs(stored_N), np.array(want, np.float16))
 
 
-@pytest.mark.parametrize("shown", ASKINGS)
+@pytest.mark.parametrize("shown", PLANS)
 def test_quantiles_are_exact(tmp_path, shown):
     """Against sorting: at most the share is harder, and the next smaller value would be too many.
 
     The NLLs are rounded to 1/16, so that many are equal.
     """
-    rows, asking = ToyRows(rows=1500), ASKINGS[shown]
+    rows, plan = ToyRows(rows=1500), PLANS[shown]
     hardness = store_all(
-        tmp_path / "s", asking, rows, 400, change=lambda nll_N: np.round(nll_N * 16) / 16
+        tmp_path / "s", plan, rows, 400, change=lambda nll_N: np.round(nll_N * 16) / 16
     )
     row_ids = np.arange(len(rows))
     ids_BT, lengths_B = rows.read(row_ids)
     special_V = np.isin(np.arange(50), SPECIAL)
-    asked_BT = asking.draw_of(row_ids, ids_BT, lengths_B) >= 0
-    counted_BT = asked_BT & ~special_V[asking.targets(ids_BT)]
+    asked_BT = plan.draw_of(row_ids, ids_BT, lengths_B) >= 0
+    counted_BT = asked_BT & ~special_V[plan.targets(ids_BT)]
     values_N = hardness.read(row_ids, ids_BT, lengths_B)[0][counted_BT]
     total = len(values_N)
     for share in (0.0, 0.01, 0.2, 0.5, 0.9, 0.999):
@@ -122,7 +122,7 @@ def test_share_of_distinct_values_is_met_to_a_token(tmp_path):
     """29 of 100 tokens, though 0.29 * 100 is 28.999999999999996 in floating point."""
     rows = ToyRows(rows=10, block_size=10, equal=True)
     hardness = store_all(
-        tmp_path / "s", ASKINGS["token"], rows, change=lambda nll_N: np.argsort(nll_N) / 8
+        tmp_path / "s", PLANS["token"], rows, change=lambda nll_N: np.argsort(nll_N) / 8
     )
     special_V = np.zeros(50, bool)
     found = hardness.quantile(0.29, rows, special_V)
@@ -135,7 +135,7 @@ def test_share_of_distinct_values_is_met_to_a_token(tmp_path):
 def test_two_bytes_a_token(tmp_path):
     """And a few for each row and shard: 8 + 1 a row, some 400 a shard."""
     rows = ToyRows(rows=600, block_size=512, equal=True)
-    store_all(tmp_path / "s", ASKINGS["token"], rows, rows_per_shard=300)
+    store_all(tmp_path / "s", PLANS["token"], rows, rows_per_shard=300)
     about = describe(tmp_path / "s")
     assert about["tokens"] == 600 * 512
     files = sum(path.stat().st_size for path in (tmp_path / "s").glob("shard-*"))
@@ -145,8 +145,8 @@ def test_two_bytes_a_token(tmp_path):
 
 def test_draws_that_ask_nothing_of_a_row_are_not_read(tmp_path, monkeypatch):
     """Of a row with fewer tokens than draws; the first such draw shows that it has no more."""
-    rows, asking = ToyRows(), Asking("mask", 12, 9, SPECIAL)
-    hardness = store_all(tmp_path / "s", asking, rows)
+    rows, plan = ToyRows(), ScoringPlan("mask", 12, 9, SPECIAL)
+    hardness = store_all(tmp_path / "s", plan, rows)
     row_ids = np.arange(len(rows))
     read, pairs = hardness.store.read, []
 
@@ -156,7 +156,7 @@ def test_draws_that_ask_nothing_of_a_row_are_not_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hardness.store, "read", counted)
     found_BT, _ = hardness.read(row_ids, *rows.read(row_ids))
-    nll_BT, _, asked_BT = truth(asking, rows, row_ids)
+    nll_BT, _, asked_BT = truth(plan, rows, row_ids)
     np.testing.assert_array_equal(found_BT, nll_BT.astype(np.float16).astype(np.float32))
     counts_B = asked_BT.sum(1)
     assert counts_B.min() < 11 and counts_B.max() > 12
@@ -165,7 +165,7 @@ def test_draws_that_ask_nothing_of_a_row_are_not_read(tmp_path, monkeypatch):
 
 def test_a_foreign_store_is_refused_by_name(tmp_path):
     rows = ToyRows()
-    store_all(tmp_path / "s", ASKINGS["token"], rows)
+    store_all(tmp_path / "s", PLANS["token"], rows)
     for name in PRINTS:
         with pytest.raises(StoreError, match=f"made with another {name} .*fingerprint"):
             Hardness(tmp_path / "s", {**PRINTS, name: "other"})
@@ -174,7 +174,7 @@ def test_a_foreign_store_is_refused_by_name(tmp_path):
 
 def test_other_rows_are_refused(tmp_path):
     rows = ToyRows()
-    hardness = store_all(tmp_path / "s", ASKINGS["token"], rows)
+    hardness = store_all(tmp_path / "s", PLANS["token"], rows)
     ids_BT, lengths_B = rows.read(np.array([4, 5]))
     with pytest.raises(StoreError, match="row 5 has other tokens"):
         hardness.read(np.array([4, 5]), ids_BT, lengths_B - [0, 1])
@@ -184,14 +184,14 @@ def test_other_rows_are_refused(tmp_path):
 
 def test_damage_and_interruption_are_told(tmp_path):
     rows = ToyRows()
-    store_all(tmp_path / "s", ASKINGS["token"], rows)
+    store_all(tmp_path / "s", PLANS["token"], rows)
     path = shard_path(tmp_path / "s", 1)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(StoreError, match="damaged"):
         Hardness(tmp_path / "s", PRINTS)
-    writer = Writer(tmp_path / "t", spec_of(ASKINGS["token"], rows))
+    writer = Writer(tmp_path / "t", spec_of(PLANS["token"], rows))
     writer.prepare()
     with pytest.raises(StoreError, match="not complete"):
         Hardness(tmp_path / "t", PRINTS)
@@ -202,18 +202,18 @@ def test_damage_and_interruption_are_told(tmp_path):
 def test_its_identity_is_known_before_it_is_filled(tmp_path):
     rows = ToyRows()
     known = {}
-    for name, asking in ASKINGS.items():
-        known[name] = identity(spec_of(asking, rows, 5))
-        assert store_all(tmp_path / name, asking, rows, 10).fingerprint == known[name]
+    for name, plan in PLANS.items():
+        known[name] = identity(spec_of(plan, rows, 5))
+        assert store_all(tmp_path / name, plan, rows, 10).fingerprint == known[name]
     assert len(set(known.values())) == 3
-    assert identity(spec_of(ASKINGS["token"], ToyRows(rows=24))) != known["token"]
+    assert identity(spec_of(PLANS["token"], ToyRows(rows=24))) != known["token"]
 
 
 def test_reading_is_fast(tmp_path):
     """16 rows of 512 tokens, which a step of RoBERTa base on a GPU takes 30 ms for."""
     rows = ToyRows(rows=64, block_size=512, equal=True)
     for shown, most in (("token", 0.01), ("mask", 0.03)):
-        hardness = store_all(tmp_path / shown, ASKINGS[shown], rows)
+        hardness = store_all(tmp_path / shown, PLANS[shown], rows)
         row_ids = np.arange(0, 64, 4)
         arguments = row_ids, *rows.read(row_ids)
         hardness.read(*arguments)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dskd.batch import IGNORE, Batch, Dense, Projected, Rows
+from dskd.batch import IGNORE, Batch, Dense, Positions, Projected
 from dskd.errors import ConfigError
 from dskd.methods.base import METHODS, Method, build_method
 from dskd.models.families import LinearProjection
@@ -62,7 +62,7 @@ class Toy:
 
     def terms(self, method, batch, step):
         chosen_BT = batch.supervised_BT
-        rows = Rows(self.body(batch.ids_BT)[chosen_BT], self.head, batch.labels_N)
+        rows = Positions(self.body(batch.ids_BT)[chosen_BT], self.head, batch.labels_N)
         signal = None
         if method.needs_teacher(step):
             hidden_ND = self.teacher[batch.ids_BT[chosen_BT]]
@@ -215,7 +215,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(kind):
         ({"kind": ":Class"}, r"method\.kind: ':Class' is not one of"),
         ({"kind": "no.such:Class"}, r"method\.kind: no module 'no\.such'"),
         ({"kind": "dskd.methods.ki:Nope"}, r"'dskd\.methods\.ki' has no method 'Nope'"),
-        ({"kind": "dskd.batch:Rows"}, r"'dskd\.batch' has no method 'Rows'"),
+        ({"kind": "dskd.batch:Positions"}, r"'dskd\.batch' has no method 'Positions'"),
     ],
 )
 def test_a_kind_that_names_nothing_is_refused(settings, message):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dskd.batch import IGNORE, Batch, Dense, Rows
+from dskd.batch import IGNORE, Batch, Dense, Positions
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
 from tests.fused.plain_losses import MODES, top_k
@@ -45,7 +45,7 @@ def forward(method, inputs, step, *, pad=1, dtype=torch.float64, k=None):
     batch = batch_of(inputs, pad)
     student_BTV = torch.tensor(inputs["student_logits"], dtype=dtype).requires_grad_()
     teacher_NV = torch.tensor(inputs["teacher_logits"], dtype=dtype)[batch.supervised_BT]
-    rows = Rows(student_BTV[batch.supervised_BT], Identity(student_BTV), batch.labels_N)
+    rows = Positions(student_BTV[batch.supervised_BT], Identity(student_BTV), batch.labels_N)
     signal = None
     if method.needs_teacher(step):
         signal = Dense(teacher_NV) if k is None else top_k(teacher_NV, k, method.temperature)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dskd.batch import IGNORE, Batch, Dense, Projected, Rows, Term
+from dskd.batch import IGNORE, Batch, Dense, Positions, Projected, Term
 from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
 from dskd.settings.recipe import read
@@ -60,7 +60,7 @@ def forward(
     batch = replace(batch_of(inputs), extra=extra)
     student_BTV = torch.tensor(inputs["logits"], dtype=dtype).requires_grad_()
     head = Identity(student_BTV)
-    rows = Rows(student_BTV[batch.supervised_BT], head, batch.labels_N)
+    rows = Positions(student_BTV[batch.supervised_BT], head, batch.labels_N)
     signal = None
     if method.needs_teacher(0):
         logits_NV = reference_logits(inputs, dtype) if reference is None else reference

@@ -1,4 +1,4 @@
-"""The one forward pass: rows_of against HuggingFace's own logits."""
+"""The one forward pass: positions_of against HuggingFace's own logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dskd.models.families import (
     FAMILIES,
     family_of,
     longest_row,
-    rows_of,
+    positions_of,
 )
 from dskd.ops import rows_ce
 from tests.models.tiny import ALL, SIX, batch, loss_of, make, without_dropout, zero3
@@ -25,7 +25,7 @@ def test_logits_are_the_models_own_at_the_supervised_positions(model_type):
     model = make(model_type).eval()
     data = batch()
     with torch.no_grad():
-        rows = rows_of(model, data)
+        rows = positions_of(model, data)
         whole_BTV = model(input_ids=data.ids_BT, attention_mask=data.mask_BT).logits
     assert rows.logits_NV.shape == (12, 43)
     torch.testing.assert_close(rows.logits_NV, whole_BTV[data.supervised_BT], rtol=0, atol=1e-6)
@@ -39,7 +39,7 @@ def test_padding_changes_no_logit(model_type):
     alone = data.select(torch.tensor([2]))
     length = int(alone.mask_BT.sum())
     with torch.no_grad():
-        padded_NV = rows_of(model, alone).logits_NV
+        padded_NV = positions_of(model, alone).logits_NV
         whole_BTV = model(input_ids=alone.ids_BT[:, :length]).logits
     expected_NV = whole_BTV[alone.supervised_BT[:, :length]]
     torch.testing.assert_close(padded_NV, expected_NV, rtol=0, atol=2e-6)
@@ -54,7 +54,7 @@ def test_head_sees_supervised_positions_only(model_type):
             module.register_forward_hook(
                 lambda _, inputs, output: seen.append(inputs[0].shape[:-1])
             )
-    rows = rows_of(model, batch())
+    rows = positions_of(model, batch())
     before = len(seen)
     assert rows.logits_NV is rows.logits_NV  # made when asked for, and once
     assert set(seen) == {(12,)} and len(seen) == before + 1
@@ -64,7 +64,7 @@ def test_head_sees_supervised_positions_only(model_type):
 @pytest.mark.parametrize("model_type", ALL)
 def test_every_parameter_is_in_the_graph_without_supervised_positions(model_type, tied):
     model = make(model_type, tie_word_embeddings=tied)
-    rows = rows_of(model, batch(supervised=False))
+    rows = positions_of(model, batch(supervised=False))
     assert rows.logits_NV.shape == (0, 43)
     rows.logits_NV.sum().backward()
     for name, parameter in model.named_parameters():
@@ -78,7 +78,7 @@ class _Wrapper(nn.Module):
         self.student = student
 
     def forward(self, data):
-        return rows_ce(rows_of(self.student, data)).total
+        return rows_ce(positions_of(self.student, data)).total
 
 
 def _zero3_gradients(rank, model_type, tied, supervised_ranks, memory_efficient):

@@ -21,7 +21,7 @@ from dskd.data.tokenizers import tokenizer_fingerprint
 from dskd.engine.zero import full_shape
 from dskd.errors import DskdError
 from dskd.models import writing as exporting
-from dskd.models.families import FAMILIES, rows_of
+from dskd.models.families import FAMILIES, positions_of
 from dskd.models.writing import export
 from dskd.settings.model import Model
 from tests.models.test_initial import fingerprints
@@ -49,7 +49,7 @@ def _trained(model):
 
 def _logits(model):
     with torch.no_grad():
-        return rows_of(model.eval(), batch()).logits_NV
+        return positions_of(model.eval(), batch()).logits_NV
 
 
 @pytest.mark.parametrize("tied", [True, False])

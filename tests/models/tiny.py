@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dskd.batch import IGNORE, Batch
 from dskd.models.build import build
-from dskd.models.families import FAMILIES, rows_of
+from dskd.models.families import FAMILIES, positions_of
 from dskd.settings.model import Model
 
 BLOCK = 16
@@ -118,7 +118,7 @@ def zero3(world: int, **more) -> dict:
 
 def loss_of(model, data: Batch) -> torch.Tensor:
     """Summed cross entropy of the supervised positions."""
-    rows = rows_of(model, data)
+    rows = positions_of(model, data)
     return nn.functional.cross_entropy(rows.logits_NV, rows.labels_N, reduction="sum")
 
 

@@ -20,7 +20,7 @@ from dskd.settings.teachers import CachedTeacher
 from dskd.stores.logits import LogitCache, describe
 from dskd.stores.store import shard_path
 from dskd.teachers.capture import capture
-from dskd.teachers.teacher import Cached, Live
+from dskd.teachers.teacher import FrozenTeacher, StoredTeacher
 from tests.data.conftest import make_corpus
 from tests.ranks import run_ranks
 
@@ -110,13 +110,13 @@ def test_cached_signal_is_the_live_one_when_all_is_kept(tmp_path, folders, objec
         found = cache.read(row_ids_B, epochs_B, ids_BT, lengths_B, use_k=None, temperature=2.0)
         return Attachment(*found)
 
-    live = Live(teacher_of(prepared, objective), vocabulary)
+    live = FrozenTeacher(teacher_of(prepared, objective), vocabulary)
     row_ids, epochs = np.array([5, 0, len(prepared.train) - 1]), np.array([0, 1, 2])
     with_view = make_batch(prepared.train, view, row_ids, epochs, None)
     with_cache = make_batch(prepared.train, view, row_ids, epochs, attach)
     for name in ("row_ids_B", "domains_B", "ids_BT", "mask_BT", "labels_BT"):
         assert torch.equal(getattr(with_cache, name), getattr(with_view, name)), name
-    signal = Cached(2.0)(with_cache)
+    signal = StoredTeacher(2.0)(with_cache)
     dense = torch.log_softmax(live(with_view).logits_NV, 1)
     assert (signal.tail_N[2.0] == -math.inf).all() and len(dense) > 0
     found = torch.zeros_like(dense).scatter(1, signal.ids_NK, signal.logprobs_NK)

@@ -17,7 +17,7 @@ from dskd.runs.plan import check
 from dskd.settings.checks import validate
 from dskd.settings.recipe import Recipe, read
 from dskd.teachers.average import Average
-from dskd.teachers.teacher import Live, Own, Unmasked
+from dskd.teachers.teacher import FrozenTeacher, ShownUnmasked, StudentAsTeacher
 from dskd.training.objective import Objective
 
 VOCABULARY, MASK = 23, 4
@@ -69,12 +69,12 @@ def plain_logits(model: torch.nn.Module, ids_BT: Tensor, batch: Batch) -> Tensor
 
 def test_it_sees_what_the_masks_hide():
     model, (batch, rows_BT) = student(), masked_batch()
-    signal = Unmasked(Own(model, VOCABULARY))(batch)
+    signal = ShownUnmasked(StudentAsTeacher(model, VOCABULARY))(batch)
     assert isinstance(signal, Projected)
     expected_NV = plain_logits(model, rows_BT, batch)
     torch.testing.assert_close(signal.logits_NV, expected_NV, rtol=1e-12, atol=1e-12)
     assert not signal.hidden_NE.requires_grad
-    seen_NV = Own(model, VOCABULARY)(batch).logits_NV
+    seen_NV = StudentAsTeacher(model, VOCABULARY)(batch).logits_NV
     torch.testing.assert_close(seen_NV, plain_logits(model, batch.ids_BT, batch))
     assert (seen_NV - expected_NV).abs().max() > 0.1
 
@@ -100,7 +100,7 @@ def test_a_causal_student_sees_its_row_as_it_is():
         mask_BT=torch.ones_like(rows_BT),
         labels_BT=labels_BT,
     )
-    found_NV = Own(model, VOCABULARY)(batch).logits_NV
+    found_NV = StudentAsTeacher(model, VOCABULARY)(batch).logits_NV
     torch.testing.assert_close(found_NV, plain_logits(model, rows_BT, batch))
 
 
@@ -110,7 +110,7 @@ def test_modes_and_random_numbers_stay_as_they_were():
     modes = {name: module.training for name, module in model.named_modules()}
     assert set(modes.values()) == {True, False}
     before = torch.get_rng_state()
-    Unmasked(Own(model, VOCABULARY))(batch)
+    ShownUnmasked(StudentAsTeacher(model, VOCABULARY))(batch)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -126,14 +126,14 @@ def test_modes_are_put_back_after_an_error():
         labels_BT=batch.labels_BT,
     )
     with pytest.raises(IndexError):
-        Own(model, VOCABULARY)(broken)
+        StudentAsTeacher(model, VOCABULARY)(broken)
     assert all(module.training for module in model.modules())
 
 
 def test_the_loss_of_the_paper_through_the_whole_model():
     """Loss and gradients of a student with dropout, against autograd on HuggingFace's logits."""
     model, (batch, rows_BT) = student(), masked_batch()
-    teacher = Unmasked(Own(model, VOCABULARY))
+    teacher = ShownUnmasked(StudentAsTeacher(model, VOCABULARY))
     objective = Objective(model, build_method({"kind": "self_evolution"}), teacher)
     torch.manual_seed(3)
     loss, parts = objective(batch, 0)["tokens"]
@@ -167,7 +167,7 @@ def test_the_average_moves_and_is_kept(tmp_path, dtype):
     """The closed form of three steps; the fp32 mean moves where a bf16 one would stand still."""
     model, replica = student(dtype=torch.float32), student(dtype=dtype)
     average = Average(replica, 0.99)
-    Live(replica, VOCABULARY)  # freezes it, as the run does
+    FrozenTeacher(replica, VOCABULARY)  # freezes it, as the run does
     name = "bert.encoder.layer.0.output.dense.weight"
     weight = model.get_parameter(name)
     expected = replica.get_parameter(name).float().clone()

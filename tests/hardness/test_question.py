@@ -20,13 +20,13 @@ from dskd.data.tokenizers import special_ids
 from dskd.data.views import view_for
 from dskd.engine.engine import Engine, decay_groups, shard_teacher
 from dskd.errors import NonFiniteError, StoreError
-from dskd.hardness import asking as question_module
-from dskd.hardness.asking import answers_of, ask, question
+from dskd.hardness import question as question_module
+from dskd.hardness.question import answers_of, ask, question
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness, describe
 from dskd.methods.lm import LanguageModelling
 from dskd.models.build import build
-from dskd.models.families import rows_of
+from dskd.models.families import positions_of
 from dskd.settings.data import Data, HardTokens, Masking, TextSource, TrainedTokenizer
 from dskd.settings.model import Model
 from dskd.stores.store import shard_path
@@ -343,7 +343,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path, folders):
 def test_a_complete_store_needs_no_model(tmp_path, folders, monkeypatch):
     prepared = open_prepared(folders["masked"])
     said = []
-    monkeypatch.setattr("dskd.hardness.asking.say", said.append)
+    monkeypatch.setattr("dskd.hardness.question.say", said.append)
     run_question(tmp_path / "s", prepared, "masked")
     assert f"holds the NLL of {prepared.train.tokens:,} tokens in 3.74 bytes" in said[-1]
     before = files(tmp_path / "s")
@@ -420,7 +420,7 @@ def _train_and_ask(rank, folder, prepared_folder, stage, asking, world):
     for step in range(3):
         if step == 2 and asking:
             engine.module.eval()
-            forward = lambda batch: rows_of(engine.module.student, batch)  # noqa: E731
+            forward = lambda batch: positions_of(engine.module.student, batch)  # noqa: E731
             ask(masking, forward, prepared, scoring, folder, fingerprints=PRINTS)
             engine.module.train()
         row_ids = np.arange(4) + 4 * step

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dskd.batch import Batch, Dense, Rows
+from dskd.batch import Batch, Dense, Positions
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
 from dskd.errors import NonFiniteError
 from dskd.hardness.scoring import ScoringView
 from dskd.hardness.store import describe, encode, hardness_spec
-from dskd.models.families import rows_of
+from dskd.models.families import positions_of
 from dskd.settings.data import HardTokens
 from dskd.stores.shard import StoreSpec
 from dskd.stores.store import Writer, is_complete
@@ -31,7 +31,7 @@ from dskd.system.log import bar, say
 
 _CHUNK = 1 << 24  # logits at once: bounds their float32 copies to some 64 MiB each
 
-Forward = Callable[[Batch], Rows | Dense]
+Forward = Callable[[Batch], Positions | Dense]
 """A model in eval mode on a batch of CPU tensors, up to its last linear map or with its logits."""
 
 
@@ -85,8 +85,8 @@ def question(
             return
         asked = model().eval().requires_grad_(False)
 
-        def forward(batch: Batch) -> Rows:
-            return rows_of(asked, batch.to(device))
+        def forward(batch: Batch) -> Positions:
+            return positions_of(asked, batch.to(device))
 
         ask(masking, forward, prepared, view, folder, fingerprints=fingerprints)
 
@@ -145,7 +145,7 @@ def ask(
 
 
 @torch.no_grad()
-def answers_of(said: Rows | Dense, labels_N: Tensor, vocabulary: int) -> Answers:
+def answers_of(said: Positions | Dense, labels_N: Tensor, vocabulary: int) -> Answers:
     """How hard the labels were to a model; its head runs once, by chunks of bounded memory.
 
     Args:

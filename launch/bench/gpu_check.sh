@@ -41,7 +41,9 @@ touch "$start"
 # Test files that cannot be imported for want of what a bare machine lacks, each with its name. A
 # module of ours that is missing is a defect, which the tests are left to show.
 not_importable() {
-    "$python" - tests/kernels/test_*.py tests/fused/test_*.py <<'END'
+    local files
+    mapfile -t files < <(find tests/kernels tests/fused -name 'test_*.py' | sort)
+    "$python" - "${files[@]}" <<'END'
 import importlib, sys
 sys.path.insert(0, ".")
 for file in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""launch/bench/kernels.py: its arithmetic, its truth and its verdicts; no times are judged."""
+"""launch/bench/kernels.py: its arithmetic, its truth and its gate; no times are judged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +15,14 @@ import pytest
 import torch
 
 from dskd.fused import reference
-from launch.bench import cases, kernels, peers, timing, truth, verdicts
+from launch.bench import cases, kernels, peers, timing, truth
 from launch.bench.logit_cases import FLOOR, OURS
 from launch.bench.peers import Outcome
 from tests.launching import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-MADE = dict(cases.cases(verdicts.OPS, cases.SMALL, CPU))
+MADE = dict(cases.cases(kernels.OPS, cases.SMALL, CPU))
 
 
 def test_spread_and_ratios_within_a_round():
@@ -112,7 +113,7 @@ def test_every_case_is_what_float64_says_and_its_eager_peer_too(what):
         errors = case.truth.errors(case.variants[name](), expected)
         assert errors[0] < 3e-3, (name, errors)  # bf16 logits of the peers
         assert errors[1] < 2e-2, (name, errors)
-        assert name != OURS or not verdicts.wrong(case.op, *errors)
+        assert name != OURS or not kernels.wrong(case.op, *errors)
     case.floor()
 
 
@@ -121,7 +122,7 @@ def test_the_order_of_the_cases_and_the_choice_of_operations():
         "dense forward_kl torch.bfloat16 V 1003",
         "linear forward_kl (64, 64) V 1003",
     ]
-    assert {what.split()[0] for what in MADE} == set(verdicts.OPS)
+    assert {what.split()[0] for what in MADE} == set(kernels.OPS)
     chosen = dict(cases.cases(["topk"], cases.SMALL, CPU))
     assert list(chosen) == ["topk V 1003"]
 
@@ -217,7 +218,6 @@ def test_the_cpu_table_from_the_command_line(tmp_path):
     (only,) = result["rows"]
     assert only["held"] == ""
     assert {"ours", "torch eager", "TRL chunked", "floor"} <= set(only["variants"])
-    assert result["targets"] == []
     for name in ("ours", "torch eager"):
         one = only["variants"][name]
         assert one["gradient_error"] < 1e-5
@@ -227,3 +227,60 @@ def test_the_cpu_table_from_the_command_line(tmp_path):
         one = only["variants"][name]
         assert "ms" in one or one["failed"].startswith("ModuleNotFoundError: No module named"), one
     assert data.with_suffix(".md").read_text() in done.stdout
+
+
+# ---- what is wrong, and which tests make an operation red ----------------------------------------
+
+
+def test_bf16_logits_of_the_fused_linear_loss_are_judged_wrong():
+    """The defect that the limits are for: 1 % of error in place of 0.2 %."""
+    case = cases.linear(16, 4000, "forward_kl", (256, 256), 0, torch.device("cpu"), compiled=False)
+    expected = case.truth.compute()
+    right = case.truth.errors(case.variants[OURS](), expected)
+    rounded = partial(case.variants[OURS], logits_dtype=torch.bfloat16)
+    worse = case.truth.errors(rounded(), expected)
+    assert 1e-3 < right[1] < 2.5e-3
+    assert 8e-3 < worse[1] < 1.5e-2
+    for interpreted in (False, True):
+        assert not kernels.wrong("linear", *right, interpreted=interpreted)
+        assert kernels.wrong("linear", *worse, interpreted=interpreted)
+
+
+def test_limits_lie_above_one_rounding_more_and_above_truncation():
+    """A head's gradient is rounded to bf16 twice, in the interpreter once towards 0."""
+    exact = torch.randn(100_000)
+    once = timing.relative_error(exact.bfloat16(), exact)
+    assert once == pytest.approx(1.65e-3, rel=0.02)
+    assert not kernels.wrong("linear", 1e-4, 2**0.5 * once)
+    cut = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    truncated = timing.relative_error(cut, exact)
+    assert truncated == pytest.approx(3.3e-3, rel=0.02)
+    assert not kernels.wrong("dense", 1e-4, 1.5 * truncated, interpreted=True)
+    assert kernels.wrong("dense", 1e-4, 1.5 * truncated)
+    assert kernels.wrong("dense", 2e-4, 0.0)
+    assert kernels.wrong("dense", float("nan"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "red"),
+    [
+        ("tests.kernels.test_topk", {"topk", "linear_topk"}),
+        ("tests.kernels.test_dense.TestIt", {"dense", "linear"}),
+        ("tests.fused.test_linear", {"linear", "linear_topk"}),
+        ("tests.kernels.test_mixture", {"mixture"}),
+        ("tests.fused.test_ops", set(kernels.OPS)),
+        ("tests.fused.test_vocab_parallel", {"vocab_parallel"}),
+        ("tests.kernels.test_aot", set()),
+        ("tests.fused.cpu.test_topk", set()),
+    ],
+)
+def test_red_tests_make_operations_red(tmp_path, name, red):
+    report = tmp_path / "tests.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="tests.kernels.test_label" name="test_a"/>'
+        f'<testcase classname="{name}" name="test_b"><failure message="no"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    assert set(kernels.red_operations(report)) == red
+    assert set(kernels.red_operations(tmp_path / "none.xml")) == set(kernels.OPS)
+    assert kernels.red_operations(None) == {}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -26,7 +26,15 @@ from transformers.initialization import no_init_weights
 from dskd.data.tokenizers import check_same_vocabulary, vocabulary_size
 from dskd.engine.zero import sharded_construction
 from dskd.errors import ConfigError
-from dskd.models.families import FAMILIES, family_of, longest_row, tie_head_bias
+from dskd.models.families import (
+    Objective,
+    counts_past_padding,
+    head_of,
+    lm_head,
+    longest_row,
+    refuse_unknown,
+    tie_head_bias,
+)
 from dskd.models.initial import initialise
 from dskd.models.reading import load_weights, local_folder, weight_files
 from dskd.settings.model import Model
@@ -50,7 +58,7 @@ def build(
     settings: Model,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    objective: Literal["masked", "causal"],
+    objective: Objective,
     block_size: int,
     seed: int,
     ds: dict[str, Any] | None,
@@ -84,7 +92,7 @@ def build(
         _check_tokenizer(tokenizer, folder, f"{where}.path")
     check_shape(config, objective, block_size, where)
     _check_vocabulary(config, tokenizer, where)
-    model = construct(config, settings.attention, ds, dtype, where)
+    model = construct(config, settings.attention, ds, dtype, where, objective)
     if folder is None:
         initialise(model, seed)
         tie_head_bias(model)
@@ -96,9 +104,7 @@ def build(
     return model
 
 
-def check_random(
-    settings: Model, *, objective: Literal["masked", "causal"], block_size: int, where: str
-) -> None:
+def check_random(settings: Model, *, objective: Objective, block_size: int, where: str) -> None:
     """Refuse what is wrong with the settings of a random model, before there is a tokenizer.
 
     Raises:
@@ -124,13 +130,22 @@ def construct(
     ds: dict[str, Any] | None,
     dtype: torch.dtype,
     where: str,
+    objective: Objective | None = None,
 ) -> PreTrainedModel:
     """The model of a config, in train mode, with its weights still to come.
+
+    Args:
+        config: of one of the model types with a head.
+        attention: its implementation, or ``auto``.
+        ds: DeepSpeed config that shards its construction, if it says ZeRO-3; None: none does.
+        dtype: of the weights.
+        where: the setting's name, for messages.
+        objective: what it is for; None: language modelling, as its type does it.
 
     Raises:
         ConfigError: HuggingFace refuses the config; the message names the setting ``where``.
     """
-    auto = _AUTO[FAMILIES[config.model_type].objective]
+    auto = _AUTO[lm_head(config.model_type).objective if objective is None else objective]
     options = {} if attention == "auto" else {"attn_implementation": attention}
     with _complaints(where), no_init_weights(), sharded_construction(ds):
         model = auto.from_config(config, dtype=dtype, **options)
@@ -177,12 +192,12 @@ def _random_config(
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ConfigError(f"{where}.config.model_type: needed without {where}.path")
-    family = family_of(model_type, f"{where}.config.model_type")
+    refuse_unknown(model_type, f"{where}.config.model_type")
     cls = type(AutoConfig.for_model(model_type))
     _check_fields(fields, cls, f"{where}.config")
     given: dict[str, int | None] = {}
     if tokenizer is not None:
-        special = _special_ids(tokenizer, family.objective)
+        special = _special_ids(tokenizer, lm_head(model_type).objective)
         given = {name: value for name, value in special.items() if name in _fields(cls)}
         multiple = settings.vocab_multiple
         given["vocab_size"] = -(-vocabulary_size(tokenizer) // multiple) * multiple
@@ -206,7 +221,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, objective: str) -> dict[str
 def _stored_config(settings: Model, folder: Path, where: str) -> PreTrainedConfig:
     with _complaints(f"{where}.path: cannot read the config in {folder}"):
         config = AutoConfig.from_pretrained(folder)
-    family_of(config.model_type, f"{where}.path: model_type of {folder}")
+    refuse_unknown(config.model_type, f"{where}.path: model_type of {folder}")
     return with_fields(config, settings.config, where)
 
 
@@ -253,20 +268,14 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where: st
 
 
 def check_shape(
-    config: PreTrainedConfig, objective: Literal["masked", "causal"], block_size: int, where: str
+    config: PreTrainedConfig, objective: Objective, block_size: int, where: str
 ) -> None:
     """Refuse a family that does not fit the objective, and too few positions for the rows.
 
     Raises:
         ConfigError: names the setting.
     """
-    family = FAMILIES[config.model_type]
-    if family.objective != objective:
-        fitting = ", ".join(name for name, f in FAMILIES.items() if f.objective == objective)
-        raise ConfigError(
-            f"{where}: a {config.model_type} is a {family.objective} LM, data.objective is "
-            f"{objective}; {objective} ones are {fitting}"
-        )
+    head_of(config, objective, where)
     longest = longest_row(config)
     if longest < block_size:
         beyond = config.max_position_embeddings - longest
@@ -285,8 +294,7 @@ def _check_vocabulary(
             f"{where}: its vocabulary of {config.vocab_size} is smaller than the tokenizer's "
             f"{vocabulary_size(tokenizer)}"
         )
-    past_padding = FAMILIES[config.model_type].past_padding
-    if past_padding and config.pad_token_id != tokenizer.pad_token_id:
+    if counts_past_padding(config) and config.pad_token_id != tokenizer.pad_token_id:
         raise ConfigError(
             f"{where}: its pad_token_id is {config.pad_token_id}, the tokenizer's "
             f"{tokenizer.pad_token_id}; {config.model_type} counts positions by it"

@@ -1,12 +1,13 @@
-"""The model families dskd knows, and the one forward pass everything uses.
+"""The heads of the model types that dskd knows, and the one forward pass that everything uses.
 
-A family says what a ``model_type`` is trained on, how its head turns hidden states into logits
-and how its positions are counted. A new one is a line in ``FAMILIES`` and is then tested against
-its HuggingFace class by ``tests/models/test_families.py``.
+A head belongs to a ``model_type`` and an objective: it says how hidden states become logits. A new
+one is a line in ``HEADS`` and is then tested against its HuggingFace class by
+``tests/models/test_families.py``.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,7 +15,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import gelu
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from dskd.batch import Batch, Positions, Use
 from dskd.errors import ConfigError
@@ -23,23 +29,24 @@ Transform = Callable[[Any, Tensor], Tensor]
 """(model, the body's hidden states [N, D]) -> those its last linear map takes, [N, D']."""
 
 
+Objective = Literal["masked", "causal"]
+
+
 @dataclass(frozen=True)
-class Family:
-    """How one ``model_type`` is used.
+class Head:
+    """How a model of one ``model_type`` and objective turns hidden states into logits.
 
     Attributes:
         objective: what it is trained on.
         projection: module path of the last linear map, from hidden states to logits.
-        transform: what its head does before, through modules of the model only.
+        transform: what is done before it, through modules of the model only.
         bias: the head's own copy of the projection's bias, as the module path of its owner.
-        past_padding: positions are counted from ``pad_token_id + 1`` (RoBERTa), not from 0.
     """
 
-    objective: Literal["masked", "causal"]
+    objective: Objective
     projection: str
     transform: Transform = lambda model, hidden_ND: hidden_ND
     bias: str | None = None
-    past_padding: bool = False
 
 
 class LinearProjection(nn.Linear):
@@ -60,47 +67,90 @@ def _roberta_transform(model: Any, hidden_ND: Tensor) -> Tensor:
     return model.lm_head.layer_norm(gelu(model.lm_head.dense(hidden_ND)))
 
 
-_BERT = Family(
+_BERT = Head(
     "masked",
     "cls.predictions.decoder",
     lambda model, hidden_ND: model.cls.predictions.transform(hidden_ND),
     bias="cls.predictions",
 )
-_ROBERTA = Family(
-    "masked", "lm_head.decoder", _roberta_transform, bias="lm_head", past_padding=True
+_ROBERTA = Head("masked", "lm_head.decoder", _roberta_transform, bias="lm_head")
+_DISTILBERT = Head("masked", "vocab_projector", _distilbert_transform)
+_MODERNBERT = Head("masked", "decoder", lambda model, hidden_ND: model.head(hidden_ND))
+_ELECTRA = Head(
+    "masked",
+    "generator_lm_head",
+    lambda model, hidden_ND: model.generator_predictions(hidden_ND),
 )
-_CAUSAL = Family("causal", "lm_head")
+_CAUSAL = Head("causal", "lm_head")
 
-FAMILIES: dict[str, Family] = {
-    "bert": _BERT,
-    "roberta": _ROBERTA,
-    "xlm-roberta": _ROBERTA,
-    "distilbert": Family("masked", "vocab_projector", _distilbert_transform),
-    "modernbert": Family("masked", "decoder", lambda model, hidden_ND: model.head(hidden_ND)),
-    "electra": Family(
-        "masked",
-        "generator_lm_head",
-        lambda model, hidden_ND: model.generator_predictions(hidden_ND),
-    ),
-    "gpt2": _CAUSAL,
-    "llama": _CAUSAL,
-    "mistral": _CAUSAL,
-    "qwen2": _CAUSAL,
-    "qwen3": _CAUSAL,
+HEADS: dict[tuple[str, Objective], Head] = {
+    ("bert", "masked"): _BERT,
+    ("roberta", "masked"): _ROBERTA,
+    ("xlm-roberta", "masked"): _ROBERTA,
+    ("distilbert", "masked"): _DISTILBERT,
+    ("modernbert", "masked"): _MODERNBERT,
+    ("electra", "masked"): _ELECTRA,
+    ("gpt2", "causal"): _CAUSAL,
+    ("llama", "causal"): _CAUSAL,
+    ("mistral", "causal"): _CAUSAL,
+    ("qwen2", "causal"): _CAUSAL,
+    ("qwen3", "causal"): _CAUSAL,
 }
+"""By model type and objective."""
+
+MODEL_TYPES: tuple[str, ...] = tuple(dict.fromkeys(model_type for model_type, _ in HEADS))
+
+_CLASSES = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
+"""HuggingFace's model class by config class, for each objective."""
+
+_PAST_PADDING = frozenset({"roberta", "xlm-roberta"})
+"""Types that count positions from ``pad_token_id + 1``, not from 0."""
 
 
-def family_of(model_type: str, where: str) -> Family:
-    """The family of a ``model_type``.
+def refuse_unknown(model_type: str, where: str) -> None:
+    """Refuse a ``model_type`` that has no head here.
 
     Raises:
-        ConfigError: it is not one of ``FAMILIES``; the message names the setting ``where``.
+        ConfigError: the message names the setting ``where`` and the nearest type.
     """
-    if model_type not in FAMILIES:
-        close = get_close_matches(model_type, FAMILIES, n=1)
+    if model_type not in MODEL_TYPES:
+        close = get_close_matches(model_type, MODEL_TYPES, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"{where}: '{model_type}' is not one of {', '.join(FAMILIES)}{hint}")
-    return FAMILIES[model_type]
+        raise ConfigError(f"{where}: '{model_type}' is not one of {', '.join(MODEL_TYPES)}{hint}")
+
+
+def head_of(config: PreTrainedConfig, objective: Objective, where: str) -> Head:
+    """The head by which a model of this config serves an objective.
+
+    Raises:
+        ConfigError: its type has none for that; the message names the setting ``where``.
+    """
+    model_type = config.model_type
+    if (model_type, objective) not in HEADS:
+        fitting = ", ".join(name for name, of in HEADS if of == objective)
+        raise ConfigError(
+            f"{where}: a {model_type} is a {lm_head(model_type).objective} LM, data.objective is "
+            f"{objective}; {objective} ones are {fitting}"
+        )
+    return HEADS[model_type, objective]
+
+
+def lm_head(model_type: str) -> Head:
+    """The head by which a type models language, masked or causal: every type has one of the two."""
+    return next(head for (name, _), head in HEADS.items() if name == model_type)
+
+
+def head_in(model: PreTrainedModel) -> Head:
+    """The head of a model that was built: that of the objective its class is for."""
+    return _head_of_class(type(model), type(model.config))
+
+
+@functools.cache  # looked up in every forward pass
+def _head_of_class(model: type[PreTrainedModel], config: type[PreTrainedConfig]) -> Head:
+    for (model_type, objective), head in HEADS.items():
+        if model_type == config.model_type and issubclass(model, _CLASSES[objective][config]):
+            return head
+    raise TypeError(f"a {model.__name__} is of no objective that has a head here")
 
 
 def positions_of(model: nn.Module, batch: Batch) -> Positions:
@@ -110,33 +160,38 @@ def positions_of(model: nn.Module, batch: Batch) -> Positions:
     parameter is still in the graph (products with empty matrices), with gradients of zero.
 
     Args:
-        model: a HuggingFace model of one of ``FAMILIES``.
+        model: a HuggingFace model with a head of ``HEADS``.
         batch: B rows of T tokens, on the model's device.
 
     Returns:
         Positions with hidden_ND in the model's dtype.
     """
-    family = FAMILIES[model.config.model_type]
+    head = head_in(model)
     # A cache of keys and values serves generation only.
-    options = {"use_cache": False} if family.objective == "causal" else {}
+    options = {"use_cache": False} if head.objective == "causal" else {}
     body = model.base_model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options)
-    hidden_ND = family.transform(model, body.last_hidden_state[batch.supervised_BT])
+    hidden_ND = head.transform(model, body.last_hidden_state[batch.supervised_BT])
     return Positions(hidden_ND, projection_of(model), batch.labels_N)
 
 
 def projection_of(model: nn.Module) -> LinearProjection:
     """The model's last linear map, made able to run a fused loss in its forward."""
-    linear = model.get_submodule(FAMILIES[model.config.model_type].projection)
+    linear = model.get_submodule(head_in(model).projection)
     if type(linear) is nn.Linear:
         linear.__class__ = LinearProjection
     assert isinstance(linear, LinearProjection), f"logits come from a {type(linear).__name__}"
     return linear
 
 
+def counts_past_padding(config: PreTrainedConfig) -> bool:
+    """Whether positions are counted from ``pad_token_id + 1`` (RoBERTa), not from 0."""
+    return config.model_type in _PAST_PADDING
+
+
 def longest_row(config: PreTrainedConfig) -> int:
     """Most tokens of a row that the model's positions allow."""
     longest = config.max_position_embeddings
-    if FAMILIES[config.model_type].past_padding:
+    if counts_past_padding(config):
         longest -= config.pad_token_id + 1
     return longest
 
@@ -147,6 +202,6 @@ def tie_head_bias(model: PreTrainedModel) -> None:
     BERT and RoBERTa heads have both, and transformers 5 leaves the former out of the forward pass
     of an untied model: a parameter without gradient that weight decay would shrink.
     """
-    bias = FAMILIES[model.config.model_type].bias
+    bias = head_in(model).bias
     if bias is not None:
         model.get_submodule(bias).bias = projection_of(model).bias

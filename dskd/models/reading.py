@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from dskd.engine.zero import full_shape, gathered, is_sharded
 from dskd.errors import ConfigError, DskdError
-from dskd.models.families import FAMILIES
+from dskd.models.families import head_in
 from dskd.system import dist
 from dskd.system.log import say
 
@@ -198,9 +198,9 @@ def _the_one(
     model: PreTrainedModel, found: list[str], stored: Mapping[str, _Source], where: str
 ) -> str:
     """The name to read a parameter under, of those it is stored under."""
-    family = FAMILIES[model.config.model_type]
-    if family.bias is not None and f"{family.projection}.bias" in found:
-        return f"{family.projection}.bias"  # the head's own copy is not in the forward pass
+    head = head_in(model)
+    if head.bias is not None and f"{head.projection}.bias" in found:
+        return f"{head.projection}.bias"  # the head's own copy is not in the forward pass
     first, *others = found
     for other in others:
         a, b = stored[first], stored[other]

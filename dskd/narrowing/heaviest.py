@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dskd.models.families import FAMILIES
+from dskd.models.families import lm_head
 from dskd.narrowing.insert import Keep
 from dskd.narrowing.layouts import Map, kept_entries, layout_of, maps_of, projected, widths_of
 from dskd.narrowing.narrow import narrow, part_by_part
@@ -67,7 +67,7 @@ def unit_weights(teacher: PreTrainedModel, attention_units: int) -> dict[str, Te
         weight_PNK = part_by_part(layer, layer.weight, own.parts)
         add(own.reads, _squares(weight_PNK, (0, 1)))
         add(own.writes, _squares(weight_PNK, (0, 2)))
-    projection = FAMILIES[config.model_type].projection
+    projection = lm_head(config.model_type).projection
     add(projected(config), _squares(teacher.get_submodule(projection).weight, 0))
     return totals
 

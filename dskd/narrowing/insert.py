@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from dskd.engine.zero import full_shape
 from dskd.errors import DskdError
 from dskd.models.build import construct
-from dskd.models.families import FAMILIES, tie_head_bias
+from dskd.models.families import lm_head, tie_head_bias
 from dskd.narrowing.compactors import (
     CompactedConv1D,
     CompactedEmbeddings,
@@ -81,7 +81,7 @@ class Surgery:
             layer.keep_out = _indices(keep[own.writes], layer.right)
         embedded = self.model.get_submodule(layout.embedded)
         embedded.keep_out = _indices(keep["R"], embedded.right)
-        projection = self.model.get_submodule(FAMILIES[config.model_type].projection)
+        projection = self.model.get_submodule(lm_head(config.model_type).projection)
         projection.keep_in = _indices(keep[projected(config)], projection.left)
         for name, group in self.groups.items():
             for path in group.norms:
@@ -124,7 +124,7 @@ def insert(model: PreTrainedModel) -> Surgery:
     embedded = CompactedEmbeddings(full_shape(table)[1], table)
     pair = (summed, embedded) if layout.summed in layout.tables else (embedded, summed)
     _replace(model, layout.summed, nn.Sequential(*pair))
-    projection = FAMILIES[config.model_type].projection
+    projection = lm_head(config.model_type).projection
     _replace(model, projection, CompactedProjection(model.get_submodule(projection)))
     model.train(model.training)
     return Surgery(model, groups_of(model), merging)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.errors import ConfigError
-from dskd.models.families import FAMILIES
+from dskd.models.families import lm_head
 from dskd.narrowing.units import Member, Vector, spread
 from dskd.narrowing.widths import Family, Widths
 
@@ -254,7 +254,7 @@ def groups_of(model: PreTrainedModel) -> dict[str, Group]:
         members.setdefault(own.reads, []).append(Member(f"{own.path}.left", "left"))
         members.setdefault(own.writes, []).append(Member(f"{own.path}.right", "right"))
         vectors.setdefault(own.writes, []).extend(_vectors(model, own.path, ["bias"], own.parts))
-    projection = FAMILIES[config.model_type].projection
+    projection = lm_head(config.model_type).projection
     members[projected(config)].append(Member(f"{projection}.left", "left"))
     for plain, group in norms_of(config):
         path = layout.moved(plain)

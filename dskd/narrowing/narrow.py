@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dskd.models.build import construct
-from dskd.models.families import FAMILIES, tie_head_bias
+from dskd.models.families import lm_head, tie_head_bias
 from dskd.narrowing.insert import Keep, kept_widths
 from dskd.narrowing.layouts import Map, kept_entries, layout_of, maps_of, norms_of, projected
 from dskd.narrowing.widths import Widths
@@ -57,7 +57,7 @@ def narrow(source: Source, keep: Keep) -> PreTrainedModel:
     model, config = source.model, source.model.config
     keep = {name: keep_U.cpu() for name, keep_U in keep.items()}
     layout = layout_of(config)
-    projection = FAMILIES[config.model_type].projection
+    projection = lm_head(config.model_type).projection
     values: dict[str, Tensor] = {}
     for path in layout.tables:
         values[f"{path}.weight"] = source.table(path, keep["R"])

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dskd.errors import ConfigError
 from dskd.models.build import build, hidden_size, model_fingerprint, parameter_count
-from dskd.models.families import FAMILIES, longest_row
+from dskd.models.families import lm_head, longest_row
 from dskd.settings.model import Model
 from tests.models.tiny import ALL, BLOCK, make, settings, tokenizer
 
@@ -17,7 +17,7 @@ def _stored(tmp_path, model_type, tok=None, **fields):
     """A HuggingFace folder written by transformers itself; returns settings that name it."""
     tok = tok or tokenizer()
     torch.manual_seed(5)
-    auto = AutoModelForMaskedLM if FAMILIES[model_type].objective == "masked" else None
+    auto = AutoModelForMaskedLM if lm_head(model_type).objective == "masked" else None
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     own = settings(model_type).config | special | {"vocab_size": len(tok)} | fields
     model = (auto or AutoModelForCausalLM).from_config(AutoConfig.for_model(**own))
@@ -28,7 +28,7 @@ def _stored(tmp_path, model_type, tok=None, **fields):
 
 def _load(chosen, model_type, **more):
     arguments = {
-        "objective": FAMILIES[model_type].objective,
+        "objective": lm_head(model_type).objective,
         "block_size": BLOCK,
         "seed": 1,
         "ds": None,

@@ -10,10 +10,12 @@ from torch import nn
 
 from dskd.errors import ConfigError
 from dskd.models.families import (
-    FAMILIES,
-    family_of,
+    HEADS,
+    head_in,
+    head_of,
     longest_row,
     positions_of,
+    refuse_unknown,
 )
 from dskd.ops import rows_ce
 from tests.models.tiny import ALL, SIX, batch, loss_of, make, without_dropout, zero3
@@ -121,15 +123,21 @@ def test_unknown_family():
     with pytest.raises(
         ConfigError, match=r"student\.x: 'qwen3_moe' is not one of bert, .*'qwen3'\?"
     ):
-        family_of("qwen3_moe", "student.x")
-    assert family_of("gpt2", "x").objective == "causal"
+        refuse_unknown("qwen3_moe", "student.x")
+
+
+def test_a_head_is_of_a_model_type_and_an_objective():
+    config = make("gpt2").config
+    assert head_of(config, "causal", "x") is HEADS["gpt2", "causal"] is head_in(make("gpt2"))
+    with pytest.raises(ConfigError, match=r"^x: a gpt2 is a causal LM, .* are bert, roberta"):
+        head_of(config, "masked", "x")
 
 
 @pytest.mark.parametrize("model_type", ALL)
 def test_longest_row_is_as_long_as_the_positions_go(model_type):
     model = make(model_type).eval()
     longest = longest_row(model.config)
-    assert longest == (30 if FAMILIES[model_type].past_padding else 32)
+    assert longest == (30 if model_type in ("roberta", "xlm-roberta") else 32)
     model(input_ids=torch.full((1, longest), 9))
     if model_type in ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "gpt2"):
         with pytest.raises((IndexError, RuntimeError)):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from dskd.engine.zero import full_shape
 from dskd.errors import ConfigError
-from dskd.models.families import FAMILIES
+from dskd.models.families import lm_head
 from dskd.settings.model import Model
 from dskd.system import dist
 from tests.models.test_initial import fingerprints
@@ -30,7 +30,7 @@ def _config(model_type, **fields):
 def _store(folder, model_type, shard="5GB", **fields):
     """A random model written by transformers, every parameter random; its settings."""
     torch.manual_seed(5)
-    model = AUTO[FAMILIES[model_type].objective].from_config(_config(model_type, **fields))
+    model = AUTO[lm_head(model_type).objective].from_config(_config(model_type, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -57,7 +57,7 @@ def test_weights_are_those_of_from_pretrained(tmp_path, dtype):
     chosen = {model_type: _store(tmp_path / model_type, model_type) for model_type in ALL}
     expected = {}
     for model_type, one in chosen.items():
-        auto = AUTO[FAMILIES[model_type].objective]
+        auto = AUTO[lm_head(model_type).objective]
         theirs = auto.from_pretrained(one.path, dtype=dtype)
         expected[model_type] = fingerprints(theirs)
         mine = _load(one, model_type, dtype=dtype)
@@ -71,10 +71,10 @@ def test_weights_are_those_of_from_pretrained(tmp_path, dtype):
 def test_untied_in_several_files(tmp_path, model_type):
     chosen = _store(tmp_path, model_type, shard="20KB", tie_word_embeddings=False)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    theirs = AUTO[FAMILIES[model_type].objective].from_pretrained(tmp_path)
+    theirs = AUTO[lm_head(model_type).objective].from_pretrained(tmp_path)
     expected = fingerprints(theirs)
-    if bias := FAMILIES[model_type].bias:  # its own copy has no part in the logits; ours is tied
-        del expected[f"{FAMILIES[model_type].projection}.bias"]
+    if bias := lm_head(model_type).bias:  # its own copy has no part in the logits; ours is tied
+        del expected[f"{lm_head(model_type).projection}.bias"]
         expected[f"{bias}.bias"] = fingerprints(theirs.get_output_embeddings())["bias"]
     assert fingerprints(_load(chosen, model_type)) == expected
     for found in run_ranks(_loaded, {model_type: chosen}, torch.float32):

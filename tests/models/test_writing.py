@@ -21,7 +21,7 @@ from dskd.data.tokenizers import tokenizer_fingerprint
 from dskd.engine.zero import full_shape
 from dskd.errors import DskdError
 from dskd.models import writing as exporting
-from dskd.models.families import FAMILIES, positions_of
+from dskd.models.families import lm_head, positions_of
 from dskd.models.writing import export
 from dskd.settings.model import Model
 from tests.models.test_initial import fingerprints
@@ -58,7 +58,7 @@ def test_reloaded_logits_are_equal(tmp_path, model_type, tied):
     model = _trained(make(model_type, tie_word_embeddings=tied))
     folder = tmp_path / "export"
     export(model, tokenizer(), folder, card=CARD)
-    theirs, report = AUTO[FAMILIES[model_type].objective].from_pretrained(
+    theirs, report = AUTO[lm_head(model_type).objective].from_pretrained(
         folder, output_loading_info=True
     )
     assert not any(report.values()), report
@@ -102,7 +102,7 @@ def test_two_zero3_ranks_export_whole_models(tmp_path):
         model_type, tied = folder.split("-")
         whole = make(model_type, tie_word_embeddings=tied == "True")
         assert fingerprints(whole) == expected
-        theirs = AUTO[FAMILIES[model_type].objective].from_pretrained(tmp_path / folder)
+        theirs = AUTO[lm_head(model_type).objective].from_pretrained(tmp_path / folder)
         assert torch.equal(_logits(theirs), _logits(whole))
 
 

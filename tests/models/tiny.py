@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerFast
 
 from dskd.batch import IGNORE, Batch
 from dskd.models.build import build
-from dskd.models.families import FAMILIES, positions_of
+from dskd.models.families import MODEL_TYPES, lm_head, positions_of
 from dskd.settings.model import Model
 
 BLOCK = 16
 SIX = ["bert", "roberta", "gpt2", "llama", "qwen2", "qwen3"]
-ALL = list(FAMILIES)
+ALL = list(MODEL_TYPES)
 _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 _FIELDS = {
@@ -77,7 +77,7 @@ def make(what: Model | str, *, tok=None, ds=None, seed=7, dtype=torch.float32, b
     return build(
         chosen,
         tok or tokenizer(),
-        objective=FAMILIES[model_type].objective,
+        objective=lm_head(model_type).objective,
         block_size=block,
         seed=seed,
         ds=ds,

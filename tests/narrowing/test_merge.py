@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig,
 
 from dskd.engine.zero import gathered, is_sharded
 from dskd.errors import DskdError
-from dskd.models.families import FAMILIES
+from dskd.models.families import lm_head
 from dskd.models.writing import export
 from dskd.narrowing.insert import insert, kept_widths, replica
 from dskd.narrowing.layouts import widths_of
@@ -119,7 +119,7 @@ def test_exported_and_reloaded_logits_are_the_students(tmp_path, model_type, sha
     assert merged.config.tie_word_embeddings is False
     export(merged, tokenizer(), tmp_path / "small", card={})
     auto = (
-        AutoModelForMaskedLM if FAMILIES[model_type].objective == "masked" else AutoModelForCausalLM
+        AutoModelForMaskedLM if lm_head(model_type).objective == "masked" else AutoModelForCausalLM
     )
     small = auto.from_pretrained(tmp_path / "small")
     widths = widths_of(small.config)

@@ -451,11 +451,9 @@ def test_presets_train_alike(plain, preset):
     assert _train(preset) == pytest.approx(plain, abs=1e-5)
 
 
-def test_zeropp_trains_with_quantised_gradients(plain):
-    losses = _train("zeropp")
-    assert losses == pytest.approx(plain, abs=2e-2)
-    assert losses[0] == pytest.approx(plain[0], abs=1e-5)
-    assert losses[1:] != pytest.approx(plain[1:], abs=1e-7)
+def test_zeropp_trains_alike_on_one_node(plain):
+    """DeepSpeed 0.19.8 quantises gradients between nodes only, by an operator that no CPU has."""
+    assert _train("zeropp") == pytest.approx(plain, abs=1e-5)
 
 
 @pytest.fixture(scope="module")

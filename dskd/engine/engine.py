@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dskd.batch import Batch, Term
 from dskd.engine.ds_config import precision_of
-from dskd.engine.shards import Weights, weights_of
+from dskd.engine.shards import ParameterShards, shards_of
 from dskd.system import dist
 from dskd.system.device import on_gpu
 
@@ -161,10 +161,10 @@ class Engine:
         for group, scale in zip(groups, self._lr_scales, strict=True):
             group["lr"] = lr * scale
 
-    def weights(self, *, gradients: bool) -> Weights:
+    def weights(self, *, gradients: bool) -> ParameterShards:
         """What this rank holds of the student's parameters, editable; with gradients between the
         last backward pass and the step."""
-        return weights_of(self._engine, gradients=gradients)
+        return shards_of(self._engine, gradients=gradients)
 
     def step(self) -> bool:
         """Take an optimiser step; False if fp16 overflow skipped it."""

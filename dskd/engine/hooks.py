@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dskd.batch import Batch
-from dskd.engine.shards import Weights
+from dskd.engine.shards import ParameterShards
 
 
 class Change:
@@ -29,7 +29,7 @@ class Change:
     def before_micro_batch(self, last: bool) -> None:
         """Before a forward pass; ``last``: the optimiser's step follows its backward pass."""
 
-    def before_step(self, weights: Weights, step: int, lr: float) -> None:
+    def before_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """After the last backward pass, before clipping.
 
         fp16 overflow may still skip the step; it is then tried again with the next batch.
@@ -40,7 +40,7 @@ class Change:
             lr: the learning rate of groups without ``lr_scale``.
         """
 
-    def after_step(self, weights: Weights, step: int, lr: float) -> None:
+    def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """After an optimiser step that was taken, with ``step`` and ``lr`` as before it."""
 
     def complete(self, step: int) -> bool:
@@ -66,7 +66,7 @@ class Change:
     def load(self, folder: Path) -> None:
         """Read back what :meth:`save` wrote; called after :meth:`restore` (collective)."""
 
-    def exported(self, weights: Weights, batch: Batch) -> PreTrainedModel:
+    def exported(self, weights: ParameterShards, batch: Batch) -> PreTrainedModel:
         """The student that is written out, a plain HuggingFace model (collective).
 
         Args:

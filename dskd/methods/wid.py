@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dskd.batch import Batch, Rows, Signal, Term
 from dskd.engine.ds_config import optimizer_device
 from dskd.engine.hooks import Change
-from dskd.engine.shards import Weights
+from dskd.engine.shards import ParameterShards
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.methods.inheritance_loss import Inherited, labels_term
@@ -217,7 +217,7 @@ class Narrowing(Change):
         self._offloaded = optimizer_device(run.deepspeed) != "none"
         self._stays = is_adam(run)
         self._compacted = False
-        self._weights: Weights | None = None
+        self._weights: ParameterShards | None = None
 
     def _make_rule(self) -> Rule:
         method, train = self._method, self._train
@@ -269,13 +269,13 @@ class Narrowing(Change):
         """
         self._surgery.merging.last = last or self._offloaded
 
-    def before_step(self, weights: Weights, step: int, lr: float) -> None:
+    def before_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """Choose what is removed, where it is time, and edit gradients and moments."""
         del lr
         if self._rule.before_step(weights, step):
             self._surgery.mask(self._rule.keep)
 
-    def after_step(self, weights: Weights, step: int, lr: float) -> None:
+    def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """Take removed entries further to zero; leave them out once they are there."""
         if self._moves(step):
             self._rule.after_step(weights, step, lr)
@@ -326,7 +326,7 @@ class Narrowing(Change):
         else:
             self._surgery.mask(self._rule.keep)
 
-    def exported(self, weights: Weights, batch: Batch) -> PreTrainedModel:
+    def exported(self, weights: ParameterShards, batch: Batch) -> PreTrainedModel:
         """The dense student, merged from fp32 and rounded to the dtype that it was trained in.
 
         On the CPU of rank 0, as is the fp32 copy of the student that it is compared with; without

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dskd.engine.hooks import Change
-from dskd.engine.shards import Weights
+from dskd.engine.shards import ParameterShards
 from dskd.system import dist
 
 _FILE = "average.safetensors"
@@ -36,7 +36,7 @@ class Average(Change):
         self._mean = {name: weight.float() for name, weight in self._replica.items()}
         self._decay = decay
 
-    def after_step(self, weights: Weights, step: int, lr: float) -> None:
+    def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """Move the mean (collective under ZeRO)."""
         del step, lr
         for name, whole in weights.wholes(self._mean):

@@ -74,7 +74,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepResult:
     """What became of one optimiser step: its loss and the parts of it, as global means."""
 
     applied: bool
@@ -168,7 +168,7 @@ class Trainer:
         except Stopped as stopped:
             raise Interrupted(progress.step) from stopped
 
-    def step(self, stop: bool) -> Taken:
+    def step(self, stop: bool) -> StepResult:
         """Forward, backward and optimiser step over one effective batch."""
         progress, engine = self._progress, self._engine
         batches = [batch.to(engine.device) for batch in self._loader.next_step()]
@@ -189,7 +189,7 @@ class Trainer:
             _finite(progress.step + 1, "the gradient's norm", norm if applied else math.nan)
         progress.position = self._loader.position
         progress.tokens += counts.tokens
-        return Taken(applied, counts.stop, loss, means, lr, norm)
+        return StepResult(applied, counts.stop, loss, means, lr, norm)
 
     def _update(self, lr: float) -> tuple[bool, float | None]:
         """The optimiser's step, the method's change around it; whether it was taken, and the norm
@@ -243,7 +243,7 @@ class Trainer:
         parts = (self._run.seed, self._loader.position, micro, dist.rank())
         torch.manual_seed(int(mix(*parts)) & (2**63 - 1))
 
-    def _log(self, taken: Taken) -> None:
+    def _log(self, taken: StepResult) -> None:
         progress, steps = self._progress, self._run.train.steps
         if progress.step % self._run.log_every and progress.step < steps:
             return
@@ -321,7 +321,7 @@ def _finite(step: int, name: str, value: float | None) -> None:
     """Stop where a number that all ranks share is out of range, before it reaches a checkpoint."""
     if value is not None and not math.isfinite(value):
         problem = NonFiniteError(f"step {step}: {name} is {value}; the last checkpoint is intact")
-        problem.elsewhere = dist.rank() != 0
+        problem.printed_by_other_rank = dist.rank() != 0
         raise problem
 
 

@@ -14,7 +14,7 @@ from transformers import BertConfig
 import dskd.methods.wid
 from dskd.batch import Batch
 from dskd.engine.engine import decay_groups
-from dskd.engine.shards import Weights
+from dskd.engine.shards import ParameterShards
 from dskd.methods.base import build_method
 from dskd.methods.wid import Narrowing
 from dskd.narrowing.insert import Surgery
@@ -56,10 +56,10 @@ class Loop:
         lr = learning_rate(self.train, step)
         for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
             group["lr"] = lr * scale
-        before = Weights(self.parameters, self.optimizer, gradients=True)
+        before = ParameterShards(self.parameters, self.optimizer, gradients=True)
         self.change.before_step(before, step, lr)
         self.optimizer.step()
-        after = Weights(self.parameters, self.optimizer, gradients=False)
+        after = ParameterShards(self.parameters, self.optimizer, gradients=False)
         self.change.after_step(after, step, lr)
         return total
 
@@ -253,7 +253,7 @@ def test_an_export_is_tried_on_few_tokens(monkeypatch, tokens, rows):
         mask_BT=torch.ones_like(ids_BT),
         labels_BT=ids_BT,
     )
-    weights = Weights(dict(surgery.model.named_parameters()), None, gradients=False)
+    weights = ParameterShards(dict(surgery.model.named_parameters()), None, gradients=False)
     change.exported(weights, batch)
     ((tried_BT, soft),) = found
     assert torch.equal(tried_BT, ids_BT[:rows])

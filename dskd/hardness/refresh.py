@@ -23,6 +23,7 @@ from dskd.data.tokenizers import special_ids
 from dskd.engine.checkpoints import Checkpoints
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import stage_of
+from dskd.engine.hooks import StepHooks
 from dskd.engine.run_config import student_config
 from dskd.errors import ConfigError, DiskError, StoreError
 from dskd.hardness.asking import ask, question
@@ -130,7 +131,7 @@ class Generations:
             if generation not in self._opened:
                 self._open(generation, mend=self._way_back(generation) if generation else None)
 
-    def state(self) -> dict[str, Sequence[Any]]:
+    def state(self) -> dict[str, Any]:
         """Who was asked for each later store, as JSON values."""
         return {str(generation): list(who) for generation, who in self._students.items()}
 
@@ -226,8 +227,8 @@ class Generations:
 
     def _remove_unread(self) -> None:
         """Remove the later stores that no batch after the oldest checkpoint reads."""
-        manifests = self._checkpoints.manifests().values()
-        oldest = self._oldest(min((m["state"]["position"] for m in manifests), default=0))
+        saved = [m["state"]["progress"] for m in self._checkpoints.manifests().values()]
+        oldest = self._oldest(min((progress["position"] for progress in saved), default=0))
         unread = [g for g in self._students if 0 < g < oldest]
         self._remove(questions_folder(self._run, generation) for generation in unread)
 
@@ -289,32 +290,36 @@ class Generations:
         return student_config(self._run, hidden)
 
 
-class Renewal:
-    """What the trainer does between two steps when the hard tokens are to be found anew: the next
-    batch cannot be made before."""
+class HardnessRefresh(StepHooks):
+    """Finds the hard tokens anew between two steps, where the next batch cannot be made before.
 
-    def __init__(self, generations: Generations, student: Callable[[], nn.Module]) -> None:
+    Args:
+        generations: the stores of the run.
+        student: the one under training; it may be in its engine by the time it is needed.
+    """
+
+    def __init__(self, generations: Generations, student: nn.Module) -> None:
         self._generations = generations
         self._student = student
+        self._restored: dict[str, Any] = {}
 
-    def due(self, position: int) -> bool:
-        """Whether the batch at ``position`` waits for it."""
+    def begin(self, position: int) -> None:
+        """Open the stores that batches from ``position`` on need and that exist already."""
+        self._generations.begin(position, self._restored)
+
+    def waits(self, position: int) -> bool:
+        """Whether the batch at ``position`` needs a store that is not there yet."""
         return self._generations.due(position)
 
-    def __call__(self, position: int, step: int, stop: Callable[[], bool]) -> None:
-        """Ask the student (collective); a repetition of an interrupted call goes on with it.
-
-        Args:
-            position: of the batch that waits.
-            step: completed steps, those of the newest checkpoint (0: there need not be one).
-            stop: whether a signal asked to stop, on this rank.
-
-        Raises:
-            Stopped: it did, on one of the ranks.
-        """
-        if self._generations.renew(position, step, self._student(), stop):
+    def prepare(self, position: int, step: int, stop: Callable[[], bool]) -> None:
+        """Score the training rows by the student; what an interrupted call left is gone on with."""
+        if self._generations.renew(position, step, self._student, stop):
             say(f"asked the student for the hard tokens of the coming epochs (batch {position})")
 
     def state(self) -> dict[str, Any]:
-        """Who was asked, for the checkpoint."""
+        """Which student made each later store."""
         return self._generations.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Keep a :meth:`state` for :meth:`begin`."""
+        self._restored = state

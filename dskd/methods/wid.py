@@ -9,7 +9,7 @@ plain language modelling; a distribution may be inherited beside the weights.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Rows, Signal, Term
 from dskd.engine.ds_config import optimizer_device
-from dskd.engine.hooks import Change
+from dskd.engine.hooks import StepHooks
 from dskd.engine.shards import ParameterShards
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
@@ -44,6 +44,7 @@ class WeightInheritance(Method):
 
     kind: Literal["wid"] = "wid"
     temperature_setting = "inherit.temperature"
+    remakes_student: ClassVar[bool] = True
     hidden_size: int = Field(ge=1)
     """Width of the student; ``run.model`` is the teacher that it starts as."""
     strategy: Strategy = "dim"
@@ -156,7 +157,7 @@ class WeightInheritance(Method):
             f"{last}, train.steps is {steps}"
         )
 
-    def change(self, student: PreTrainedModel, run: Run) -> Change:
+    def hooks(self, student: PreTrainedModel, run: Run) -> StepHooks:
         """Put compactors into the student."""
         goals = self._cuts(student.config)
         surgery = insert(student)
@@ -199,8 +200,10 @@ class WeightInheritance(Method):
         return last + self.anneal - 1 if last else 0
 
 
-class Narrowing(Change):
+class Narrowing(StepHooks):
     """A student on its way from its teacher's widths to its own."""
+
+    defines_export = True
 
     def __init__(
         self, method: WeightInheritance, run: Run, surgery: Surgery, units: dict[str, Units]

@@ -167,3 +167,11 @@ class Term(NamedTuple):
 
     total: Tensor
     parts: Mapping[str, Tensor]
+
+
+Loss = Callable[[Positions, Signal | None, Batch, int], Mapping[str, Term]]
+"""``loss(positions, signal, batch, step)``: the terms of one micro-batch by name; ``signal`` is the
+teacher's at the same positions (None: there is none), ``step`` the completed optimiser steps."""
+
+LossCounts = Callable[[Batch], Mapping[str, float]]
+"""``counts(batch)``: what each term's sum is divided by, once added up over an optimiser step."""

@@ -8,8 +8,8 @@ exception is a defect of ours and keeps its traceback.
 class DskdError(Exception):
     """Something the user can mend; the message says what and where."""
 
-    elsewhere: bool = False
-    """Whether another rank tells the user, having raised the same."""
+    printed_by_other_rank: bool = False
+    """Whether another rank raised the same and prints it for the user."""
 
 
 class ConfigError(DskdError, ValueError):

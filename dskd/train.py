@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except DskdError as problem:
         # Before the group exists every rank of a node finds the same mistakes.
-        if not problem.elsewhere and (_grouped() or os.environ.get("LOCAL_RANK", "0") == "0"):
+        if not problem.printed_by_other_rank and (
+            _grouped() or os.environ.get("LOCAL_RANK", "0") == "0"
+        ):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         return MENDABLE
 

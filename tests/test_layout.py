@@ -27,7 +27,7 @@ those named before it; inside a room there is no cycle."""
 NEVER_IN_METHODS = {"training", "runs", "train"}
 """What a method must not know, besides any other method."""
 
-SHARED_BY_METHODS = {"methods.base", "methods.inheritance_loss"}
+SHARED_BY_METHODS = {"methods.base", "methods.inheritance_loss", "methods.metrics"}
 
 MAY_IMPORT = {
     "deepspeed": {"dskd/engine/"},

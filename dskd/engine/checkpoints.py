@@ -24,15 +24,48 @@ _TEMPORARY = ".saving-"
 
 
 @dataclass(frozen=True)
+class Score:
+    """What a checkpoint was evaluated at: the value of one metric, finite, and its direction."""
+
+    metric: str
+    value: float
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """By which of a run's evaluation results one checkpoint is better than another.
+
+    Attributes:
+        metric: its key, ``<set>_<metric>``.
+        higher_is_better: its direction.
+    """
+
+    metric: str = "eval_nll"
+    higher_is_better: bool = False
+
+    def score(self, value: float) -> Score:
+        """The score that a value of the metric is."""
+        return Score(self.metric, value, self.higher_is_better)
+
+
+@dataclass(frozen=True)
 class Saved:
-    """A checkpoint on disk. ``state`` is the trainer's own; the rest says how it was sharded."""
+    """A checkpoint on disk.
+
+    Attributes:
+        step: completed optimiser steps.
+        world, stage, precision: how it was sharded, and in which number format it was trained.
+        score: None where the student was not evaluated, or is no candidate for the best.
+        state: ``progress``, where training is, and ``hooks``, the state of each by its name.
+    """
 
     folder: Path
     step: int
     world: int
     stage: int
     precision: str
-    eval_nll: float | None
+    score: Score | None
     state: dict[str, Any]
 
 
@@ -42,13 +75,13 @@ class Checkpoints:
     Args:
         folder: where they live, on a file system all nodes share.
         keep: how many of the newest to keep; the best one is kept besides.
-        selects: whether the evaluation loss says which one is the best; if not, it is the newest.
+        selection: by which score one is the best; None: the newest is.
     """
 
-    def __init__(self, folder: Path, keep: int, *, selects: bool = True) -> None:
+    def __init__(self, folder: Path, keep: int, selection: Selection | None) -> None:
         self._folder = folder
         self._keep = keep
-        self._selects = selects
+        self._selection = selection
 
     def clean(self) -> None:
         """Remove what an interrupted save or conversion left behind."""
@@ -70,7 +103,8 @@ class Checkpoints:
     def commit(self, step: int, about: dict[str, Any]) -> None:
         """Hash and flush what the engine wrote after :meth:`begin`, then give it its name.
 
-        ``about`` holds ``world``, ``stage``, ``precision``, ``eval_nll`` and ``state``.
+        ``about`` holds ``world``, ``stage``, ``precision``, ``score`` and ``state``, see
+        :class:`Saved`.
         """
         dist.barrier()
         temporary = self._folder / f"{_TEMPORARY}{_name(step)}"
@@ -96,8 +130,8 @@ class Checkpoints:
         return self._open(names[-1]) if names else None
 
     def best(self) -> Saved:
-        """The kept checkpoint with the lowest evaluation loss (the latest of equals), or, if that
-        does not select, the newest; checked."""
+        """The kept checkpoint with the best score (the latest of equals), checked; the newest where
+        no score selects or none has one."""
         return self._open(dist.on_rank0(self._best_name))
 
     def manifests(self) -> dict[int, dict[str, Any]]:
@@ -119,11 +153,14 @@ class Checkpoints:
 
     def _best_name(self) -> str:
         names = self._listed()
-        if not self._selects:
+        selection = self._selection
+        if selection is None:
             return names[-1]
-        losses = {name: self._manifest(name)["eval_nll"] for name in reversed(names)}
-        evaluated = {name: loss for name, loss in losses.items() if loss is not None}
-        return min(evaluated, key=evaluated.__getitem__) if evaluated else max(losses)
+        scores = {name: self._manifest(name)["score"] for name in reversed(names)}
+        # How bad each is; min takes the first of equals, here the latest.
+        sign = -1.0 if selection.higher_is_better else 1.0
+        losses = {name: sign * score["value"] for name, score in scores.items() if score}
+        return min(losses, key=losses.__getitem__) if losses else names[-1]
 
     def _manifest(self, name: str) -> dict[str, Any]:
         return read_manifest(self._folder / name / MANIFEST, CheckpointError)
@@ -139,8 +176,9 @@ class Checkpoints:
             )
         dist.agree(problem)
         assert manifest is not None
-        about = {k: manifest[k] for k in Saved.__dataclass_fields__ if k != "folder"}
-        return Saved(folder=self._folder / name, **about)
+        score = None if manifest["score"] is None else Score(**manifest["score"])
+        about = {k: manifest[k] for k in ("step", "world", "stage", "precision", "state")}
+        return Saved(folder=self._folder / name, score=score, **about)
 
     def _verify(self, name: str, files: dict[str, Any]) -> None:
         """Check this rank's share of the files against the manifest."""

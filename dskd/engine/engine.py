@@ -19,11 +19,12 @@ import torch
 from deepspeed import ops as deepspeed_ops
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
-from dskd.batch import Batch, Term
+from dskd.batch import Batch, Loss, Term
 from dskd.engine.ds_config import precision_of
-from dskd.engine.shards import Weights, weights_of
+from dskd.engine.shards import ParameterShards, shards_of
 from dskd.system import dist
 from dskd.system.device import on_gpu
 
@@ -87,7 +88,7 @@ class Engine:
     """A model under training by DeepSpeed.
 
     Args:
-        objective: the module whose forward takes (batch, step) and returns terms by name.
+        objective: the module whose forward takes (batch, step, loss) and returns terms by name.
         groups: parameter groups, see :func:`decay_groups`; one may have an ``lr_scale``, by which
             the learning rate is multiplied for it.
         ds: a DeepSpeed config without any ``auto``.
@@ -136,24 +137,51 @@ class Engine:
         """Where batches must be."""
         return torch.device(self._engine.device)
 
-    def forward(self, batch: Batch, step: int) -> dict[str, Term]:
-        """The loss terms of one micro-batch."""
-        return self._engine(batch, step)
+    def forward(self, batch: Batch, step: int, loss: Loss | None = None) -> dict[str, Term]:
+        """The terms of one micro-batch: of the method's loss, or of another."""
+        return self._engine(batch, step, loss)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``, this rank's share of the global mean."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of ``loss``, this rank's share of the global mean.
+
+        Args:
+            loss: of one micro-batch.
+            last: whether the gradient is complete after it, and reduced over the ranks.
+        """
+        # DeepSpeed's own count of micro-batches knows nothing of passes that no step follows. At
+        # ZeRO-1 the gradients of passes that are no boundary are not reduced over the ranks.
+        self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * dist.world(), scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # DeepSpeed counts micro-batches here; it does not step yet
 
-    def grad_norm(self) -> float | None:
-        """Global gradient norm before clipping: after the last backward at ZeRO-0 in fp32, after
-        the step at the other stages."""
+    def forget(self) -> None:
+        """Drop the gradient of the passes since the last step, as if they had not been made.
+
+        What DeepSpeed 0.19.8 does where fp16 overflow skips a step, which it offers nowhere alone.
+        """
+        optimizer = self._engine.optimizer
+        if optimizer is self._engine.basic_optimizer:  # ZeRO-0 in fp32
+            self._engine.zero_grad()
+            return
+        # At ZeRO-3 this also restarts the count of passes, of which the first one's gradients are
+        # copied into the buffers and the others' added.
+        optimizer.zero_grad(set_to_none=True)
+        if self.stage in (1, 2):
+            optimizer.averaged_gradients.clear()  # complete ones
+            optimizer.all_grad_tensors.clear()  # those of passes that were no boundary
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID  # by which an offloaded one adds up
+        elif self.stage == 3:
+            optimizer.averaged_gradients.clear()
+
+    def grad_norm(self) -> Tensor | None:
+        """Global gradient norm before clipping, a float64 scalar still on the device: after the
+        last backward at ZeRO-0 in fp32, after the step at the other stages."""
         norm = self._engine.get_global_grad_norm()
         if norm is None and self.stage == 0:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
-        return None if norm is None else float(norm)
+        if norm is None:
+            return None
+        return torch.as_tensor(norm, dtype=torch.float64, device=self.device).reshape(())
 
     def set_rate(self, lr: float) -> None:
         """Set the next step's learning rate, in each group times its ``lr_scale``."""
@@ -161,10 +189,10 @@ class Engine:
         for group, scale in zip(groups, self._lr_scales, strict=True):
             group["lr"] = lr * scale
 
-    def weights(self, *, gradients: bool) -> Weights:
+    def weights(self, *, gradients: bool) -> ParameterShards:
         """What this rank holds of the student's parameters, editable; with gradients between the
         last backward pass and the step."""
-        return weights_of(self._engine, gradients=gradients)
+        return shards_of(self._engine, gradients=gradients)
 
     def step(self) -> bool:
         """Take an optimiser step; False if fp16 overflow skipped it."""

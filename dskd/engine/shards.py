@@ -53,7 +53,7 @@ class Shard:
     moments: Mapping[str, Tensor]
 
 
-class Weights:
+class ParameterShards:
     """The pieces of all parameters: here those of plain torch, or of ZeRO-0 in fp32.
 
     Args:
@@ -122,7 +122,7 @@ class Weights:
         return Shard(name, shape, start, weight.view(-1), flat, moments)
 
 
-class CopiedWeights(Weights):
+class CopiedShards(ParameterShards):
     """ZeRO-0 in 16 bits: DeepSpeed keeps an fp32 copy of each parameter and steps that."""
 
     def __init__(
@@ -160,7 +160,7 @@ class _Place(NamedTuple):
     size: int
 
 
-class PartitionedWeights(Weights):
+class PartitionShards(ParameterShards):
     """ZeRO-1 and 2: the rank's partition of each group is one flat tensor, cut anywhere.
 
     Places are counted here: DeepSpeed's own mapping of parameters to their pieces leaves out that
@@ -244,7 +244,7 @@ class PartitionedWeights(Weights):
         self._zero.update_lp_params()
 
 
-class SlicedWeights(Weights):
+class SliceShards(ParameterShards):
     """ZeRO-3: every parameter is cut into one even slice per rank, the last ones padded."""
 
     def __init__(
@@ -290,15 +290,15 @@ class SlicedWeights(Weights):
             stay[0].all_gather(stay)
 
 
-_KNOWN: dict[type, type[Weights]] = {
-    FP16_UnfusedOptimizer: CopiedWeights,
-    DeepSpeedZeroOptimizer: PartitionedWeights,
-    DeepSpeedZeroOptimizer_Stage3: SlicedWeights,
+_KNOWN: dict[type, type[ParameterShards]] = {
+    FP16_UnfusedOptimizer: CopiedShards,
+    DeepSpeedZeroOptimizer: PartitionShards,
+    DeepSpeedZeroOptimizer_Stage3: SliceShards,
 }
 """By DeepSpeed's wrapper of the optimiser; one derived from these may keep things elsewhere."""
 
 
-def weights_of(engine: Any, *, gradients: bool) -> Weights:
+def shards_of(engine: Any, *, gradients: bool) -> ParameterShards:
     """The pieces of a DeepSpeed engine's parameters (those of the objective's student).
 
     Args:
@@ -311,7 +311,7 @@ def weights_of(engine: Any, *, gradients: bool) -> Weights:
     named = engine.module.named_parameters()
     trained = {name.removeprefix("student."): p for name, p in named if p.requires_grad}
     optimizer = engine.optimizer
-    cls = Weights if optimizer is engine.basic_optimizer else _KNOWN.get(type(optimizer))
+    cls = ParameterShards if optimizer is engine.basic_optimizer else _KNOWN.get(type(optimizer))
     if cls is None:
         raise ConfigError(
             f"deepspeed: it has DeepSpeed step by its {type(optimizer).__name__}, whose weights "

@@ -115,7 +115,7 @@ def visit(
     bytes_per_logit += 0 if in_place else hidden_ND.dtype.itemsize
     size = chunk or chunk_of(count, columns, bytes_per_logit, device)
     size = min(size, max(1, count))
-    rows_of = _rows_of(loss, size, logits_dtype)
+    positions_of = _rows_of(loss, size, logits_dtype)
     gradients = Gradients(hidden_ND, weight_VD, bias_V, needs)
     logits = Buffer(size, columns, logits_dtype, device)
     rounded = None
@@ -131,7 +131,7 @@ def visit(
         grad_CV = None
         if any(needs):
             grad_CV = logits_CV if rounded is None else rounded.first(len(hidden_CD))
-        divergence_N[rows], label_C = rows_of(rows, logits_CV, grad_CV)
+        divergence_N[rows], label_C = positions_of(rows, logits_CV, grad_CV)
         if label_C is not None:
             label_N[rows] = label_C
         if grad_CV is not None:
@@ -151,9 +151,9 @@ def _rows_of(loss: Loss, size: int, logits_dtype: torch.dtype) -> Rows:
     hidden_NE, weight_WE, *bias = map(operand, loss.teacher)
     buffer = Buffer(size, len(weight_WE), logits_dtype, weight_WE.device)
 
-    def rows_of(rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
+    def positions_of(rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
         teacher_CW = buffer.first(len(logits_CV))
         project(hidden_NE[rows], weight_WE, bias[0] if bias else None, teacher_CW)
         return loss.dense(rows, logits_CV, teacher_CW, grad_CV)
 
-    return rows_of
+    return positions_of

@@ -23,6 +23,7 @@ from dskd.data.tokenizers import special_ids
 from dskd.engine.checkpoints import Checkpoints
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import stage_of
+from dskd.engine.hooks import StepHooks
 from dskd.engine.run_config import student_config
 from dskd.errors import ConfigError, DiskError, StoreError
 from dskd.hardness.question import ask, question
@@ -132,7 +133,7 @@ class HardnessStores:
                     refresh_index, mend=self._way_back(refresh_index) if refresh_index else None
                 )
 
-    def state(self) -> dict[str, Sequence[Any]]:
+    def state(self) -> dict[str, Any]:
         """Who was asked for each later store, as JSON values."""
         return {str(refresh_index): list(who) for refresh_index, who in self._students.items()}
 
@@ -228,8 +229,8 @@ class HardnessStores:
 
     def _remove_unread(self) -> None:
         """Remove the later stores that no batch after the oldest checkpoint reads."""
-        manifests = self._checkpoints.manifests().values()
-        oldest = self._oldest(min((m["state"]["position"] for m in manifests), default=0))
+        saved = [m["state"]["progress"] for m in self._checkpoints.manifests().values()]
+        oldest = self._oldest(min((progress["position"] for progress in saved), default=0))
         unread = [g for g in self._students if 0 < g < oldest]
         self._remove(questions_folder(self._run, refresh_index) for refresh_index in unread)
 
@@ -291,32 +292,36 @@ class HardnessStores:
         return student_config(self._run, hidden)
 
 
-class Renewal:
-    """What the trainer does between two steps when the hard tokens are to be found anew: the next
-    batch cannot be made before."""
+class HardnessRefresh(StepHooks):
+    """Finds the hard tokens anew between two steps, where the next batch cannot be made before.
 
-    def __init__(self, stores: HardnessStores, student: Callable[[], nn.Module]) -> None:
+    Args:
+        stores: those of the run.
+        student: the one under training; it may be in its engine by the time it is needed.
+    """
+
+    def __init__(self, stores: HardnessStores, student: nn.Module) -> None:
         self._stores = stores
         self._student = student
+        self._restored: dict[str, Any] = {}
 
-    def due(self, position: int) -> bool:
-        """Whether the batch at ``position`` waits for it."""
+    def begin(self, position: int) -> None:
+        """Open the stores that batches from ``position`` on need and that exist already."""
+        self._stores.begin(position, self._restored)
+
+    def waits(self, position: int) -> bool:
+        """Whether the batch at ``position`` needs a store that is not there yet."""
         return self._stores.due(position)
 
-    def __call__(self, position: int, step: int, stop: Callable[[], bool]) -> None:
-        """Ask the student (collective); a repetition of an interrupted call goes on with it.
-
-        Args:
-            position: of the batch that waits.
-            step: completed steps, those of the newest checkpoint (0: there need not be one).
-            stop: whether a signal asked to stop, on this rank.
-
-        Raises:
-            Stopped: it did, on one of the ranks.
-        """
-        if self._stores.renew(position, step, self._student(), stop):
+    def prepare(self, position: int, step: int, stop: Callable[[], bool]) -> None:
+        """Score the training rows by the student; what an interrupted call left is gone on with."""
+        if self._stores.renew(position, step, self._student, stop):
             say(f"asked the student for the hard tokens of the coming epochs (batch {position})")
 
     def state(self) -> dict[str, Any]:
-        """Who was asked, for the checkpoint."""
+        """Which student made each later store."""
         return self._stores.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Keep a :meth:`state` for :meth:`begin`."""
+        self._restored = state

@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Positions, Signal, Term
-from dskd.engine.hooks import Change
+from dskd.engine.checkpoints import Selection
+from dskd.engine.hooks import StepHooks
 from dskd.errors import ConfigError
+from dskd.methods.metrics import LM_LOSS, Metric
 from dskd.settings.base import Section
 from dskd.settings.parsing import nearest, parse
 from dskd.settings.run import Run
@@ -46,9 +48,9 @@ class Method(Section):
     terms: ClassVar[tuple[str, ...]] = ("tokens",)
     temperature_setting: ClassVar[str] = "temperature"
     """Name of that setting below ``method``, for messages."""
-    selects: ClassVar[bool] = True
-    """Whether the validation loss says which checkpoint is the best; if not, or where hard tokens
-    are masked, it is the last one."""
+    remakes_student: ClassVar[bool] = False
+    """Whether :meth:`hooks` puts other modules into the student, so that no copy of the model that
+    it starts as can follow its weights."""
 
     kind: str
 
@@ -102,10 +104,22 @@ class Method(Section):
         """The config of what is exported in the end, given that of the student before training."""
         return config
 
-    def change(self, student: PreTrainedModel, run: Run) -> Change | None:
-        """Prepare the student, in place, for what the method does to it; None: nothing."""
+    def hooks(self, student: PreTrainedModel, run: Run) -> StepHooks | None:
+        """Prepare the student, in place, for what the method does around the steps; None: nothing.
+
+        Called once, before the student enters its engine.
+        """
         del student, run
         return None
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """What the student is evaluated by, on every set of rows."""
+        return (LM_LOSS,)
+
+    def selection(self) -> Selection | None:
+        """By which result of the evaluation a checkpoint is the best; None: the last one is, as it
+        is of any method where hard tokens are masked."""
+        return Selection()
 
     def wants_teacher(self) -> bool:
         """Whether any step needs a teacher."""

@@ -36,7 +36,6 @@ class SelfEvolution(Method):
     """
 
     temperature: ClassVar[float] = 1.0
-    selects: ClassVar[bool] = False
 
     kind: Literal["self_evolution"] = "self_evolution"
     smoothing: float = Field(0.1, ge=0, le=1)
@@ -55,6 +54,10 @@ class SelfEvolution(Method):
         """In every step, if targets are smoothed."""
         del step
         return self.wants_teacher()
+
+    def selection(self) -> None:
+        """None: the last checkpoint is exported."""
+        return
 
     def weighs_hard_tokens(self) -> bool:
         """Whether they differ from the others."""

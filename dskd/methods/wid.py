@@ -9,7 +9,7 @@ plain language modelling; a distribution may be inherited beside the weights.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Positions, Signal, Term
 from dskd.engine.ds_config import optimizer_device
-from dskd.engine.hooks import Change
-from dskd.engine.shards import Weights
+from dskd.engine.hooks import StepHooks
+from dskd.engine.shards import ParameterShards
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.methods.inheritance_loss import Inherited, labels_term
@@ -44,6 +44,7 @@ class WeightInheritance(Method):
 
     kind: Literal["wid"] = "wid"
     temperature_setting = "inherit.temperature"
+    remakes_student: ClassVar[bool] = True
     hidden_size: int = Field(ge=1)
     """Width of the student; ``run.model`` is the teacher that it starts as."""
     strategy: Strategy = "dim"
@@ -158,7 +159,7 @@ class WeightInheritance(Method):
             f"{last}, train.steps is {steps}"
         )
 
-    def change(self, student: PreTrainedModel, run: Run) -> Change:
+    def hooks(self, student: PreTrainedModel, run: Run) -> StepHooks:
         """Put compactors into the student."""
         goals = self._cuts(student.config)
         surgery = insert(student)
@@ -201,8 +202,10 @@ class WeightInheritance(Method):
         return last + self.anneal - 1 if last else 0
 
 
-class Narrowing(Change):
+class Narrowing(StepHooks):
     """A student on its way from its teacher's widths to its own."""
+
+    defines_export = True
 
     def __init__(
         self, method: WeightInheritance, run: Run, surgery: Surgery, units: dict[str, Units]
@@ -219,7 +222,7 @@ class Narrowing(Change):
         self._offloaded = optimizer_device(run.deepspeed) != "none"
         self._stays = is_adam(run)
         self._compacted = False
-        self._weights: Weights | None = None
+        self._weights: ParameterShards | None = None
 
     def _make_rule(self) -> Rule:
         method, train = self._method, self._train
@@ -271,13 +274,13 @@ class Narrowing(Change):
         """
         self._surgery.merging.last = last or self._offloaded
 
-    def before_step(self, weights: Weights, step: int, lr: float) -> None:
+    def before_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """Choose what is removed, where it is time, and edit gradients and moments."""
         del lr
         if self._rule.before_step(weights, step):
             self._surgery.mask(self._rule.keep)
 
-    def after_step(self, weights: Weights, step: int, lr: float) -> None:
+    def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """Take removed entries further to zero; leave them out once they are there."""
         if self._moves(step):
             self._rule.after_step(weights, step, lr)
@@ -328,7 +331,7 @@ class Narrowing(Change):
         else:
             self._surgery.mask(self._rule.keep)
 
-    def exported(self, weights: Weights, batch: Batch) -> PreTrainedModel:
+    def exported(self, weights: ParameterShards, batch: Batch) -> PreTrainedModel:
         """The dense student, merged from fp32 and rounded to the dtype that it was trained in.
 
         On the CPU of rank 0, as is the fp32 copy of the student that it is compared with; without

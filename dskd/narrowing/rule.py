@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dskd.engine.shards import Shard, Weights
+from dskd.engine.shards import ParameterShards, Shard
 from dskd.errors import CheckpointError
 from dskd.narrowing.units import Ranking, Units, lost, lowest, scores, spread
 from dskd.ops import Piece, update
@@ -63,7 +63,7 @@ class Rule(ABC):
         """By group: how many units are kept."""
         return {name: int(keep_U.sum()) for name, keep_U in self.keep.items()}
 
-    def before_step(self, weights: Weights, step: int) -> list[str]:
+    def before_step(self, weights: ParameterShards, step: int) -> list[str]:
         """Choose new masks if it is time, and edit gradients and moments.
 
         To be called after the last backward pass of the step, before clipping. Collective.
@@ -77,7 +77,7 @@ class Rule(ABC):
         return changed
 
     @abstractmethod
-    def after_step(self, weights: Weights, step: int, lr: float) -> None:
+    def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """Edit the weights after the optimiser's step; the caller publishes them.
 
         Args:
@@ -90,7 +90,7 @@ class Rule(ABC):
         """Whether after so many steps all units are removed that shall be, and exactly zero."""
 
     @abstractmethod
-    def complete(self, steps: int, weights: Weights) -> bool:
+    def complete(self, steps: int, weights: ParameterShards) -> bool:
         """Whether after so many steps the kept units alone are the student. Collective."""
 
     def chosen(self) -> bool:
@@ -98,7 +98,7 @@ class Rule(ABC):
         wanted = {name: units.cut.remove for name, units in self.groups.items()}
         return all(int((at_U > 0).sum()) >= wanted[n] for n, at_U in self.removed_at.items())
 
-    def largest_removed(self, weights: Weights) -> float:
+    def largest_removed(self, weights: ParameterShards) -> float:
         """Largest size of a removed unit: the root mean square norm of its columns and rows in all
         compactors, 1 in the beginning. Collective; gathers every compactor."""
         largest = 0.0
@@ -108,7 +108,7 @@ class Rule(ABC):
                 largest = max(largest, float(square_U.cpu()[at_U > 0].max()) / count)
         return math.sqrt(dist.broadcast_object(largest))
 
-    def removed_norm(self, weights: Weights) -> float:
+    def removed_norm(self, weights: ParameterShards) -> float:
         """Euclidean norm of all removed entries of all compactors. Collective."""
         matrices = self._matrices(weights, self.groups)
         here: dict[str, tuple[float, int, int]] = {}
@@ -152,7 +152,7 @@ class Rule(ABC):
         self._cached.clear()
 
     @abstractmethod
-    def _before(self, weights: Weights, t: int, changed: list[str]) -> None:
+    def _before(self, weights: ParameterShards, t: int, changed: list[str]) -> None:
         """Edit gradients and moments."""
 
     @abstractmethod
@@ -163,7 +163,7 @@ class Rule(ABC):
     def _staying(self, group: str) -> Tensor | None:
         """The removed units that must stay so, or None if any may return; bool [U]."""
 
-    def _choose(self, weights: Weights, t: int) -> list[str]:
+    def _choose(self, weights: ParameterShards, t: int) -> list[str]:
         """New masks; the groups where they differ. Rank 0's count, so that ranks cannot part."""
         chosen: dict[str, list[int]] = {}
         for group, units in self.groups.items():
@@ -184,7 +184,7 @@ class Rule(ABC):
         self._cached.clear()
         return changed
 
-    def _matrices(self, weights: Weights, groups: Iterable[str]) -> list[Held]:
+    def _matrices(self, weights: ParameterShards, groups: Iterable[str]) -> list[Held]:
         """What this rank holds of the groups' compactors."""
         found = [
             (group, member.side, weights.shard(member.name))
@@ -193,7 +193,7 @@ class Rule(ABC):
         ]
         return [Held(group, side, shard) for group, side, shard in found if shard is not None]
 
-    def _vectors(self, weights: Weights) -> list[Held]:
+    def _vectors(self, weights: ParameterShards) -> list[Held]:
         """What this rank holds of the groups' norms and biases."""
         held = []
         for group, units in self.groups.items():

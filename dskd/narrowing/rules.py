@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dskd.engine.shards import Weights
+from dskd.engine.shards import ParameterShards
 from dskd.errors import ConfigError
 from dskd.narrowing.rule import Edit, Rule
 from dskd.narrowing.units import Ranking, Units, original_count, ramp_count
@@ -51,7 +51,7 @@ class Annealed(Rule):
         self.ramp = ramp
         self.anneal = anneal
 
-    def after_step(self, weights: Weights, step: int, lr: float) -> None:
+    def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """Scale the removed entries of C down; ``lr`` plays no part."""
         del lr
         matrices = self._matrices(weights, self._begun())
@@ -62,7 +62,7 @@ class Annealed(Rule):
         latest = max(int(at_U.max()) for at_U in self.removed_at.values())
         return self.chosen() and (latest == 0 or steps - latest + 1 >= self.anneal)
 
-    def complete(self, steps: int, weights: Weights) -> bool:
+    def complete(self, steps: int, weights: ParameterShards) -> bool:
         """Where it is settled."""
         return self.settled(steps)
 
@@ -74,7 +74,7 @@ class Annealed(Rule):
         left_U = (self.anneal - (t - at_U + 1)).clamp(min=0).double()
         return torch.where(at_U > 0, left_U / (left_U + 1), 1.0)
 
-    def _before(self, weights: Weights, t: int, changed: list[str]) -> None:
+    def _before(self, weights: ParameterShards, t: int, changed: list[str]) -> None:
         matrices = self._matrices(weights, self._begun())
         # a moment stays 0 once the gradient is; before the first step there are none
         reset = bool(changed) and any(shard.moments for *_, shard in matrices)
@@ -144,7 +144,7 @@ class Original(Rule):
                 " the gradient; it must be 0"
             )
 
-    def after_step(self, weights: Weights, step: int, lr: float) -> None:
+    def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """Decay C of compactors, and the other parameters named in ``decay``."""
         matrices = self._matrices(weights, self.groups)
         for decay in set(self.decay.values()):
@@ -159,11 +159,11 @@ class Original(Rule):
         """Never: removed entries only come near zero."""
         return False
 
-    def complete(self, steps: int, weights: Weights) -> bool:
+    def complete(self, steps: int, weights: ParameterShards) -> bool:
         """Whether all units are removed that shall be and none is larger than ``NEAR_ZERO``."""
         return self.chosen() and self.largest_removed(weights) <= NEAR_ZERO
 
-    def _before(self, weights: Weights, t: int, changed: list[str]) -> None:
+    def _before(self, weights: ParameterShards, t: int, changed: list[str]) -> None:
         for optimised in weights.groups:
             beta1, beta2 = optimised["betas"]
             root = math.sqrt(1 - beta2**t)

@@ -11,7 +11,7 @@ import torch
 from dskd.data.loader import Attach
 from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.data.views import View, at_random, view_for
-from dskd.engine.checkpoints import Checkpoints
+from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.run_config import student_config
 from dskd.hardness.masks import HardCausalView, hard_view
 from dskd.hardness.refresh import HardnessStores
@@ -75,13 +75,19 @@ class Job:
         """The run's checkpoints."""
         folder = self.run.out / "train" / "checkpoints"
         selects = evaluation_selects(self.run, self.method)
-        return Checkpoints(folder, self.run.checkpoint.keep, selects=selects)
+        selection = self.method.selection() if selects else None
+        return Checkpoints(folder, self.run.checkpoint.keep, selection)
+
+    @property
+    def scored(self) -> Selection:
+        """Which result of the evaluation a checkpoint keeps, whether or not it selects one."""
+        return self.method.selection() or Selection()
 
     @property
     def position(self) -> int:
         """Optimiser batches read until the newest checkpoint, 0 if there is none; collective."""
         manifests = self.checkpoints.manifests()
-        return manifests[max(manifests)]["state"]["position"] if manifests else 0
+        return manifests[max(manifests)]["state"]["progress"]["position"] if manifests else 0
 
     @cached_property
     def ds(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Read are each run's ``train/metrics.jsonl`` and ``train/summary.json``, and ``scores.json`` where
 the run got that far. What matters is the last column: in how many fewer steps a run reaches the
-loss that the control, trained without a teacher, has at its end.
+loss, or other score, that the control, trained without a teacher, has at its end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from dskd.engine.checkpoints import Selection
 from dskd.errors import CheckpointError, ConfigError
 from dskd.system.files import write_atomic
 from dskd.system.log import clock, read_metrics
@@ -32,14 +33,19 @@ _MARKED = 60
 """A line of at most so many points shows each of them."""
 
 _TRAINING_KEYS = ("step", "loss", "terms", "lr")
-_EVALUATION_KEYS = ("step", "eval_nll", "eval_ppl")
 _SUMMARY_KEYS = (
     "steps",
+    "metric",
+    "higher_is_better",
     "tokens_per_second",
     "peak_memory_bytes",
     "wall_seconds",
     "parameters",
 )
+
+
+_TYPES = {"terms": dict, "metric": str}
+"""Of what is no number, among the keys that a file must have."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,13 @@ class History:
     scores: dict[str, Any]
 
     @property
-    def eval_nll(self) -> Points:
-        """Nats per supervised token of the validation rows."""
-        return [(line["step"], line["eval_nll"]) for line in self.evaluations]
+    def selection(self) -> Selection:
+        """Which result of the evaluation tells how good the student is."""
+        return Selection(self.summary["metric"], self.summary["higher_is_better"])
+
+    def evaluated(self, metric: str) -> Points:
+        """A result of the evaluations, where they have it."""
+        return [(line["step"], line[metric]) for line in self.evaluations if metric in line]
 
     def rate(self, name: str) -> Points:
         """A number of the training lines, where they have it: no alpha without a teacher."""
@@ -74,30 +84,31 @@ def read_history(folder: Path) -> History:
     path = folder / "train" / "metrics.jsonl"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; has the run been trained?")
+    summary = _read_object(folder / "train" / "summary.json", _SUMMARY_KEYS)
     training, evaluations = [], []
     for number, line in enumerate(read_metrics(path), 1):
         where = f"{path}, line {number}"
-        if isinstance(line, dict) and "eval_nll" in line:
-            evaluations.append(_require(line, _EVALUATION_KEYS, where))
+        if isinstance(line, dict) and summary["metric"] in line:
+            evaluations.append(_require(line, ("step", summary["metric"]), where))
         else:
             training.append(_require(line, _TRAINING_KEYS, where))
     if not evaluations:
         raise CheckpointError(f"{path}: no evaluation in it; has the run been trained to its end?")
-    summary = _read_object(folder / "train" / "summary.json", _SUMMARY_KEYS)
     scores = folder / "scores.json"
     return History(
         training, evaluations, summary, _read_object(scores, ()) if scores.exists() else {}
     )
 
 
-def steps_to(points: Points, target: float) -> float | None:
-    """Steps at which a loss first is at or below ``target``, linear between evaluations.
+def steps_to(points: Points, target: float, *, higher_is_better: bool = False) -> float | None:
+    """Steps at which a loss first is at or below ``target``, linear between evaluations; or, where
+    higher is better, at or above it.
 
     None if it never is; the first evaluated step if it is there already.
     """
     before: tuple[float, float] | None = None
     for step, loss in points:
-        if loss <= target:
+        if loss >= target if higher_is_better else loss <= target:
             if before is None:
                 return float(step)
             last_step, last_loss = before
@@ -109,10 +120,11 @@ def steps_to(points: Points, target: float) -> float | None:
 def table(runs: Mapping[str, Path], control: str | None) -> Table:
     """The comparison as a rich table; ``control`` names the run whose final loss is the target."""
     histories = _read(runs, control)
+    compared = _compared(histories, control)
     made = Table()
-    for index, name in enumerate(_header(control)):
+    for index, name in enumerate(_header(compared, control)):
         made.add_column(name, justify="left" if index == 0 else "right")
-    for row in _rows(histories, control):
+    for row in _rows(histories, compared, control):
         made.add_row(*row)
     return made
 
@@ -130,17 +142,18 @@ def write_report(runs: Mapping[str, Path], folder: Path, control: str | None) ->
 
     Args:
         runs: run folders by name, in the order to show them.
-        control: the run whose final evaluation loss the others are measured against.
+        control: the run whose final score the others are measured against.
 
     Raises:
         CheckpointError: a run's file is missing or damaged.
         ConfigError: ``control`` is none of the runs.
     """
     histories = _read(runs, control)
-    target = histories[control].eval_nll[-1][1] if control else None
+    compared = _compared(histories, control)
+    target = histories[control].evaluated(compared.metric)[-1][1] if control else None
     parts = [
-        _html_table(_header(control), _rows(histories, control)),
-        _image("Evaluation loss", _evaluation_figure(histories, target)),
+        _html_table(_header(compared, control), _rows(histories, compared, control)),
+        _image("Evaluation", _evaluation_figure(histories, compared, target)),
         _image("Training loss terms", _terms_figure(histories)),
         _image("Inheritance rate and learning rate", _rates_figure(histories)),
         *_scores(histories),
@@ -156,6 +169,11 @@ def _read(runs: Mapping[str, Path], control: str | None) -> dict[str, History]:
     return {name: read_history(folder) for name, folder in runs.items()}
 
 
+def _compared(histories: Mapping[str, History], control: str | None) -> Selection:
+    """What the runs are compared by: what selects the control's checkpoints, or the first run's."""
+    return histories[control or next(iter(histories))].selection
+
+
 def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; is the run finished?")
@@ -167,64 +185,76 @@ def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _require(value: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
-    """``value``, if it is an object that has ``keys`` (all numbers, but for ``terms``)."""
+    """``value``, if it is an object that has ``keys``: numbers, but for those in ``_TYPES``."""
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: damaged, not an object")
     for key in keys:
-        good = dict if key == "terms" else (int, float)
-        if not isinstance(value.get(key), good):
+        if not isinstance(value.get(key), _TYPES.get(key, (int, float))):
             raise CheckpointError(f"{where}: damaged, '{key}' is missing or of the wrong type")
     return value
 
 
-def _header(control: str | None) -> list[str]:
+def _header(compared: Selection, control: str | None) -> list[str]:
     names = [
         "run",
         "parameters",
         "steps",
-        "eval nll",
+        compared.metric.replace("_", " "),
         "eval ppl",
         "tokens/s",
         "peak memory",
         "time",
     ]
-    return [*names, f"steps to {control}'s final loss", "fewer by"] if control else names
+    if control is None:
+        return names
+    goal = "score" if compared.higher_is_better else "loss"
+    return [*names, f"steps to {control}'s final {goal}", "fewer by"]
 
 
-def _rows(histories: Mapping[str, History], control: str | None) -> list[list[str]]:
+def _rows(
+    histories: Mapping[str, History], compared: Selection, control: str | None
+) -> list[list[str]]:
     rows = []
     for name, history in histories.items():
-        summary, (_, nll) = history.summary, history.eval_nll[-1]
+        summary, last = history.summary, history.evaluations[-1]
         row = [
             name,
             f"{summary['parameters']:,}",
             f"{summary['steps']:,}",
-            f"{nll:.4f}",
-            f"{history.evaluations[-1]['eval_ppl']:.2f}",
+            _number(last.get(compared.metric), ".4f"),
+            _number(last.get("eval_ppl"), ".2f"),
             f"{summary['tokens_per_second']:,.0f}",
             f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
             clock(summary["wall_seconds"]),
         ]
-        rows.append(row + (_against(history, histories[control]) if control else []))
+        rows.append(row + (_against(history, histories[control], compared) if control else []))
     return rows
 
 
-def _against(history: History, control: History) -> list[str]:
-    """Steps to the control's final loss, and how many times as many steps the control took."""
-    last, target = control.eval_nll[-1]
-    reached = steps_to(history.eval_nll, target)
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _against(history: History, control: History, compared: Selection) -> list[str]:
+    """Steps to the control's final score, and how many times as many steps the control took."""
+    last, target = control.evaluated(compared.metric)[-1]
+    points = history.evaluated(compared.metric)
+    reached = steps_to(points, target, higher_is_better=compared.higher_is_better)
     if history is control or reached is None:
         return [f"{last:,}" if history is control else "not reached", "-"]
     return [f"{reached:,.1f}", f"{last / reached:.2f}x" if reached else "-"]
 
 
-def _evaluation_figure(histories: Mapping[str, History], target: float | None) -> Figure:
+def _evaluation_figure(
+    histories: Mapping[str, History], compared: Selection, target: float | None
+) -> Figure:
     figure, (axes,) = _axes(1)
     for name, history in histories.items():
-        _draw(axes, name, history.eval_nll)
+        _draw(axes, name, history.evaluated(compared.metric))
     if target is not None:
         axes.axhline(target, color="0.5", linewidth=0.8, linestyle="--")
-    return _finish(figure, [axes], ["validation loss (nats per supervised token)"])
+    direction = "higher" if compared.higher_is_better else "lower"
+    return _finish(figure, [axes], [f"{compared.metric}: {direction} is better"])
 
 
 def _terms_figure(histories: Mapping[str, History]) -> Figure:

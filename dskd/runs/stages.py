@@ -6,31 +6,23 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from dskd.batch import Batch
 from dskd.data.loader import Loader, make_batch
-from dskd.engine import reshard
 from dskd.engine.checkpoints import Saved
 from dskd.engine.ds_config import precision_of
-from dskd.engine.engine import Engine, decay_groups, shard_teacher, stage_of
-from dskd.engine.hooks import Change
+from dskd.engine.engine import shard_teacher, stage_of
 from dskd.engine.run_config import teacher_config
-from dskd.engine.zero import full_shape, sharded_construction
-from dskd.hardness.refresh import Renewal
-from dskd.models.build import hidden_size, parameter_count
-from dskd.models.frozen import model_of
-from dskd.models.speed import checkpoint_activations, compile_layers
+from dskd.models.build import hidden_size
 from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
 from dskd.runs.context import Job
+from dskd.runs.student import build_student, student_to_export, student_to_train
 from dskd.settings.folders import cache_folder, folder_of
 from dskd.settings.model import Model
 from dskd.settings.teachers import CachedTeacher
@@ -40,9 +32,9 @@ from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.teachers.capture import capture
 from dskd.teachers.setup import TeacherSetup, each_teacher, frozen, set_up
-from dskd.training.evaluation import evaluate
+from dskd.training.evaluation import EvaluationSet, Scores, by_key, evaluate
 from dskd.training.objective import Objective
-from dskd.training.trainer import CHANGE, RENEWAL, Progress, Trainer
+from dskd.training.trainer import Progress, Trainer
 
 
 def cache(job: Job) -> None:
@@ -107,15 +99,12 @@ def _train(job: Job, summary: Path) -> None:
     setup = TeacherSetup()
     if job.method.wants_teacher():
         setup = set_up(run, job.method.temperature, prepared, job.view, job.device)
-    training = _engine(job, setup, saved, monitor=True)
-    engine, precision = training.engine, training.precision
-    progress = Progress(**_of_progress(saved.state)) if saved else Progress()
+    student = student_to_train(job, setup, saved)
+    engine, hooks = student.engine, student.hooks
+    progress = Progress(**saved.state["progress"]) if saved else Progress()
     if saved:
         say(f"going on from step {progress.step} ({saved.folder})")
-    renewal = None
-    if job.hardness is not None:
-        job.hardness.begin(progress.position, saved.state[RENEWAL] if saved else {})
-        renewal = Renewal(job.hardness, lambda: engine.module.student)
+    hooks.begin(progress.position)  # before the loader, which makes its first batch at once
     loader = Loader(
         prepared.train,
         job.view,
@@ -125,29 +114,29 @@ def _train(job: Job, summary: Path) -> None:
         world=dist.world(),
         seed=run.seed,
         attach=setup.attach or job.attach,
-        ready=None if renewal is None else lambda position: not renewal.due(position),
+        ready=lambda position: not hooks.waits(position),
         position=progress.position,
         pin=job.device.type == "cuda",
     )
     trainer = Trainer(
         run=run,
-        precision=precision,
+        precision=student.precision,
         method=job.method,
-        change=training.change,
+        hooks=hooks,
         engine=engine,
         loader=loader,
-        renewal=renewal,
-        evaluate=lambda: _evaluate(job, engine.module),
+        evaluate=lambda: _evaluate(job, student.objective),
+        scored=job.scored,
         checkpoints=checkpoints,
         metrics=Metrics(run.out / "train" / "metrics.jsonl", progress.step),
         progress=progress,
     )
-    say(f"losses by {implementation(job.device)}, weights in {precision}")
+    say(f"losses by {implementation(job.device)}, weights in {student.precision}")
     try:
         trainer.train()
     finally:
         loader.close()
-    _summarise(job, progress, training.parameters, summary)
+    _summarise(job, progress, student.parameters, summary)
     engine.destroy()
 
 
@@ -161,15 +150,19 @@ def export_best(job: Job) -> None:
 
 def _export(job: Job, folder: Path) -> None:
     best = job.checkpoints.best()
-    training = _engine(job, TeacherSetup(), best, monitor=False)
-    engine, change = training.engine, training.change
-    student = engine.module.student
-    if change is not None:
+    student = student_to_export(job, best)
+    engine, hooks = student.engine, student.hooks
+    model = student.objective.student
+    if hooks.defines_export:
         with dist.agreed():
-            student = change.exported(engine.weights(gradients=False), _some_rows(job))
-    card = {"method": dict(job.run.method), "step": best.step, "eval_nll": best.eval_nll}
-    card["run"] = job.run.model_dump(mode="json")
-    export(student, job.prepared.tokenizer, folder, card=card)
+            model = hooks.exported(engine.weights(gradients=False), _some_rows(job))
+    card = {
+        "method": dict(job.run.method),
+        "step": best.step,
+        job.scored.metric: _value(best),
+        "run": job.run.model_dump(mode="json"),
+    }
+    export(model, job.prepared.tokenizer, folder, card=card)
     say(f"exported step {best.step} to {folder}")
     engine.destroy()
 
@@ -195,105 +188,45 @@ def _evaluate_export(job: Job, path: Path) -> None:
     # Sharded like the student was: a model that needs ZeRO-3 fits no single GPU here either.
     if stage_of(job.ds) == 3:
         ds = teacher_config(run.deepspeed, precision, run, hidden_size(exported, where="export"))
-    model = _build(job, exported, ds, where="export")
+    model = build_student(job, exported, ds, where="export")
     model = model.to(job.device) if ds is None else shard_teacher(model, ds)
-    scores = _evaluate(job, Objective(model, job.method, None))
+    scores = by_key(_evaluate(job, Objective(model, job.method, None)))
     if dist.rank() == 0:
         write_atomic(path, json.dumps(scores, indent=1).encode())
     dist.barrier()
 
 
-def _build(job: Job, settings: Model, ds: dict[str, Any] | None, where: str) -> PreTrainedModel:
-    with dist.agreed():
-        return model_of(job.run, settings, where, job.prepared, ds, precision_of(job.ds))
-
-
-@dataclass(frozen=True)
-class _Training:
-    """The student in its engine, and what is done to it, or kept of it, beyond the loss."""
-
-    engine: Engine
-    change: Change | None
-    precision: str
-    parameters: dict[str, int]
-
-
-def _engine(job: Job, setup: TeacherSetup, saved: Saved | None, *, monitor: bool) -> _Training:
-    """The student in its engine, at ``saved`` if given."""
-    run, ds = job.run, job.ds
-    precision, stage = precision_of(ds), stage_of(ds)
-    native = saved is None or reshard.is_native(saved, dist.world(), stage, precision)
-    if not native:
-        with dist.agreed():
-            reshard.check(saved, stage, precision)
-        if stage:
-            ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
-    student = _build(job, job.student, ds, where="model")
-    exported = parameter_count(job.method.exported_config(student.config))
-    with dist.agreed(), sharded_construction(ds):
-        job.method.check(run, student.config)
-        change = job.method.change(student, run) or setup.change
-    if run.train.activation_checkpointing:
-        checkpoint_activations(student)
-    if run.train.compile:
-        compile_layers(student)
-    trained = sum(full_shape(p).numel() for p in student.parameters())
-    objective = Objective(student, job.method, setup.teacher_of(student))
-    groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
-    if change is not None:
-        groups = change.groups(groups)
-    engine = Engine(objective, groups, ds, monitor=monitor)
-    if saved is not None and change is not None:
-        change.restore(saved.state[CHANGE])
-        change.load(saved.folder)
-    if saved is not None and native:
-        engine.load(saved.folder.parent, saved.folder.name)
-    elif saved is not None:
-        _load_converted(engine, saved, stage)
-    counts = {"parameters": exported, "trained_parameters": trained}
-    return _Training(engine, change, precision, counts)
-
-
-def _of_progress(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key not in (CHANGE, RENEWAL)}
-
-
-def _load_converted(engine: Engine, saved: Saved, stage: int) -> None:
-    say(f"converting {saved.folder} (ZeRO-{saved.stage}, {saved.world} ranks)")
-    folder = reshard.convert(saved)
-    if stage:
-        engine.load(folder.parent, folder.name)
-    else:
-        reshard.load_into_plain(engine, folder)
-    reshard.discard(folder)
-
-
-def _evaluate(job: Job, objective: torch.nn.Module) -> dict[str, Any]:
-    """The plain LM loss of the student inside ``objective`` on the validation rows."""
-    run, prepared = job.run, job.prepared
-    was_training = objective.training
-    objective.eval()
-    scores = evaluate(
-        lambda batch: objective(batch, None),
-        prepared.validation,
-        job.validation_view,
-        limit=run.evaluation.rows,
+def _evaluate(job: Job, objective: Objective) -> Scores:
+    """The method's metrics of the student inside ``objective`` on the validation rows."""
+    run = job.run
+    validation = EvaluationSet(
+        "eval", job.prepared.validation, job.validation_view, run.evaluation.rows
+    )
+    return evaluate(
+        objective,
+        [validation],
+        job.method.metrics(),
         micro_batch=run.evaluation.micro_batch,
         device=job.device,
     )
-    objective.train(was_training)
-    return scores
+
+
+def _value(saved: Saved) -> float | None:
+    """What a checkpoint was evaluated at, if it was."""
+    return None if saved.score is None else saved.score.value
 
 
 def _summarise(job: Job, progress: Progress, parameters: dict[str, int], path: Path) -> None:
-    best, last = job.checkpoints.best(), job.checkpoints.latest()
+    best, last, scored = job.checkpoints.best(), job.checkpoints.latest(), job.scored
     assert last is not None
     peak = max(dist.gather_objects(peak_memory()))
     summary = {
         "steps": progress.step,
-        "eval_nll": last.eval_nll,
+        "metric": scored.metric,
+        "higher_is_better": scored.higher_is_better,
+        scored.metric: _value(last),
         "best_step": best.step,
-        "best_eval_nll": best.eval_nll,
+        f"best_{scored.metric}": _value(best),
         **parameters,
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),

@@ -24,10 +24,13 @@ class Method(Protocol):
     kind: str
     temperature: float
     temperature_setting: str
-    selects: bool
 
     def wants_teacher(self) -> bool:
         """Whether any step of the run uses a teacher."""
+        ...
+
+    def selection(self) -> object | None:
+        """By which result a checkpoint is the best; None: the last one is."""
         ...
 
     def weighs_hard_tokens(self) -> bool:
@@ -36,13 +39,13 @@ class Method(Protocol):
 
 
 def evaluation_selects(run: Run, method: Method) -> bool:
-    """Whether the validation loss says which checkpoint of a run is the best.
+    """Whether a result of the evaluation decides which checkpoint of a run is the best.
 
-    Not where the method says no, nor where hard tokens are masked: the validation rows are masked
-    at random, and their loss rises while that of hard tokens falls.
+    Not where the method has no selection, nor where hard tokens are masked: the validation rows
+    are masked at random, and their loss rises while that of hard tokens falls.
     """
     masks_hard = run.data.objective == "masked" and isinstance(run.data.masking, HardTokens)
-    return method.selects and not masks_hard
+    return method.selection() is not None and not masks_hard
 
 
 def validate(run: Run, world: int, method: Method | None = None, prefix: str = "") -> None:

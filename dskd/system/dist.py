@@ -77,7 +77,7 @@ def agree(problem: DskdError | None) -> None:
     """
     for where, found in enumerate(gather_objects(problem)):
         if found is not None:
-            found.elsewhere = where != rank()
+            found.printed_by_other_rank = where != rank()
             raise found
 
 

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dskd.engine.hooks import Change
-from dskd.engine.shards import Weights
+from dskd.engine.hooks import StepHooks
+from dskd.engine.shards import ParameterShards
 from dskd.system import dist
 
 _FILE = "average.safetensors"
 
 
-class Average(Change):
+class Average(StepHooks):
     """Keeps a replica of the student at the average of its weights, and in the checkpoints.
 
     Args:
@@ -36,7 +36,7 @@ class Average(Change):
         self._mean = {name: weight.float() for name, weight in self._replica.items()}
         self._decay = decay
 
-    def after_step(self, weights: Weights, step: int, lr: float) -> None:
+    def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """Move the mean (collective under ZeRO)."""
         del step, lr
         for name, whole in weights.wholes(self._mean):
@@ -47,6 +47,7 @@ class Average(Change):
     def save(self, folder: Path) -> None:
         """The mean, written by rank 0 as ``average.safetensors``."""
         if dist.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
             mean = {name: value.cpu().contiguous() for name, value in self._mean.items()}
             save_file(mean, folder / _FILE)
 

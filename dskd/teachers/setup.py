@@ -17,7 +17,7 @@ from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
 from dskd.data.views import View
 from dskd.engine.ds_config import optimizer_device, precision_of
-from dskd.engine.hooks import Change
+from dskd.engine.hooks import StepHooks
 from dskd.engine.run_config import student_config
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
@@ -47,13 +47,13 @@ class TeacherSetup:
     Attributes:
         teacher: None if there is none, or the student itself is it.
         attach: what the loader adds to its batches for a cached teacher.
-        change: what keeps a teacher made of the student's weights up to date.
+        hooks: what keeps a teacher made of the student's weights up to date.
         own: makes the teacher of a student that teaches itself.
     """
 
     teacher: Teacher | None = None
     attach: Attach | None = None
-    change: Change | None = None
+    hooks: StepHooks | None = None
     own: Callable[[nn.Module], Teacher] | None = None
 
     def teacher_of(self, student: nn.Module) -> Teacher | None:
@@ -128,7 +128,7 @@ def _from_itself(
         ds = student_config(run, hidden_size(settings, where="model"))
         replica = model_of(run, settings, "model", prepared, None, precision_of(ds)).to(device)
     average = Average(replica, teacher.decay)  # before its gradients are off: it keeps what trains
-    return TeacherSetup(unmasked(FrozenTeacher(replica, vocabulary)), change=average)
+    return TeacherSetup(unmasked(FrozenTeacher(replica, vocabulary)), hooks=average)
 
 
 def check_average(run: Run, method: Method) -> None:
@@ -141,7 +141,7 @@ def check_average(run: Run, method: Method) -> None:
     averaged = isinstance(teacher, SelfTeacher) and teacher.weights == "average"
     if not (averaged and method.wants_teacher()):
         return
-    if type(method).change is not Method.change:
+    if method.remakes_student:
         raise ConfigError(
             f"teacher.weights: average, but method {method.kind} makes another model of its "
             f"student, whose weights a copy of the first one cannot follow; use frozen"

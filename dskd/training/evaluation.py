@@ -1,62 +1,128 @@
-"""The plain LM loss on held-out rows, the same for every method, stage and world size."""
+"""Metrics of a student on named sets of rows, the same for every stage and world size."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from dskd.batch import Batch, Term
+from dskd.batch import Batch
 from dskd.data.loader import make_batch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
 from dskd.errors import DataError
+from dskd.methods.metrics import Metric
+from dskd.models.frozen import evaluating
 from dskd.system import dist
+from dskd.training.objective import Objective
 
-LN2 = math.log(2)
+Scores = dict[str, dict[str, float]]
+"""Results of the metrics by name, for each set by its name."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Rows that a student is evaluated on.
+
+    Attributes:
+        name: of the set; results are keyed ``<name>_<metric>``.
+        rows: all rows.
+        view: what the student sees of them; they are seen as in epoch 0.
+        limit: use only so many of them, evenly spaced; None: all.
+    """
+
+    name: str
+    rows: RowSet
+    view: View
+    limit: int | None = None
+
+
+def by_key(scores: Scores) -> dict[str, float]:
+    """The results in one dict, keyed ``<set>_<metric>``."""
+    return {
+        f"{name}_{metric}": value
+        for name, results in scores.items()
+        for metric, value in results.items()
+    }
 
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[Batch], dict[str, Term]],
-    rows: RowSet,
-    view: View,
+    objective: Objective,
+    sets: Sequence[EvaluationSet],
+    metrics: Sequence[Metric],
     *,
-    limit: int | None,
     micro_batch: int,
     device: torch.device,
-) -> dict[str, Any]:
-    """Mean NLL per supervised token over ``limit`` evenly spaced rows (collective).
+) -> Scores:
+    """Results of the metrics on each of the sets, in eval mode (collective).
 
-    Every rank makes the same number of forward calls, as ZeRO-3 needs: a rank without rows left
-    repeats the first one without counting it.
-
-    Returns:
-        ``eval_nll`` (nats), ``eval_bits``, ``eval_ppl`` and ``eval_tokens``.
+    Args:
+        objective: holds the student, in its engine or plain.
+        sets: of different names.
+        metrics: their results have different names.
+        micro_batch: rows of a forward pass.
+        device: where the student is.
 
     Raises:
-        DataError: no position of the rows is supervised.
+        DataError: no position of a set is supervised.
     """
-    count = len(rows) if limit is None else min(limit, len(rows))
-    # Spread, because the rows lie source by source and one domain must not stand for all.
-    row_ids = np.arange(count, dtype=np.int64) * len(rows) // count
-    each = -(-count // dist.world())
-    own = row_ids[dist.rank() * each : (dist.rank() + 1) * each]
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for first in range(0, each, micro_batch):
+    with evaluating(objective):
+        return {
+            each.name: _evaluate(objective, each, metrics, micro_batch, device) for each in sets
+        }
+
+
+def _evaluate(
+    objective: Objective,
+    each: EvaluationSet,
+    metrics: Sequence[Metric],
+    micro_batch: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Every rank makes the same number of forward passes, as ZeRO-3 needs: a rank without rows left
+    repeats the first one without counting it."""
+    row_ids = _spread(each)
+    share = -(-len(row_ids) // dist.world())
+    own = row_ids[dist.rank() * share : (dist.rank() + 1) * share]
+    supervised = 0
+    totals: list[Tensor] | None = None
+    for first in range(0, share, micro_batch):
         row_ids_B = own[first : first + micro_batch]
         counted = len(row_ids_B) > 0
-        row_ids_B = row_ids_B if counted else row_ids[:1]
-        batch = make_batch(rows, view, row_ids_B, np.zeros_like(row_ids_B), None).to(device)
-        nll = forward(batch)["nll"].total.double()
+        batch = _batch(each, row_ids_B if counted else row_ids[:1])
+        sums = objective.forward_evaluation(batch.to(device), metrics)
+        if totals is None:
+            totals = [torch.zeros_like(one) for one in sums]
         if counted:
-            total += torch.stack([nll, batch.supervised()])
-    nll, tokens = dist.sum_over_ranks(total).tolist()
-    if not tokens:
+            supervised += int(batch.supervised_BT.sum())
+            totals = [total + one for total, one in zip(totals, sums, strict=True)]
+    assert totals is not None, f"no row in {each.name}"
+    mine = torch.tensor([float(supervised)], dtype=torch.float64, device=device)
+    *values, everywhere = dist.sum_over_ranks(torch.cat([*totals, mine])).tolist()
+    if not everywhere:
+        count = len(row_ids)
         raise DataError(f"no token of the {count} validation rows is predicted; use more rows")
-    mean = nll / tokens
-    ppl = math.exp(mean) if mean < 700 else math.inf
-    return {"eval_nll": mean, "eval_bits": mean / LN2, "eval_ppl": ppl, "eval_tokens": int(tokens)}
+    results: dict[str, float] = {}
+    for metric, total in zip(metrics, totals, strict=True):
+        found = metric.results(values[: len(total)])
+        assert not results.keys() & found.keys(), f"two metrics named {results.keys() & found}"
+        results |= found
+        values = values[len(total) :]
+    return results
+
+
+def _spread(each: EvaluationSet) -> NDArray[np.int64]:
+    """Ids of the rows to take: spread, because the rows lie source by source and one domain must
+    not stand for all."""
+    rows = len(each.rows)
+    count = rows if each.limit is None else min(each.limit, rows)
+    return np.arange(count, dtype=np.int64) * rows // count
+
+
+def _batch(each: EvaluationSet, row_ids_B: NDArray[np.int64]) -> Batch:
+    return make_batch(each.rows, each.view, row_ids_B, np.zeros_like(row_ids_B), None)

@@ -7,17 +7,19 @@ partitions or checkpoints.
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
 
-from dskd.batch import Batch, Term
+from torch import Tensor, nn
+
+from dskd.batch import Batch, Loss, Positions, Signal, Term
 from dskd.methods.base import Method
+from dskd.methods.metrics import Metric
 from dskd.models.families import positions_of
-from dskd.ops import rows_ce
 from dskd.teachers.teacher import Teacher
 
 
 class Objective(nn.Module):
-    """Student and method; ``forward(batch, step)`` returns the terms of one micro-batch."""
+    """Student and method; a call returns the loss terms of one micro-batch."""
 
     def __init__(self, student: nn.Module, method: Method, teacher: Teacher | None) -> None:
         super().__init__()
@@ -25,12 +27,40 @@ class Objective(nn.Module):
         self.method = method
         self._unregistered = (teacher,)
 
-    def forward(self, batch: Batch, step: int | None) -> dict[str, Term]:
-        """Terms of the method at ``step``; with step None the plain LM loss (evaluation)."""
+    def forward(
+        self, batch: Batch, step: int, loss: Loss | None = None, *, taught: bool = True
+    ) -> dict[str, Term]:
+        """Terms of a loss on the student's supervised positions, by name.
+
+        Args:
+            batch: B rows, on the student's device.
+            step: completed optimiser steps.
+            loss: None: the method's.
+            taught: whether the loss gets the teacher's signal where the method needs it at
+                ``step``; else it gets None.
+        """
         (teacher,) = self._unregistered
-        if step is None:
-            return {"nll": Term(rows_ce(positions_of(self.student, batch)).total, {})}
         signal = None
-        if teacher is not None and self.method.needs_teacher(step):
+        if taught and teacher is not None and self.method.needs_teacher(step):
             signal = teacher(batch)
-        return self.method.loss(positions_of(self.student, batch), signal, batch, step)
+        chosen = self.method.loss if loss is None else loss
+        return dict(chosen(positions_of(self.student, batch), signal, batch, step))
+
+    def forward_evaluation(self, batch: Batch, metrics: Sequence[Metric]) -> list[Tensor]:
+        """The sums of each metric over the student's supervised positions, float64.
+
+        Args:
+            batch: B rows, on the student's device.
+            metrics: see :class:`~dskd.methods.metrics.Metric`.
+        """
+
+        def loss(
+            rows: Positions, signal: Signal | None, batch: Batch, step: int
+        ) -> dict[str, Term]:
+            del signal, step
+            return {str(n): Term(metric.sums(rows, batch), {}) for n, metric in enumerate(metrics)}
+
+        # By a call of the module, not of its parts: ZeRO-3 begins its record of which parameters
+        # follow each other in a hook of the module that it wraps.
+        terms = self(batch, 0, loss, taught=False)
+        return [terms[str(n)].total for n in range(len(metrics))]

@@ -1,8 +1,7 @@
 """The step loop: counts first, loss inside the forward, one division, one optimiser step.
 
-The gradient of a step is that of ``sum_k total_k / count_k`` over the whole effective batch, with
-the counts summed over all micro-batches of all ranks before the first forward: never a mean of
-means. So the trajectory does not depend on micro-batch size, accumulation or world size.
+The host waits for the device once a step: it reads loss, norm and counts together, when all work of
+the step is queued.
 """
 
 from __future__ import annotations
@@ -10,38 +9,29 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dskd.batch import Batch, Term
-from dskd.data.counter import mix
 from dskd.data.loader import Loader
-from dskd.engine.checkpoints import Checkpoints
+from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.engine import Engine
-from dskd.engine.hooks import Change
+from dskd.engine.hooks import StepHooks
 from dskd.errors import NonFiniteError
-from dskd.hardness.refresh import Renewal
 from dskd.methods.base import Method
 from dskd.settings.run import Run
 from dskd.stores.sweep import Stopped
 from dskd.system import dist
 from dskd.system.log import Metrics, peak_memory, progress_line, say
+from dskd.training.evaluation import Scores, by_key
 from dskd.training.learning_rate import learning_rate
+from dskd.training.passes import LOSS, Counts, GradientProbe, Passes, Shares, count
 
 MOST_SKIPPED = 100
 """fp16 overflows in a row that stop a run: no loss scale from 2^32 down helps."""
-
-
-CHANGE = "change"
-"""Key of the change's state in that of a checkpoint, beside the progress."""
-
-RENEWAL = "renewal"
-"""Key of the renewal's state there."""
 
 
 class Interrupted(Exception):
@@ -65,17 +55,16 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Sums over all ranks and micro-batches of one step, known before its first forward."""
+class StepResult:
+    """What became of one optimiser step.
 
-    by_term: dict[str, Tensor]
-    tokens: int
-    stop: bool
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What became of one optimiser step: its loss and the parts of it, as global means."""
+    Attributes:
+        applied: whether it was taken; if not, fp16 overflow skipped it.
+        stop: whether a signal came on one of the ranks.
+        loss: a global mean, as are ``means``, the parts of it by name.
+        lr: learning rate of groups without a scale of their own.
+        grad_norm: before clipping; None where DeepSpeed computes none.
+    """
 
     applied: bool
     stop: bool
@@ -91,9 +80,9 @@ class Trainer:
     Args:
         run: the settings.
         precision: ``fp32``, ``bf16`` or ``fp16``, as resolved from them.
-        change: what is done to the student, or kept of it, beyond the loss; None: nothing.
-        evaluate: the plain LM evaluation of the student, a dict with ``eval_nll``.
-        renewal: what batches may wait for; None: nothing.
+        hooks: what is done around the steps, apart from the loss.
+        evaluate: results of the student's evaluation.
+        scored: which of them a checkpoint keeps, by key.
     """
 
     def __init__(
@@ -102,11 +91,11 @@ class Trainer:
         run: Run,
         precision: str,
         method: Method,
-        change: Change | None,
+        hooks: StepHooks,
         engine: Engine,
         loader: Loader,
-        renewal: Renewal | None,
-        evaluate: Callable[[], dict[str, Any]],
+        evaluate: Callable[[], Scores],
+        scored: Selection,
         checkpoints: Checkpoints,
         metrics: Metrics,
         progress: Progress,
@@ -114,11 +103,12 @@ class Trainer:
         self._run = run
         self._precision = precision
         self._method = method
-        self._change = change
+        self._hooks = hooks
         self._engine = engine
+        self._passes = Passes(engine, hooks, run.seed)
         self._loader = loader
-        self._renewal = renewal
         self._evaluate = evaluate
+        self._scored = scored
         self._checkpoints = checkpoints
         self._metrics = metrics
         self._progress = progress
@@ -130,8 +120,8 @@ class Trainer:
         """Take the remaining steps.
 
         Raises:
-            NonFiniteError: a loss term, the gradient or the evaluation loss is NaN or infinite; no
-                checkpoint of that step is written.
+            NonFiniteError: a loss term, the gradient or the evaluation's score is NaN or infinite;
+                no checkpoint of that step is written.
             Interrupted: a signal came; its step is saved.
         """
         progress, run = self._progress, self._run
@@ -139,94 +129,95 @@ class Trainer:
         skipped = 0
         with _stop_requested() as requested:
             while progress.step < run.train.steps:
-                self._renew(requested)
+                self._prepare(requested)
                 clock = time.monotonic()
-                taken = self.step(requested())
+                result = self.step(requested())
                 progress.train_seconds += time.monotonic() - clock
                 progress.wall_seconds = time.monotonic() - begun
-                if not taken.applied:
+                if not result.applied:
                     skipped += 1
                     self._refuse_endless(skipped)
                     continue
                 skipped = 0
                 progress.step += 1
-                self._log(taken)
-                self._close_step(taken.stop)
-                if taken.stop:
+                self._log(result)
+                self._close_step(result.stop)
+                if result.stop:
                     raise Interrupted(progress.step)
         return progress
 
-    def _renew(self, requested: Callable[[], bool]) -> None:
+    def _prepare(self, requested: Callable[[], bool]) -> None:
         """Do what the next batch waits for, from a checkpoint from which it can be repeated."""
         progress = self._progress
-        if self._renewal is None or not self._renewal.due(progress.position):
+        if not self._hooks.waits(progress.position):
             return
         if self._saved < progress.step:
             self._save(None)
         try:
-            self._renewal(progress.position, progress.step, requested)
+            self._hooks.prepare(progress.position, progress.step, requested)
         except Stopped as stopped:
             raise Interrupted(progress.step) from stopped
 
-    def step(self, stop: bool) -> Taken:
-        """Forward, backward and optimiser step over one effective batch."""
+    def step(self, stop: bool) -> StepResult:
+        """Forward, backward and optimiser step over one effective batch.
+
+        Args:
+            stop: whether a signal came on this rank.
+
+        Raises:
+            NonFiniteError: a loss term or the gradient is NaN or infinite; the student is spoilt.
+        """
         progress, engine = self._progress, self._engine
-        batches = [batch.to(engine.device) for batch in self._loader.next_step()]
-        counts = self._count(batches, stop)
-        shares: dict[str, Tensor] = {}
-        for micro, batch in enumerate(batches):
-            self._seed(micro)
-            if self._change is not None:
-                self._change.before_micro_batch(last=micro == len(batches) - 1)
-            terms = engine.forward(batch, progress.step)
-            totals = [term.total / counts.by_term[name] for name, term in terms.items()]
-            engine.backward(torch.stack(totals).sum())
-            _add(shares, terms, counts)
-        loss, means = self._means(shares)
+        batches = self._loader.next_step()
+        position = self._loader.position
+        counts = count(self._method.counts, batches, engine.device, stop=stop)
+        probe = GradientProbe(self._passes, engine, self._method.counts, progress.step, position)
+        self._hooks.before_passes(probe, progress.step)
+        probe.forget()
+        shares = self._passes.run(batches, counts, progress.step, (position,))
         lr = learning_rate(self._run.train, progress.step)
         applied, norm = self._update(lr)
-        if applied or self._precision != "fp16":  # only fp16 skips a step and goes on
-            _finite(progress.step + 1, "the gradient's norm", norm if applied else math.nan)
-        progress.position = self._loader.position
-        progress.tokens += counts.tokens
-        return Taken(applied, counts.stop, loss, means, lr, norm)
+        result, tokens = self._read(shares, counts, norm, applied, lr)
+        progress.position = position
+        progress.tokens += tokens
+        return result
 
-    def _update(self, lr: float) -> tuple[bool, float | None]:
-        """The optimiser's step, the method's change around it; whether it was taken, and the norm
-        of the gradient before clipping."""
-        engine, change, step = self._engine, self._change, self._progress.step
+    def _update(self, lr: float) -> tuple[bool, Tensor | None]:
+        """The optimiser's step and the hooks around it; whether it was taken, and the norm of the
+        gradient before clipping, on the device."""
+        engine, step = self._engine, self._progress.step
         engine.set_rate(lr)
-        if change is not None:
-            change.before_step(engine.weights(gradients=True), step, lr)
+        self._hooks.before_step(engine.weights(gradients=True), step, lr)
         plain = engine.stage == 0 and self._precision == "fp32"  # DeepSpeed keeps no norm there
         before = engine.grad_norm() if plain else None
         applied = engine.step()
         norm = engine.grad_norm() if before is None else before
-        if change is not None and applied:
-            change.after_step(engine.weights(gradients=False), step, lr)
+        if applied:
+            self._hooks.after_step(engine.weights(gradients=False), step, lr)
         return applied, norm
 
-    def _count(self, batches: Sequence[Batch], stop: bool) -> Counts:
-        parts = [self._method.counts(batch) for batch in batches]
-        names = sorted(parts[0])
-        values = [sum(part[name] for part in parts) for name in names]
-        tokens = sum(batch.mask_BT.sum() for batch in batches)
-        flag = torch.tensor(float(stop), device=self._engine.device)
-        whole = torch.stack([*(v.double() for v in values), tokens.double(), flag.double()])
-        *sums, tokens, flag = dist.sum_over_ranks(whole)
-        by_term = {n: torch.where(v == 0, 1.0, v) for n, v in zip(names, sums, strict=True)}
-        return Counts(by_term, int(tokens), bool(flag))
+    def _read(
+        self, shares: Shares, counts: Counts, norm: Tensor | None, applied: bool, lr: float
+    ) -> tuple[StepResult, int]:
+        """The step's numbers and its tokens; all ranks see the same values, so all stop or none.
 
-    def _means(self, shares: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
-        """Loss and parts; all ranks see the same values, so all stop or none."""
-        names = sorted(shares)
-        sums = dist.sum_over_ranks(torch.stack([shares[name] for name in names])).tolist()
-        means = dict(zip(names, sums, strict=True))
-        loss = means.pop(_LOSS)
+        In one read, because each one makes the host wait until the device has done all that is
+        queued.
+        """
+        names, step = sorted(shares), self._progress.step + 1
+        sums = dist.sum_over_ranks(torch.stack([shares[name] for name in names]))
+        others = [counts.tokens, counts.stop, *([] if norm is None else [norm])]
+        values = torch.cat([sums, torch.stack(others)]).tolist()
+        means = dict(zip(names, values, strict=False))
+        tokens, stop, *norms = values[len(names) :]
+        loss = means.pop(LOSS)
         for name, mean in means.items():  # before their sum: they say which of them it is
-            _finite(self._progress.step + 1, f"loss term '{name}'", mean)
-        _finite(self._progress.step + 1, "the loss", loss)
-        return loss, means
+            _finite(step, f"loss term '{name}'", mean)
+        _finite(step, "the loss", loss)
+        grad_norm = norms[0] if norms else None
+        if applied or self._precision != "fp16":  # only fp16 skips a step and goes on
+            _finite(step, "the gradient's norm", grad_norm if applied else math.nan)
+        return StepResult(applied, stop > 0, loss, means, lr, grad_norm), int(tokens)
 
     def _refuse_endless(self, skipped: int) -> None:
         """Say that fp16 overflow skipped a step; stop where no loss scale is small enough."""
@@ -238,29 +229,22 @@ class Trainer:
                 f"loss scale; the last checkpoint is intact"
             )
 
-    def _seed(self, micro: int) -> None:
-        """Dropout is a function of (seed, batch, micro-batch, rank): no generator state to save."""
-        parts = (self._run.seed, self._loader.position, micro, dist.rank())
-        torch.manual_seed(int(mix(*parts)) & (2**63 - 1))
-
-    def _log(self, taken: Taken) -> None:
+    def _log(self, result: StepResult) -> None:
         progress, steps = self._progress, self._run.train.steps
         if progress.step % self._run.log_every and progress.step < steps:
             return
-        loss = taken.loss
-        rates = {"lr": taken.lr, **self._method.rates(progress.step - 1)}
-        if self._change is not None:
-            rates |= self._change.rates()
+        loss, means, norm = result.loss, result.means, result.grad_norm
+        rates = {"lr": result.lr, **self._method.rates(progress.step - 1), **self._hooks.rates()}
         tokens, seconds = self._since
         speed = (progress.tokens - tokens) / (progress.train_seconds - seconds)
         self._since = (progress.tokens, progress.train_seconds)
         left = (steps - progress.step) * progress.train_seconds / progress.step
-        shown = {"loss": loss, **taken.means, **rates, "|g|": taken.grad_norm}
+        shown = {"loss": loss, **means, **rates, "|g|": norm}
         say(progress_line(progress.step, steps, shown, tokens_per_second=speed, left=left))
         used = {"tokens_per_second": speed, "peak_memory_bytes": peak_memory()}
-        line = {"loss": loss, "terms": taken.means, **rates, "grad_norm": taken.grad_norm, **used}
+        line = {"loss": loss, "terms": means, **rates, "grad_norm": norm, **used}
         self._metrics.write(step=progress.step, **line, seconds=progress.train_seconds)
-        terms = {f"terms/{name}": mean for name, mean in taken.means.items()}
+        terms = {f"terms/{name}": mean for name, mean in means.items()}
         flat = {"loss": loss, **terms, **rates, **used}
         self._engine.log({f"train/{k}": float(v) for k, v in flat.items()}, progress.step)
 
@@ -269,59 +253,48 @@ class Trainer:
         step, run = self._progress.step, self._run
         last = step == run.train.steps
         due = last or step % run.checkpoint.every == 0
-        nll = None
+        score = None
         if last or step % run.evaluation.every == 0:
-            scores = self._evaluate()
-            nll = scores["eval_nll"]
-            shown = {"nll": nll, "bits": scores["eval_bits"], "ppl": scores["eval_ppl"]}
-            say(f"eval at {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
-            self._metrics.write(step=step, **scores)
-            self._engine.log({f"eval/{k}": float(v) for k, v in shown.items()}, step)
-            _finite(step, "the evaluation loss", nll)
+            score = self._score()
         if due or stop:
             # One that only a signal asked for is no candidate for the best: the undisturbed run,
             # which exports the same weights, does not have it.
-            complete = self._change is None or self._change.complete(step)
-            self._save(nll if due and complete else None)
+            self._save(score if due and self._hooks.complete(step) else None)
 
-    def _save(self, nll: float | None) -> None:
+    def _score(self) -> float:
+        """Evaluate, write the results down, and return the one that a checkpoint keeps."""
+        step, scores = self._progress.step, self._evaluate()
+        results, key = by_key(scores), self._scored.metric
+        self._metrics.write(step=step, **results)
+        for name, found in scores.items():
+            shown = {k: value for k, value in found.items() if isinstance(value, float)}
+            say(f"{name} at {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+            self._engine.log({f"{name}/{k}": value for k, value in shown.items()}, step)
+        assert key in results, f"the method selects by {key}, which is none of {sorted(results)}"
+        _finite(step, f"the evaluation's {key}", results[key])
+        return results[key]
+
+    def _save(self, score: float | None) -> None:
         step = self._progress.step
         tag = self._checkpoints.begin(step)
         self._engine.save(self._checkpoints.folder, tag)
-        if self._change is not None:
-            self._change.save(self._checkpoints.folder / tag)
+        self._hooks.save(self._checkpoints.folder / tag)
         about = {
             "world": dist.world(),
             "stage": self._engine.stage,
             "precision": self._precision,
-            "eval_nll": nll,
-            "state": asdict(self._progress),
+            "score": None if score is None else asdict(self._scored.score(score)),
+            "state": {"progress": asdict(self._progress), "hooks": self._hooks.state()},
         }
-        if self._change is not None:
-            about["state"][CHANGE] = self._change.state()
-        if self._renewal is not None:
-            about["state"][RENEWAL] = self._renewal.state()
         self._checkpoints.commit(step, about)
         self._saved = step
-
-
-_LOSS = ""
-"""Key of the loss among its parts."""
-
-
-def _add(shares: dict[str, Tensor], terms: dict[str, Term], counts: Counts) -> None:
-    """Add a micro-batch's loss and parts, each divided by the global count of its term."""
-    for name, term in terms.items():
-        for part, total in {_LOSS: term.total, **term.parts}.items():
-            share = total.detach().double() / counts.by_term[name]
-            shares[part] = shares.get(part, 0) + share
 
 
 def _finite(step: int, name: str, value: float | None) -> None:
     """Stop where a number that all ranks share is out of range, before it reaches a checkpoint."""
     if value is not None and not math.isfinite(value):
         problem = NonFiniteError(f"step {step}: {name} is {value}; the last checkpoint is intact")
-        problem.elsewhere = dist.rank() != 0
+        problem.printed_by_other_rank = dist.rank() != 0
         raise problem
 
 

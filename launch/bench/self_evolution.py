@@ -38,6 +38,7 @@ from dskd.hardness.question import question
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness
 from dskd.methods.base import build_method
+from dskd.methods.metrics import LM_LOSS
 from dskd.models.build import build, model_fingerprint
 from dskd.settings.data import HardTokens
 from dskd.settings.model import Model
@@ -45,7 +46,7 @@ from dskd.settings.recipe import read
 from dskd.settings.run import Run
 from dskd.settings.yaml_tree import Tree, dump, load, merge
 from dskd.system.files import write_atomic
-from dskd.training.evaluation import evaluate
+from dskd.training.evaluation import EvaluationSet, evaluate
 from dskd.training.objective import Objective
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,15 +135,10 @@ def hard_nll(folder: Path, run: Run, prepared: Prepared, view: View) -> float:
     objective = Objective(
         model_of(folder, run, prepared).eval(), build_method({"kind": "lm"}), None
     )
-    scores = evaluate(
-        lambda batch: objective(batch, None),
-        prepared.validation,
-        view,
-        limit=None,
-        micro_batch=run.evaluation.micro_batch,
-        device=CPU,
-    )
-    return scores["eval_nll"]
+    validation = EvaluationSet("eval", prepared.validation, view)
+    micro_batch = run.evaluation.micro_batch
+    scores = evaluate(objective, [validation], [LM_LOSS], micro_batch=micro_batch, device=CPU)
+    return scores["eval"]["nll"]
 
 
 def random_nll(folder: Path) -> float:

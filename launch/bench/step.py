@@ -45,9 +45,10 @@ import torch
 from dskd.batch import Batch
 from dskd.data.loader import Loader
 from dskd.engine import engine
-from dskd.engine.checkpoints import Checkpoints
+from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import Engine, decay_groups
+from dskd.engine.hooks import StepHooks
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
@@ -125,24 +126,22 @@ class Step:
             where="model",
         )
         with sharded_construction(job.ds):
-            change = job.method.change(student, run)
+            hooks = job.method.hooks(student, run) or StepHooks()
         self.parameters = sum(full_shape(p).numel() for p in student.parameters())
         objective = Objective(student, job.method, setup.teacher)
         groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
-        if change is not None:
-            groups = change.groups(groups)
         self.loader = loader_of(job, setup)
         self.progress = Progress()
         self._trainer = Trainer(
             run=run,
             precision=precision_of(job.ds),
             method=job.method,
-            change=change,
-            engine=Engine(objective, groups, job.ds, monitor=False),
-            renewal=None,
+            hooks=hooks,
+            engine=Engine(objective, hooks.groups(groups), job.ds, monitor=False),
             loader=self.loader,
             evaluate=dict,
-            checkpoints=Checkpoints(run.out / "checkpoints", 1),
+            scored=Selection(),
+            checkpoints=Checkpoints(run.out / "checkpoints", 1, None),
             metrics=Metrics(run.out / "metrics.jsonl", 0),
             progress=self.progress,
         )

@@ -40,7 +40,7 @@ TOKENIZER = tokenizer_of(SIZE)
 SPECIAL = [0, 1, 2, 3, SIZE - 1]
 
 
-def rows_of(rows: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def positions_of(rows: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Random rows <s> ... </s> of falling lengths, padded."""
     ids_BT = np.random.default_rng(seed).integers(4, SIZE - 1, (rows, length))
     lengths_B = length - np.arange(rows) % 7
@@ -84,7 +84,7 @@ def test_tuple_hash_is_cpythons(parts: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("keep", "random"), [(0.0, 0.0), (0.0, 0.2), (0.2, 0.0), (0.0, 1.0)])
 def test_fairseq_without_one_of_the_replacements(keep: float, random: float) -> None:
     fairseq = FairseqView(Masking(sampler="fairseq", keep=keep, random=random), TOKENIZER, 1)
-    ids_BT, lengths_B = rows_of(50, 60)
+    ids_BT, lengths_B = positions_of(50, 60)
     inputs_BT, labels_BT = fairseq(np.arange(50), np.zeros(50, np.int64), ids_BT, lengths_B)
     chosen_BT = labels_BT != IGNORE
     assert (labels_BT[chosen_BT] == ids_BT[chosen_BT]).all()
@@ -104,7 +104,7 @@ def test_pinned_counter_mask() -> None:
 
 
 def test_share_and_replacements() -> None:
-    ids_BT, lengths_B = rows_of(4000, 64)
+    ids_BT, lengths_B = positions_of(4000, 64)
     inputs_BT, labels_BT = view()(np.arange(4000), np.zeros(4000, np.int64), ids_BT, lengths_B)
     chosen_BT = labels_BT != IGNORE
     maskable_BT = ~np.isin(ids_BT, SPECIAL)
@@ -133,7 +133,7 @@ def test_a_mask_depends_on_its_own_row_only(masking: dict) -> None:
     kind = FairseqView if masking.get("sampler") else MaskedView
     tokenizer = tokenizer_of(SIZE, pieces="whole_word" in masking)
     masker = kind(Masking(**masking), tokenizer, 1)
-    ids_BT, lengths_B = rows_of(20, 40)
+    ids_BT, lengths_B = positions_of(20, 40)
     rows_B, epochs_B = np.arange(20) + 5, np.arange(20) % 3
     inputs_BT, labels_BT = masker(rows_B, epochs_B, ids_BT, lengths_B)
     order = np.random.default_rng(1).permutation(20)
@@ -152,7 +152,7 @@ def test_a_mask_depends_on_its_own_row_only(masking: dict) -> None:
 
 
 def test_seed_epoch_and_row_each_change_the_mask() -> None:
-    ids_BT, lengths_B = rows_of(1, 64)
+    ids_BT, lengths_B = positions_of(1, 64)
 
     def chosen(seed: int, epoch: int, row: int) -> list[int]:
         labels_BT = view(seed=seed)(np.array([row]), np.array([epoch]), ids_BT, lengths_B)[1]
@@ -169,7 +169,7 @@ def test_draws_repeat(sampler: str) -> None:
     masker = view_for(data, TOKENIZER, 1)
     endless = view_for(Data(masking=Masking(sampler=sampler)), TOKENIZER, 1)
     assert masker.draws == 3 and endless.draws is None
-    ids_BT, lengths_B = rows_of(1, 64)
+    ids_BT, lengths_B = positions_of(1, 64)
     ids_BT, lengths_B = np.repeat(ids_BT, 9, axis=0), np.repeat(lengths_B, 9)
     inputs_BT, _ = masker(np.zeros(9, np.int64), np.arange(9), ids_BT, lengths_B)
     assert (inputs_BT[3:6] == inputs_BT[:3]).all() and (inputs_BT[6:] == inputs_BT[:3]).all()
@@ -180,7 +180,7 @@ def test_draws_repeat(sampler: str) -> None:
 
 def test_whole_words_are_replaced_alike() -> None:
     masker = MaskedView(Masking(whole_word=True), tokenizer_of(SIZE, pieces=True), 1)
-    ids_BT, lengths_B = rows_of(2000, 64)
+    ids_BT, lengths_B = positions_of(2000, 64)
     inputs_BT, labels_BT = masker(np.arange(2000), np.zeros(2000, np.int64), ids_BT, lengths_B)
     chosen_BT = labels_BT != IGNORE
     maskable_BT = ~np.isin(ids_BT, SPECIAL)
@@ -198,7 +198,7 @@ def test_whole_words_are_replaced_alike() -> None:
 
 
 def test_probability_one_asks_for_every_token() -> None:
-    ids_BT, lengths_B = rows_of(5, 24)
+    ids_BT, lengths_B = positions_of(5, 24)
     masker = view(probability=1.0, keep=0.0, random=0.0)
     inputs_BT, labels_BT = masker(np.arange(5), np.zeros(5, np.int64), ids_BT, lengths_B)
     maskable_BT = ~np.isin(ids_BT, SPECIAL)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from dskd.engine.checkpoints import Checkpoints
+from dskd.engine.checkpoints import Checkpoints, Score, Selection
 from dskd.errors import CheckpointError
 from tests.ranks import run_ranks
 
+LOSS = Selection()
 
-def save(checkpoints: Checkpoints, step: int, nll: float | None) -> None:
+
+def save(
+    checkpoints: Checkpoints, step: int, value: float | None, selection: Selection = LOSS
+) -> None:
     """Save as the trainer does, with a file for the engine's."""
     folder = checkpoints.folder / checkpoints.begin(step)
     (folder / "inner").mkdir(parents=True)
     (folder / "inner" / "weights.pt").write_bytes(bytes([step]) * 100)
-    about = {"world": 1, "stage": 2, "precision": "fp32", "eval_nll": nll, "state": {"step": step}}
+    score = None if value is None else asdict(selection.score(value))
+    about = {"world": 1, "stage": 2, "precision": "fp32", "score": score, "state": {"step": step}}
     checkpoints.commit(step, about)
 
 
@@ -25,38 +31,49 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=2, selection=LOSS)
     kept = []
     for step, nll in enumerate([5.0, 3.0, 4.0, 3.5, 3.6, 2.0, 2.5, 2.6], 1):
         save(checkpoints, step, nll)
         kept.append(steps(tmp_path))
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7], [6, 7, 8]]
     best, latest = checkpoints.best(), checkpoints.latest()
-    assert (best.step, best.eval_nll, best.state) == (6, 2.0, {"step": 6})
+    assert (best.step, best.score.value, best.state) == (6, 2.0, {"step": 6})
     assert (latest.step, latest.folder) == (8, tmp_path / "step-00000008")
 
 
 def test_the_best_of_equals_is_the_latest_and_one_without_evaluation_never(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, keep=1, selection=LOSS)
     for step, nll in [(1, 3.0), (2, 3.0), (3, None)]:
         save(checkpoints, step, nll)
     assert steps(tmp_path) == [2, 3]
     assert checkpoints.best().step == 2
-    assert checkpoints.latest().eval_nll is None
+    assert checkpoints.latest().score is None
 
 
 def test_where_the_evaluation_does_not_select_the_latest_is_the_best(tmp_path):
     """It keeps what it was evaluated at, and no older one is kept for a lower loss."""
-    checkpoints = Checkpoints(tmp_path, keep=2, selects=False)
+    checkpoints = Checkpoints(tmp_path, keep=2, selection=None)
     for step, nll in enumerate([2.0, 3.0, 4.0], 1):
         save(checkpoints, step, nll)
         best = checkpoints.best()
-        assert (best.step, best.eval_nll) == (step, nll)
+        assert (best.step, best.score.value) == (step, nll)
     assert steps(tmp_path) == [2, 3]
 
 
+def test_a_score_may_be_better_the_higher_it_is(tmp_path):
+    """The same rules as of a loss, the other way around; a manifest names metric and direction."""
+    selection = Selection("eval_accuracy", higher_is_better=True)
+    checkpoints = Checkpoints(tmp_path, keep=1, selection=selection)
+    for step, value in enumerate([0.5, 0.7, 0.6, 0.7, 0.2, None], 1):
+        save(checkpoints, step, value, selection)
+    assert steps(tmp_path) == [4, 6]
+    assert checkpoints.best().score == Score("eval_accuracy", 0.7, higher_is_better=True)
+    assert checkpoints.manifests()[4]["score"] == asdict(checkpoints.best().score)
+
+
 def test_none_and_leftovers(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "run", keep=1)
+    checkpoints = Checkpoints(tmp_path / "run", keep=1, selection=LOSS)
     checkpoints.clean()
     assert checkpoints.latest() is None
     save(checkpoints, 4, 1.0)
@@ -79,7 +96,7 @@ def test_none_and_leftovers(tmp_path):
     ],
 )
 def test_a_damaged_one_is_named_with_the_way_out(tmp_path, harm, message):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=2, selection=LOSS)
     save(checkpoints, 1, 3.0)
     save(checkpoints, 2, 2.0)
     path = tmp_path / "step-00000002" / "inner" / "weights.pt"
@@ -95,19 +112,19 @@ def test_a_damaged_one_is_named_with_the_way_out(tmp_path, harm, message):
 
 
 def _damage_seen_by_one(rank: int, folder: Path) -> str:
-    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints = Checkpoints(folder, keep=1, selection=LOSS)
     with pytest.raises(CheckpointError) as caught:
         checkpoints.latest()
     return str(caught.value)
 
 
 def test_what_one_rank_finds_is_raised_on_all(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, keep=1, selection=LOSS)
     tag = checkpoints.begin(1)
     (tmp_path / tag).mkdir()
     for name in "abc":
         (tmp_path / tag / name).write_bytes(b"x" * 9)
-    checkpoints.commit(1, {"world": 3, "stage": 1, "precision": "bf16", "eval_nll": 1, "state": {}})
+    checkpoints.commit(1, {"world": 3, "stage": 1, "precision": "bf16", "score": None, "state": {}})
     (tmp_path / "step-00000001" / "b").write_bytes(b"x" * 8 + b"y")
     told = run_ranks(_damage_seen_by_one, tmp_path, world=3)
     assert told[0] == told[1] == told[2]

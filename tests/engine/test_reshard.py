@@ -88,7 +88,7 @@ def test_goes_on_in_any_geometry(halves, saved, loaded):
 
 def test_other_precision_is_refused(tmp_path):
     """`train.precision: auto` on another machine, say."""
-    saved = Saved(tmp_path, step=2, world=2, stage=2, precision="bf16", eval_nll=None, state={})
+    saved = Saved(tmp_path, step=2, world=2, stage=2, precision="bf16", score=None, state={})
     with pytest.raises(CheckpointError, match=r"train\.precision bf16, cannot go on in fp32"):
         check(saved, stage=2, precision="fp32")
     with pytest.raises(CheckpointError, match="ZeRO-0 run cannot change"):

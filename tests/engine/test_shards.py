@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dskd.engine import shards
 from dskd.engine.engine import Engine
-from dskd.engine.shards import Weights
+from dskd.engine.shards import ParameterShards
 from dskd.engine.zero import gathered
 from dskd.errors import ConfigError
 from dskd.system import dist
@@ -43,7 +43,7 @@ class Toy(nn.Module):
         self.student = Student()
         self.always = always
 
-    def forward(self, rows_BD: Tensor, last: bool) -> Tensor:
+    def forward(self, rows_BD: Tensor, last: bool, loss: None = None) -> Tensor:
         """The sum over the rows, and a term of ``late`` in the last micro-batch."""
         values = self.student.second(torch.tanh(self.student.first(rows_BD)))
         loss = (values**2).sum() + values.sum()
@@ -72,7 +72,7 @@ def marked(name: str, start: int, count: int) -> Tensor:
     return (torch.arange(start, start + count) * 7 + len(name)) % 3 == 0
 
 
-def edit_before(weights: Weights, step: int) -> None:
+def edit_before(weights: ParameterShards, step: int) -> None:
     """Edits of gradient, moments, weight and eps, as a method might make them."""
     for group in weights.groups:
         group["eps"] = EPS * (1 + step)
@@ -86,7 +86,7 @@ def edit_before(weights: Weights, step: int) -> None:
         shard.weight[chosen] *= 0.9
 
 
-def edit_after(weights: Weights) -> None:
+def edit_after(weights: ParameterShards) -> None:
     """Edits of the new weights."""
     for shard in weights.shards():
         assert shard.gradient is None
@@ -130,7 +130,8 @@ def trained(
     for step in range(STEPS):
         for micro in range(MICRO):
             rows_BD = rows(step, micro, rank, world).to(dtype)
-            engine.backward(engine.forward(rows_BD, micro == MICRO - 1))
+            last = micro == MICRO - 1
+            engine.backward(engine.forward(rows_BD, last), last)
         engine.set_rate(LR / (1 + step))
         edit_before(engine.weights(gradients=True), step)
         assert engine.step()
@@ -157,11 +158,11 @@ def plain(world: int, clip: float = CLIP) -> dict[str, Tensor]:
                 toy(rows(step, micro, rank, world), micro == MICRO - 1).backward()
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] = LR / (1 + step) * scale
-        edit_before(Weights(parameters, optimizer, gradients=True), step)
+        edit_before(ParameterShards(parameters, optimizer, gradients=True), step)
         if clip:
             nn.utils.clip_grad_norm_(toy.parameters(), clip)
         optimizer.step()
-        edit_after(Weights(parameters, optimizer, gradients=False))
+        edit_after(ParameterShards(parameters, optimizer, gradients=False))
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 

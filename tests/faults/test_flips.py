@@ -165,7 +165,7 @@ def test_a_loss_out_of_range(stopped, tmp_path):
     _, recipe = stopped
     words = [recipe, f"out={tmp_path}", *PLAIN, "train.lr=1e30"]
     told = refused(tmp_path, *words, world=2)
-    assert "error: step 2: the evaluation loss is nan; the last checkpoint is intact" in told
+    assert "error: step 2: the evaluation's eval_nll is nan; the last checkpoint is intact" in told
     assert steps_saved(tmp_path) == [1]
     told = refused(tmp_path, *words, "evaluation.every=4", "checkpoint.every=4", world=2)
     assert "going on from step 1" in told
@@ -182,10 +182,10 @@ def test_a_gradient_out_of_range(stopped, tmp_path, stage):
     def spoil_step_4(rank: int) -> None:
         original, calls = Engine.backward, 0
 
-        def backward(engine, loss):
+        def backward(engine, loss, last):
             nonlocal calls
             calls += 1
-            original(engine, loss * (torch.inf if calls == 7 and rank == 1 else 1))
+            original(engine, loss * (torch.inf if calls == 7 and rank == 1 else 1), last)
 
         Engine.backward = backward
 

@@ -88,7 +88,7 @@ def test_any_number_of_tokens_is_compiled_twice_at_most(loss):
 
 
 def test_a_weight_that_falls_is_compiled_twice_at_most():
-    """As Knowledge Inheritance's alpha does at every step."""
+    """As Knowledge TeacherSetup's alpha does at every step."""
     hidden_ND, weight_VD, teacher = normal(N, D).requires_grad_(), normal(V, D), normal(N, V)
 
     def total(hidden_ND, alpha):

@@ -18,7 +18,7 @@ from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.data import Data, HardTokens
 from dskd.stores.store import Writer
-from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
+from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, positions_of, tokenizer_of
 
 ROWS, WIDTH = 400, 64
 
@@ -60,7 +60,7 @@ def store_of(folder, rows, nll_RT, wrong_RT=None, shown="token"):
     return Hardness(folder, {"data": "rows"})
 
 
-ALL = Rows(*rows_of(ROWS, WIDTH, seed=1))
+ALL = Rows(*positions_of(ROWS, WIDTH, seed=1))
 NLL_RT = np.random.default_rng(2).exponential(0.2, (ROWS, WIDTH))
 NLL_RT = NLL_RT.astype(np.float16).astype(np.float64)  # what a store can hold
 WRONG_RT = np.random.default_rng(3).random((ROWS, WIDTH)) < 0.25
@@ -107,7 +107,7 @@ def test_select_against_a_loop():
 
 
 def test_equally_hard_tokens_are_chosen_evenly(tmp_path):
-    rows = Rows(*(np.repeat(array[:1], ROWS, axis=0) for array in rows_of(1, WIDTH)))
+    rows = Rows(*(np.repeat(array[:1], ROWS, axis=0) for array in positions_of(1, WIDTH)))
     answers = store_of(tmp_path / "s", rows, np.full((ROWS, WIDTH), 3.0))
     masking = HardTokens(kind="hard_tokens", least=0.25, most=0.25)
     criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))

@@ -428,7 +428,7 @@ def _train_and_ask(rank, folder, prepared_folder, stage, asking, world):
         batch = make_batch(prepared.train, view, row_ids, row_ids * 0, None)
         term = engine.forward(batch, step)["tokens"]
         losses.append(float(term.total))
-        engine.backward(term.total / 30)
+        engine.backward(term.total / 30, last=True)
         engine.set_rate(0.01)
         engine.step()
     return losses

@@ -10,9 +10,9 @@ from dskd.data.views import CausalView
 from dskd.errors import ConfigError
 from dskd.hardness.scoring import ScoringPlan, scoring_view
 from dskd.settings.data import Data, HardTokens
-from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
+from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, positions_of, tokenizer_of
 
-IDS, LENGTHS = rows_of(20, 37)
+IDS, LENGTHS = positions_of(20, 37)
 ROWS = np.arange(20) * 7
 MASKABLE = ~np.isin(IDS, SPECIAL) & (np.arange(37) < LENGTHS[:, None])
 

@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +16,13 @@ from dskd.batch import IGNORE, Batch, Dense, Positions, Projected, Term
 from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
 from dskd.settings.recipe import read
-from dskd.settings.run import Run
-from dskd.training.trainer import Progress, Trainer
+from dskd.training.passes import count
 from tests.methods.test_ki import Identity
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "self_evolution.json").read_text())
 TLS = GOLDEN["stage2_loss"][0]["inputs"]
 PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-6)]
+CPU = torch.device("cpu")
 LOGGED = 1e-6  # the original logs in fp32
 
 
@@ -202,20 +201,6 @@ def test_hard_tokens_weigh_more(smoothing):
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
-def trainer_of(method: Method) -> Trainer:
-    """A loop that counts, and takes no step."""
-    parts = ("change", "loader", "renewal", "evaluate", "checkpoints", "metrics")
-    engine = SimpleNamespace(device=torch.device("cpu"))
-    return Trainer(
-        run=Run(),
-        precision="fp32",
-        method=method,
-        engine=engine,
-        progress=Progress(),
-        **dict.fromkeys(parts),
-    )
-
-
 @pytest.mark.parametrize("hard_weight", [1e-3, 0.5])
 def test_light_tokens_are_averaged_like_others(hard_weight):
     """Where all weigh alike their weight plays no part, though its sum is below 1."""
@@ -223,10 +208,10 @@ def test_light_tokens_are_averaged_like_others(hard_weight):
     (loss, _), logits_BTV, batch = forward(method, TLS, hard_N=torch.ones(5))
     (expected, _), others_BTV, _ = forward(plain, TLS)
     halves = [replace(batch, extra={"hard_N": torch.ones(5)}), _without_labels(batch)]
-    count = trainer_of(method)._count(halves, stop=False).by_term["tokens"]
-    assert count.dtype == torch.float64
-    assert count.item() == pytest.approx(5 * hard_weight, rel=1e-4)  # the weights are fp32
-    loss, expected = loss / count, expected / 5
+    whole = count(method.counts, halves, CPU).by_term["tokens"]
+    assert whole.dtype == torch.float64
+    assert whole.item() == pytest.approx(5 * hard_weight, rel=1e-4)  # the weights are fp32
+    loss, expected = loss / whole, expected / 5
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()
     expected.backward()
@@ -235,7 +220,7 @@ def test_light_tokens_are_averaged_like_others(hard_weight):
 
 def test_a_batch_without_labels_is_divided_by_1():
     method = method_of(hard_weight=0.5)
-    counts = trainer_of(method)._count([_without_labels(batch_of(TLS))], stop=True)
+    counts = count(method.counts, [_without_labels(batch_of(TLS))], CPU, stop=True)
     assert counts.by_term == {"tokens": 1.0} and counts.stop
 
 

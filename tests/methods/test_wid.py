@@ -14,7 +14,7 @@ from transformers import BertConfig
 import dskd.methods.wid
 from dskd.batch import Batch
 from dskd.engine.engine import decay_groups
-from dskd.engine.shards import Weights
+from dskd.engine.shards import ParameterShards
 from dskd.methods.base import build_method
 from dskd.methods.wid import Narrowing
 from dskd.narrowing.insert import Surgery
@@ -37,9 +37,9 @@ TRAJECTORY = GOLDEN["trajectory"]
 class Loop:
     """The trainer's body around a plain model: hooks, rates and torch's AdamW."""
 
-    def __init__(self, change: Narrowing, surgery: Surgery, train: Train) -> None:
-        self.change, self.model, self.train = change, surgery.model, train
-        groups = change.groups(decay_groups(self.model, train.weight_decay, train.decay_all))
+    def __init__(self, hooks: Narrowing, surgery: Surgery, train: Train) -> None:
+        self.hooks, self.model, self.train = hooks, surgery.model, train
+        groups = hooks.groups(decay_groups(self.model, train.weight_decay, train.decay_all))
         self.scales = [group.pop("lr_scale", 1.0) for group in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps)
         self.parameters = dict(self.model.named_parameters())
@@ -49,18 +49,18 @@ class Loop:
         self.optimizer.zero_grad()
         total = 0.0
         for number, batch in enumerate(micro_batches):
-            self.change.before_micro_batch(last=number == len(micro_batches) - 1)
+            self.hooks.before_micro_batch(last=number == len(micro_batches) - 1)
             value = loss(self.model, batch)
             value.backward()
             total += value.item()
         lr = learning_rate(self.train, step)
         for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
             group["lr"] = lr * scale
-        before = Weights(self.parameters, self.optimizer, gradients=True)
-        self.change.before_step(before, step, lr)
+        before = ParameterShards(self.parameters, self.optimizer, gradients=True)
+        self.hooks.before_step(before, step, lr)
         self.optimizer.step()
-        after = Weights(self.parameters, self.optimizer, gradients=False)
-        self.change.after_step(after, step, lr)
+        after = ParameterShards(self.parameters, self.optimizer, gradients=False)
+        self.hooks.after_step(after, step, lr)
         return total
 
 
@@ -71,12 +71,12 @@ def narrowing(
     train: dict[str, Any],
     deepspeed: str = "zero0",
 ) -> tuple[Narrowing, Train]:
-    """The change of a student that has its compactors already."""
+    """The hooks of a student that has its compactors already."""
     monkeypatch.setattr(dskd.methods.wid, "insert", lambda model: surgery)
     run = Run(model={"path": "teacher"}, method=method, train=Train(**train), deepspeed=deepspeed)
     built = build_method(method)
     built.check(run, surgery.model.config)
-    return built.change(surgery.model, run), run.train
+    return built.hooks(surgery.model, run), run.train
 
 
 def golden_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,12 +123,12 @@ def test_the_originals_trajectory(monkeypatch, case):
         "eps": 1e-6,
         "clip": 0.0,
     }
-    change, run = narrowing(monkeypatch, surgery, method, train)
-    loop = Loop(change, surgery, run)
+    hooks, run = narrowing(monkeypatch, surgery, method, train)
+    loop = Loop(hooks, surgery, run)
     for step, expected in enumerate(case["losses"]):
         loss = loop.step(step, [golden_batch(step + 1)], golden_loss)
         assert loss == pytest.approx(expected, rel=1e-9 if step < 20 else 1e-6), step + 1
-        removed = {name: gone_U.nonzero()[:, 0] for name, gone_U in removed_units(change).items()}
+        removed = {name: gone_U.nonzero()[:, 0] for name, gone_U in removed_units(hooks).items()}
         for golden, units in case["removed_at_step"].get(str(step + 1), {}).items():
             assert removed[group_name(golden)].tolist() == units, (step + 1, golden)
     for golden, numbers in case["final"].items():
@@ -138,10 +138,10 @@ def test_the_originals_trajectory(monkeypatch, case):
         assert_matches(found, numbers, 1e-6)
 
 
-def removed_units(change: Narrowing) -> dict[str, Tensor]:
+def removed_units(hooks: Narrowing) -> dict[str, Tensor]:
     """By group, bool [U], as the checkpoint has them."""
     removed = {}
-    for name, by_step in change.state()["rule"]["removed"].items():
+    for name, by_step in hooks.state()["rule"]["removed"].items():
         removed[name] = torch.zeros(1024, dtype=torch.bool)
         for units in by_step.values():
             removed[name][units] = True
@@ -167,8 +167,8 @@ def test_groups_and_rates(monkeypatch):
         surgery = student(config, identity=True, statistics="hf")
         method = {"annealed": WID | {"hidden_size": 8}, "original": ORIGINAL | {"lr": 0.01}}[rule]
         train = {"steps": 40, "lr": 0.1, "weight_decay": 0.3, "clip": 0.0}
-        change, run = narrowing(monkeypatch, surgery, method, train)
-        groups = change.groups(decay_groups(surgery.model, run.weight_decay, run.decay_all))
+        hooks, run = narrowing(monkeypatch, surgery, method, train)
+        groups = hooks.groups(decay_groups(surgery.model, run.weight_decay, run.decay_all))
         assert [group["weight_decay"] for group in groups] == decays
         assert [group.get("lr_scale", 1.0) for group in groups] == pytest.approx([1.0, 1.0, 0.1])
         names = {id(p): name for name, p in surgery.model.named_parameters()}
@@ -187,19 +187,19 @@ def test_a_restored_change_goes_on_the_same(monkeypatch):
     batches = [integer(step, [2, 8], 1, config["V"]) for step in range(11)]
     train = {"steps": 20, "lr": 0.01, "warmup": 1, "clip": 0.0}
     surgery = student(config, identity=True, statistics="hf")
-    change, run = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
-    loop = Loop(change, surgery, run)
+    hooks, run = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
+    loop = Loop(hooks, surgery, run)
     found = [loop.step(step, [batch], loss) for step, batch in enumerate(batches)]
-    assert change.state()["compacted"] and change.complete(11) and not change.complete(9)
+    assert hooks.state()["compacted"] and hooks.complete(11) and not hooks.complete(9)
 
     surgery = student(config, identity=True, statistics="hf")
-    change, _ = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
-    loop = Loop(change, surgery, run)
+    hooks, _ = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
+    loop = Loop(hooks, surgery, run)
     first = [loop.step(step, [batch], loss) for step, batch in enumerate(batches[:5])]
     other = student(config, identity=True, statistics="hf")
     copy, _ = narrowing(monkeypatch, other, WID | {"hidden_size": 8}, train)
     again = Loop(copy, other, run)
-    copy.restore(json.loads(json.dumps(change.state())))
+    copy.restore(json.loads(json.dumps(hooks.state())))
     other.model.load_state_dict(surgery.model.state_dict())
     again.optimizer.load_state_dict(loop.optimizer.state_dict())
     rest = [again.step(step, [batch], loss) for step, batch in enumerate(batches) if step >= 5]
@@ -216,8 +216,8 @@ def test_zero_stays_zero_by_any_optimiser(monkeypatch, tmp_path, kind):
     surgery = student(config, identity=True, statistics="hf")
     train = {"steps": 30, "lr": 0.05, "warmup": 0, "clip": 0.0}
     method = WID | {"hidden_size": 8, "lr": 0.05}
-    change, run = narrowing(monkeypatch, surgery, method, train, str(preset))
-    loop = Loop(change, surgery, run)
+    hooks, run = narrowing(monkeypatch, surgery, method, train, str(preset))
+    loop = Loop(hooks, surgery, run)
     if kind == "SGD":
         groups = [{"params": group["params"]} for group in loop.optimizer.param_groups]
         loop.optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
@@ -227,9 +227,9 @@ def test_zero_stays_zero_by_any_optimiser(monkeypatch, tmp_path, kind):
 
     for step in range(25):
         loop.step(step, [integer(step, [2, 8], 1, config["V"])], loss)
-        settled = change.complete(step + 1)
+        settled = hooks.complete(step + 1)
         assert settled == (step + 1 >= 10)
-        assert not settled or change.rates()["removed"] == 0.0
+        assert not settled or hooks.rates()["removed"] == 0.0
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(8, 64), (100, 5), (1024, 1)])
@@ -237,7 +237,7 @@ def test_an_export_is_tried_on_few_tokens(monkeypatch, tokens, rows):
     """On a CPU: some 512, whatever the rows of an evaluation's micro-batch are."""
     surgery = student(GOLDEN["model"]["config"], identity=True, statistics="hf")
     train = {"steps": 20, "lr": 0.01, "clip": 0.0}
-    change, _ = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
+    hooks, _ = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
     found = []
 
     def tried(surgery, keep, whole, batch, *, soft):
@@ -253,8 +253,8 @@ def test_an_export_is_tried_on_few_tokens(monkeypatch, tokens, rows):
         mask_BT=torch.ones_like(ids_BT),
         labels_BT=ids_BT,
     )
-    weights = Weights(dict(surgery.model.named_parameters()), None, gradients=False)
-    change.exported(weights, batch)
+    weights = ParameterShards(dict(surgery.model.named_parameters()), None, gradients=False)
+    hooks.exported(weights, batch)
     ((tried_BT, soft),) = found
     assert torch.equal(tried_BT, ids_BT[:rows])
     assert soft
@@ -272,8 +272,8 @@ def test_micro_batches_add_up(monkeypatch):
     for parts in ([batch], [batch[:1], batch[1:]]):
         surgery = student(config, identity=True, statistics="hf")
         train = {"steps": 20, "lr": 0.01, "warmup": 0, "clip": 0.0}
-        change, run = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
-        loop = Loop(change, surgery, run)
+        hooks, run = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
+        loop = Loop(hooks, surgery, run)
         for step in range(4):
             loop.step(step, parts, loss)
         ends.append({n: p.detach().clone() for n, p in surgery.model.named_parameters()})

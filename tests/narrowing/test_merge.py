@@ -269,7 +269,7 @@ def _checked(rank, size):
     try:
         model, found = checked_merge(surgery, keep, whole, batch())
     except DskdError as problem:
-        return str(problem), problem.elsewhere
+        return str(problem), problem.printed_by_other_rank
     kinds = {parameter.device.type for parameter in model.parameters()}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     return kinds, shapes, asked, found.hard

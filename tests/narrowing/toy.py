@@ -8,7 +8,7 @@ import copy
 
 import torch
 
-from dskd.engine.shards import Shard, Weights
+from dskd.engine.shards import ParameterShards, Shard
 from dskd.narrowing.units import Member, Units, Vector
 from dskd.narrowing.widths import Cut
 
@@ -60,7 +60,7 @@ def drawn(seed, scale=1.0, dtype=torch.float64):
     }
 
 
-class Pieces(Weights):
+class Pieces(ParameterShards):
     """A plain student's weights as one of several ranks would hold them: a share of each."""
 
     def __init__(self, parameters, optimizer, *, gradients, share=(0.0, 1.0)):

@@ -26,6 +26,8 @@ def make_run(
         lines.append({"step": step, "eval_nll": nll, "eval_bits": nll * 1.4427, "eval_ppl": 2**nll})
     summary = {
         "steps": every * len(nlls),
+        "metric": "eval_nll",
+        "higher_is_better": False,
         "eval_nll": nlls[-1],
         "tokens_per_second": 12345.6,
         "peak_memory_bytes": 3 * 2**29,
@@ -74,6 +76,43 @@ def test_steps_are_linear_between_evaluations(target, expected):
 
 def test_the_first_crossing_counts():
     assert steps_to([(10, 4.0), (20, 2.0), (30, 5.0), (40, 1.0)], 3.0) == 15.0
+
+
+def test_a_score_that_rises_is_reached_from_below():
+    points = [(100, 0.5), (200, 0.7), (300, 0.6)]
+    assert steps_to(points, 0.6, higher_is_better=True) == pytest.approx(150.0)
+    assert steps_to(points, 0.8, higher_is_better=True) is None
+
+
+def rising(folder: Path) -> None:
+    """Make a run's score one that is better the higher it is: a tenth of what its loss was."""
+    path = folder / "train/summary.json"
+    summary = json.loads(path.read_text()) | {"metric": "eval_accuracy", "higher_is_better": True}
+    path.write_text(json.dumps(summary))
+    path = folder / "train/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        {"step": line["step"], "eval_accuracy": line["eval_nll"] / 10}
+        if "eval_nll" in line
+        else line
+        for line in lines
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_runs_are_compared_by_the_controls_score(tmp_path, runs):
+    """What another score selects has none of it, and has no perplexity."""
+    folders = {"a": make_run(tmp_path / "a", [2.0, 6.0], alpha=False)}
+    folders["b"] = make_run(tmp_path / "b", [3.0, 4.0], alpha=False)
+    for folder in folders.values():
+        rising(folder)
+    made = table(folders, "b")
+    assert [str(c.header) for c in made.columns][3] == "eval accuracy"
+    assert str(made.columns[-2].header) == "steps to b's final score"
+    assert cells(made, 0)[3:5] == ["0.6000", "-"]
+    assert cells(made, 0)[-2:] == ["150.0", "1.33x"]  # 200 / 150
+    assert cells(table({**folders, "ki": runs["ki"]}, "b"), 2)[-2:] == ["not reached", "-"]
+    write_report(folders, tmp_path, "b")
 
 
 def test_table_numbers(runs):

@@ -32,6 +32,9 @@ class _Method:
     def wants_teacher(self):
         return self.wants
 
+    def selection(self):
+        return "eval_nll" if self.selects else None
+
     def weighs_hard_tokens(self):
         return self.weighs
 

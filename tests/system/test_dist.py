@@ -19,7 +19,7 @@ def _refusal(rank):
 
     with pytest.raises(ConfigError, match=r"^no$") as caught:
         dist.on_rank0(work)
-    return caught.value.elsewhere
+    return caught.value.printed_by_other_rank
 
 
 def _collective_inside(rank):
@@ -30,7 +30,7 @@ def _one_fails(rank):
     with pytest.raises(DiskError) as caught, dist.agreed():
         if rank == 1:
             raise OSError("disk full")
-    return str(caught.value), caught.value.elsewhere
+    return str(caught.value), caught.value.printed_by_other_rank
 
 
 def test_value_on_every_rank():

@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from dskd.batch import IGNORE, Batch, Projected
-from dskd.engine.shards import Weights
+from dskd.engine.shards import ParameterShards
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
 from dskd.runs.plan import check
@@ -157,9 +157,9 @@ def test_the_loss_of_the_paper_through_the_whole_model():
 # ---- the average ---------------------------------------------------------------------------------
 
 
-def weights_of(model: torch.nn.Module) -> Weights:
+def shards_of(model: torch.nn.Module) -> ParameterShards:
     parameters = dict(model.named_parameters())
-    return Weights(parameters, torch.optim.SGD(parameters.values()), gradients=False)
+    return ParameterShards(parameters, torch.optim.SGD(parameters.values()), gradients=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -174,7 +174,7 @@ def test_the_average_moves_and_is_kept(tmp_path, dtype):
     for step in range(3):
         with torch.no_grad():
             weight.add_(0.01)
-        average.after_step(weights_of(model), step, 0.1)
+        average.after_step(shards_of(model), step, 0.1)
         expected = 0.99 * expected + 0.01 * weight.detach()
     found = replica.get_parameter(name)
     assert found.dtype == dtype
@@ -188,7 +188,7 @@ def test_the_average_moves_and_is_kept(tmp_path, dtype):
     again = Average(fresh, 0.99)
     again.load(tmp_path)
     for one in (average, again):
-        one.after_step(weights_of(model), 3, 0.1)
+        one.after_step(shards_of(model), 3, 0.1)
     for key, value in replica.named_parameters():
         assert torch.equal(value, fresh.get_parameter(key)), key
 

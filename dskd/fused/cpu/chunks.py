@@ -224,7 +224,7 @@ def scratch(buffers: int, logits_NV: Tensor) -> Tensor:
     return logits_NV.new_empty(shape, dtype=wide(logits_NV.dtype))
 
 
-def rows_of(scratch_BCV: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+def positions_of(scratch_BCV: Tensor, rows: Rows) -> tuple[Tensor, ...]:
     """As much of the buffers as a chunk fills."""
     count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
     return scratch_BCV[:, :count].unbind()

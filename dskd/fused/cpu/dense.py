@@ -24,7 +24,7 @@ from dskd.fused.cpu.chunks import (
     chunked,
     exponentials,
     live,
-    rows_of,
+    positions_of,
     scratch,
     unweighted,
 )
@@ -74,7 +74,7 @@ def dense_rows(
     buffers = scratch(5, student_NV)
 
     def compute(rows: Rows, shifted: bool) -> Chunk:
-        *own, spare_CV = rows_of(buffers, rows)
+        *own, spare_CV = positions_of(buffers, rows)
         pair = Pair(student, teacher, rows, shifted, own)
         if reverse_N is None:
             loss_C1, terms = KINDS[kind](pair, beta)
@@ -120,7 +120,7 @@ def label_rows(
     buffers = scratch(1, logits_NV)
 
     def compute(rows: Rows, shifted: bool) -> Chunk:
-        (exps_CV,) = rows_of(buffers, rows)
+        (exps_CV,) = positions_of(buffers, rows)
         s_CV = logits.read(rows, shifted)
         total_C1 = exponentials(s_CV, logits.unit, shifted, exps_CV)
         chunk = Chunk([total_C1], [], [(exps_CV, torch.zeros_like(total_C1))])

@@ -22,7 +22,7 @@ from dskd.fused.cpu.chunks import (
     chunked,
     exponentials,
     live,
-    rows_of,
+    positions_of,
     scratch,
 )
 
@@ -57,7 +57,7 @@ def mixture_rows(
     buffers = scratch(3, student_NV)
 
     def compute(rows: Rows, shifted: bool) -> Chunk:
-        es_CV, x_CV, spare_CV = rows_of(buffers, rows)
+        es_CV, x_CV, spare_CV = positions_of(buffers, rows)
         s_CV, total_C1 = student.read(rows, shifted), total_N[rows, None]
         zs_C1 = exponentials(s_CV, student.over, shifted, es_CV)
         totals = [zs_C1]

@@ -29,7 +29,7 @@ from dskd.fused.cpu.chunks import (
     chunked,
     exponentials,
     live,
-    rows_of,
+    positions_of,
     scratch,
 )
 
@@ -72,7 +72,7 @@ def topk_rows(
     buffers = scratch(2, student_NV)
 
     def compute(rows: Rows, shifted: bool) -> Chunk:
-        exps_CV, spare_CV = rows_of(buffers, rows)
+        exps_CV, spare_CV = positions_of(buffers, rows)
         part = _split(student.read(rows, False), slots, rows, shifted)
         if mode == "truncated" and labels is None:
             total_C1, totals = exps_CV.zero_()[:, :1], []

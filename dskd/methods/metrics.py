@@ -1,0 +1,46 @@
+"""What a student is evaluated by: sums over supervised positions, and the numbers made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dskd.batch import Batch, Positions
+from dskd.ops import rows_ce
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Numbers about a student's supervised positions.
+
+    Attributes:
+        sums: of the positions of one batch, float64 [S] with S the same for every batch: what is
+            added up over batches and ranks.
+        results: what the S sums over all rows come to, by name. Whole numbers are counts, which
+            the log does not show.
+    """
+
+    sums: Callable[[Positions, Batch], Tensor]
+    results: Callable[[Sequence[float]], dict[str, float]]
+
+
+def _lm_sums(rows: Positions, batch: Batch) -> Tensor:
+    del batch
+    nll = rows_ce(rows).total.double()
+    return torch.stack([nll, nll.new_tensor(len(rows.labels_N))])
+
+
+def _lm_results(sums: Sequence[float]) -> dict[str, float]:
+    nll, tokens = sums
+    mean = nll / tokens
+    ppl = math.exp(mean) if mean < 700 else math.inf  # beyond, exp overflows
+    return {"nll": mean, "bits": mean / math.log(2), "ppl": ppl, "tokens": int(tokens)}
+
+
+LM_LOSS = Metric(_lm_sums, _lm_results)
+"""The plain LM loss of a supervised position: ``nll`` (nats), ``bits``, ``ppl``, and ``tokens``,
+the number of positions."""

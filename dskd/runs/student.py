@@ -1,0 +1,151 @@
+"""The student in its engine, as a run trains it and as it is exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from dskd.engine import reshard
+from dskd.engine.checkpoints import Saved
+from dskd.engine.ds_config import precision_of
+from dskd.engine.engine import Engine, decay_groups, stage_of
+from dskd.engine.hooks import HookChain, StepHooks
+from dskd.engine.zero import full_shape, sharded_construction
+from dskd.hardness.refresh import HardnessRefresh
+from dskd.models.build import parameter_count
+from dskd.models.frozen import model_of
+from dskd.models.speed import checkpoint_activations, compile_layers
+from dskd.runs.context import Job
+from dskd.settings.model import Model
+from dskd.system import dist
+from dskd.system.log import say
+from dskd.teachers.setup import TeacherSetup
+from dskd.training.objective import Objective
+
+
+@dataclass(frozen=True)
+class StudentInEngine:
+    """A student that DeepSpeed holds.
+
+    Attributes:
+        engine: around ``objective``.
+        objective: holds the student.
+        hooks: what is done around the steps, apart from the loss.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        parameters: their number: ``parameters`` of what is exported, ``trained_parameters`` of what
+            is trained.
+    """
+
+    engine: Engine
+    objective: Objective
+    hooks: StepHooks
+    precision: str
+    parameters: dict[str, int]
+
+
+def build_student(
+    job: Job, settings: Model, ds: dict[str, Any] | None, where: str
+) -> PreTrainedModel:
+    """A model in the student's precision, sharded as ``ds`` says (collective).
+
+    Raises:
+        ConfigError: it cannot be built; the message names the setting ``where``.
+    """
+    with dist.agreed():
+        return model_of(job.run, settings, where, job.prepared, ds, precision_of(job.ds))
+
+
+def student_to_train(job: Job, setup: TeacherSetup, saved: Saved | None) -> StudentInEngine:
+    """The student with all that is done around its steps (collective).
+
+    Args:
+        job: its run.
+        setup: what teaches it.
+        saved: the checkpoint to go on from; None: as the student starts.
+    """
+    return _in_engine(job, setup, saved, training=True)
+
+
+def student_to_export(job: Job, saved: Saved) -> StudentInEngine:
+    """The student of a checkpoint, with no more than what the method has put into it (collective):
+    what keeps teacher and data up to date is of no use any more."""
+    return _in_engine(job, TeacherSetup(), saved, training=False)
+
+
+def _in_engine(
+    job: Job, setup: TeacherSetup, saved: Saved | None, *, training: bool
+) -> StudentInEngine:
+    run, stage = job.run, stage_of(job.ds)
+    ds = _config(job, saved)
+    student = build_student(job, job.student, ds, where="model")
+    # Before the method's hooks, which may put other modules into the student.
+    exported = parameter_count(job.method.exported_config(student.config))
+    with dist.agreed(), sharded_construction(ds):
+        # Again, as the student's config is known now; and before anything is put into it.
+        job.method.check(run, student.config)
+        hooks = _hooks(job, setup, student, training=training)
+    # After the hooks: they wrap layers, also those that were put in.
+    if run.train.activation_checkpointing:
+        checkpoint_activations(student)
+    if run.train.compile:
+        compile_layers(student)
+    trained = sum(full_shape(p).numel() for p in student.parameters())
+    objective = Objective(student, job.method, setup.teacher_of(student))
+    # Groups before the engine: DeepSpeed lays its flat partitions out by them, once.
+    groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
+    engine = Engine(objective, hooks.groups(groups), ds, monitor=training)
+    if saved is not None:
+        # The hooks' state before the weights, for which a compacted student must be one again.
+        hooks.restore(saved.state["hooks"])
+        hooks.load(saved.folder)
+        _load(engine, saved, stage, native=_is_native(job, saved))
+    counts = {"parameters": exported, "trained_parameters": trained}
+    return StudentInEngine(engine, objective, hooks, precision_of(ds), counts)
+
+
+def _hooks(job: Job, setup: TeacherSetup, student: PreTrainedModel, *, training: bool) -> HookChain:
+    """What is done around the steps: the method's part first, which may edit what the others see;
+    then the teacher's, which averages the weights as the method leaves them."""
+    own = job.method.hooks(student, job.run)
+    assert own is None or job.method.remakes_student or not own.defines_export, job.method.kind
+    found = {"method": own, "teacher": setup.hooks}
+    if training and job.hardness is not None:
+        found["data"] = HardnessRefresh(job.hardness, student)
+    return HookChain({name: hooks for name, hooks in found.items() if hooks is not None})
+
+
+def _is_native(job: Job, saved: Saved) -> bool:
+    return reshard.is_native(saved, dist.world(), stage_of(job.ds), precision_of(job.ds))
+
+
+def _config(job: Job, saved: Saved | None) -> dict[str, Any]:
+    """The student's DeepSpeed config, which must say beforehand that a checkpoint of another shape
+    is loaded.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be brought to this shape.
+    """
+    ds, stage = job.ds, stage_of(job.ds)
+    if saved is None or _is_native(job, saved):
+        return ds
+    with dist.agreed():
+        reshard.check(saved, stage, precision_of(ds))
+    if stage == 0:  # DeepSpeed loads no universal checkpoint there; the engine does
+        return ds
+    return {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
+
+
+def _load(engine: Engine, saved: Saved, stage: int, *, native: bool) -> None:
+    """Read weights and optimizer, converted first where the checkpoint has another shape."""
+    if native:
+        engine.load(saved.folder.parent, saved.folder.name)
+        return
+    say(f"converting {saved.folder} (ZeRO-{saved.stage}, {saved.world} ranks)")
+    folder = reshard.convert(saved)
+    if stage:
+        engine.load(folder.parent, folder.name)
+    else:
+        reshard.load_into_plain(engine, folder)
+    reshard.discard(folder)

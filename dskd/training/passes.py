@@ -1,0 +1,162 @@
+"""Forward and backward passes over one effective batch, and gradients that no step follows.
+
+The gradient is that of ``sum_k total_k / count_k`` over the whole effective batch, with the counts
+summed over all micro-batches of all ranks before the first forward: never a mean of means. So it
+does not depend on micro-batch size, accumulation or world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dskd.batch import Batch, Loss, LossCounts, Term
+from dskd.data.counter import mix
+from dskd.engine.engine import Engine
+from dskd.engine.hooks import StepHooks
+from dskd.engine.shards import ParameterShards
+from dskd.system import dist
+
+LOSS = ""
+"""Key of the loss among the parts that it is made of."""
+
+Shares = dict[str, Tensor]
+"""Loss and parts of this rank's micro-batches by name, each divided by the global count of its
+term: float64 scalars on the device, whose sums over the ranks are global means."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over all ranks and micro-batches, float64 scalars on the device, known before the first
+    forward. Nothing waits for them there: the host reads them together with the loss.
+
+    Attributes:
+        by_term: what each term's sum is divided by, 1 where nothing counts.
+        tokens: tokens that are not padding.
+        stop: above 0 if a signal came on one of the ranks.
+    """
+
+    by_term: dict[str, Tensor]
+    tokens: Tensor
+    stop: Tensor
+
+
+def count(
+    counts: LossCounts, batches: Sequence[Batch], device: torch.device, *, stop: bool = False
+) -> Counts:
+    """Add up what the loss is divided by, in one all-reduce.
+
+    Args:
+        counts: of one batch, by term.
+        batches: this rank's micro-batches, on the CPU, so that no count waits for a GPU.
+        device: where the sums are wanted.
+        stop: whether a signal came on this rank.
+    """
+    parts = [counts(batch) for batch in batches]
+    names = sorted(parts[0])
+    sums = [sum(float(part[name]) for part in parts) for name in names]
+    tokens = sum(int(batch.mask_BT.sum()) for batch in batches)
+    mine = torch.tensor([*sums, tokens, stop], dtype=torch.float64)
+    *by_term, tokens_all, stop_any = dist.sum_over_ranks(mine.to(device, non_blocking=True))
+    # A batch in which nothing counts has a loss of 0, not of 0 / 0.
+    divisors = {n: torch.where(v == 0, 1.0, v) for n, v in zip(names, by_term, strict=True)}
+    return Counts(divisors, tokens_all, stop_any)
+
+
+class Passes:
+    """Runs an engine's module over micro-batches.
+
+    Args:
+        engine: holds the objective.
+        hooks: called before every micro-batch.
+        seed: of the run's dropout.
+    """
+
+    def __init__(self, engine: Engine, hooks: StepHooks, seed: int) -> None:
+        self._engine = engine
+        self._hooks = hooks
+        self._seed = seed
+
+    def run(
+        self,
+        batches: Sequence[Batch],
+        counts: Counts,
+        step: int,
+        draw: Sequence[int],
+        loss: Loss | None = None,
+    ) -> Shares:
+        """Add up the gradient of a loss in the engine (collective).
+
+        Args:
+            batches: this rank's micro-batches, on the CPU.
+            counts: theirs.
+            step: completed optimiser steps.
+            draw: integers that tell the random numbers of these passes from those of others.
+            loss: None: the method's.
+        """
+        shares: Shares = {}
+        # All of them before the first pass: the copies overlap with it.
+        moved = [batch.to(self._engine.device) for batch in batches]
+        for micro, batch in enumerate(moved):
+            last = micro == len(moved) - 1
+            # Dropout is a function of its coordinates, so that there is no generator state to save.
+            parts = (self._seed, *draw, micro, dist.rank())
+            torch.manual_seed(int(mix(*parts)) & (2**63 - 1))
+            self._hooks.before_micro_batch(last)
+            terms = self._engine.forward(batch, step, loss)
+            totals = [term.total / counts.by_term[name] for name, term in terms.items()]
+            self._engine.backward(torch.stack(totals).sum(), last)
+            _add(shares, terms, counts)
+        return shares
+
+
+def _add(shares: Shares, terms: Mapping[str, Term], counts: Counts) -> None:
+    """Add a micro-batch's loss and parts, each divided by the global count of its term."""
+    for name, term in terms.items():
+        for part, total in {LOSS: term.total, **term.parts}.items():
+            share = total.detach().double() / counts.by_term[name]
+            shares[part] = shares.get(part, 0) + share
+
+
+class GradientProbe:
+    """The :class:`~dskd.engine.hooks.Probe` of one step.
+
+    Args:
+        passes: of ``engine``.
+        engine: between two steps, without a gradient.
+        counts: the method's.
+        step: completed optimiser steps.
+        position: of the step's batch in the stream of batches.
+    """
+
+    def __init__(
+        self, passes: Passes, engine: Engine, counts: LossCounts, step: int, position: int
+    ) -> None:
+        self._passes = passes
+        self._engine = engine
+        self._counts = counts
+        self._step = step
+        self._position = position
+        self._calls = 0
+
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        loss: Loss | None = None,
+        counts: LossCounts | None = None,
+    ) -> ParameterShards:
+        """The gradient of a loss over all ranks' micro-batches; see the protocol."""
+        self.forget()
+        self._calls += 1
+        counted = count(self._counts if counts is None else counts, batches, self._engine.device)
+        # Negative: no micro-batch of the step draws the same numbers.
+        self._passes.run(batches, counted, self._step, (self._position, -self._calls), loss)
+        return self._engine.weights(gradients=True)
+
+    def forget(self) -> None:
+        """Drop the gradient of the last call, if there was one."""
+        if self._calls:
+            self._engine.forget()

@@ -1,0 +1,127 @@
+"""Metrics on named sets: the numbers of a plain model, for any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dskd.batch import IGNORE, Batch, Positions
+from dskd.data.loader import make_batch
+from dskd.errors import DataError
+from dskd.methods.lm import LanguageModelling
+from dskd.methods.metrics import LM_LOSS, Metric
+from dskd.models.families import positions_of
+from dskd.training.evaluation import EvaluationSet, by_key, evaluate
+from dskd.training.objective import Objective
+from tests.models.tiny import BLOCK, make
+from tests.ranks import run_ranks
+
+METHOD = LanguageModelling(kind="lm")
+NAMES = ["eval", "other"]
+
+
+class Rowset:
+    """Random rows of different lengths."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        self.ids_RT = random.integers(5, 43, (count, BLOCK))
+        self.lengths_R = random.integers(4, BLOCK, count)
+
+    def __len__(self) -> int:
+        return len(self.ids_RT)
+
+    def read(self, row_ids_B):
+        return self.ids_RT[row_ids_B], self.lengths_R[row_ids_B]
+
+    def domains_B(self, row_ids_B):
+        return np.zeros_like(row_ids_B)
+
+
+def third(row_ids_B, epochs_B, ids_BT, lengths_B):
+    """Every third token is predicted."""
+    assert not epochs_B.any()
+    places_T = np.arange(BLOCK)
+    chosen_BT = (places_T < lengths_B[:, None]) & (places_T % 3 == 1)
+    return np.where(chosen_BT, 4, ids_BT), np.where(chosen_BT, ids_BT, IGNORE)
+
+
+def none(row_ids_B, epochs_B, ids_BT, lengths_B):
+    return ids_BT, np.full_like(ids_BT, IGNORE)
+
+
+def accuracy_sums(rows: Positions, batch: Batch) -> Tensor:
+    right_N = rows.logits_NV.argmax(1) == rows.labels_N
+    assert len(right_N) == int(batch.supervised_BT.sum())
+    return torch.stack([right_N.double().sum(), torch.tensor(float(len(right_N))).double()])
+
+
+def accuracy_results(sums: Sequence[float]) -> dict[str, float]:
+    return {"accuracy": sums[0] / sums[1]}
+
+
+ACCURACY = Metric(accuracy_sums, accuracy_results)
+
+
+def sets() -> list[EvaluationSet]:
+    return [
+        EvaluationSet("eval", Rowset(11, 1), third),
+        EvaluationSet("other", Rowset(9, 2), third, limit=4),
+    ]
+
+
+def _evaluated(rank: int) -> dict[str, float]:
+    objective = Objective(make("bert").train(), METHOD, None)
+    found = evaluate(
+        objective, sets(), [LM_LOSS, ACCURACY], micro_batch=2, device=torch.device("cpu")
+    )
+    assert objective.training and objective.student.training  # the modes are put back
+    return by_key(found)
+
+
+def plain(each: EvaluationSet, row_ids: list[int]) -> tuple[float, float, int]:
+    """NLL, share of right tokens and number of tokens, by HuggingFace's forward."""
+    model = make("bert").eval()
+    ids = np.array(row_ids)
+    batch = make_batch(each.rows, each.view, ids, ids * 0, None)
+    with torch.no_grad():
+        logits_NV = positions_of(model, batch).logits_NV
+    nll = torch.nn.functional.cross_entropy(logits_NV, batch.labels_N)
+    right = (logits_NV.argmax(1) == batch.labels_N).double().mean()
+    return nll.item(), right.item(), len(batch.labels_N)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_metrics_of_each_set_by_name(world):
+    """Two metrics on two sets, of which one takes some rows; ranks with and without rows."""
+    eval_set, other = sets()
+    wanted = {"eval": plain(eval_set, list(range(11))), "other": plain(other, [0, 2, 4, 6])}
+    for found in run_ranks(_evaluated, world=world):
+        assert list(found) == [
+            f"{name}_{metric}"
+            for name in NAMES
+            for metric in ("nll", "bits", "ppl", "tokens", "accuracy")
+        ]
+        for name, (nll, right, tokens) in wanted.items():
+            assert found[f"{name}_nll"] == pytest.approx(nll, rel=1e-6)
+            assert found[f"{name}_bits"] == pytest.approx(nll / math.log(2), rel=1e-6)
+            assert found[f"{name}_ppl"] == pytest.approx(math.exp(nll), rel=1e-5)
+            assert found[f"{name}_accuracy"] == pytest.approx(right)
+            assert found[f"{name}_tokens"] == tokens
+
+
+def test_rows_without_a_predicted_token_are_refused():
+    objective = Objective(make("bert"), METHOD, None)
+    with pytest.raises(DataError, match="no token of the 5 validation rows is predicted"):
+        evaluate(
+            objective,
+            [EvaluationSet("eval", Rowset(5, 1), none)],
+            [LM_LOSS],
+            micro_batch=2,
+            device=torch.device("cpu"),
+        )

@@ -1,0 +1,180 @@
+"""Gradients that no step follows: those of a plain model, and no trace of them in the training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dskd.batch import Batch, Positions, Signal, Term
+from dskd.engine.checkpoints import Selection
+from dskd.engine.engine import Engine, decay_groups
+from dskd.engine.hooks import Probe, StepHooks
+from dskd.engine.shards import ParameterShards
+from dskd.methods.lm import LanguageModelling
+from dskd.models.families import positions_of
+from dskd.settings.run import Run, Train
+from dskd.system import dist
+from dskd.training.objective import Objective
+from dskd.training.trainer import Progress, Trainer
+from tests.models.tiny import batch, loss_of, make, without_dropout
+from tests.ranks import run_ranks
+
+STEPS, MICRO, ROWS = 3, 2, 4
+METHOD = LanguageModelling(kind="lm")
+
+
+def settings(stage: int, precision: str, world: int) -> dict[str, Any]:
+    """A DeepSpeed config of two micro-batches a step; ZeRO-3 keeps small parameters whole."""
+    optimizer = {"lr": 0.01, "betas": [0.9, 0.99], "eps": 1e-3, "weight_decay": 0.0}
+    return {
+        "train_batch_size": MICRO * ROWS,
+        "train_micro_batch_size_per_gpu": ROWS // world,
+        "gradient_accumulation_steps": MICRO,
+        "gradient_clipping": 0.5,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 40},
+        "zero_force_ds_cpu_optimizer": False,
+        "optimizer": {"type": "AdamW", "params": optimizer | {"torch_adam": True}},
+        "bf16": {"enabled": precision == "bf16"},
+    }
+
+
+def micro_batches(seed: int, number: int = MICRO) -> list[Batch]:
+    """The rows of all ranks; lengths and supervised positions differ from row to row."""
+    return [batch(ROWS, seed=100 * seed + micro) for micro in range(number)]
+
+
+def own(batches: list[Batch]) -> list[Batch]:
+    """This rank's part of them."""
+    return [each.select(torch.arange(ROWS)[dist.rank() :: dist.world()]) for each in batches]
+
+
+class Stream:
+    """Stands in for the loader."""
+
+    position = 0
+
+    def next_step(self) -> list[Batch]:
+        self.position += 1
+        return own(micro_batches(self.position))
+
+
+def mean_square(rows: Positions, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
+    """Another loss, with a count of its own."""
+    assert signal is None
+    return {"squares": Term((rows.logits_NV.float() ** 2).sum(), {})}
+
+
+def rows_and_a_half(batch: Batch) -> dict[str, float]:
+    return {"squares": len(batch.row_ids_B) + 0.5}
+
+
+class LooksBack(StepHooks):
+    """Takes two gradients before every step and, if ``model`` is given, compares them with those of
+    a plain float64 model, relative to the largest entry."""
+
+    def __init__(self, model: torch.nn.Module | None) -> None:
+        self.model = model
+        self.worst: list[float] = []
+
+    def before_passes(self, probe: Probe, step: int) -> None:
+        memory = micro_batches(90 + step, number=3)  # not as many as the step has
+        self.compare(probe(own(memory)), memory, self.label_loss)
+        other = micro_batches(70 + step, number=1)
+        found = probe(own(other), mean_square, rows_and_a_half)
+        self.compare(found, other, self.square_loss)
+
+    def label_loss(self, batches: list[Batch]) -> Tensor:
+        count = sum(int(each.supervised_BT.sum()) for each in batches)
+        return sum(loss_of(self.model, each) for each in batches) / count
+
+    def square_loss(self, batches: list[Batch]) -> Tensor:
+        count = sum(len(each.row_ids_B) for each in batches) + 0.5 * dist.world() * len(batches)
+        return (
+            sum((positions_of(self.model, each).logits_NV ** 2).sum() for each in batches) / count
+        )
+
+    def compare(self, found: ParameterShards, batches: list[Batch], loss: Any) -> None:
+        shards = list(found.shards())
+        assert all(shard.gradient is not None for shard in shards)
+        if self.model is None:
+            return
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, whole in found.wholes(parameters):
+                parameters[name].copy_(whole)
+        gradients = torch.autograd.grad(loss(batches), list(parameters.values()))
+        wanted = {n: g.flatten() for n, g in zip(parameters, gradients, strict=True)}
+        largest = max(float(gradient.abs().max()) for gradient in gradients)
+        for shard in shards:
+            part = wanted[shard.name][shard.start : shard.start + len(shard.gradient)]
+            difference = (shard.gradient.double() - part).abs().max().item()
+            self.worst.append(difference / largest)
+
+
+def trained(
+    rank: int, stage: int, world: int, precision: str, hooks: LooksBack | None, dropout: bool
+) -> tuple[list[float], dict[str, list[float]], list[float]]:
+    """Losses and norms of a few steps, the weights at the end, and the largest differences."""
+    del rank
+    ds = settings(stage, precision, world)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = make("bert", ds=ds, dtype=dtype)
+    model = model.train() if dropout else without_dropout(model)
+    objective = Objective(model, METHOD, None)
+    engine = Engine(objective, decay_groups(objective, 0.01, False), ds, monitor=False)
+    progress = Progress()
+    trainer = Trainer(
+        run=Run(train=Train(steps=STEPS, lr=0.01)),
+        precision=precision,
+        method=METHOD,
+        hooks=StepHooks() if hooks is None else hooks,
+        engine=engine,
+        loader=Stream(),
+        evaluate=dict,
+        scored=Selection(),
+        checkpoints=None,
+        metrics=None,
+        progress=progress,
+    )
+    numbers = []
+    for _ in range(STEPS):
+        result = trainer.step(stop=False)
+        assert result.applied
+        progress.step += 1
+        numbers += [result.loss, result.grad_norm]
+    names = [name for name, _ in model.named_parameters()]
+    weights = engine.weights(gradients=False).wholes(names)
+    found = {name: whole.tolist() for name, whole in weights}
+    return numbers, found, [] if hooks is None else hooks.worst
+
+
+GEOMETRIES = [(stage, world) for stage in (0, 1, 2, 3) for world in (1, 2)]
+
+
+@pytest.mark.parametrize(("stage", "world"), GEOMETRIES)
+def test_a_probe_gives_the_gradient_of_a_plain_model(stage, world):
+    """At every step, over more and fewer micro-batches than the step's, also of another loss."""
+    plain = without_dropout(make("bert")).double()
+    for _, _, worst in run_ranks(
+        trained, stage, world, "fp32", LooksBack(plain), False, world=world
+    ):
+        assert len(worst) >= 2 * STEPS
+        assert max(worst) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "precision"),
+    [(stage, 2, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+    + [(0, 1, "fp32"), (1, 1, "fp32")],
+)
+def test_a_probe_leaves_no_trace(stage, world, precision):
+    """Loss, norm and weights are those of a run without, to the bit, dropout included."""
+    with_probe, without = (
+        run_ranks(trained, stage, world, precision, hooks, True, world=world)
+        for hooks in (LooksBack(None), None)
+    )
+    assert with_probe == without

@@ -118,13 +118,13 @@ def _train(job: Job, summary: Path) -> None:
         renewal = Renewal(job.hardness, lambda: engine.module.student)
     loader = Loader(
         prepared.train,
-        job.view,
+        setup.view or job.view,
         batch=run.train.batch,
         micro_batch=run.train.micro_batch,
         rank=dist.rank(),
         world=dist.world(),
         seed=run.seed,
-        attach=setup.attach or job.attach,
+        readers=(*job.readers, *setup.readers),
         ready=None if renewal is None else lambda position: not renewal.due(position),
         position=progress.position,
         pin=job.device.type == "cuda",
@@ -178,7 +178,7 @@ def _some_rows(job: Job) -> Batch:
     """A few validation rows."""
     rows = job.prepared.validation
     ids_B = np.arange(min(len(rows), job.run.evaluation.micro_batch), dtype=np.int64)
-    return make_batch(rows, job.validation_view, ids_B, np.zeros_like(ids_B), None)
+    return make_batch(rows, job.validation_view, ids_B, np.zeros_like(ids_B))
 
 
 def evaluate_export(job: Job) -> None:

@@ -50,10 +50,11 @@ def evaluate(
         row_ids_B = own[first : first + micro_batch]
         counted = len(row_ids_B) > 0
         row_ids_B = row_ids_B if counted else row_ids[:1]
-        batch = make_batch(rows, view, row_ids_B, np.zeros_like(row_ids_B), None).to(device)
-        nll = forward(batch)["nll"].total.double()
+        batch = make_batch(rows, view, row_ids_B, np.zeros_like(row_ids_B))
+        nll = forward(batch.to(device))["nll"].total.double()
         if counted:
-            total += torch.stack([nll, batch.supervised()])
+            total[0] += nll
+            total[1] += batch.supervised
     nll, tokens = dist.sum_over_ranks(total).tolist()
     if not tokens:
         raise DataError(f"no token of the {count} validation rows is predicted; use more rows")

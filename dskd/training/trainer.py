@@ -171,8 +171,9 @@ class Trainer:
     def step(self, stop: bool) -> Taken:
         """Forward, backward and optimiser step over one effective batch."""
         progress, engine = self._progress, self._engine
-        batches = [batch.to(engine.device) for batch in self._loader.next_step()]
+        batches = self._loader.next_step()
         counts = self._count(batches, stop)
+        batches = [batch.to(engine.device) for batch in batches]
         shares: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             self._seed(micro)
@@ -210,9 +211,9 @@ class Trainer:
         parts = [self._method.counts(batch) for batch in batches]
         names = sorted(parts[0])
         values = [sum(part[name] for part in parts) for name in names]
-        tokens = sum(batch.mask_BT.sum() for batch in batches)
-        flag = torch.tensor(float(stop), device=self._engine.device)
-        whole = torch.stack([*(v.double() for v in values), tokens.double(), flag.double()])
+        tokens = float(sum(batch.tokens for batch in batches))
+        whole = torch.tensor([*values, tokens, float(stop)], dtype=torch.float64)
+        whole = whole.to(self._engine.device)
         *sums, tokens, flag = dist.sum_over_ranks(whole)
         by_term = {n: torch.where(v == 0, 1.0, v) for n, v in zip(names, sums, strict=True)}
         return Counts(by_term, int(tokens), bool(flag))

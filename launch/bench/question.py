@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from dskd.data.loader import sequential
-from dskd.data.prepared import Prepared
+from dskd.data.loader import make_batch
+from dskd.data.prepared import Prepared, RowBatch
 from dskd.hardness.question import question
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness, describe
@@ -74,9 +74,11 @@ class RandomRows:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def read(self, row_ids_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(ids_BT, lengths_B)``."""
-        return self._ids[row_ids_B], np.full(len(row_ids_B), self.block_size)
+    def rows(self, row_ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> RowBatch:
+        """The rows with these ids."""
+        lengths_B = np.full(len(row_ids_B), self.block_size)
+        domains_B = self.domains_B(row_ids_B)
+        return RowBatch(row_ids_B, epochs_B, domains_B, self._ids[row_ids_B], lengths_B)
 
     def domains_B(self, row_ids_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """All of one domain."""
@@ -125,9 +127,10 @@ class Case:
     def plain(self) -> Tensor:
         """The cross entropy of every token, by HuggingFace's forward."""
         found = []
-        options = {"begin": 0, "end": len(self.rows), "micro_batch": self.masking.micro_batch}
-        for here in sequential(self.rows, self.view, **options, epoch=0):
-            batch = here.to(self.device)
+        step = self.masking.micro_batch
+        for begin in range(0, len(self.rows), step):
+            row_ids = np.arange(begin, min(begin + step, len(self.rows)))
+            batch = make_batch(self.rows, self.view, row_ids, row_ids * 0).to(self.device)
             logits_BTV = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits
             logits_NV, labels_N = logits_BTV.flatten(0, 1).float(), batch.labels_BT.flatten()
             found.append(cross_entropy(logits_NV, labels_N, reduction="none"))
@@ -151,7 +154,7 @@ class Case:
         """Largest relative difference of the store from the plain cross entropy."""
         self.question()
         row_ids = np.arange(len(self.rows))
-        nll_BT, _ = Hardness(self.folder, {}).read(row_ids, *self.rows.read(row_ids))
+        nll_BT, _ = Hardness(self.folder, {}).read(self.rows.rows(row_ids, row_ids * 0))
         return float((torch.from_numpy(nll_BT).flatten() / self.plain() - 1).abs().max())
 
     def peaks(self) -> dict[str, int | str]:

@@ -8,7 +8,7 @@ teacher, K kept logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -21,57 +21,115 @@ IGNORE = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch on one rank.
+    """One micro-batch on one rank, made by :meth:`of` on the CPU.
+
+    What is counted stays on the CPU, wherever the batch is moved: a number that is read from a GPU
+    waits for all the work before it.
 
     Attributes:
-        row_ids_B: int64, stable ids of the rows in the prepared data.
-        domains_B: int64, index of each row's domain.
+        row_ids_B: int64 on the CPU, stable ids of the rows in the prepared data.
+        domains_B: int64 on the CPU, index of each row's domain.
+        lengths_B: int64 on the CPU, real tokens of each row.
+        counts_B: int64 on the CPU, supervised positions of each row.
         ids_BT: int64 input tokens (after masking, for masked LMs), right-padded.
         mask_BT: int64, 1 on real tokens and 0 on padding.
         labels_BT: int64, aligned with the logits of the same position (already shifted for causal
             LMs); ``IGNORE`` where the position is not supervised.
-        extra: further tensors by name, whose first axis is B or N as their maker says.
+        positions_N: int64, where the supervised positions are in the flattened [B * T].
+        labels_N: int64, their labels.
+        columns: further tensors by name, whose first axis is B or N as their reader says
+            (:class:`dskd.data.views.Reader`, which has the name as a constant beside it).
     """
 
     row_ids_B: Tensor
     domains_B: Tensor
+    lengths_B: Tensor
+    counts_B: Tensor
     ids_BT: Tensor
     mask_BT: Tensor
     labels_BT: Tensor
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    positions_N: Tensor
+    labels_N: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @cached_property
-    def supervised_BT(self) -> Tensor:
-        """Bool, the positions that carry a label."""
-        return self.labels_BT != IGNORE
+    @staticmethod
+    def of(
+        *,
+        row_ids_B: Tensor,
+        domains_B: Tensor,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        labels_BT: Tensor,
+        columns: Mapping[str, Tensor] | None = None,
+    ) -> Batch:
+        """The batch of some tensors on the CPU; the positions and what is counted are found here.
 
-    def supervised(self) -> Tensor:
-        """Number of supervised positions, a float64 scalar (sums over ranks pass 2^24)."""
-        return self.supervised_BT.sum().to(torch.float64)
+        The arguments are the attributes of the same names.
+        """
+        supervised_BT = labels_BT != IGNORE
+        positions_N = supervised_BT.flatten().nonzero().squeeze(1)
+        counts_B = supervised_BT.sum(1)
+        columns = {} if columns is None else columns
+        for name, column in columns.items():
+            assert len(column) in (len(counts_B), len(positions_N)), (name, column.shape)
+        return Batch(
+            row_ids_B=row_ids_B,
+            domains_B=domains_B,
+            lengths_B=mask_BT.sum(1),
+            counts_B=counts_B,
+            ids_BT=ids_BT,
+            mask_BT=mask_BT,
+            labels_BT=labels_BT,
+            positions_N=positions_N,
+            labels_N=labels_BT.flatten().index_select(0, positions_N),
+            columns=columns,
+        )
 
     @property
-    def labels_N(self) -> Tensor:
-        """The labels of the supervised positions, in the order of the batch."""
-        return self.labels_BT[self.supervised_BT]
+    def supervised(self) -> int:
+        """Number of supervised positions."""
+        return int(self.counts_B.sum())
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return int(self.lengths_B.sum())
+
+    @property
+    def supervised_BT(self) -> Tensor:
+        """Bool, the positions that carry a label. Not to index by on a GPU, which waits for the
+        number of trues: that is what ``positions_N`` is for."""
+        return self.labels_BT != IGNORE
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with every tensor on ``device`` (asynchronous copies from pinned memory)."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if f.name != "extra"
-        }
-        extra = {k: v.to(device, non_blocking=True) for k, v in self.extra.items()}
-        return replace(self, **moved, extra=extra)
+        """The batch with what a model reads on ``device`` (asynchronous copies from pinned
+        memory)."""
+        return self._copied(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The batch with what a model reads in page-locked memory."""
+        return self._copied(Tensor.pin_memory)
 
     def select(self, rows_S: Tensor) -> Batch:
-        """The sub-batch of the rows with the given indices (``extra`` is not carried)."""
-        return Batch(
+        """The sub-batch, of a batch on the CPU, of the rows with the given indices (``columns`` are
+        not carried)."""
+        return Batch.of(
             row_ids_B=self.row_ids_B[rows_S],
             domains_B=self.domains_B[rows_S],
             ids_BT=self.ids_BT[rows_S],
             mask_BT=self.mask_BT[rows_S],
             labels_BT=self.labels_BT[rows_S],
+        )
+
+    def _copied(self, copy: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            ids_BT=copy(self.ids_BT),
+            mask_BT=copy(self.mask_BT),
+            labels_BT=copy(self.labels_BT),
+            positions_N=copy(self.positions_N),
+            labels_N=copy(self.labels_N),
+            columns={name: copy(column) for name, column in self.columns.items()},
         )
 
 

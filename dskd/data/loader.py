@@ -10,9 +10,8 @@ Shape letters: B rows, T tokens, N supervised positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,40 +20,25 @@ from torch import Tensor
 
 from dskd.batch import Batch
 from dskd.data.counter import mix
-from dskd.data.prepared import RowSet
-from dskd.data.views import View
+from dskd.data.prepared import RowBatch, RowSet
+from dskd.data.views import Reader, Shown, View
 from dskd.errors import ConfigError
 
 _ORDER = 5  # stream of random numbers, apart from those of the masks
-
-
-class Attachment(NamedTuple):
-    """What a stored teacher brings: the masks that its logits belong to, and the logits."""
-
-    inputs_BT: NDArray[np.int64]
-    labels_BT: NDArray[np.int64]
-    extra: dict[str, np.ndarray]
-
-
-Attach = Callable[
-    [NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
-    Attachment,
-]
-"""``attach(row_ids_B, domains_B, epochs_B, ids_BT, lengths_B)``."""
 
 
 class Loader:
     """One rank's endless stream of optimiser steps; the next one is made in a thread meanwhile.
 
     Args:
-        rows: the training rows.
-        view: masks them.
+        rowset: the training rows.
+        view: makes inputs and labels of them.
         batch: rows of an optimiser step over all ranks.
         micro_batch: rows of a forward pass on a rank.
         rank: this rank.
         world: number of ranks.
         seed: of the order.
-        attach: replaces the view where a store holds the masks.
+        readers: add columns to the batches.
         ready: whether the batch of a position can be made yet; None: always. It is made when it is
             asked for, not before, if it could not be by then.
         position: optimiser steps already taken.
@@ -66,7 +50,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: RowSet,
+        rowset: RowSet,
         view: View,
         *,
         batch: int,
@@ -74,7 +58,7 @@ class Loader:
         rank: int,
         world: int,
         seed: int,
-        attach: Attach | None = None,
+        readers: Sequence[Reader] = (),
         ready: Callable[[int], bool] | None = None,
         position: int = 0,
         pin: bool = False,
@@ -85,16 +69,16 @@ class Loader:
                 f"the number of ranks ({world})"
             )
         self.position = position
-        self._rows = rows
+        self._rowset = rowset
         self._view = view
         self._batch = batch
         self._micro_batch = micro_batch
         self._rank = rank
         self._world = world
-        self._attach = attach
+        self._readers = readers
         self._ready = ready
         self._pin = pin
-        self._order = _Order(len(rows), seed)
+        self._order = _Order(len(rowset), seed)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dskd-loader")
         self._next = self._ahead()
 
@@ -121,8 +105,8 @@ class Loader:
         for begin in range(0, self._batch, per_round):
             first = step * self._batch + begin + self._rank * self._micro_batch
             row_ids_B, epochs_B = self._order.take(first, self._micro_batch)
-            batch = make_batch(self._rows, self._view, row_ids_B, epochs_B, self._attach)
-            batches.append(_pinned(batch) if self._pin else batch)
+            batch = make_batch(self._rowset, self._view, row_ids_B, epochs_B, self._readers)
+            batches.append(batch.pinned() if self._pin else batch)
         self._order.forget(before=(step + 1) * self._batch)
         return batches
 
@@ -156,49 +140,39 @@ class _Order:
         return self._epochs[epoch]
 
 
-def sequential(
-    rows: RowSet, view: View, *, begin: int, end: int, micro_batch: int, epoch: int
-) -> Iterator[Batch]:
-    """Rows ``begin`` to ``end - 1`` in order, as in ``epoch``; the last batch may be short."""
-    for first in range(begin, end, micro_batch):
-        row_ids_B = np.arange(first, min(first + micro_batch, end), dtype=np.int64)
-        yield make_batch(rows, view, row_ids_B, np.full_like(row_ids_B, epoch), None)
-
-
 def make_batch(
-    rows: RowSet,
+    rowset: RowSet,
     view: View,
     row_ids_B: NDArray[np.int64],
     epochs_B: NDArray[np.int64],
-    attach: Attach | None,
+    readers: Sequence[Reader] = (),
 ) -> Batch:
-    """The batch of the given rows as the given epochs show them."""
-    ids_BT, lengths_B = rows.read(row_ids_B)
-    domains_B = rows.domains_B(row_ids_B)
-    if attach is None:
-        seen = Attachment(*view(row_ids_B, epochs_B, ids_BT, lengths_B), extra={})
-    else:
-        seen = attach(row_ids_B, domains_B, epochs_B, ids_BT, lengths_B)
-    mask_BT = np.arange(ids_BT.shape[1]) < lengths_B[:, None]
-    return Batch(
-        row_ids_B=torch.from_numpy(row_ids_B),
-        domains_B=torch.from_numpy(domains_B),
-        ids_BT=torch.from_numpy(seen.inputs_BT),
-        mask_BT=torch.from_numpy(mask_BT.astype(np.int64)),
-        labels_BT=torch.from_numpy(seen.labels_BT),
-        extra={name: torch.from_numpy(array) for name, array in seen.extra.items()},
+    """The batch, on the CPU, of the given rows as the given epochs show them.
+
+    Args:
+        rowset: where the rows are.
+        view: makes inputs and labels of them.
+        row_ids_B: ids of the rows.
+        epochs_B: the epoch of each.
+        readers: add columns, each its own.
+    """
+    rows = rowset.rows(row_ids_B, epochs_B)
+    shown = view(rows)
+    return Batch.of(
+        row_ids_B=torch.from_numpy(rows.ids_B),
+        domains_B=torch.from_numpy(rows.domains_B),
+        ids_BT=torch.from_numpy(shown.inputs_BT),
+        mask_BT=torch.from_numpy(rows.real_BT.astype(np.int64)),
+        labels_BT=torch.from_numpy(shown.labels_BT),
+        columns=_columns(rows, shown, readers),
     )
 
 
-def _pinned(batch: Batch) -> Batch:
-    def pin(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory()
-
-    return Batch(
-        row_ids_B=pin(batch.row_ids_B),
-        domains_B=pin(batch.domains_B),
-        ids_BT=pin(batch.ids_BT),
-        mask_BT=pin(batch.mask_BT),
-        labels_BT=pin(batch.labels_BT),
-        extra={name: pin(tensor) for name, tensor in batch.extra.items()},
-    )
+def _columns(rows: RowBatch, shown: Shown, readers: Sequence[Reader]) -> Mapping[str, Tensor]:
+    """What the readers add, by the name of the column."""
+    columns: dict[str, Tensor] = {}
+    for reader in readers:
+        for name, array in reader(rows, shown).items():
+            assert name not in columns, f"two readers make the column {name!r}"
+            columns[name] = torch.from_numpy(array)
+    return columns

@@ -21,7 +21,7 @@ import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,33 @@ from dskd.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from dskd.errors import DataError
 from dskd.settings.data import Data, HubSource, PretrainedTokenizer, Source
 from dskd.system.files import file_hash, fingerprint, read_manifest, sync_folder
+
+
+class RowBatch(NamedTuple):
+    """Some rows of a split as the data holds them, and the epoch that each of them is read in.
+
+    Attributes:
+        ids_B: int64, row ids, in any order, repeated or not.
+        epochs_B: int64, the epoch of each row, on which its view depends.
+        domains_B: int64, index of each row's domain in ``Prepared.domains``.
+        tokens_BT: int64, the rows' own tokens, right-padded.
+        lengths_B: int64, number of tokens of each row without padding.
+    """
+
+    ids_B: NDArray[np.int64]
+    epochs_B: NDArray[np.int64]
+    domains_B: NDArray[np.int64]
+    tokens_BT: NDArray[np.int64]
+    lengths_B: NDArray[np.int64]
+
+    @property
+    def real_BT(self) -> NDArray[np.bool_]:
+        """Bool, true for tokens and false for padding."""
+        return np.arange(self.tokens_BT.shape[1]) < self.lengths_B[:, None]
+
+    def select(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> RowBatch:
+        """The rows at some places of the batch (integers, or bools [B]); T stays as it is."""
+        return RowBatch(*(array[index] for array in self))
 
 
 class RowSet:
@@ -59,23 +86,20 @@ class RowSet:
     def __len__(self) -> int:
         return len(self._domains)
 
-    def read(self, row_ids_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows with these ids.
+    def rows(self, row_ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> RowBatch:
+        """The rows with these ids, each to be read in its epoch.
 
-        Returns:
-            ids_BT: int64, right-padded; T is the longest row's length rounded up to a multiple of
-                8, but at most ``block_size``.
-            lengths_B: int64.
+        T is the longest row's length rounded up to a multiple of 8, but at most ``block_size``.
         """
         begins_B = self._offsets[row_ids_B]
         lengths_B = self._offsets[row_ids_B + 1] - begins_B
         width = min(-(-int(lengths_B.max()) // 8) * 8, self.block_size)
-        ids_BT = np.full((len(row_ids_B), width), self._pad, dtype=np.int64)
+        tokens_BT = np.full((len(row_ids_B), width), self._pad, dtype=np.int64)
         for b, (begin, length) in enumerate(
             zip(begins_B.tolist(), lengths_B.tolist(), strict=True)
         ):
-            ids_BT[b, :length] = self._ids[begin : begin + length]
-        return ids_BT, lengths_B
+            tokens_BT[b, :length] = self._ids[begin : begin + length]
+        return RowBatch(row_ids_B, epochs_B, self.domains_B(row_ids_B), tokens_BT, lengths_B)
 
     def domains_B(self, row_ids_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index of each row's domain in ``Prepared.domains``, int64."""

@@ -1,4 +1,5 @@
-"""Views: what a row looks like to the model in an epoch (inputs) and what is asked of it (labels).
+"""Views: what a model sees of a row in an epoch (inputs) and what it predicts there (labels); and
+readers, which add further columns to a batch.
 
 Masked LMs see BERT's masks (Devlin et al. 2019, section 3.1: 80 % mask token, 10 % random, 10 % as
 it was). Every mask is a pure function of (seed, draw, row id, position), ``draw`` being the epoch
@@ -9,7 +10,8 @@ Shape letters: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +20,31 @@ from transformers import PreTrainedTokenizerBase
 from dskd.batch import IGNORE
 from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
 from dskd.data.mask_draws import Replacer, maskable, number, order_keys, smallest
+from dskd.data.prepared import RowBatch
 from dskd.data.tokenizers import continues_word, special_ids, tokenizer_fingerprint
 from dskd.errors import ConfigError
 from dskd.settings.data import Data, Masking, MaskShares
 from dskd.system.files import fingerprint
 
 
+class Shown(NamedTuple):
+    """What a model sees of some rows, and what it predicts.
+
+    Attributes:
+        inputs_BT: int64, the tokens that the model sees.
+        labels_BT: int64, aligned with the logits of the same place; ``IGNORE`` where nothing is
+            predicted.
+    """
+
+    inputs_BT: NDArray[np.int64]
+    labels_BT: NDArray[np.int64]
+
+
 class View(Protocol):
-    """Turns rows into inputs and labels; the same for the same arguments, always.
+    """Turns rows into inputs and labels; the same for the same rows and epochs, always.
+
+    A view may some day return other rows than it got (some left out, or repeated), so what is made
+    of a batch goes by the rows that are shown and not by those that were read.
 
     ``draws`` is the number of different views of a row (epoch e shows number ``e % draws``), None
     for one per epoch; ``fingerprint`` covers everything else that the result depends on.
@@ -34,14 +53,17 @@ class View(Protocol):
     draws: int | None
     fingerprint: str
 
-    def __call__(
-        self,
-        row_ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)``, int64; labels are IGNORE where nothing is asked."""
+    def __call__(self, rows: RowBatch) -> Shown:
+        """What the model sees of ``rows``, each in its epoch, and what it predicts there."""
+        ...
+
+
+class Reader(Protocol):
+    """Adds columns to a batch, such as a stored teacher's logits."""
+
+    def __call__(self, rows: RowBatch, shown: Shown) -> Mapping[str, np.ndarray]:
+        """Columns by name; the first axis of each is B (the rows) or N (the supervised positions
+        of ``shown``, in row-major order)."""
         ...
 
 
@@ -51,18 +73,13 @@ class CausalView:
     draws: int | None = 1
     fingerprint: str = fingerprint({"view": "causal"})
 
-    def __call__(
-        self,
-        row_ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(ids_BT, labels_BT)``; see :class:`View`."""
-        labels_BT = np.full_like(ids_BT, IGNORE)
-        labels_BT[:, :-1] = ids_BT[:, 1:]
-        labels_BT[np.arange(ids_BT.shape[1]) >= lengths_B[:, None] - 1] = IGNORE
-        return ids_BT, labels_BT
+    def __call__(self, rows: RowBatch) -> Shown:
+        """The rows as they are, each token's successor as its label; see :class:`View`."""
+        tokens_BT = rows.tokens_BT
+        labels_BT = np.full_like(tokens_BT, IGNORE)
+        labels_BT[:, :-1] = tokens_BT[:, 1:]
+        labels_BT[np.arange(tokens_BT.shape[1]) >= rows.lengths_B[:, None] - 1] = IGNORE
+        return Shown(tokens_BT, labels_BT)
 
 
 class MaskedView:
@@ -86,24 +103,20 @@ class MaskedView:
         self._special_V = special_ids(tokenizer)
         self._continues_V = continues_word(tokenizer) if masking.whole_word else None
 
-    def __call__(
-        self,
-        row_ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)``; see :class:`View`."""
-        draws_B = epochs_B if self.draws is None else epochs_B % self.draws
-        maskable_BT = maskable(ids_BT, lengths_B, self._special_V)
-        heads_BT = self._heads(ids_BT, maskable_BT)
+    def __call__(self, rows: RowBatch) -> Shown:
+        """The rows with masks, the masked tokens as labels; see :class:`View`."""
+        draws_B = draws_of(rows, self.draws)
+        maskable_BT = maskable(rows.tokens_BT, rows.lengths_B, self._special_V)
+        heads_BT = self._heads(rows.tokens_BT, maskable_BT)
         # The place of the word's first token, at each of its tokens (of the token itself, if there
         # are no words).
-        places_T = np.arange(ids_BT.shape[1])
+        places_T = np.arange(rows.tokens_BT.shape[1])
         head_of_BT = np.maximum.accumulate(np.where(heads_BT, places_T, 0), axis=1)
-        chosen_BT = self._choose(draws_B, row_ids_B, heads_BT)
+        chosen_BT = self._choose(draws_B, rows.ids_B, heads_BT)
         chosen_BT = np.take_along_axis(chosen_BT, head_of_BT, axis=1) & maskable_BT
-        return self._replace(draws_B, row_ids_B, ids_BT, chosen_BT, head_of_BT)
+        return Shown(
+            *self._replace(draws_B, rows.ids_B, rows.tokens_BT, chosen_BT, drawn_at_BT=head_of_BT)
+        )
 
     def _heads(
         self, ids_BT: NDArray[np.int64], maskable_BT: NDArray[np.bool_]
@@ -145,26 +158,25 @@ class FairseqView:
         self.fingerprint = _masking_fingerprint(masking, tokenizer, seed)
         self._seed = seed
 
-    def __call__(
-        self,
-        row_ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)``; see :class:`View`."""
-        inputs_BT = ids_BT.copy()
-        labels_BT = np.full_like(ids_BT, IGNORE)
-        for b, (row, epoch, length) in enumerate(
-            zip(row_ids_B.tolist(), epochs_B.tolist(), lengths_B.tolist(), strict=True)
+    def __call__(self, rows: RowBatch) -> Shown:
+        """The rows with masks, the masked tokens as labels; see :class:`View`."""
+        inputs_BT = rows.tokens_BT.copy()
+        labels_BT = np.full_like(rows.tokens_BT, IGNORE)
+        draws_B = draws_of(rows, self.draws)
+        for b, (row, draw, length) in enumerate(
+            zip(rows.ids_B.tolist(), draws_B.tolist(), rows.lengths_B.tolist(), strict=True)
         ):
-            draw = epoch if self.draws is None else epoch % self.draws
-            item = ids_BT[b, :length]
+            item = rows.tokens_BT[b, :length]
             numbers = np.random.RandomState(fairseq_seed(self._seed, draw, row))
             chosen, seen = self._mask_row(item, numbers)
             labels_BT[b, :length][chosen] = item[chosen]
             inputs_BT[b, :length] = seen
-        return inputs_BT, labels_BT
+        return Shown(inputs_BT, labels_BT)
+
+
+def draws_of(rows: RowBatch, draws: int | None) -> NDArray[np.int64]:
+    """The number of each row's view, int64 [B]: its epoch, modulo ``draws`` if that is given."""
+    return rows.epochs_B if draws is None else rows.epochs_B % draws
 
 
 def view_for(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> View:

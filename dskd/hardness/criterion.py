@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dskd.data.mask_draws import smallest
-from dskd.data.prepared import RowSet
+from dskd.data.prepared import RowBatch, RowSet
 from dskd.settings.data import HardTokens
 
 _LARGEST_BITS = np.uint64(0x7FFFFFFF)  # of a float32 without its sign
@@ -23,16 +23,11 @@ _HALF = np.uint64(32)
 class HardnessReader(Protocol):
     """How hard a model found the tokens of the training rows (``dskd.hardness.store.Hardness``)."""
 
-    def read(
-        self,
-        row_ids_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """``(nll_BT, wrong_BT)``, NaN and False where the model was never asked."""
+    def read(self, rows: RowBatch) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """``(nll_BT, wrong_BT)``, NaN and False at tokens without a score."""
         ...
 
-    def quantile(self, share: float, rows: RowSet, special_V: NDArray[np.bool_]) -> float:
+    def quantile(self, share: float, rowset: RowSet, special_V: NDArray[np.bool_]) -> float:
         """The smallest NLL that at most ``share`` of the rows' tokens exceed."""
         ...
 
@@ -42,12 +37,13 @@ HardnessOf = Callable[[int], HardnessReader]
 
 
 class HardCriterion:
-    """Says which tokens are hard, as the epoch's store knows them; safe in threads.
+    """Which tokens of some rows are hard, by the scores that their epoch's store holds; safe in
+    threads.
 
     Args:
         masking: ``metric``, its ``threshold`` or ``quantile``, and ``refresh`` count here.
         hardness_of: opens the stores, when they are first needed.
-        rows: the training rows, of which the quantile is taken.
+        rowset: the training rows, of which the quantile is taken.
         special_V: bool, the special tokens, which the quantile leaves out.
     """
 
@@ -55,36 +51,29 @@ class HardCriterion:
         self,
         masking: HardTokens,
         hardness_of: HardnessOf,
-        rows: RowSet,
+        rowset: RowSet,
         special_V: NDArray[np.bool_],
     ) -> None:
         self._masking = masking
         self._hardness_of = hardness_of
-        self._rows = rows
+        self._rowset = rowset
         self._special_V = special_V
         self._cuts: dict[int, float] = {}
 
-    def __call__(
-        self,
-        row_ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def __call__(self, rows: RowBatch) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """How hard each token is, and whether it counts as hard.
 
         Returns:
-            nll_BT: nats, NaN where the model was never asked.
-            hard_BT: bool; False where the model was never asked, special tokens included.
+            nll_BT: nats, NaN at tokens without a score.
+            hard_BT: bool; False at tokens without a score; special tokens may be hard.
         """
-        nll_BT = np.empty(ids_BT.shape, np.float32)
-        hard_BT = np.empty(ids_BT.shape, bool)
+        nll_BT = np.empty(rows.tokens_BT.shape, np.float32)
+        hard_BT = np.empty(rows.tokens_BT.shape, bool)
         refresh = self._masking.refresh
-        indices_B = np.zeros_like(epochs_B) if refresh is None else epochs_B // refresh
+        indices_B = np.zeros_like(rows.epochs_B) if refresh is None else rows.epochs_B // refresh
         for refresh_index in np.unique(indices_B).tolist():
             here = np.flatnonzero(indices_B == refresh_index)
-            answers = self._hardness_of(refresh_index)
-            nll_BT[here], wrong_BT = answers.read(row_ids_B[here], ids_BT[here], lengths_B[here])
+            nll_BT[here], wrong_BT = self._hardness_of(refresh_index).read(rows.select(here))
             if self._masking.metric == "correctness":
                 hard_BT[here] = wrong_BT
             else:
@@ -97,10 +86,9 @@ class HardCriterion:
         if masking.metric == "confidence":
             return masking.threshold
         if refresh_index not in self._cuts:
-            answers = self._hardness_of(refresh_index)
-            self._cuts[refresh_index] = answers.quantile(
-                masking.quantile, self._rows, self._special_V
-            )
+            hardness = self._hardness_of(refresh_index)
+            share, rowset = masking.quantile, self._rowset
+            self._cuts[refresh_index] = hardness.quantile(share, rowset, self._special_V)
         return self._cuts[refresh_index]
 
 

@@ -18,16 +18,18 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import IGNORE
 from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
-from dskd.data.loader import Attachment
 from dskd.data.mask_draws import Replacer, maskable, number, order_keys
-from dskd.data.prepared import RowSet
+from dskd.data.prepared import RowBatch, RowSet
 from dskd.data.tokenizers import special_ids, tokenizer_fingerprint
-from dskd.data.views import CausalView
+from dskd.data.views import CausalView, Shown, draws_of
 from dskd.hardness.criterion import HardCriterion, HardnessOf, select
 from dskd.settings.data import Data, HardTokens
 from dskd.system.files import fingerprint
 
-_ELSEWHERE = ("store", "model", "shown", "micro_batch", "rows_per_shard", "draws")
+HARD_LABELS = "hard_N"
+"""Column of a batch, float32 [N]: 1 where a causal LM's label is a hard token, 0 elsewhere."""
+
+_NOT_OF_THE_MASKS = ("store", "model", "shown", "micro_batch", "rows_per_shard", "draws")
 """Settings that the store's fingerprint covers, or that change no mask."""
 
 
@@ -42,8 +44,8 @@ class HardView:
         masking: the settings.
         tokenizer: of the rows.
         seed: of the run.
-        criterion: says which tokens are hard.
-        asked: fingerprint of the first store.
+        criterion: which tokens are hard.
+        scores: fingerprint of the first store.
 
     Raises:
         ConfigError: the shares exceed 1, or the tokenizer has no mask token.
@@ -55,7 +57,7 @@ class HardView:
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         criterion: HardCriterion,
-        asked: str,
+        scores: str,
     ) -> None:
         all_mask = {"keep": 0.0, "random": 0.0} if masking.replacement == "all_mask" else {}
         self._replace = Replacer(masking.model_copy(update=all_mask), tokenizer, seed)
@@ -64,7 +66,7 @@ class HardView:
             masking,
             tokenizer,
             seed,
-            asked,
+            scores,
             unused=["keep", "random"] if all_mask else [],
         )
         self._least = masking.probability if masking.least is None else masking.least
@@ -73,27 +75,21 @@ class HardView:
         self._special_V = special_ids(tokenizer)
         self.criterion = criterion
 
-    def __call__(
-        self,
-        row_ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.views.View`."""
-        draws_B = epochs_B if self.draws is None else epochs_B % self.draws
-        maskable_BT = maskable(ids_BT, lengths_B, self._special_V)
+    def __call__(self, rows: RowBatch) -> Shown:
+        """The rows with masks, the masked tokens as labels; see :class:`~dskd.data.views.View`."""
+        draws_B = draws_of(rows, self.draws)
+        maskable_BT = maskable(rows.tokens_BT, rows.lengths_B, self._special_V)
         counts_B = maskable_BT.sum(axis=1)
-        nll_BT, hard_BT = self.criterion(row_ids_B, epochs_B, ids_BT, lengths_B)
+        nll_BT, hard_BT = self.criterion(rows)
         chosen_BT = select(
             hard_BT,
             nll_BT,
             maskable_BT,
-            number(self._seed, self._least, draws_B, row_ids_B, counts_B),
-            number(self._seed, self._most, draws_B, row_ids_B, counts_B),
-            order_keys(self._seed, draws_B, row_ids_B, ids_BT.shape[1]),
+            number(self._seed, self._least, draws_B, rows.ids_B, counts_B),
+            number(self._seed, self._most, draws_B, rows.ids_B, counts_B),
+            order_keys(self._seed, draws_B, rows.ids_B, rows.tokens_BT.shape[1]),
         )
-        return self._replace(draws_B, row_ids_B, ids_BT, chosen_BT)
+        return Shown(*self._replace(draws_B, rows.ids_B, rows.tokens_BT, chosen_BT))
 
 
 class OriginalHardView:
@@ -118,32 +114,26 @@ class OriginalHardView:
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         criterion: HardCriterion,
-        asked: str,
+        scores: str,
     ) -> None:
         self._mask_row = FairseqMask(masking, tokenizer, "original")
         self.draws = masking.draws
         self.fingerprint = _fingerprint(
-            masking, tokenizer, seed, asked, unused=["least", "most", "replacement"]
+            masking, tokenizer, seed, scores, unused=["least", "most", "replacement"]
         )
         self._seed = seed
         self.criterion = criterion
 
-    def __call__(
-        self,
-        row_ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.views.View`."""
-        _, hard_BT = self.criterion(row_ids_B, epochs_B, ids_BT, lengths_B)
-        draws_B = epochs_B if self.draws is None else epochs_B % self.draws
-        inputs_BT = ids_BT.copy()
-        labels_BT = np.full_like(ids_BT, IGNORE)
+    def __call__(self, rows: RowBatch) -> Shown:
+        """The rows with masks, the masked tokens as labels; see :class:`~dskd.data.views.View`."""
+        _, hard_BT = self.criterion(rows)
+        draws_B = draws_of(rows, self.draws)
+        inputs_BT = rows.tokens_BT.copy()
+        labels_BT = np.full_like(inputs_BT, IGNORE)
         for b, (row, draw, length) in enumerate(
-            zip(row_ids_B.tolist(), draws_B.tolist(), lengths_B.tolist(), strict=True)
+            zip(rows.ids_B.tolist(), draws_B.tolist(), rows.lengths_B.tolist(), strict=True)
         ):
-            item, hard = ids_BT[b, :length], hard_BT[b, :length]
+            item, hard = rows.tokens_BT[b, :length], hard_BT[b, :length]
             if hard.sum() > 1:
                 chosen, seen = hard, np.where(hard, self._mask_row.mask_id, item)
             else:
@@ -151,14 +141,13 @@ class OriginalHardView:
                 chosen, seen = self._mask_row(item, numbers, besides=hard)
             labels_BT[b, :length][chosen] = item[chosen]
             inputs_BT[b, :length] = seen
-        return inputs_BT, labels_BT
+        return Shown(inputs_BT, labels_BT)
 
 
 class HardCausalView(CausalView):
     """The next token at every position, and which of these tokens are hard.
 
-    ``hard_N`` of a batch, float32 [N], is 1 where the label is hard (the hardest ``most`` of a
-    row's labels that are not special) and 0 elsewhere; :meth:`attach` serves it to the loader.
+    :meth:`read_hard` is the reader that makes the column :data:`HARD_LABELS`.
 
     Args: as of :class:`HardView`.
     """
@@ -169,43 +158,29 @@ class HardCausalView(CausalView):
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         criterion: HardCriterion,
-        asked: str,
+        scores: str,
     ) -> None:
         unused = ["probability", "keep", "random", "least", "replacement", "sampler"]
-        self.fingerprint = _fingerprint(masking, tokenizer, seed, asked, unused=unused)
+        self.fingerprint = _fingerprint(masking, tokenizer, seed, scores, unused=unused)
         self._most = 1.0 if masking.most is None else masking.most
         self._special_V = special_ids(tokenizer)
         self._seed = seed
         self.criterion = criterion
 
-    def attach(
-        self,
-        row_ids_B: NDArray[np.int64],
-        domains_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> Attachment:
-        """The loader's ``attach``: the rows, their labels and ``hard_N``."""
-        inputs_BT, labels_BT = self(row_ids_B, epochs_B, ids_BT, lengths_B)
-        asked_BT = labels_BT != IGNORE
-        hard_BT = self.hard(row_ids_B, epochs_B, ids_BT, lengths_B)
-        return Attachment(inputs_BT, labels_BT, {"hard_N": hard_BT[asked_BT].astype(np.float32)})
+    def read_hard(self, rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
+        """A :class:`~dskd.data.views.Reader`: float32 [N], 1 where the label is hard (the hardest
+        ``most`` of a row's labels that are not special) and 0 elsewhere."""
+        hard_N = self.hard(rows)[shown.labels_BT != IGNORE]
+        return {HARD_LABELS: hard_N.astype(np.float32)}
 
-    def hard(
-        self,
-        row_ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> NDArray[np.bool_]:
+    def hard(self, rows: RowBatch) -> NDArray[np.bool_]:
         """``hard_BT``, true where the label is hard: the same in every epoch of a store."""
-        nll_BT, hard_BT = self.criterion(row_ids_B, epochs_B, ids_BT, lengths_B)
-        labels_BT = np.roll(ids_BT, -1, axis=1)
-        countable_BT = maskable(labels_BT, lengths_B - 1, self._special_V)
-        draws_B = np.zeros_like(row_ids_B)
-        most_B = number(self._seed, self._most, draws_B, row_ids_B, countable_BT.sum(axis=1))
-        keys_BT = order_keys(self._seed, draws_B, row_ids_B, ids_BT.shape[1])
+        nll_BT, hard_BT = self.criterion(rows)
+        labels_BT = np.roll(rows.tokens_BT, -1, axis=1)
+        countable_BT = maskable(labels_BT, rows.lengths_B - 1, self._special_V)
+        draws_B = np.zeros_like(rows.ids_B)
+        most_B = number(self._seed, self._most, draws_B, rows.ids_B, countable_BT.sum(axis=1))
+        keys_BT = order_keys(self._seed, draws_B, rows.ids_B, labels_BT.shape[1])
         return select(hard_BT, nll_BT, countable_BT, np.zeros_like(most_B), most_B, keys_BT)
 
 
@@ -218,8 +193,8 @@ def hard_view(
     seed: int,
     hardness_of: HardnessOf,
     *,
-    asked: str,
-    rows: RowSet,
+    scores: str,
+    rowset: RowSet,
 ) -> AnyHardView:
     """The view of a run's training rows where ``data.masking`` is of hard tokens.
 
@@ -227,9 +202,9 @@ def hard_view(
         data: the settings.
         tokenizer: of the rows.
         seed: of the run.
-        hardness_of: opens the stores; called only when rows are asked for.
-        asked: fingerprint of the first store.
-        rows: the training rows.
+        hardness_of: opens the stores; called only when rows are read.
+        scores: fingerprint of the first store.
+        rowset: the training rows.
 
     Raises:
         ConfigError: the masking settings do not fit the tokenizer.
@@ -240,15 +215,15 @@ def hard_view(
         kind = HardCausalView
     else:
         kind = OriginalHardView if masking.sampler == "original" else HardView
-    criterion = HardCriterion(masking, hardness_of, rows, special_ids(tokenizer))
-    return kind(masking, tokenizer, seed, criterion, asked)
+    criterion = HardCriterion(masking, hardness_of, rowset, special_ids(tokenizer))
+    return kind(masking, tokenizer, seed, criterion, scores)
 
 
 def _fingerprint(
     masking: HardTokens,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    asked: str,
+    scores: str,
     unused: Sequence[str],
 ) -> str:
     """Of all that the masks depend on; ``unused`` are settings that this view does not look at."""
@@ -257,8 +232,8 @@ def _fingerprint(
     return fingerprint(
         {
             "view": "hard",
-            "masking": masking.model_dump(exclude={*_ELSEWHERE, *unused, *idle}),
-            "store": asked,
+            "masking": masking.model_dump(exclude={*_NOT_OF_THE_MASKS, *unused, *idle}),
+            "store": scores,
             "seed": seed,
             "tokenizer": tokenizer_fingerprint(tokenizer),
         }

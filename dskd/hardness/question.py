@@ -189,7 +189,7 @@ def _score(batch: Batch, answers: Answers) -> dict[str, np.ndarray]:
     nll_N = answers.nll_N.cpu()
     bad_N = nll_N.isnan()
     if bad_N.any():
-        row_N = batch.row_ids_B.repeat_interleave(batch.supervised_BT.sum(1))
+        row_N = batch.row_ids_B.repeat_interleave(batch.counts_B)
         raise NonFiniteError(f"the model's logits are not finite in row {row_N[bad_N][0].item()}")
     return encode(nll_N.numpy(), answers.wrong_N.cpu().numpy())
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dskd.batch import IGNORE
-from dskd.data.prepared import Prepared, open_prepared, prepare
+from dskd.data.prepared import Prepared, RowBatch, open_prepared, prepare
 from dskd.data.tokenizers import special_ids, vocabulary_size
 from dskd.errors import ConfigError, StoreError
 from dskd.hardness.masks import AnyHardView, HardCausalView, hard_view
@@ -172,8 +172,8 @@ def find(run: Run, prepared: Prepared, hardness: Hardness, epoch: int = 0) -> Fi
         prepared.tokenizer,
         run.seed,
         lambda _: hardness,
-        asked=hardness.fingerprint,
-        rows=prepared.train,
+        scores=hardness.fingerprint,
+        rowset=prepared.train,
     )
     special_V = special_ids(prepared.tokenizer)
     domains, vocabulary = len(prepared.domains), vocabulary_size(prepared.tokenizer)
@@ -182,22 +182,20 @@ def find(run: Run, prepared: Prepared, hardness: Hardness, epoch: int = 0) -> Fi
     seen_V, hard_V = np.zeros(vocabulary, np.int64), np.zeros(vocabulary, np.int64)
     for begin in range(0, len(prepared.train), _ROWS):
         row_ids_B = np.arange(begin, min(begin + _ROWS, len(prepared.train)))
-        ids_BT, lengths_B = prepared.train.read(row_ids_B)
-        about = (row_ids_B, np.full_like(row_ids_B, epoch), ids_BT, lengths_B)
-        nll_BT, hard_BT = view.criterion(*about)
-        _, wrong_BT = hardness.read(row_ids_B, ids_BT, lengths_B)
-        targets_BT = hardness.plan.targets(ids_BT)
+        rows = prepared.train.rows(row_ids_B, np.full_like(row_ids_B, epoch))
+        nll_BT, hard_BT = view.criterion(rows)
+        _, wrong_BT = hardness.read(rows)
+        targets_BT = hardness.plan.targets(rows)
         counted_BT = ~np.isnan(nll_BT) & ~special_V[targets_BT]
         values = {
             "tokens": counted_BT,
             "hard": hard_BT & counted_BT,
             "wrong": wrong_BT & counted_BT,
-            "taken": _taken(view, about) & counted_BT,
+            "taken": _taken(view, rows) & counted_BT,
             "nll": np.where(counted_BT, nll_BT, 0.0),
         }
-        domains_B = prepared.train.domains_B(row_ids_B)
         for name, value_BT in values.items():
-            counts[name] += np.bincount(domains_B, value_BT.sum(1, dtype=np.float64), domains)
+            counts[name] += np.bincount(rows.domains_B, value_BT.sum(1, dtype=np.float64), domains)
         magnitudes_N = nll_BT[counted_BT].astype(np.float16).view(np.uint16)
         magnitudes += np.bincount(magnitudes_N, minlength=_MAGNITUDES)
         seen_V += np.bincount(targets_BT[counted_BT], minlength=vocabulary)
@@ -231,9 +229,9 @@ def _opened(run: Run, epoch: int) -> tuple[Prepared, Hardness]:
     return prepared, Hardness(folder, prints)
 
 
-def _taken(view: AnyHardView, about: tuple[NDArray[np.int64], ...]) -> NDArray[np.bool_]:
+def _taken(view: AnyHardView, rows: RowBatch) -> NDArray[np.bool_]:
     """What is masked; of a causal LM, the labels that count as hard."""
-    return view.hard(*about) if isinstance(view, HardCausalView) else view(*about)[1] != IGNORE
+    return view.hard(rows) if isinstance(view, HardCausalView) else view(rows).labels_BT != IGNORE
 
 
 def _shares(run: Run, found: Findings) -> Table:

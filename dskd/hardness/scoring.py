@@ -1,9 +1,8 @@
-"""Where a model is asked how well it knows the tokens of a row, and what it then sees.
+"""Which tokens of a row a model scores (how well does it predict them?), and what it then sees.
 
-A masked LM is shown the rows as they are and asked for every token in its place, in one pass (as in
-the paper), or asked for masked tokens: in draw d of n for those whose random rank is d modulo n, so
-that every token that may be masked is asked about exactly once. A causal LM is asked for the next
-token, everywhere.
+A masked LM sees the rows as they are and scores every token in its place, in one pass (as in the
+paper), or it scores masked tokens: in draw d of n those whose random rank is d modulo n, so that
+every token that may be masked is scored exactly once. A causal LM scores every next token.
 
 Shape letters: B rows, T tokens, V vocabulary.
 """
@@ -22,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import IGNORE
 from dskd.data.counter import mix
+from dskd.data.prepared import RowBatch
 from dskd.data.tokenizers import special_ids, tokenizer_fingerprint
-from dskd.data.views import CausalView
+from dskd.data.views import CausalView, Shown, draws_of
 from dskd.errors import ConfigError
 from dskd.settings.data import Data, HardTokens
 from dskd.system.files import fingerprint
@@ -34,12 +34,12 @@ _ROUNDING = 1e-9  # 1 / (1 / 49) is more than 49
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """Which places of a row are asked about in which draw; kept in the store as JSON values.
+    """Which places of a row are scored in which draw; kept in the store as JSON values.
 
     Attributes:
         shown: ``token``: every token, as it stands there; ``mask``: every token but the special
             ones, masked; ``next``: the token after each place, of a causal LM.
-        draws: number of passes that ask about everything once; more than 1 for ``mask`` only.
+        draws: number of passes that score everything once; more than 1 for ``mask`` only.
         seed: of the ranks, for ``mask`` only.
         special: ids of the special tokens, for ``mask`` only.
     """
@@ -58,34 +58,24 @@ class ScoringPlan:
         """The inverse of :meth:`tree`."""
         return ScoringPlan(**{**tree, "special": tuple(tree["special"])})
 
-    def draw_of(
-        self,
-        row_ids_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> NDArray[np.int64]:
-        """The draw [B, T] in which each place is asked about, -1 where it never is.
-
-        Args:
-            row_ids_B: row ids.
-            ids_BT: the rows themselves, right-padded.
-            lengths_B: their lengths.
-        """
-        places_T = np.arange(ids_BT.shape[1])
+    def draw_of(self, rows: RowBatch) -> NDArray[np.int64]:
+        """The draw [B, T] in which each place of the rows is scored, -1 where it never is."""
+        places_T = np.arange(rows.tokens_BT.shape[1])
         if self.shown != "mask":
-            ends_B = lengths_B - (self.shown == "next")
+            ends_B = rows.lengths_B - (self.shown == "next")
             return np.where(places_T < ends_B[:, None], 0, -1)
-        maskable_BT = ~self._is_special(ids_BT) & (places_T < lengths_B[:, None])
-        keys_BT = mix(self.seed, _RANK, row_ids_B[:, None], places_T)
+        maskable_BT = ~self._is_special(rows.tokens_BT) & rows.real_BT
+        keys_BT = mix(self.seed, _RANK, rows.ids_B[:, None], places_T)
         keys_BT[~maskable_BT] = np.iinfo(np.uint64).max
         order_BT = np.argsort(keys_BT, axis=1, kind="stable")  # of equal keys the first place first
         rank_BT = np.empty_like(order_BT)
         np.put_along_axis(rank_BT, order_BT, np.broadcast_to(places_T, order_BT.shape), axis=1)
         return np.where(maskable_BT, rank_BT % self.draws, -1)
 
-    def targets(self, ids_BT: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The token [B, T] that each place is asked for; anything where none is."""
-        return np.roll(ids_BT, -1, axis=1) if self.shown == "next" else ids_BT
+    def targets(self, rows: RowBatch) -> NDArray[np.int64]:
+        """The token [B, T] that is scored at each place; anything where none is."""
+        tokens_BT = rows.tokens_BT
+        return np.roll(tokens_BT, -1, axis=1) if self.shown == "next" else tokens_BT
 
     def _is_special(self, ids_BT: NDArray[np.int64]) -> NDArray[np.bool_]:
         return self._special_S[np.minimum(ids_BT, len(self._special_S) - 1)]
@@ -99,10 +89,10 @@ class ScoringPlan:
 
 
 class ScoringView:
-    """A :class:`~dskd.data.views.View` whose labels are the tokens that are asked about.
+    """A :class:`~dskd.data.views.View` whose labels are the tokens that are scored.
 
     Args:
-        plan: which places.
+        plan: which tokens.
         tokenizer: of the rows; ``mask`` needs its mask token.
 
     Raises:
@@ -123,26 +113,21 @@ class ScoringView:
             about["tokenizer"] = tokenizer_fingerprint(tokenizer)
         self.fingerprint = fingerprint(about)
 
-    def __call__(
-        self,
-        row_ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)``; see :class:`~dskd.data.views.View`."""
+    def __call__(self, rows: RowBatch) -> Shown:
+        """The rows as the model sees them, the tokens to score as labels; see
+        :class:`~dskd.data.views.View`."""
         if self.plan.shown == "next":
-            return CausalView()(row_ids_B, epochs_B, ids_BT, lengths_B)
-        draw_of_BT = self.plan.draw_of(row_ids_B, ids_BT, lengths_B)
-        asked_BT = draw_of_BT == (epochs_B % self.plan.draws)[:, None]
-        labels_BT = np.where(asked_BT, ids_BT, IGNORE)
+            return CausalView()(rows)
+        tokens_BT, draws_B = rows.tokens_BT, draws_of(rows, self.plan.draws)
+        scored_BT = self.plan.draw_of(rows) == draws_B[:, None]
+        labels_BT = np.where(scored_BT, tokens_BT, IGNORE)
         if self.plan.shown == "token":
-            return ids_BT, labels_BT
-        return np.where(asked_BT, self._mask_id, ids_BT), labels_BT
+            return Shown(tokens_BT, labels_BT)
+        return Shown(np.where(scored_BT, self._mask_id, tokens_BT), labels_BT)
 
 
 def scoring_view(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> ScoringView:
-    """The view by which a run's model is asked about its rows (``data.masking`` of hard tokens).
+    """The view of the rows that a run's model scores (``data.masking`` of hard tokens).
 
     Raises:
         ConfigError: the tokenizer has no mask token, and is to show masks.

@@ -2,13 +2,13 @@
 
 Its one column is ``nll`` float16, 2 bytes a token: the token's negative log-likelihood in nats,
 and in the sign bit whether the model held another token for likelier. So the threshold and the
-metric of hard tokens can be changed without asking again. Rounding to float16 moves an NLL by at
+metric of hard tokens can be changed without scoring again. Rounding to float16 moves an NLL by at
 most 1/2048 of it (3e-8 below 6e-5); what is beyond the largest float16 becomes that (65504).
 
-The places that were asked about are not stored: they follow from the spec's settings, which are an
+The places that were scored are not stored: they follow from the spec's settings, which are an
 :class:`~dskd.hardness.scoring.ScoringPlan`.
 
-Shape letters: B rows, T tokens, N places asked about, V vocabulary.
+Shape letters: B rows, T tokens, N scored places, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dskd.data.prepared import RowSet
+from dskd.data.prepared import RowBatch, RowSet
 from dskd.errors import StoreError
 from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.settings.data import HardTokens
@@ -43,8 +43,8 @@ def hardness_spec(
 
     Args:
         masking: its ``rows_per_shard`` counts here.
-        rows: the rows asked about.
-        view: by which they are.
+        rows: the rows that are scored.
+        view: what the model sees of them.
         fingerprints: of everything that the values depend on, by name.
     """
     return StoreSpec(
@@ -92,10 +92,10 @@ class Hardness:
         expect: fingerprints it must have been made with, by name.
         share: ``(rank, world)``: the share of the shards that this process verifies; all ranks'
             shares cover the store, and they must agree on the outcome (``dist.agree``).
-        mend: what can be done about a damaged shard; None: ask again.
+        mend: what can be done about a damaged shard; None: score again.
 
     Attributes:
-        plan: which places were asked about.
+        plan: which places were scored.
         quantiles: those that some rank found for all, by share.
         fingerprint: of what the store says (:func:`identity`).
 
@@ -115,32 +115,22 @@ class Hardness:
         self.plan = ScoringPlan.from_tree(self.store.spec.settings)
         self.fingerprint = identity(self.store.spec)
 
-    def read(
-        self,
-        row_ids_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def read(self, rows: RowBatch) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """How hard the tokens of some rows were.
 
-        Args:
-            row_ids_B: row ids, in any order, repeated or not.
-            ids_BT: the rows themselves, unmasked, right-padded.
-            lengths_B: their lengths.
-
         Returns:
-            nll_BT: nats; NaN where the model was never asked. Entry t is about token t, of a causal
-                model about the label at t, which is token t + 1.
-            wrong_BT: another token was likelier; False where the model was never asked.
+            nll_BT: nats; NaN where no score is. Entry t is about token t, of a causal model about
+                the label at t, which is token t + 1.
+            wrong_BT: another token was likelier; False where no score is.
 
         Raises:
             StoreError: the store has not got a row, or a row has other tokens than it had.
         """
-        stored_BT, _ = self._stored(row_ids_B, ids_BT, lengths_B)
+        stored_BT, _ = self._stored(rows)
         nll_BT = torch.from_numpy(stored_BT).float().abs().numpy()  # 2x faster than numpy's cast
         return nll_BT, stored_BT.view(np.uint16) >= _MAGNITUDES
 
-    def quantile(self, share: float, rows: RowSet, special_V: NDArray[np.bool_]) -> float:
+    def quantile(self, share: float, rowset: RowSet, special_V: NDArray[np.bool_]) -> float:
         """The NLL above which are the hardest tokens of all rows: at most ``share`` of them.
 
         Exactly the smallest stored NLL that no more than so many tokens exceed (fewer than
@@ -148,8 +138,8 @@ class Hardness:
         alone on this rank, unless :attr:`quantiles` has it.
 
         Args:
-            share: of the tokens that were asked about and are not special, 0 to 1.
-            rows: the rows that were asked about.
+            share: of the tokens that have a score and are not special, 0 to 1.
+            rowset: the rows whose tokens have scores.
             special_V: bool, the tokens that are not counted.
 
         Raises:
@@ -158,11 +148,11 @@ class Hardness:
         if share in self.quantiles:
             return self.quantiles[share]
         counts = np.zeros(_MAGNITUDES, np.int64)
-        for begin in range(0, len(rows), _ROWS):
-            row_ids_B = np.arange(begin, min(begin + _ROWS, len(rows)))
-            ids_BT, lengths_B = rows.read(row_ids_B)
-            stored_BT, asked_BT = self._stored(row_ids_B, ids_BT, lengths_B)
-            counted_BT = asked_BT & ~special_V[self.plan.targets(ids_BT)]
+        for begin in range(0, len(rowset), _ROWS):
+            row_ids_B = np.arange(begin, min(begin + _ROWS, len(rowset)))
+            rows = rowset.rows(row_ids_B, np.zeros_like(row_ids_B))  # scores are of no epoch
+            stored_BT, scored_BT = self._stored(rows)
+            counted_BT = scored_BT & ~special_V[self.plan.targets(rows)]
             magnitudes_N = stored_BT[counted_BT].view(np.uint16) % _MAGNITUDES
             counts += np.bincount(magnitudes_N, minlength=_MAGNITUDES)
         total = int(counts.sum())
@@ -175,30 +165,26 @@ class Hardness:
         magnitude = int(np.argmax(harder <= most))
         return float(np.array(magnitude, np.uint16).view(np.float16))
 
-    def _stored(
-        self,
-        row_ids_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-    ) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
+    def _stored(self, rows: RowBatch) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
         """What is stored of each place, NaN where nothing is, and where something is."""
-        rows, draws = len(row_ids_B), self.plan.draws
-        draw_of_BT = self.plan.draw_of(row_ids_B, ids_BT, lengths_B)
-        asked_BT = draw_of_BT >= 0
-        pair_N = (np.arange(rows)[:, None] * draws + draw_of_BT)[asked_BT]  # a row in a draw
-        counts_P = np.bincount(pair_N, minlength=rows * draws)
+        size, draws = len(rows.ids_B), self.plan.draws
+        draw_of_BT = self.plan.draw_of(rows)
+        scored_BT = draw_of_BT >= 0
+        pair_N = (np.arange(size)[:, None] * draws + draw_of_BT)[scored_BT]  # a row in a draw
+        counts_P = np.bincount(pair_N, minlength=size * draws)
         # Draws are filled in order: the first without a place shows that the row has no more.
-        some_BD = counts_P.reshape(rows, draws) > 0
+        some_BD = counts_P.reshape(size, draws) > 0
         read = np.flatnonzero(some_BD | (some_BD.sum(1)[:, None] == np.arange(draws)))
-        found, columns = self.store.read(row_ids_B[read // draws], read % draws)
-        misfits = row_ids_B[read // draws][found != counts_P[read]]
+        ids_P = rows.ids_B[read // draws]
+        found, columns = self.store.read(ids_P, read % draws, ["nll"])
+        misfits = ids_P[found != counts_P[read]]
         if len(misfits):
             raise StoreError(
-                f"{self.store.folder}: row {misfits[0]} has other tokens than when the model "
-                "was asked about it; the data and the store do not belong together"
+                f"{self.store.folder}: row {misfits[0]} has other tokens than when it was scored; "
+                "the data and the store do not belong together"
             )
         stored_N = np.empty(len(pair_N), np.float16)
         stored_N[np.argsort(pair_N, kind="stable") if draws > 1 else slice(None)] = columns["nll"]
-        stored_BT = np.full(ids_BT.shape, np.nan, np.float16)
-        stored_BT[asked_BT] = stored_N
-        return stored_BT, asked_BT
+        stored_BT = np.full(scored_BT.shape, np.nan, np.float16)
+        stored_BT[scored_BT] = stored_N
+        return stored_BT, scored_BT

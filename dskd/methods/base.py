@@ -10,7 +10,6 @@ import re
 from importlib import import_module
 from typing import Any, ClassVar
 
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Positions, Signal, Term
@@ -76,12 +75,14 @@ class Method(Section):
         """
         raise NotImplementedError
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """What each term's sum is divided by once added up over the whole optimiser step.
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """What each term's sum is divided by once added up over the whole optimiser step: the
+        number of supervised positions, unless a method has another.
 
-        Supervised positions (float64 scalars) unless a method says otherwise.
+        Args:
+            batch: the micro-batch on the CPU, where counting makes no GPU wait.
         """
-        return dict.fromkeys(self.terms, batch.supervised())
+        return dict.fromkeys(self.terms, float(batch.supervised))
 
     def rates(self, step: int) -> dict[str, float]:
         """Numbers beside the terms that the log shows for this step, by name."""
@@ -131,7 +132,7 @@ class Method(Section):
         return False
 
     def weighs_hard_tokens(self) -> bool:
-        """Whether :meth:`loss` reads ``hard_N``, which of a causal LM's labels are hard."""
+        """Whether :meth:`loss` reads which of a causal LM's labels are hard."""
         return False
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from dskd.batch import Batch, Positions, Signal, Term
 from dskd.errors import ConfigError
 from dskd.fused.arguments import Weight
+from dskd.hardness.masks import HARD_LABELS
 from dskd.methods.base import Method
 from dskd.ops import rows_ce, rows_kd
 from dskd.settings.data import HardTokens
@@ -109,19 +110,21 @@ class SelfEvolution(Method):
             parts["ce"] = _sum(losses.label_N, weight)
         return {"tokens": Term(losses.total, parts)}
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """By ``normalise``, a float64 scalar."""
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """The tokens, or the weights of the supervised positions in their sum, as ``normalise``
+        has it."""
         if self.normalise == "tokens":
-            return {"tokens": batch.mask_BT.sum().double()}
+            return {"tokens": float(batch.tokens)}
         weight = self._weight(batch)
-        weighed = isinstance(weight, Tensor)
-        return {"tokens": weight.double().sum() if weighed else batch.supervised()}
+        if isinstance(weight, Tensor):
+            return {"tokens": weight.double().sum().item()}
+        return super().counts(batch)
 
     def _weight(self, batch: Batch) -> Weight:
         """Of every supervised position: one number, or fp32 [N]."""
         if not self.weighs_hard_tokens():
             return 1.0
-        return 1.0 + (self.hard_weight - 1.0) * batch.extra["hard_N"]
+        return 1.0 + (self.hard_weight - 1.0) * batch.columns[HARD_LABELS]
 
 
 def _sum(values_N: Tensor, weight: Weight) -> Tensor:

@@ -170,7 +170,9 @@ def positions_of(model: nn.Module, batch: Batch) -> Positions:
     # A cache of keys and values serves generation only.
     options = {"use_cache": False} if head.objective == "causal" else {}
     body = model.base_model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options)
-    hidden_ND = head.transform(model, body.last_hidden_state[batch.supervised_BT])
+    # By their indices: indexing by the mask itself would wait for a GPU to count its trues.
+    hidden_ND = body.last_hidden_state.flatten(0, 1).index_select(0, batch.positions_N)
+    hidden_ND = head.transform(model, hidden_ND)
     return Positions(hidden_ND, projection_of(model), batch.labels_N)
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from dskd.data.loader import Attach
 from dskd.data.prepared import Prepared, open_prepared, prepare
-from dskd.data.views import View, at_random, view_for
+from dskd.data.views import Reader, View, at_random, view_for
 from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.run_config import student_config
 from dskd.hardness.masks import HardCausalView, hard_view
@@ -48,13 +47,19 @@ class Job:
         with dist.agreed():
             if hard is None:
                 return view_for(data, prepared.tokenizer, self.run.seed)
-            asked, rows = hard.fingerprint, prepared.train
-            return hard_view(data, prepared.tokenizer, self.run.seed, hard, asked=asked, rows=rows)
+            return hard_view(
+                data,
+                prepared.tokenizer,
+                self.run.seed,
+                hard,
+                scores=hard.fingerprint,
+                rowset=prepared.train,
+            )
 
     @property
-    def attach(self) -> Attach | None:
-        """What the view adds to batches: of a causal LM, which labels are hard."""
-        return self.view.attach if isinstance(self.view, HardCausalView) else None
+    def readers(self) -> tuple[Reader, ...]:
+        """What is read beside the view: of a causal LM, which labels are hard."""
+        return (self.view.read_hard,) if isinstance(self.view, HardCausalView) else ()
 
     @cached_property
     def hardness(self) -> HardnessStores | None:

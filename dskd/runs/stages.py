@@ -107,13 +107,13 @@ def _train(job: Job, summary: Path) -> None:
     hooks.begin(progress.position)  # before the loader, which makes its first batch at once
     loader = Loader(
         prepared.train,
-        job.view,
+        setup.view or job.view,
         batch=run.train.batch,
         micro_batch=run.train.micro_batch,
         rank=dist.rank(),
         world=dist.world(),
         seed=run.seed,
-        attach=setup.attach or job.attach,
+        readers=(*job.readers, *setup.readers),
         ready=lambda position: not hooks.waits(position),
         position=progress.position,
         pin=job.device.type == "cuda",
@@ -171,7 +171,7 @@ def _some_rows(job: Job) -> Batch:
     """A few validation rows."""
     rows = job.prepared.validation
     ids_B = np.arange(min(len(rows), job.run.evaluation.micro_batch), dtype=np.int64)
-    return make_batch(rows, job.validation_view, ids_B, np.zeros_like(ids_B), None)
+    return make_batch(rows, job.validation_view, ids_B, np.zeros_like(ids_B))
 
 
 def evaluate_export(job: Job) -> None:

@@ -12,7 +12,7 @@ Columns of a position (bytes for V up to 65536 and the defaults; at most 6 per k
     ids_high [K] uint8          their third byte, for V > 65536 only
     logprobs [K] float16  2 K   log-probabilities at temperature 1, over the whole vocabulary
     tail [temperatures]   4     float32, see above; -inf when K = V
-    pos uint8 or more     1-2   place in the row: masked LMs only, a causal one is asked everywhere
+    pos uint8 or more     1-2   place in the row: masked LMs only, a causal one predicts everywhere
     input uint16          2     token shown at that place (masked LMs only); input_high as above
 
 Shape letters: B rows, T tokens, N supervised positions, V vocabulary, K kept.
@@ -32,11 +32,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dskd.batch import IGNORE, Batch
+from dskd.data.prepared import RowBatch
+from dskd.data.views import CausalView, Shown, draws_of
 from dskd.errors import ConfigError, NonFiniteError, StoreError
 from dskd.stores.shard import Column, StoreSpec
 from dskd.stores.store import Store, read_spec
 
 KIND = "logits"
+
+# Columns of a batch, at its N supervised positions in row-major order; see dskd.batch.TopK.
+TOPK_IDS = "topk_ids"
+"""int64 [N, K], token ids by falling probability."""
+TOPK_LOGPROBS = "topk_logprobs"
+"""float32 [N, K], their log-probabilities at temperature 1 over the whole vocabulary."""
+TOPK_TAIL = "tail"
+"""float32 [N], log-sum-exp of ``logprob / T`` over the tokens that are not kept."""
+UNUSED_SLOTS = {TOPK_IDS: -1, TOPK_LOGPROBS: -math.inf, TOPK_TAIL: -math.inf}
+"""What the columns hold in a slot k without a token."""
+
 MAX_VOCABULARY = 1 << 24
 _CHUNK = 1 << 24  # logits encoded at once: bounds the float32 copies to some 64 MiB each
 
@@ -51,7 +64,7 @@ class Layout:
         temperatures: those whose tails are kept.
         values: type of the log-probabilities.
         block_size: most tokens of a row.
-        masked: of a masked LM (else causal: every place but the last is asked).
+        masked: of a masked LM (else causal: every place but the last is kept).
         domain: the only domain whose rows are kept; None: all rows.
 
     Raises:
@@ -98,6 +111,10 @@ class Layout:
         if self.masked and wide:
             columns["input_high"] = Column("uint8")
         return columns
+
+    def parts(self, name: str) -> list[str]:
+        """The columns in which the token ids of ``name`` are kept."""
+        return [part for part in (name, f"{name}_high") if part in self.columns()]
 
     def spec(
         self, *, rows: int, draws: int, rows_per_shard: int, fingerprints: Mapping[str, str]
@@ -159,7 +176,7 @@ class Layout:
     def _refuse_non_finite(self, batch: Batch, logprobs_NK: Tensor) -> None:
         bad_N = ~torch.isfinite(logprobs_NK[:, 0])
         if bad_N.any():
-            row_N = batch.row_ids_B.cpu().repeat_interleave(batch.supervised_BT.sum(1).cpu())
+            row_N = batch.row_ids_B.repeat_interleave(batch.counts_B)
             raise NonFiniteError(
                 f"the teacher's logits are not finite in row {row_N[bad_N][0].item()}"
             )
@@ -184,6 +201,13 @@ class LogitCache:
         self.store = Store(folder, kind=KIND, expect=expect, share=share)
         self.layout = _layout(self.store.spec)
 
+    def read(
+        self, rows: RowBatch, *columns: str
+    ) -> tuple[NDArray[np.int64], dict[str, np.ndarray]]:
+        """Number of positions of each row in its epoch's draw, and some columns of theirs; epoch e
+        has draw ``e % draws``. See :meth:`dskd.stores.store.Store.read`."""
+        return self.store.read(rows.ids_B, draws_of(rows, self.store.spec.draws), columns)
+
     def check(self, use_k: int | None, temperature: float) -> None:
         """Refuse what the cache cannot give, before training starts.
 
@@ -201,89 +225,85 @@ class LogitCache:
                 f"has {', '.join(map(str, self.layout.temperatures))} (teacher.temperatures)"
             )
 
-    def read(
-        self,
-        row_ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-        *,
-        use_k: int | None,
-        temperature: float,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[str, np.ndarray]]:
-        """The masks of some rows and the teacher's signal there.
 
-        Args:
-            row_ids_B: row ids.
-            epochs_B: the epoch each row is read in; epoch e has draw ``e % draws``.
-            ids_BT: the rows themselves, unmasked, right-padded.
-            lengths_B: their lengths.
-            use_k: logits per position, the others join the tail; None: all that are kept.
-            temperature: whose tail is given; one of the stored ones.
+class CachedMasks:
+    """The view of the rows that a cache's logits belong to: masks, or none of a causal LM.
 
-        Returns:
-            inputs_BT, labels_BT (IGNORE where nothing is asked), and by name, N supervised
-            positions in row-major order: ``topk_ids`` int64 [N, K], ``topk_logprobs`` float32
-            [N, K] at temperature 1, ``tail`` float32 [N] (see :class:`dskd.batch.TopK`).
+    Attributes:
+        draws: number of different masks of each row.
+        fingerprint: of the cache.
+    """
+
+    def __init__(self, cache: LogitCache) -> None:
+        self._cache = cache
+        self.draws: int | None = cache.store.spec.draws
+        self.fingerprint = cache.store.spec.fingerprint
+
+    def __call__(self, rows: RowBatch) -> Shown:
+        """What the teacher saw of ``rows``, and the labels there.
 
         Raises:
-            ConfigError: see :meth:`check`.
             StoreError: the cache has not got a row, or a row has another length than it had.
         """
-        self.check(use_k, temperature)
-        counts_B, columns = self.store.read(row_ids_B, epochs_B % self.store.spec.draws)
-        show = self._show_masked if self.layout.masked else self._show_causal
-        inputs_BT, labels_BT = show(row_ids_B, ids_BT, lengths_B, counts_B, columns)
-        k = use_k or self.layout.k
-        logprobs_NK = torch.from_numpy(columns["logprobs"]).float()  # 2x faster than numpy's cast
-        tail_N = columns["tail"][:, self.layout.temperatures.index(float(temperature))]
-        if k < self.layout.k:
-            dropped_N = torch.logsumexp(logprobs_NK[:, k:] / temperature, 1)
-            tail_N = torch.logaddexp(torch.from_numpy(tail_N), dropped_N).numpy()
-        extra = {
-            "topk_ids": np.ascontiguousarray(_join("ids", columns)[:, :k]),
-            "topk_logprobs": logprobs_NK[:, :k].contiguous().numpy(),
-            "tail": np.ascontiguousarray(tail_N),
-        }
-        return inputs_BT, labels_BT, extra
+        return self._masked(rows) if self._cache.layout.masked else self._causal(rows)
 
-    def _show_masked(
-        self,
-        row_ids_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-        counts_B: NDArray[np.int64],
-        columns: Mapping[str, np.ndarray],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)`` from the stored positions and inputs."""
+    def _masked(self, rows: RowBatch) -> Shown:
+        counts_B, columns = self._cache.read(rows, "pos", *self._cache.layout.parts("input"))
         row_N, pos_N = np.repeat(np.arange(len(counts_B)), counts_B), columns["pos"]
-        self._refuse_misfits(row_ids_B[row_N[pos_N >= lengths_B[row_N]]])
-        inputs_BT, labels_BT = ids_BT.copy(), np.full_like(ids_BT, IGNORE)
-        labels_BT[row_N, pos_N] = ids_BT[row_N, pos_N]
+        self._refuse_misfits(rows.ids_B[row_N[pos_N >= rows.lengths_B[row_N]]])
+        inputs_BT, labels_BT = rows.tokens_BT.copy(), np.full_like(rows.tokens_BT, IGNORE)
+        labels_BT[row_N, pos_N] = rows.tokens_BT[row_N, pos_N]
         inputs_BT[row_N, pos_N] = _join("input", columns)
-        return inputs_BT, labels_BT
+        return Shown(inputs_BT, labels_BT)
 
-    def _show_causal(
-        self,
-        row_ids_B: NDArray[np.int64],
-        ids_BT: NDArray[np.int64],
-        lengths_B: NDArray[np.int64],
-        counts_B: NDArray[np.int64],
-        columns: Mapping[str, np.ndarray],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(inputs_BT, labels_BT)``: the next token at every place but the last."""
-        self._refuse_misfits(row_ids_B[counts_B != lengths_B - 1])
-        labels_BT = np.full_like(ids_BT, IGNORE)
-        asked_BT = np.arange(ids_BT.shape[1]) < lengths_B[:, None] - 1
-        labels_BT[:, :-1][asked_BT[:, :-1]] = ids_BT[:, 1:][asked_BT[:, :-1]]
-        return ids_BT, labels_BT
+    def _causal(self, rows: RowBatch) -> Shown:
+        counts_B, _ = self._cache.read(rows)
+        self._refuse_misfits(rows.ids_B[counts_B != rows.lengths_B - 1])
+        return CausalView()(rows)
 
     def _refuse_misfits(self, row_ids: NDArray[np.int64]) -> None:
         if len(row_ids):
             raise StoreError(
-                f"{self.store.folder}: row {row_ids[0]} has another length than when it was "
+                f"{self._cache.store.folder}: row {row_ids[0]} has another length than when it was "
                 "captured; the data and the cache do not belong together"
             )
+
+
+class CachedLogits:
+    """The reader of a cache's logits, at the positions that its :class:`CachedMasks` show.
+
+    Args:
+        cache: the cache; it passed :meth:`LogitCache.check` with the two others.
+        use_k: logits per position, the others join the tail; None: all that are kept.
+        temperature: the temperature of the tail.
+    """
+
+    def __init__(self, cache: LogitCache, use_k: int | None, temperature: float) -> None:
+        self._cache = cache
+        self._k = use_k or cache.layout.k
+        self._temperature = temperature
+        self._tail = cache.layout.temperatures.index(float(temperature))
+
+    def __call__(self, rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
+        """The columns :data:`TOPK_IDS`, :data:`TOPK_LOGPROBS` and :data:`TOPK_TAIL`.
+
+        Raises:
+            StoreError: the cache has not got a row.
+        """
+        names = (*self._cache.layout.parts("ids"), "logprobs", "tail")
+        counts_B, columns = self._cache.read(rows, *names)
+        assert (counts_B == (shown.labels_BT != IGNORE).sum(1)).all(), "masks of something else"
+        k = self._k
+        logprobs_NK = torch.from_numpy(columns["logprobs"]).float()  # 2x faster than numpy's cast
+        tail_N = columns["tail"][:, self._tail]
+        if k < self._cache.layout.k:
+            dropped_N = torch.logsumexp(logprobs_NK[:, k:] / self._temperature, 1)
+            tail_N = torch.logaddexp(torch.from_numpy(tail_N), dropped_N).numpy()
+        return {
+            TOPK_IDS: np.ascontiguousarray(_join("ids", columns)[:, :k]),
+            TOPK_LOGPROBS: logprobs_NK[:, :k].contiguous().numpy(),
+            TOPK_TAIL: np.ascontiguousarray(tail_N),
+        }
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -216,13 +216,14 @@ class Store:
                 raise _unlike(path, self.spec, shard, self._records[shard], self._mend)
 
     def read(
-        self, row_ids_B: NDArray[np.int64], draws_B: NDArray[np.int64]
+        self, row_ids_B: NDArray[np.int64], draws_B: NDArray[np.int64], columns: Iterable[str]
     ) -> tuple[NDArray[np.int64], dict[str, np.ndarray]]:
         """The positions of some rows.
 
         Args:
             row_ids_B: row ids, in any order, repeated or not.
             draws_B: the draw of each.
+            columns: names of the columns to read; the others are not touched.
 
         Returns:
             counts_B, the number of positions of each row, and the columns [sum of counts, ...] in
@@ -245,12 +246,13 @@ class Store:
             begin, end = arrays["row_ptr"][local : local + 2].tolist()
             places.append((arrays, begin, end))
         counts_B = np.array([end - begin for _, begin, end in places], np.int64)
-        columns = {}
-        for name, column in self.spec.columns.items():
+        found = {}
+        for name in columns:
+            column = self.spec.columns[name]
             pieces = [arrays[name][begin:end] for arrays, begin, end in places]
             empty = np.empty((0, *column.shape), column.dtype)
-            columns[name] = np.concatenate(pieces) if pieces else empty
-        return counts_B, columns
+            found[name] = np.concatenate(pieces) if pieces else empty
+        return counts_B, found
 
     def _map(self, shard: int) -> dict[str, np.ndarray]:
         return map_shard(shard_path(self.folder, shard))[0]

@@ -88,12 +88,12 @@ def sweep(
             part = slice(call * micro_batch, (call + 1) * micro_batch)
             working = problem is None and len(ids[part]) > 0
             ids_B = ids[part] if working else idle
-            batch = make_batch(rows, view, ids_B, np.full_like(ids_B, epoch), None)
+            batch = make_batch(rows, view, ids_B, np.full_like(ids_B, epoch))
             with torch.no_grad():
                 output = forward(batch)
             try:
                 if working:
-                    parts.append((batch.supervised_BT.sum(1).numpy(), score(batch, output)))
+                    parts.append((batch.counts_B.numpy(), score(batch, output)))
             except DskdError as found:
                 problem = found  # told after the round: the others expect this rank's passes
             done += sum(len(theirs[part]) for theirs in ids_by_rank)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from dskd.batch import IGNORE
-from dskd.data.loader import Attach, Attachment
 from dskd.data.prepared import Prepared
+from dskd.data.routed import RoutedReader, RoutedView
 from dskd.data.tokenizers import vocabulary_size
-from dskd.data.views import View
+from dskd.data.views import Reader, View
 from dskd.engine.ds_config import optimizer_device, precision_of
 from dskd.engine.hooks import StepHooks
 from dskd.engine.run_config import student_config
@@ -27,7 +23,7 @@ from dskd.settings.folders import cache_folder, student_settings
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, LiveTeacher, RoutedTeacher, SelfTeacher
 from dskd.stores.fingerprints import expected
-from dskd.stores.logits import LogitCache
+from dskd.stores.logits import UNUSED_SLOTS, CachedLogits, CachedMasks, LogitCache
 from dskd.system import dist
 from dskd.teachers.average import Average
 from dskd.teachers.teacher import (
@@ -37,22 +33,26 @@ from dskd.teachers.teacher import (
     StoredTeacher,
     StudentAsTeacher,
     Teacher,
+    group_by_domain,
 )
 
 
 @dataclass(frozen=True)
 class TeacherSetup:
-    """What a student is taught by.
+    """The teacher of a run, and what the loader and the trainer do for it.
 
     Attributes:
         teacher: None if there is none, or the student itself is it.
-        attach: what the loader adds to its batches for a cached teacher.
+        view: what the loader shows of the rows where the teacher's signal was stored for certain
+            masks; None: the run's own view.
+        readers: columns that the loader adds to the batches for the teacher.
         hooks: what keeps a teacher made of the student's weights up to date.
         own: makes the teacher of a student that teaches itself.
     """
 
     teacher: Teacher | None = None
-    attach: Attach | None = None
+    view: View | None = None
+    readers: tuple[Reader, ...] = ()
     hooks: StepHooks | None = None
     own: Callable[[nn.Module], Teacher] | None = None
 
@@ -85,11 +85,12 @@ def set_up(
         return _from_itself(run, run.teacher, prepared, device)
     teachers = each_teacher(run)
     if any(isinstance(teacher, CachedTeacher) for teacher in teachers.values()):
-        caches = {
-            domain: (_open(run, domain, prepared, view, temperature), teacher.use_k)
-            for domain, teacher in teachers.items()
+        caches = {domain: _open(run, domain, prepared, view, temperature) for domain in teachers}
+        logits = {
+            domain: CachedLogits(cache, teachers[domain].use_k, temperature)
+            for domain, cache in caches.items()
         }
-        return TeacherSetup(StoredTeacher(temperature), _attachment(caches, prepared, temperature))
+        return _stored(caches, logits, prepared, temperature)
     live = {
         domain: FrozenTeacher(
             frozen(run, domain, prepared, device), vocabulary_size(prepared.tokenizer)
@@ -99,7 +100,23 @@ def set_up(
     if None in live:
         return TeacherSetup(live[None])
     by_index = {prepared.domains.index(domain): one for domain, one in live.items()}
-    return TeacherSetup(RoutedTeachers(by_index))
+    return TeacherSetup(RoutedTeachers(by_index), readers=(group_by_domain,))
+
+
+def _stored(
+    caches: Mapping[str | None, LogitCache],
+    logits: Mapping[str | None, CachedLogits],
+    prepared: Prepared,
+    temperature: float,
+) -> TeacherSetup:
+    """The teacher whose masks and logits the loader reads, each row's from its domain's cache."""
+    teacher = StoredTeacher(temperature)
+    if None in caches:
+        return TeacherSetup(teacher, CachedMasks(caches[None]), (logits[None],))
+    index = prepared.domains.index
+    view = RoutedView({index(domain): CachedMasks(cache) for domain, cache in caches.items()})
+    reader = RoutedReader({index(d): one for d, one in logits.items()}, UNUSED_SLOTS)
+    return TeacherSetup(teacher, view, (reader,))
 
 
 def frozen(run: Run, domain: str | None, prepared: Prepared, device: torch.device) -> nn.Module:
@@ -168,7 +185,7 @@ def _open(
 
 
 def _check_scope(cache: LogitCache, domain: str | None, view: View) -> None:
-    """Refuse a cache of fewer masks or other rows than the run will ask for."""
+    """Refuse a cache of fewer masks or other rows than the run will read."""
     folder, spec = cache.store.folder, cache.store.spec
     if spec.draws != view.draws:
         raise ConfigError(
@@ -176,67 +193,3 @@ def _check_scope(cache: LogitCache, domain: str | None, view: View) -> None:
         )
     if cache.layout.domain not in (None, domain):
         raise ConfigError(f"{folder}: holds the rows of domain {cache.layout.domain!r} only")
-
-
-def _attachment(
-    caches: Mapping[str | None, tuple[LogitCache, int | None]],
-    prepared: Prepared,
-    temperature: float,
-) -> Attach:
-    """What the loader adds: each row's masks and top-k from its domain's cache."""
-    if None in caches:
-        only, use_k = caches[None]
-
-        def attach(
-            row_ids_B: NDArray, domains_B: NDArray, epochs_B: NDArray, *ids: NDArray
-        ) -> Attachment:
-            del domains_B
-            found = only.read(row_ids_B, epochs_B, *ids, use_k=use_k, temperature=temperature)
-            return Attachment(*found)
-
-        return attach
-    by_index = {prepared.domains.index(domain): cache for domain, cache in caches.items()}
-
-    def attach_routed(
-        row_ids_B: NDArray,
-        domains_B: NDArray,
-        epochs_B: NDArray,
-        ids_BT: NDArray,
-        lengths_B: NDArray,
-    ) -> Attachment:
-        parts = {}
-        for index in np.unique(domains_B).tolist():
-            cache, use_k = by_index[index]
-            here_B = domains_B == index
-            arguments = [x[here_B] for x in (row_ids_B, epochs_B, ids_BT, lengths_B)]
-            found = cache.read(*arguments, use_k=use_k, temperature=temperature)
-            parts[index] = Attachment(*found)
-        return _merged(parts, domains_B, ids_BT)
-
-    return attach_routed
-
-
-def _merged(
-    parts: Mapping[int, Attachment], domains_B: NDArray[np.int64], ids_BT: NDArray[np.int64]
-) -> Attachment:
-    """Attachments of each domain's rows, as one in the order of the batch."""
-    inputs_BT, labels_BT = np.empty_like(ids_BT), np.empty_like(ids_BT)
-    for index, part in parts.items():
-        inputs_BT[domains_B == index] = part.inputs_BT
-        labels_BT[domains_B == index] = part.labels_BT
-    domain_N = np.repeat(domains_B, (labels_BT != IGNORE).sum(1))
-    most = max(part.extra["topk_ids"].shape[1] for part in parts.values())
-    empty: dict[str, Any] = {"topk_ids": -1, "topk_logprobs": -np.inf, "tail": -np.inf}
-    extra = {}
-    for name, nothing in empty.items():
-        sample = next(iter(parts.values())).extra[name]
-        shape = (len(domain_N), most) if sample.ndim == 2 else (len(domain_N),)
-        extra[name] = np.full(shape, nothing, dtype=sample.dtype)
-        for index, part in parts.items():
-            values = part.extra[name]
-            here_N = domain_N == index
-            if values.ndim == 2:
-                extra[name][here_N, : values.shape[1]] = values
-            else:
-                extra[name][here_N] = values
-    return Attachment(inputs_BT, labels_BT, extra)

@@ -10,12 +10,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dskd.batch import IGNORE, Batch, Dense, Projected, Signal, TopK
+from dskd.data.prepared import RowBatch
+from dskd.data.views import Shown
 from dskd.models.families import positions_of
 from dskd.models.frozen import evaluating
+from dskd.stores.logits import TOPK_IDS, TOPK_LOGPROBS, TOPK_TAIL
 
 
 class Teacher(Protocol):
@@ -85,57 +89,113 @@ class ShownUnmasked:
 
 
 class StoredTeacher:
-    """Reads ``topk_ids``, ``topk_logprobs`` and ``tail`` from the batch's extra tensors.
+    """A teacher whose signal was stored: it is in the batch's columns, by the loader's
+    :class:`~dskd.stores.logits.CachedLogits`.
 
     Args:
-        temperature: the temperature the loader's tail masses belong to.
+        temperature: the temperature that the loader's tail masses belong to.
     """
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
 
     def __call__(self, batch: Batch) -> TopK:
-        """The attached rows of the cache."""
-        extra = batch.extra
-        return TopK(extra["topk_ids"], extra["topk_logprobs"], {self._temperature: extra["tail"]})
+        """The cache's values at the positions of the batch."""
+        columns = batch.columns
+        tail_N = {self._temperature: columns[TOPK_TAIL]}
+        return TopK(columns[TOPK_IDS], columns[TOPK_LOGPROBS], tail_N)
 
 
 class RoutedTeachers:
-    """FrozenTeacher teachers by domain; each row is taught by its domain's.
+    """Live teachers by domain; each row is taught by its domain's.
 
     Every rank runs every teacher once per batch, on a row without supervision where it has none for
     it, because a ZeRO-3 teacher called on one rank only would hang the others.
+
+    The batch has the columns of :func:`group_by_domain`: where a domain has its rows is found on
+    the CPU beforehand, so that nothing waits for a GPU to count.
     """
 
     def __init__(self, by_domain: dict[int, FrozenTeacher]) -> None:
-        self._by_domain = by_domain
+        self._by_domain = dict(sorted(by_domain.items()))  # as the columns go
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Dense:
         """Run each teacher on its rows and put the logits in the order of the batch."""
-        per_row_B = batch.supervised_BT.sum(1)
-        domain_N = batch.domains_B.repeat_interleave(per_row_B)
         whole_NV: Tensor | None = None
+        row = position = 0
         for domain, teacher in self._by_domain.items():
-            rows_S = (batch.domains_B == domain).nonzero().squeeze(1)
-            part_NV = teacher(batch.select(rows_S) if len(rows_S) else _unsupervised_row(batch))
-            logits_MV = part_NV.logits_NV
+            here_B = batch.domains_B == domain
+            rows, positions = int(here_B.sum()), int(batch.counts_B[here_B].sum())
+            places_M = batch.columns[GROUPED_PLACES][position : position + positions]
+            if rows:
+                rows_S = batch.columns[GROUPED_ROWS][row : row + rows]
+                positions_M = batch.columns[GROUPED_POSITIONS][position : position + positions]
+                part = _part(batch, here_B, rows_S, positions_M, places_M)
+            else:
+                part = _first_row(batch)
+            logits_MV = teacher(part).logits_NV
             if whole_NV is None:
-                shape = (len(domain_N), logits_MV.shape[1])
+                shape = (len(batch.labels_N), logits_MV.shape[1])
                 whole_NV = torch.zeros(shape, device=logits_MV.device)  # fp32 holds any teacher's
-            if len(rows_S):
-                whole_NV[domain_N == domain] = logits_MV.float()
+            whole_NV.index_copy_(0, places_M, logits_MV.float())
+            row, position = row + rows, position + positions
         assert whole_NV is not None
         return Dense(whole_NV)
 
 
-def _unsupervised_row(batch: Batch) -> Batch:
-    """The batch's first row with no supervised position."""
-    row = batch.select(torch.zeros(1, dtype=torch.int64, device=batch.ids_BT.device))
+GROUPED_ROWS = "grouped_rows"
+"""Column of a batch, int64 [B]: its rows' indices, domain by domain."""
+GROUPED_PLACES = "grouped_places"
+"""Column of a batch, int64 [N]: which of the supervised positions, domain by domain."""
+GROUPED_POSITIONS = "grouped_positions"
+"""Column of a batch, int64 [N]: where these are in the flattened rows of their domain alone."""
+
+
+def group_by_domain(rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
+    """The :class:`~dskd.data.views.Reader` of the columns that :class:`RoutedTeachers` need."""
+    rows_B = np.argsort(rows.domains_B, kind="stable")
+    domains_B = rows.domains_B[rows_B]
+    # Of each row the number that it has among those of its domain.
+    rank_B = np.empty_like(rows_B)
+    rank_B[rows_B] = np.arange(len(rows_B)) - np.searchsorted(domains_B, domains_B)
+    row_N, place_N = np.nonzero(shown.labels_BT != IGNORE)
+    places_N = np.argsort(rows.domains_B[row_N], kind="stable")
+    position_N = rank_B[row_N] * shown.labels_BT.shape[1] + place_N
+    return {
+        GROUPED_ROWS: rows_B,
+        GROUPED_PLACES: places_N,
+        GROUPED_POSITIONS: position_N[places_N],
+    }
+
+
+def _part(
+    batch: Batch, here_B: Tensor, rows_S: Tensor, positions_M: Tensor, places_M: Tensor
+) -> Batch:
+    """The rows ``here_B`` (bool, on the CPU) of a batch, and their positions, on its device."""
     return Batch(
-        row_ids_B=row.row_ids_B,
-        domains_B=row.domains_B,
-        ids_BT=row.ids_BT,
-        mask_BT=row.mask_BT,
-        labels_BT=torch.full_like(row.labels_BT, IGNORE),
+        row_ids_B=batch.row_ids_B[here_B],
+        domains_B=batch.domains_B[here_B],
+        lengths_B=batch.lengths_B[here_B],
+        counts_B=batch.counts_B[here_B],
+        ids_BT=batch.ids_BT.index_select(0, rows_S),
+        mask_BT=batch.mask_BT.index_select(0, rows_S),
+        labels_BT=batch.labels_BT.index_select(0, rows_S),
+        positions_N=positions_M,
+        labels_N=batch.labels_N.index_select(0, places_M),
+    )
+
+
+def _first_row(batch: Batch) -> Batch:
+    """The batch's first row with no supervised position."""
+    return Batch(
+        row_ids_B=batch.row_ids_B[:1],
+        domains_B=batch.domains_B[:1],
+        lengths_B=batch.lengths_B[:1],
+        counts_B=torch.zeros_like(batch.counts_B[:1]),
+        ids_BT=batch.ids_BT[:1],
+        mask_BT=batch.mask_BT[:1],
+        labels_BT=torch.full_like(batch.labels_BT[:1], IGNORE),
+        positions_N=batch.positions_N[:0],
+        labels_N=batch.labels_N[:0],
     )

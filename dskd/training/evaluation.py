@@ -13,7 +13,7 @@ from torch import Tensor
 from dskd.batch import Batch
 from dskd.data.loader import make_batch
 from dskd.data.prepared import RowSet
-from dskd.data.views import View
+from dskd.data.views import Reader, View
 from dskd.errors import DataError
 from dskd.methods.metrics import Metric
 from dskd.models.frozen import evaluating
@@ -33,12 +33,14 @@ class EvaluationSet:
         rows: all rows.
         view: what the student sees of them; they are seen as in epoch 0.
         limit: use only so many of them, evenly spaced; None: all.
+        readers: add columns to the batches, for the metrics.
     """
 
     name: str
     rows: RowSet
     view: View
     limit: int | None = None
+    readers: Sequence[Reader] = ()
 
 
 def by_key(scores: Scores) -> dict[str, float]:
@@ -99,7 +101,7 @@ def _evaluate(
         if totals is None:
             totals = [torch.zeros_like(one) for one in sums]
         if counted:
-            supervised += int(batch.supervised_BT.sum())
+            supervised += batch.supervised
             totals = [total + one for total, one in zip(totals, sums, strict=True)]
     assert totals is not None, f"no row in {each.name}"
     mine = torch.tensor([float(supervised)], dtype=torch.float64, device=device)
@@ -125,4 +127,4 @@ def _spread(each: EvaluationSet) -> NDArray[np.int64]:
 
 
 def _batch(each: EvaluationSet, row_ids_B: NDArray[np.int64]) -> Batch:
-    return make_batch(each.rows, each.view, row_ids_B, np.zeros_like(row_ids_B), None)
+    return make_batch(each.rows, each.view, row_ids_B, np.zeros_like(row_ids_B), each.readers)

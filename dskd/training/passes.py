@@ -57,8 +57,8 @@ def count(
     """
     parts = [counts(batch) for batch in batches]
     names = sorted(parts[0])
-    sums = [sum(float(part[name]) for part in parts) for name in names]
-    tokens = sum(int(batch.mask_BT.sum()) for batch in batches)
+    sums = [sum(part[name] for part in parts) for name in names]
+    tokens = sum(batch.tokens for batch in batches)
     mine = torch.tensor([*sums, tokens, stop], dtype=torch.float64)
     *by_term, tokens_all, stop_any = dist.sum_over_ranks(mine.to(device, non_blocking=True))
     # A batch in which nothing counts has a loss of 0, not of 0 / 0.

@@ -126,8 +126,8 @@ def hard_validation(out: Path, run: Run, prepared: Prepared) -> View:
         device=CPU,
     )
     store = Hardness(out / "validation-questions", prints)
-    asked = store.fingerprint
-    return hard_view(data, prepared.tokenizer, run.seed, lambda _: store, asked=asked, rows=rows)
+    about = {"scores": store.fingerprint, "rowset": rows}
+    return hard_view(data, prepared.tokenizer, run.seed, lambda _: store, **about)
 
 
 def hard_nll(folder: Path, run: Run, prepared: Prepared, view: View) -> float:

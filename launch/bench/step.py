@@ -156,13 +156,13 @@ def loader_of(job: Job, setup: TeacherSetup) -> Loader:
     """The loader as the train stage makes it."""
     return Loader(
         job.prepared.train,
-        job.view,
+        setup.view or job.view,
         batch=job.run.train.batch,
         micro_batch=job.run.train.micro_batch,
         rank=dist.rank(),
         world=dist.world(),
         seed=job.run.seed,
-        attach=setup.attach,
+        readers=setup.readers,
         pin=job.device.type == "cuda",
     )
 

@@ -55,5 +55,5 @@ def prepared(corpus: Path) -> Prepared:
 
 def all_rows(rows: RowSet) -> list[list[int]]:
     """Every row without its padding."""
-    ids_BT, lengths_B = rows.read(np.arange(len(rows)))
-    return [ids[:n].tolist() for ids, n in zip(ids_BT, lengths_B, strict=True)]
+    every = rows.rows(np.arange(len(rows)), np.zeros(len(rows), np.int64))
+    return [ids[:n].tolist() for ids, n in zip(every.tokens_BT, every.lengths_B, strict=True)]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from dskd.batch import IGNORE, Batch
-from dskd.data.loader import Attachment, Loader, sequential
-from dskd.data.prepared import Prepared
-from dskd.data.views import view_for
+from dskd.data.loader import Loader
+from dskd.data.prepared import Prepared, RowBatch
+from dskd.data.views import Shown, view_for
 from dskd.errors import ConfigError, StoreError
 from dskd.settings.data import Data
 
@@ -99,7 +97,8 @@ def test_restart_goes_on_where_it_stopped(prepared: Prepared, position: int) -> 
 
 def test_batches_are_what_the_rows_hold(prepared: Prepared) -> None:
     batch = steps(loader(prepared), 1)[0][1]
-    ids_BT, lengths_B = prepared.train.read(batch.row_ids_B.numpy())
+    row_ids = batch.row_ids_B.numpy()
+    *_, ids_BT, lengths_B = prepared.train.rows(row_ids, row_ids * 0)
     for tensor in (batch.row_ids_B, batch.domains_B, batch.ids_BT, batch.mask_BT, batch.labels_BT):
         assert tensor.dtype == torch.int64
     assert batch.mask_BT.sum(dim=1).tolist() == lengths_B.tolist()
@@ -108,28 +107,34 @@ def test_batches_are_what_the_rows_hold(prepared: Prepared) -> None:
     assert torch.equal(batch.ids_BT[~asked], torch.from_numpy(ids_BT)[~asked])
 
 
-def test_attachment_replaces_the_view(prepared: Prepared) -> None:
-    calls = []
+def test_readers_add_columns(prepared: Prepared) -> None:
+    seen = []
 
-    def attach(row_ids_B, domains_B, epochs_B, ids_BT, lengths_B):
-        calls.append((row_ids_B, domains_B, epochs_B, ids_BT, lengths_B))
-        return Attachment(ids_BT + 1, ids_BT + 2, {"score": row_ids_B.astype(np.float32)})
+    def scores(rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
+        seen.append((rows, shown))
+        return {"score": rows.ids_B.astype(np.float32)}
 
-    batches = steps(loader(prepared, attach=attach), 1)[0]
-    for batch, (row_ids_B, domains_B, epochs_B, ids_BT, _) in zip(batches, calls, strict=False):
-        assert torch.equal(batch.ids_BT, torch.from_numpy(ids_BT + 1))
-        assert torch.equal(batch.labels_BT, torch.from_numpy(ids_BT + 2))
-        assert batch.extra["score"].tolist() == row_ids_B.tolist()
-        assert batch.row_ids_B.tolist() == row_ids_B.tolist()
-        assert batch.domains_B.tolist() == domains_B.tolist() and (epochs_B == 0).all()
+    def labels(rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
+        del rows
+        return {"label": shown.labels_BT[shown.labels_BT != IGNORE]}
+
+    batches = steps(loader(prepared, readers=(scores, labels)), 1)[0]
+    for batch, (rows, shown) in zip(batches, seen, strict=False):
+        assert batch.columns.keys() == {"score", "label"}
+        assert batch.columns["score"].tolist() == batch.row_ids_B.tolist() == rows.ids_B.tolist()
+        assert torch.equal(batch.columns["label"], batch.labels_N)
+        assert torch.equal(batch.ids_BT, torch.from_numpy(shown.inputs_BT))
+        assert batch.domains_B.tolist() == rows.domains_B.tolist() and (rows.epochs_B == 0).all()
+    with pytest.raises(AssertionError, match="two readers make the column 'score'"):
+        steps(loader(prepared, readers=(scores, scores)), 1)
 
 
 def test_error_of_the_thread_reaches_the_caller(prepared: Prepared) -> None:
-    def attach(*_):
+    def reader(*_: object) -> dict[str, np.ndarray]:
         raise StoreError("shard 3 is gone")
 
     with pytest.raises(StoreError, match="shard 3 is gone"):
-        steps(loader(prepared, attach=attach), 1)
+        steps(loader(prepared, readers=(reader,)), 1)
 
 
 def test_indivisible_batch_is_refused(prepared: Prepared) -> None:
@@ -137,17 +142,3 @@ def test_indivisible_batch_is_refused(prepared: Prepared) -> None:
         loader(prepared, micro_batch=3)
     with pytest.raises(ConfigError, match=r"number of ranks \(3\)"):
         loader(prepared, world=3)
-
-
-def test_sequential_is_in_row_order(prepared: Prepared, tmp_path: Path) -> None:
-    view = view_for(Data(), prepared.tokenizer, SEED)
-
-    def take(micro_batch: int) -> list[Batch]:
-        batches = sequential(
-            prepared.validation, view, begin=3, end=20, micro_batch=micro_batch, epoch=1
-        )
-        return list(batches)
-
-    assert torch.cat([b.row_ids_B for b in take(5)]).tolist() == list(range(3, 20))
-    assert [len(b.row_ids_B) for b in take(5)] == [5, 5, 5, 2]
-    assert content(take(5)) == content(take(17))

@@ -23,18 +23,19 @@ def test_read_pads_to_a_multiple_of_eight(prepared: Prepared) -> None:
     rows = prepared.train
     lengths = np.array([len(row) for row in all_rows(rows)])
     short = np.flatnonzero(lengths <= 24)[:3]
-    ids_BT, lengths_B = rows.read(short)
+    _, epochs_B, domains_B, ids_BT, lengths_B = rows.rows(short, short + 7)
+    assert (epochs_B == short + 7).all() and (domains_B == rows.domains_B(short)).all()
     assert ids_BT.dtype == lengths_B.dtype == np.int64
     assert lengths_B.tolist() == lengths[short].tolist()
     assert ids_BT.shape == (3, -(-lengths_B.max() // 8) * 8) and ids_BT.shape[1] < 32
     assert (ids_BT[np.arange(ids_BT.shape[1]) >= lengths_B[:, None]] == 1).all()
-    backwards, _ = rows.read(short[::-1])
-    assert (backwards == ids_BT[::-1]).all()
+    backwards = rows.rows(short[::-1], short)
+    assert (backwards.tokens_BT == ids_BT[::-1]).all()
 
 
 def test_row_is_never_wider_than_a_block(corpus: Path) -> None:
     prepared = open_prepared(prepare(settings(corpus, block_size=30, packing="contiguous")))
-    ids_BT, lengths_B = prepared.train.read(np.arange(4))
+    *_, ids_BT, lengths_B = prepared.train.rows(np.arange(4), np.zeros(4, np.int64))
     assert ids_BT.shape == (4, 30) and lengths_B.tolist() == [30] * 4
 
 

@@ -17,6 +17,7 @@ from dskd.data.views import CausalView, FairseqView, MaskedView, at_random, view
 from dskd.errors import ConfigError
 from dskd.settings.data import Data, HardTokens, Masking
 from dskd.system.files import fingerprint
+from tests.data.row_batches import row_batch
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())["masking"]
 
@@ -40,7 +41,7 @@ TOKENIZER = tokenizer_of(SIZE)
 SPECIAL = [0, 1, 2, 3, SIZE - 1]
 
 
-def positions_of(rows: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(rows: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Random rows <s> ... </s> of falling lengths, padded."""
     ids_BT = np.random.default_rng(seed).integers(4, SIZE - 1, (rows, length))
     lengths_B = length - np.arange(rows) % 7
@@ -66,9 +67,7 @@ def test_golden_fairseq_masks(case: dict) -> None:
     assert fairseq_seed(GOLDEN["seed"], case["epoch"], case["index"]) == case["numpy_seed"]
     item = GOLDEN["items"][case["index"]]
     padded = np.array([item + [GOLDEN["pad"]] * 3])
-    inputs_BT, labels_BT = fairseq(
-        np.array([case["index"]]), np.array([case["epoch"]]), padded, np.array([len(item)])
-    )
+    inputs_BT, labels_BT = fairseq(row_batch([case["index"]], case["epoch"], padded, [len(item)]))
     assert inputs_BT[0].tolist() == case["source"] + [GOLDEN["pad"]] * 3
     want = [IGNORE if t == GOLDEN["pad"] else t for t in case["target"]] + [IGNORE] * 3
     assert labels_BT[0].tolist() == want
@@ -84,8 +83,8 @@ def test_tuple_hash_is_cpythons(parts: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("keep", "random"), [(0.0, 0.0), (0.0, 0.2), (0.2, 0.0), (0.0, 1.0)])
 def test_fairseq_without_one_of_the_replacements(keep: float, random: float) -> None:
     fairseq = FairseqView(Masking(sampler="fairseq", keep=keep, random=random), TOKENIZER, 1)
-    ids_BT, lengths_B = positions_of(50, 60)
-    inputs_BT, labels_BT = fairseq(np.arange(50), np.zeros(50, np.int64), ids_BT, lengths_B)
+    ids_BT, lengths_B = rows_of(50, 60)
+    inputs_BT, labels_BT = fairseq(row_batch(np.arange(50), 0, ids_BT, lengths_B))
     chosen_BT = labels_BT != IGNORE
     assert (labels_BT[chosen_BT] == ids_BT[chosen_BT]).all()
     masked = (inputs_BT[chosen_BT] == SIZE - 1).mean()
@@ -97,15 +96,15 @@ def test_fairseq_without_one_of_the_replacements(keep: float, random: float) -> 
 def test_pinned_counter_mask() -> None:
     # Numbers of this sampler as first released: caches and runs depend on them.
     ids_BT = np.array([[0, *range(10, 38), 2]])
-    inputs_BT, labels_BT = view(seed=7)(np.array([3]), np.array([2]), ids_BT, np.array([30]))
+    inputs_BT, labels_BT = view(seed=7)(row_batch([3], 2, ids_BT, [30]))
     places = np.flatnonzero(labels_BT[0] != IGNORE).tolist()
     assert places == [11, 13, 19, 27]
     assert inputs_BT[0, places].tolist() == [499, 499, 394, 36]
 
 
 def test_share_and_replacements() -> None:
-    ids_BT, lengths_B = positions_of(4000, 64)
-    inputs_BT, labels_BT = view()(np.arange(4000), np.zeros(4000, np.int64), ids_BT, lengths_B)
+    ids_BT, lengths_B = rows_of(4000, 64)
+    inputs_BT, labels_BT = view()(row_batch(np.arange(4000), 0, ids_BT, lengths_B))
     chosen_BT = labels_BT != IGNORE
     maskable_BT = ~np.isin(ids_BT, SPECIAL)
     assert not (chosen_BT & ~maskable_BT).any()
@@ -133,29 +132,32 @@ def test_a_mask_depends_on_its_own_row_only(masking: dict) -> None:
     kind = FairseqView if masking.get("sampler") else MaskedView
     tokenizer = tokenizer_of(SIZE, pieces="whole_word" in masking)
     masker = kind(Masking(**masking), tokenizer, 1)
-    ids_BT, lengths_B = positions_of(20, 40)
+    ids_BT, lengths_B = rows_of(20, 40)
     rows_B, epochs_B = np.arange(20) + 5, np.arange(20) % 3
-    inputs_BT, labels_BT = masker(rows_B, epochs_B, ids_BT, lengths_B)
+    inputs_BT, labels_BT = masker(row_batch(rows_B, epochs_B, ids_BT, lengths_B))
     order = np.random.default_rng(1).permutation(20)
     wider = np.pad(ids_BT, ((0, 0), (0, 8)), constant_values=1)
-    again, labels_again = masker(rows_B[order], epochs_B[order], wider[order], lengths_B[order])
+    mixed = row_batch(rows_B, epochs_B, wider, lengths_B).select(order)
+    again, labels_again = masker(mixed)
     assert (again[:, :40] == inputs_BT[order]).all() and (again[:, 40:] == 1).all()
     assert (labels_again[:, :40] == labels_BT[order]).all() and (labels_again[:, 40:] < 0).all()
     for b in range(20):
         alone = masker(
-            rows_B[b : b + 1],
-            epochs_B[b : b + 1],
-            ids_BT[b : b + 1, : lengths_B[b]],
-            lengths_B[b : b + 1],
+            row_batch(
+                rows_B[b : b + 1],
+                epochs_B[b],
+                ids_BT[b : b + 1, : lengths_B[b]],
+                lengths_B[b : b + 1],
+            )
         )
         assert (alone[0][0] == inputs_BT[b, : lengths_B[b]]).all()
 
 
 def test_seed_epoch_and_row_each_change_the_mask() -> None:
-    ids_BT, lengths_B = positions_of(1, 64)
+    ids_BT, lengths_B = rows_of(1, 64)
 
     def chosen(seed: int, epoch: int, row: int) -> list[int]:
-        labels_BT = view(seed=seed)(np.array([row]), np.array([epoch]), ids_BT, lengths_B)[1]
+        labels_BT = view(seed=seed)(row_batch([row], epoch, ids_BT, lengths_B)).labels_BT
         return np.flatnonzero(labels_BT[0] != IGNORE).tolist()
 
     base = chosen(1, 0, 0)
@@ -169,19 +171,19 @@ def test_draws_repeat(sampler: str) -> None:
     masker = view_for(data, TOKENIZER, 1)
     endless = view_for(Data(masking=Masking(sampler=sampler)), TOKENIZER, 1)
     assert masker.draws == 3 and endless.draws is None
-    ids_BT, lengths_B = positions_of(1, 64)
+    ids_BT, lengths_B = rows_of(1, 64)
     ids_BT, lengths_B = np.repeat(ids_BT, 9, axis=0), np.repeat(lengths_B, 9)
-    inputs_BT, _ = masker(np.zeros(9, np.int64), np.arange(9), ids_BT, lengths_B)
+    inputs_BT, _ = masker(row_batch(np.zeros(9, np.int64), np.arange(9), ids_BT, lengths_B))
     assert (inputs_BT[3:6] == inputs_BT[:3]).all() and (inputs_BT[6:] == inputs_BT[:3]).all()
     assert len(np.unique(inputs_BT, axis=0)) == 3
-    endless_BT, _ = endless(np.zeros(9, np.int64), np.arange(9), ids_BT, lengths_B)
+    endless_BT, _ = endless(row_batch(np.zeros(9, np.int64), np.arange(9), ids_BT, lengths_B))
     assert (endless_BT[:3] == inputs_BT[:3]).all() and len(np.unique(endless_BT, axis=0)) == 9
 
 
 def test_whole_words_are_replaced_alike() -> None:
     masker = MaskedView(Masking(whole_word=True), tokenizer_of(SIZE, pieces=True), 1)
-    ids_BT, lengths_B = positions_of(2000, 64)
-    inputs_BT, labels_BT = masker(np.arange(2000), np.zeros(2000, np.int64), ids_BT, lengths_B)
+    ids_BT, lengths_B = rows_of(2000, 64)
+    inputs_BT, labels_BT = masker(row_batch(np.arange(2000), 0, ids_BT, lengths_B))
     chosen_BT = labels_BT != IGNORE
     maskable_BT = ~np.isin(ids_BT, SPECIAL)
     joined_BT = np.zeros_like(chosen_BT)  # a piece behind another token of its word
@@ -198,9 +200,9 @@ def test_whole_words_are_replaced_alike() -> None:
 
 
 def test_probability_one_asks_for_every_token() -> None:
-    ids_BT, lengths_B = positions_of(5, 24)
+    ids_BT, lengths_B = rows_of(5, 24)
     masker = view(probability=1.0, keep=0.0, random=0.0)
-    inputs_BT, labels_BT = masker(np.arange(5), np.zeros(5, np.int64), ids_BT, lengths_B)
+    inputs_BT, labels_BT = masker(row_batch(np.arange(5), 0, ids_BT, lengths_B))
     maskable_BT = ~np.isin(ids_BT, SPECIAL)
     assert (inputs_BT[maskable_BT] == SIZE - 1).all()
     assert ((labels_BT != IGNORE) == maskable_BT).all()
@@ -208,15 +210,13 @@ def test_probability_one_asks_for_every_token() -> None:
 
 def test_row_without_anything_to_mask() -> None:
     ids_BT = np.array([[0, 2, 1, 1]])
-    inputs_BT, labels_BT = view()(np.array([0]), np.array([0]), ids_BT, np.array([2]))
+    inputs_BT, labels_BT = view()(row_batch([0], 0, ids_BT, [2]))
     assert (inputs_BT == ids_BT).all() and (labels_BT == IGNORE).all()
 
 
 def test_causal_labels() -> None:
     ids_BT = np.array([[5, 6, 7, 8], [5, 6, 0, 0], [9, 0, 0, 0]])
-    inputs_BT, labels_BT = CausalView()(
-        np.arange(3), np.zeros(3, np.int64), ids_BT, np.array([4, 2, 1])
-    )
+    inputs_BT, labels_BT = CausalView()(row_batch(np.arange(3), 0, ids_BT, [4, 2, 1]))
     assert (inputs_BT == ids_BT).all()
     assert labels_BT.tolist() == [
         [6, 7, 8, IGNORE],

@@ -9,16 +9,17 @@ import pytest
 
 from dskd.batch import IGNORE
 from dskd.data.loader import Loader
+from dskd.data.prepared import RowBatch
 from dskd.data.tokenizers import special_ids
 from dskd.data.views import MaskedView, at_random
 from dskd.errors import ConfigError
 from dskd.hardness.criterion import HardCriterion, select
-from dskd.hardness.masks import HardCausalView, HardView, hard_view
+from dskd.hardness.masks import HARD_LABELS, HardCausalView, HardView, hard_view
 from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.data import Data, HardTokens
 from dskd.stores.store import Writer
-from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, positions_of, tokenizer_of
+from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 
 ROWS, WIDTH = 400, 64
 
@@ -35,8 +36,9 @@ class Rows:
     def __len__(self):
         return len(self.ids_RT)
 
-    def read(self, row_ids_B):
-        return self.ids_RT[row_ids_B], self.lengths_R[row_ids_B]
+    def rows(self, row_ids_B, epochs_B):
+        tokens_BT, lengths_B = self.ids_RT[row_ids_B], self.lengths_R[row_ids_B]
+        return RowBatch(row_ids_B, epochs_B, self.domains_B(row_ids_B), tokens_BT, lengths_B)
 
     def domains_B(self, row_ids_B):
         return row_ids_B % 2
@@ -52,7 +54,7 @@ def store_of(folder, rows, nll_RT, wrong_RT=None, shown="token"):
     for shard in range(spec.shards):
         _, begin, end = spec.span(shard)
         row_ids = np.arange(begin, end)
-        asked_BT = plan.draw_of(row_ids, *rows.read(row_ids)) == 0
+        asked_BT = plan.draw_of(rows.rows(row_ids, row_ids * 0)) == 0
         wrong_BT = np.zeros_like(asked_BT) if wrong_RT is None else wrong_RT[row_ids]
         columns = encode(nll_RT[row_ids][asked_BT].astype(np.float32), wrong_BT[asked_BT])
         writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
@@ -60,7 +62,7 @@ def store_of(folder, rows, nll_RT, wrong_RT=None, shown="token"):
     return Hardness(folder, {"data": "rows"})
 
 
-ALL = Rows(*positions_of(ROWS, WIDTH, seed=1))
+ALL = Rows(*rows_of(ROWS, WIDTH, seed=1))
 NLL_RT = np.random.default_rng(2).exponential(0.2, (ROWS, WIDTH))
 NLL_RT = NLL_RT.astype(np.float16).astype(np.float64)  # what a store can hold
 WRONG_RT = np.random.default_rng(3).random((ROWS, WIDTH)) < 0.25
@@ -72,15 +74,15 @@ def hardness(tmp_path_factory):
     return store_of(tmp_path_factory.mktemp("store"), ALL, NLL_RT, WRONG_RT)
 
 
-def view_of(hardness, objective="masked", seed=1, hardness_of=None, asked="S", **masking):
+def view_of(hardness, objective="masked", seed=1, hardness_of=None, scores="S", **masking):
     data = Data(objective=objective, masking=HardTokens(kind="hard_tokens", **masking))
     opened = hardness_of or {0: hardness}
-    return hard_view(data, TOKENIZER, seed, opened.__getitem__, asked=asked, rows=ALL)
+    return hard_view(data, TOKENIZER, seed, opened.__getitem__, scores=scores, rowset=ALL)
 
 
 def seen(view, epoch=0, row_ids=None):
     row_ids = np.arange(ROWS) if row_ids is None else row_ids
-    return view(row_ids, np.full(len(row_ids), epoch), *ALL.read(row_ids))
+    return view(ALL.rows(row_ids, np.full(len(row_ids), epoch)))
 
 
 # Which tokens
@@ -107,13 +109,13 @@ def test_select_against_a_loop():
 
 
 def test_equally_hard_tokens_are_chosen_evenly(tmp_path):
-    rows = Rows(*(np.repeat(array[:1], ROWS, axis=0) for array in positions_of(1, WIDTH)))
+    rows = Rows(*(np.repeat(array[:1], ROWS, axis=0) for array in rows_of(1, WIDTH)))
     answers = store_of(tmp_path / "s", rows, np.full((ROWS, WIDTH), 3.0))
     masking = HardTokens(kind="hard_tokens", least=0.25, most=0.25)
     criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))
     view = HardView(masking, TOKENIZER, 1, criterion, "S")
     row_ids = np.tile(np.arange(ROWS), 10)
-    labels_BT = view(row_ids, np.repeat(np.arange(10), ROWS), *rows.read(row_ids))[1]
+    labels_BT = view(rows.rows(row_ids, np.repeat(np.arange(10), ROWS))).labels_BT
     rate_T = (labels_BT != IGNORE).mean(0)[1:63]
     assert abs(rate_T - 0.25).max() < 5 * (0.25 * 0.75 / len(row_ids)) ** 0.5
 
@@ -187,11 +189,11 @@ def test_a_mask_depends_on_its_own_row_epoch_and_seed_only(hardness, sampler):
     view = view_of(hardness, sampler=sampler, threshold=0.6)
     row_ids_B = np.random.default_rng(5).permutation(ROWS)
     epochs_B = row_ids_B % 3
-    inputs_BT, labels_BT = view(row_ids_B, epochs_B, *ALL.read(row_ids_B))
+    inputs_BT, labels_BT = view(ALL.rows(row_ids_B, epochs_B))
     for b in range(30):
-        row = row_ids_B[b : b + 1]
-        ids_BT, lengths_B = ALL.read(row)
-        alone = view(row, epochs_B[b : b + 1], ids_BT[:, : lengths_B[0]], lengths_B)
+        row = ALL.rows(row_ids_B[b : b + 1], epochs_B[b : b + 1])
+        lengths_B = row.lengths_B
+        alone = view(row._replace(tokens_BT=row.tokens_BT[:, : lengths_B[0]]))
         assert (alone[0][0] == inputs_BT[b, : lengths_B[0]]).all()
         assert (alone[1][0] == labels_BT[b, : lengths_B[0]]).all()
     other = seen(view_of(hardness, sampler=sampler, threshold=0.6, seed=2))
@@ -215,11 +217,11 @@ def test_refresh_reads_the_store_of_the_epoch(tmp_path, hardness):
 
     settings = {"metric": "quantile", "quantile": 0.2, "least": 0, "most": 1, "refresh": 2}
     data = Data(masking=HardTokens(kind="hard_tokens", **settings))
-    view = hard_view(data, TOKENIZER, 1, hardness_of, asked="S", rows=ALL)
+    view = hard_view(data, TOKENIZER, 1, hardness_of, scores="S", rowset=ALL)
     assert not opened  # nothing before there are rows to mask
     row_ids_B = np.arange(ROWS)
     epochs_B = row_ids_B % 4  # a batch over the border
-    _, labels_BT = view(row_ids_B, epochs_B, *ALL.read(row_ids_B))
+    _, labels_BT = view(ALL.rows(row_ids_B, epochs_B))
     assert set(opened) == {0, 1}
     for nll_RT, refresh_index in ((NLL_RT, 0), (NLL_RT[::-1], 1)):
         hard_RT = (nll_RT > view.criterion.cut(refresh_index)) & MASKABLE_RT
@@ -236,12 +238,12 @@ def test_causal_labels_say_which_are_hard(tmp_path, most):
     view = view_of(hardness, objective="causal", threshold=0.3, most=most)
     assert isinstance(view, HardCausalView) and view.draws == 1
     kwargs = {"batch": 8, "micro_batch": 8, "rank": 0, "world": 1, "seed": 1}
-    loader = Loader(ALL, view, attach=view.attach, **kwargs)
+    loader = Loader(ALL, view, readers=(view.read_hard,), **kwargs)
     batches = [loader.next_step()[0] for _ in range(60)]
     loader.close()
     again: dict[int, list[float]] = {}
     for batch in batches:
-        hard_N, row_ids = batch.extra["hard_N"].numpy(), batch.row_ids_B.numpy()
+        hard_N, row_ids = batch.columns[HARD_LABELS].numpy(), batch.row_ids_B.numpy()
         assert hard_N.dtype == np.float32 and len(hard_N) == (batch.labels_BT != IGNORE).sum()
         asked_BT = batch.labels_BT.numpy() != IGNORE
         assert (asked_BT.sum(1) == ALL.lengths_R[row_ids] - 1).all()
@@ -268,9 +270,9 @@ def test_causal_needs_no_mask_token(tmp_path):
     bare = tokenizer_of(SIZE)
     bare.mask_token = None
     data = Data(objective="causal", masking=HardTokens(kind="hard_tokens"))
-    hard_view(data, bare, 1, {}.__getitem__, asked="S", rows=ALL)
+    hard_view(data, bare, 1, {}.__getitem__, scores="S", rowset=ALL)
     with pytest.raises(ConfigError, match="needs a tokenizer with a mask token"):
-        hard_view(Data(masking=data.masking), bare, 1, {}.__getitem__, asked="S", rows=ALL)
+        hard_view(Data(masking=data.masking), bare, 1, {}.__getitem__, scores="S", rowset=ALL)
 
 
 # Fingerprints and refusals
@@ -291,7 +293,7 @@ def test_fingerprint_covers_what_masks_depend_on():
     ):
         assert of(**same) == base, same
     different = [
-        {"asked": "T"},
+        {"scores": "T"},
         {"seed": 2},
         {"threshold": 0.2},
         {"metric": "correctness"},

@@ -42,7 +42,7 @@ def test_golden_masks_of_the_original(tmp_path, case):
     criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(tokenizer))
     view = OriginalHardView(masking, tokenizer, 1, criterion, "S")
     row_ids_B = np.array([case["index"]])
-    inputs_BT, labels_BT = view(row_ids_B, np.array([case["epoch"]]), *rows.read(row_ids_B))
+    inputs_BT, labels_BT = view(rows.rows(row_ids_B, np.array([case["epoch"]])))
     assert inputs_BT[0].tolist() == case["source"]
     want = [t if t != golden["pad"] else IGNORE for t in case["target"]]
     assert labels_BT[0].tolist() == want
@@ -87,7 +87,7 @@ def test_what_several_ranks_found_is_merged(tmp_path, rows_per_shard):
     writers[0].finish(writers[0].records | writers[1].records)
     opened = Hardness(tmp_path / "s", {"data": "rows"})
     row_ids_B = np.array([3, 0, 2, 1, 3])
-    nll_BT, _ = opened.read(row_ids_B, *rows.read(row_ids_B))
+    nll_BT, _ = opened.read(rows.rows(row_ids_B, row_ids_B * 0))
     found = [np.flatnonzero(nll_T > 0.1).tolist() for nll_T in nll_BT]
     assert found == [golden["merged"].get(str(row), []) for row in row_ids_B]
 
@@ -97,7 +97,7 @@ def test_the_original_needs_its_vocabulary():
     other.add_tokens(["more"])
     data = Data(masking=HardTokens(kind="hard_tokens", sampler="original"))
     with pytest.raises(ConfigError, match="sampler: original needs RoBERTa's vocabulary"):
-        hard_view(data, other, 1, {}.__getitem__, asked="S", rows=ALL)
+        hard_view(data, other, 1, {}.__getitem__, scores="S", rowset=ALL)
 
 
 def test_the_store_rounds_across_the_threshold(tmp_path):
@@ -110,5 +110,5 @@ def test_the_store_rounds_across_the_threshold(tmp_path):
     criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))
     view = OriginalHardView(masking, TOKENIZER, 1, criterion, "S")
     row_ids_B = np.array([0])
-    _, labels_BT = view(row_ids_B, np.array([0]), *rows.read(row_ids_B))
+    _, labels_BT = view(rows.rows(row_ids_B, np.array([0])))
     assert np.flatnonzero(labels_BT[0] != IGNORE).tolist() == [7, 9]

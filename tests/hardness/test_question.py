@@ -32,6 +32,7 @@ from dskd.settings.model import Model
 from dskd.stores.store import shard_path
 from dskd.training.objective import Objective
 from tests.data.conftest import make_corpus
+from tests.data.row_batches import row_batch
 from tests.data.test_views import tokenizer_of
 from tests.ranks import run_ranks
 
@@ -116,7 +117,7 @@ def run_question(folder, prepared, objective, *, ds=None, masking=None, **option
 
 def everything(folder, prepared):
     row_ids = np.arange(len(prepared.train))
-    return Hardness(folder, PRINTS).read(row_ids, *prepared.train.read(row_ids))
+    return Hardness(folder, PRINTS).read(prepared.train.rows(row_ids, row_ids * 0))
 
 
 def files(folder):
@@ -135,9 +136,9 @@ class GoldenRows:
     def __len__(self):
         return len(STAGE1["tokens"])
 
-    def read(self, row_ids_B):
+    def rows(self, row_ids_B, epochs_B):
         ids_BT = np.array(STAGE1["tokens"])[row_ids_B]
-        return ids_BT, (ids_BT != STAGE1["pad"]).sum(1)
+        return row_batch(row_ids_B, epochs_B, ids_BT, (ids_BT != STAGE1["pad"]).sum(1))
 
     def domains_B(self, row_ids_B):
         return np.zeros_like(row_ids_B)
@@ -228,7 +229,8 @@ def test_store_holds_what_the_model_says(tmp_path, folders, objective, shown):
     prepared = open_prepared(folders[objective])
     masking = masking_of(shown=shown)
     model = model_of(prepared, objective)
-    ids_BT, lengths_B = prepared.train.read(np.arange(len(prepared.train)))
+    every = np.arange(len(prepared.train))
+    *_, ids_BT, lengths_B = prepared.train.rows(every, every * 0)
     if objective == "masked":  # it guesses one token right; llama does so untrained
         model.lm_head.bias.data[np.bincount(ids_BT[ids_BT > 5]).argmax()] += 9
     made = {"masking": masking, "model": lambda: model}
@@ -240,7 +242,7 @@ def test_store_holds_what_the_model_says(tmp_path, folders, objective, shown):
     want_BT, want_wrong_BT = np.full(nll_BT.shape, np.nan), np.zeros(wrong_BT.shape, bool)
     for row in range(0, len(prepared.train), 3):
         for draw in range(view.draws):
-            batch = make_batch(prepared.train, view, np.array([row]), np.array([draw]), None)
+            batch = make_batch(prepared.train, view, np.array([row]), np.array([draw]))
             with torch.no_grad():
                 logits_TV = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits[0]
             places = batch.supervised_BT[0].nonzero()[:, 0].numpy()
@@ -425,7 +427,7 @@ def _train_and_ask(rank, folder, prepared_folder, stage, asking, world):
             engine.module.train()
         row_ids = np.arange(4) + 4 * step
         row_ids = row_ids[rank * 4 // world : (rank + 1) * 4 // world]
-        batch = make_batch(prepared.train, view, row_ids, row_ids * 0, None)
+        batch = make_batch(prepared.train, view, row_ids, row_ids * 0)
         term = engine.forward(batch, step)["tokens"]
         losses.append(float(term.total))
         engine.backward(term.total / 30, last=True)

@@ -41,10 +41,9 @@ def fill(run, name="questions", model="M", more=0.0):
     for shard in range(spec.shards):
         draw, begin, end = spec.span(shard)
         row_ids = np.arange(begin, end)
-        ids_BT, lengths_B = prepared.train.read(row_ids)
-        labels_BT = view(row_ids, np.full_like(row_ids, draw), ids_BT, lengths_B)[1]
+        labels_BT = view(prepared.train.rows(row_ids, np.full_like(row_ids, draw))).labels_BT
         asked_BT = labels_BT != IGNORE
-        places_BT = np.broadcast_to(np.arange(ids_BT.shape[1]), ids_BT.shape)
+        places_BT = np.broadcast_to(np.arange(labels_BT.shape[1]), labels_BT.shape)
         nll_N, wrong_N = answer(labels_BT[asked_BT], places_BT[asked_BT])
         columns = encode(nll_N + np.float32(more), wrong_N)
         writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
@@ -86,7 +85,7 @@ def counts_by_loop(run, prepared, shift=0):
     special_V = special_ids(prepared.tokenizer)
     by_domain, seen, hard_of = {}, {}, {}
     for row in range(len(prepared.train)):
-        ids_BT, lengths_B = prepared.train.read(np.array([row]))
+        *_, ids_BT, lengths_B = prepared.train.rows(np.array([row]), np.array([0]))
         domain = prepared.domains[prepared.train.domains_B(np.array([row]))[0]]
         for place in range(lengths_B[0] - shift):
             token = int(ids_BT[0, place + shift])
@@ -129,10 +128,10 @@ def test_counts_are_those_of_a_loop(made, causal, objective):
 def test_what_is_taken(made, causal):
     run, prepared, hardness = made
     found = find(run, prepared, hardness)
-    kwargs = {"asked": hardness.fingerprint, "rows": prepared.train}
+    kwargs = {"scores": hardness.fingerprint, "rowset": prepared.train}
     view = hard_view(run.data, prepared.tokenizer, run.seed, lambda _: hardness, **kwargs)
     row_ids = np.arange(len(prepared.train))
-    labels_BT = view(row_ids, np.zeros_like(row_ids), *prepared.train.read(row_ids))[1]
+    labels_BT = view(prepared.train.rows(row_ids, row_ids * 0)).labels_BT
     assert found.taken_D.sum() == (labels_BT != IGNORE).sum()
     assert found.taken_D.sum() / found.tokens_D.sum() == pytest.approx(0.15, abs=0.01)
     unbounded = run.data.masking.model_copy(update={"least": 0.0, "most": 1.0})

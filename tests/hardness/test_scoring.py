@@ -10,9 +10,10 @@ from dskd.data.views import CausalView
 from dskd.errors import ConfigError
 from dskd.hardness.scoring import ScoringPlan, scoring_view
 from dskd.settings.data import Data, HardTokens
-from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, positions_of, tokenizer_of
+from tests.data.row_batches import row_batch
+from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 
-IDS, LENGTHS = positions_of(20, 37)
+IDS, LENGTHS = rows_of(20, 37)
 ROWS = np.arange(20) * 7
 MASKABLE = ~np.isin(IDS, SPECIAL) & (np.arange(37) < LENGTHS[:, None])
 
@@ -24,7 +25,7 @@ def view(objective="masked", seed=1, tokenizer=TOKENIZER, **masking):
 
 def test_tokens_in_their_places() -> None:
     shown = view(shown="token")
-    inputs_BT, labels_BT = shown(ROWS, ROWS * 0 + 3, IDS, LENGTHS)
+    inputs_BT, labels_BT = shown(row_batch(ROWS, 3, IDS, LENGTHS))
     np.testing.assert_array_equal(inputs_BT, IDS)
     real_BT = np.arange(37) < LENGTHS[:, None]
     np.testing.assert_array_equal(labels_BT, np.where(real_BT, IDS, IGNORE))
@@ -39,7 +40,7 @@ def test_every_token_is_masked_once(probability: float, draws: int) -> None:
     assert shown.draws == draws
     times_BT = np.zeros_like(IDS)
     for draw in range(draws):
-        inputs_BT, labels_BT = shown(ROWS, ROWS * 0 + draw, IDS, LENGTHS)
+        inputs_BT, labels_BT = shown(row_batch(ROWS, draw, IDS, LENGTHS))
         asked_BT = labels_BT != IGNORE
         np.testing.assert_array_equal(labels_BT[asked_BT], IDS[asked_BT])
         np.testing.assert_array_equal(inputs_BT, np.where(asked_BT, SIZE - 1, IDS))
@@ -53,34 +54,36 @@ def test_draws_are_random() -> None:
     """Over 2000 rows of 40 tokens each place is in each of 5 draws 400 times, give or take 5 sd."""
     ids_BT = np.full((2000, 42), 9)
     ids_BT[:, 0], ids_BT[:, -1] = 0, 2
-    lengths_B, rows_B = np.full(2000, 42), np.arange(2000)
-    draw_of_BT = view(shown="mask", probability=0.2).plan.draw_of(rows_B, ids_BT, lengths_B)
+    rows = row_batch(np.arange(2000), 0, ids_BT, np.full(2000, 42))
+    draw_of_BT = view(shown="mask", probability=0.2).plan.draw_of(rows)
     assert (draw_of_BT[:, [0, -1]] == -1).all()
     for draw in range(5):
         times_T = (draw_of_BT == draw)[:, 1:-1].sum(0)
         assert times_T.sum() == 2000 * 8 and np.abs(times_T - 400).max() < 5 * 18
-    other = view(shown="mask", probability=0.2, seed=2).plan.draw_of(rows_B, ids_BT, lengths_B)
+    other = view(shown="mask", probability=0.2, seed=2).plan.draw_of(rows)
     assert np.abs((other == draw_of_BT)[:, 1:-1].mean() - 1 / 5) < 0.01
 
 
 def test_a_row_is_asked_alike_in_any_batch() -> None:
     plan = view(shown="mask").plan
-    whole_BT = plan.draw_of(ROWS, IDS, LENGTHS)
+    whole_BT = plan.draw_of(row_batch(ROWS, 0, IDS, LENGTHS))
     for b in (0, 6, 13):
-        alone_BT = plan.draw_of(ROWS[b : b + 1], IDS[b : b + 1, : LENGTHS[b]], LENGTHS[b : b + 1])
+        alone_BT = plan.draw_of(
+            row_batch(ROWS[b : b + 1], 0, IDS[b : b + 1, : LENGTHS[b]], LENGTHS[b : b + 1])
+        )
         np.testing.assert_array_equal(alone_BT[0], whole_BT[b, : LENGTHS[b]])
         assert (whole_BT[b, LENGTHS[b] :] == -1).all()
 
 
 def test_the_next_token_of_a_causal_model() -> None:
     shown = view("causal", shown="mask")  # which plays no part
-    arguments = ROWS, ROWS * 0, IDS, LENGTHS
-    for got, want in zip(shown(*arguments), CausalView()(*arguments), strict=True):
+    rows = row_batch(ROWS, 0, IDS, LENGTHS)
+    for got, want in zip(shown(rows), CausalView()(rows), strict=True):
         np.testing.assert_array_equal(got, want)
-    asked_BT = shown.plan.draw_of(ROWS, IDS, LENGTHS) == 0
-    labels_BT = shown(*arguments)[1]
+    asked_BT = shown.plan.draw_of(row_batch(ROWS, 0, IDS, LENGTHS)) == 0
+    labels_BT = shown(rows).labels_BT
     np.testing.assert_array_equal(asked_BT, labels_BT != IGNORE)
-    np.testing.assert_array_equal(shown.plan.targets(IDS)[asked_BT], labels_BT[asked_BT])
+    np.testing.assert_array_equal(shown.plan.targets(rows)[asked_BT], labels_BT[asked_BT])
 
 
 def test_fingerprints_tell_what_matters() -> None:

@@ -31,12 +31,12 @@ def spec_of(plan, rows, rows_per_shard=10):
 
 def truth(plan, rows, row_ids, seed=3):
     """NLL and wrongness of every place, by row and place alone; NaN and False where not asked."""
-    ids_BT, lengths_B = rows.read(row_ids)
+    here = rows.rows(row_ids, row_ids * 0)
     random = np.random.RandomState(seed)
     nll_RT = random.exponential(1.0, (len(rows), rows.block_size)).astype(np.float32)
     wrong_RT = random.rand(len(rows), rows.block_size) < 0.3
-    asked_BT = plan.draw_of(row_ids, ids_BT, lengths_B) >= 0
-    width = ids_BT.shape[1]
+    asked_BT = plan.draw_of(here) >= 0
+    width = here.tokens_BT.shape[1]
     return (
         np.where(asked_BT, nll_RT[row_ids, :width], np.nan),
         wrong_RT[row_ids, :width] & asked_BT,
@@ -53,7 +53,7 @@ def store_all(folder, plan, rows, rows_per_shard=10, change=lambda nll_N: nll_N)
         draw, begin, end = spec.span(shard)
         row_ids = np.arange(begin, end)
         nll_BT, wrong_BT, _ = truth(plan, rows, row_ids)
-        asked_BT = plan.draw_of(row_ids, *rows.read(row_ids)) == draw
+        asked_BT = plan.draw_of(rows.rows(row_ids, row_ids * 0)) == draw
         columns = encode(change(nll_BT[asked_BT]), wrong_BT[asked_BT])
         writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
     writer.finish(writer.records)
@@ -66,16 +66,17 @@ def test_what_was_written_is_read(tmp_path, shown):
     hardness = store_all(tmp_path / "s", plan, rows)
     for row_ids in (np.arange(23), np.array([22, 3, 3, 11, 0]), np.array([7])):
         nll_BT, wrong_BT, asked_BT = truth(plan, rows, row_ids)
-        found_BT, found_wrong_BT = hardness.read(row_ids, *rows.read(row_ids))
+        found_BT, found_wrong_BT = hardness.read(rows.rows(row_ids, row_ids * 0))
         assert found_BT.dtype == np.float32 and found_wrong_BT.dtype == bool
         np.testing.assert_array_equal(found_BT, nll_BT.astype(np.float16).astype(np.float32))
         np.testing.assert_allclose(found_BT, nll_BT, rtol=1 / 2048)
         np.testing.assert_array_equal(found_wrong_BT, wrong_BT)
         assert 0 < wrong_BT.sum() < asked_BT.sum()
-    special_BT = np.isin(rows.read(np.arange(23))[0], SPECIAL)
+    every = rows.rows(np.arange(23), np.zeros(23, int))
+    special_BT = np.isin(every.tokens_BT, SPECIAL)
     assert special_BT.any()
     if shown == "mask":
-        found_BT, _ = hardness.read(np.arange(23), *rows.read(np.arange(23)))
+        found_BT, _ = hardness.read(every)
         assert np.isnan(found_BT[special_BT]).all()
 
 
@@ -101,11 +102,11 @@ def test_quantiles_are_exact(tmp_path, shown):
         tmp_path / "s", plan, rows, 400, change=lambda nll_N: np.round(nll_N * 16) / 16
     )
     row_ids = np.arange(len(rows))
-    ids_BT, lengths_B = rows.read(row_ids)
+    every = rows.rows(row_ids, row_ids * 0)
     special_V = np.isin(np.arange(50), SPECIAL)
-    asked_BT = plan.draw_of(row_ids, ids_BT, lengths_B) >= 0
-    counted_BT = asked_BT & ~special_V[plan.targets(ids_BT)]
-    values_N = hardness.read(row_ids, ids_BT, lengths_B)[0][counted_BT]
+    asked_BT = plan.draw_of(every) >= 0
+    counted_BT = asked_BT & ~special_V[plan.targets(every)]
+    values_N = hardness.read(every)[0][counted_BT]
     total = len(values_N)
     for share in (0.0, 0.01, 0.2, 0.5, 0.9, 0.999):
         found = hardness.quantile(share, rows, special_V)
@@ -150,12 +151,12 @@ def test_draws_that_ask_nothing_of_a_row_are_not_read(tmp_path, monkeypatch):
     row_ids = np.arange(len(rows))
     read, pairs = hardness.store.read, []
 
-    def counted(row_ids_B, draws_B):
+    def counted(row_ids_B, draws_B, columns):
         pairs.extend(zip(row_ids_B.tolist(), draws_B.tolist(), strict=True))
-        return read(row_ids_B, draws_B)
+        return read(row_ids_B, draws_B, columns)
 
     monkeypatch.setattr(hardness.store, "read", counted)
-    found_BT, _ = hardness.read(row_ids, *rows.read(row_ids))
+    found_BT, _ = hardness.read(rows.rows(row_ids, row_ids * 0))
     nll_BT, _, asked_BT = truth(plan, rows, row_ids)
     np.testing.assert_array_equal(found_BT, nll_BT.astype(np.float16).astype(np.float32))
     counts_B = asked_BT.sum(1)
@@ -175,11 +176,11 @@ def test_a_foreign_store_is_refused_by_name(tmp_path):
 def test_other_rows_are_refused(tmp_path):
     rows = ToyRows()
     hardness = store_all(tmp_path / "s", PLANS["token"], rows)
-    ids_BT, lengths_B = rows.read(np.array([4, 5]))
+    two = rows.rows(np.array([4, 5]), np.zeros(2, int))
     with pytest.raises(StoreError, match="row 5 has other tokens"):
-        hardness.read(np.array([4, 5]), ids_BT, lengths_B - [0, 1])
+        hardness.read(two._replace(lengths_B=two.lengths_B - [0, 1]))
     with pytest.raises(StoreError, match="no row 23 of draw 0"):
-        hardness.read(np.array([4, 23]), ids_BT, lengths_B)
+        hardness.read(two._replace(ids_B=np.array([4, 23])))
 
 
 def test_damage_and_interruption_are_told(tmp_path):
@@ -215,11 +216,11 @@ def test_reading_is_fast(tmp_path):
     for shown, most in (("token", 0.01), ("mask", 0.03)):
         hardness = store_all(tmp_path / shown, PLANS[shown], rows)
         row_ids = np.arange(0, 64, 4)
-        arguments = row_ids, *rows.read(row_ids)
-        hardness.read(*arguments)
+        here = rows.rows(row_ids, row_ids * 0)
+        hardness.read(here)
         times = []
         for _ in range(7):
             begin = time.perf_counter()
-            hardness.read(*arguments)
+            hardness.read(here)
             times.append(time.perf_counter() - begin)
         assert min(times) < most

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dskd.batch import IGNORE, Batch, Dense, Positions, Projected, Term
 from dskd.errors import ConfigError
+from dskd.hardness.masks import HARD_LABELS
 from dskd.methods.base import Method, build_method
 from dskd.settings.recipe import read
 from dskd.training.passes import count
@@ -37,7 +38,7 @@ def batch_of(inputs: dict[str, Any]) -> Batch:
     mask_BT = torch.ones_like(labels_BT)
     mask_BT.view(-1)[inputs["ntokens"] :] = 0
     rows_B = torch.arange(len(labels_BT))
-    return Batch(
+    return Batch.of(
         row_ids_B=rows_B,
         domains_B=rows_B,
         ids_BT=torch.ones_like(labels_BT),
@@ -53,10 +54,10 @@ def forward(
     dtype: torch.dtype = torch.float64,
     projected: bool = False,
     reference: Tensor | None = None,
-    **extra: Tensor,
+    **columns: Tensor,
 ) -> tuple[Term, Tensor, Batch]:
     """The term, the whole student logits (a leaf) and the batch, as the objective makes them."""
-    batch = replace(batch_of(inputs), extra=extra)
+    batch = replace(batch_of(inputs), columns=columns)
     student_BTV = torch.tensor(inputs["logits"], dtype=dtype).requires_grad_()
     head = Identity(student_BTV)
     rows = Positions(student_BTV[batch.supervised_BT], head, batch.labels_N)
@@ -119,7 +120,7 @@ def test_normalised_by_all_tokens_as_the_original(case):
         (loss, parts), _, batch = forward(method, inputs)
         whole = loss + inputs["lam"] * entropy(inputs)
         count = counts[normalise] = method.counts(batch)["tokens"]
-        assert count.dtype == torch.float64
+        assert isinstance(count, float)
         name = {"masked": "loss_per_masked_token", "tokens": "loss_per_ntoken"}[normalise]
         assert (whole / count).item() == pytest.approx(expected[name], rel=1e-9)
     assert counts["tokens"] == expected["sample_size_original"]
@@ -135,7 +136,7 @@ def test_lambda_sweep(smoothing):
     (loss, parts), _, batch = forward(method_of(smoothing=smoothing), TLS)
     whole = loss.item() + smoothing * golden["ref_entropy_sum"]
     assert whole == pytest.approx(expected["loss_sum"], rel=1e-9)
-    assert batch.supervised() == expected["n"]
+    assert batch.supervised == expected["n"]
     found = {name: part.item() for name, part in parts.items()}
     wanted = {"ce": expected["nll_sum"]} if smoothing < 1.0 else {}
     if smoothing > 0.0:
@@ -188,7 +189,6 @@ def test_hard_tokens_weigh_more(smoothing):
     (loss, parts), logits_BTV, batch = forward(method, TLS, hard_N=hard_N)
     weight_N = torch.tensor([3.0, 1.0, 1.0, 3.0, 3.0], dtype=torch.float64)
     assert method.counts(batch) == {"tokens": 11.0}
-    assert method.counts(batch)["tokens"].dtype == torch.float64
     logprobs_NV = logits_BTV[batch.supervised_BT].log_softmax(1)
     ce_N = -logprobs_NV.gather(1, batch.labels_N[:, None])[:, 0]
     reference_NV = reference_logits(TLS).log_softmax(1)
@@ -207,7 +207,7 @@ def test_light_tokens_are_averaged_like_others(hard_weight):
     method, plain = method_of(hard_weight=hard_weight), method_of()
     (loss, _), logits_BTV, batch = forward(method, TLS, hard_N=torch.ones(5))
     (expected, _), others_BTV, _ = forward(plain, TLS)
-    halves = [replace(batch, extra={"hard_N": torch.ones(5)}), _without_labels(batch)]
+    halves = [replace(batch, columns={HARD_LABELS: torch.ones(5)}), _without_labels(batch)]
     whole = count(method.counts, halves, CPU).by_term["tokens"]
     assert whole.dtype == torch.float64
     assert whole.item() == pytest.approx(5 * hard_weight, rel=1e-4)  # the weights are fp32
@@ -226,7 +226,14 @@ def test_a_batch_without_labels_is_divided_by_1():
 
 def _without_labels(batch: Batch) -> Batch:
     nothing_BT = torch.full_like(batch.labels_BT, IGNORE)
-    return replace(batch, labels_BT=nothing_BT, extra={"hard_N": torch.ones(0)})
+    return Batch.of(
+        row_ids_B=batch.row_ids_B,
+        domains_B=batch.domains_B,
+        ids_BT=batch.ids_BT,
+        mask_BT=batch.mask_BT,
+        labels_BT=nothing_BT,
+        columns={HARD_LABELS: torch.ones(0)},
+    )
 
 
 def check(*words: str, **settings: Any) -> None:

@@ -246,7 +246,7 @@ def test_an_export_is_tried_on_few_tokens(monkeypatch, tokens, rows):
 
     monkeypatch.setattr(dskd.methods.wid, "checked_merge", tried)
     ids_BT = torch.arange(300)[:, None].expand(300, tokens)
-    batch = Batch(
+    batch = Batch.of(
         row_ids_B=ids_BT[:, 0],
         domains_B=ids_BT[:, 0],
         ids_BT=ids_BT,

@@ -94,7 +94,7 @@ def batch(rows: int = 3, vocab: int = 43, supervised: bool = True, seed: int = 0
     mask_BT = (torch.arange(BLOCK) < lengths_B[:, None]).long()
     labels_BT = torch.randint(5, vocab, (rows, BLOCK), generator=generator)
     chosen_BT = (mask_BT == 1) & (torch.arange(BLOCK) % 3 == 1) & supervised
-    return Batch(
+    return Batch.of(
         row_ids_B=torch.arange(rows),
         domains_B=torch.zeros(rows, dtype=torch.int64),
         ids_BT=ids_BT.where(mask_BT == 1, 1),

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 
 from dskd.batch import IGNORE, Dense
+from dskd.data.prepared import RowBatch
+from dskd.data.views import Shown
+from dskd.stores.logits import CachedLogits, CachedMasks
 
 MASK = 4
 
@@ -25,12 +28,12 @@ class ToyRows:
     def __len__(self):
         return len(self.lengths)
 
-    def read(self, row_ids_B):
+    def rows(self, row_ids_B, epochs_B):
         lengths_B = self.lengths[row_ids_B]
         width = min(-(-int(lengths_B.max()) // 8) * 8, self.block_size)
         ids_BT = self.ids[row_ids_B, :width].copy()
         ids_BT[np.arange(width) >= lengths_B[:, None]] = 1
-        return ids_BT, lengths_B
+        return RowBatch(row_ids_B, epochs_B, self.domains_B(row_ids_B), ids_BT, lengths_B)
 
     def domains_B(self, row_ids_B):
         return np.asarray(row_ids_B, np.int64) % self.domains
@@ -43,14 +46,21 @@ class ToyMasks:
         self.draws = draws
         self.fingerprint = "toy-masks"
 
-    def __call__(self, row_ids_B, epochs_B, ids_BT, lengths_B):
+    def __call__(self, rows):
+        ids_BT = rows.tokens_BT
         inputs_BT, labels_BT = ids_BT.copy(), np.full_like(ids_BT, IGNORE)
-        for b, (row, epoch) in enumerate(zip(row_ids_B, epochs_B, strict=True)):
+        for b, (row, epoch) in enumerate(zip(rows.ids_B, rows.epochs_B, strict=True)):
             chosen = np.random.RandomState(1000 * (epoch % self.draws) + row).rand(999) < 0.3
-            chosen = np.flatnonzero(chosen[: lengths_B[b]])
+            chosen = np.flatnonzero(chosen[: rows.lengths_B[b]])
             labels_BT[b, chosen] = ids_BT[b, chosen]
             inputs_BT[b, chosen] = np.where(chosen % 5 == 0, 5 + chosen, MASK)
-        return inputs_BT, labels_BT
+        return Shown(inputs_BT, labels_BT)
+
+
+def read(cache, rows, *, use_k=None, temperature=2.0):
+    """What a cache gives for some rows: inputs, labels, and the columns of the logits."""
+    shown = CachedMasks(cache)(rows)
+    return *shown, CachedLogits(cache, use_k, temperature)(rows, shown)
 
 
 class ToyTeacher:

@@ -15,6 +15,7 @@ from dskd.errors import ConfigError, NonFiniteError, StoreError
 from dskd.stores import logits as logits_module
 from dskd.stores.logits import Layout, LogitCache, describe, verify
 from dskd.stores.store import Store, Writer, shard_path
+from tests.stores import caches
 from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher
 
 PRINTS = {"teacher": "T", "tokenizer": "V", "data": "D", "masking": "M"}
@@ -27,7 +28,7 @@ def layout_of(**changes):
 
 def whole_batch(rows, view, epoch=0):
     row_ids = np.arange(len(rows))
-    return make_batch(rows, view, row_ids, np.full_like(row_ids, epoch), None)
+    return make_batch(rows, view, row_ids, np.full_like(row_ids, epoch))
 
 
 def batch_of(rows, positions):
@@ -36,7 +37,7 @@ def batch_of(rows, positions):
     labels = torch.full_like(ids, IGNORE)
     labels[:, 1 : positions + 1] = 0
     row_ids = torch.arange(rows) + 100
-    return Batch(
+    return Batch.of(
         row_ids_B=row_ids,
         domains_B=torch.zeros_like(row_ids),
         ids_BT=ids,
@@ -53,7 +54,7 @@ def store_all(folder, layout, rows, view, logits_of):
     for shard in range(spec.shards):
         draw, begin, end = spec.span(shard)
         row_ids = np.arange(begin, end)
-        batch = make_batch(rows, view, row_ids, np.full_like(row_ids, draw), None)
+        batch = make_batch(rows, view, row_ids, np.full_like(row_ids, draw))
         counts = batch.supervised_BT.sum(1).numpy()
         columns = layout.encode(batch, logits_of(batch))
         writer.write_shard(shard, counts, np.ones(end - begin, bool), columns)
@@ -66,9 +67,8 @@ def teach(batch):
 
 
 def read(cache, rows, row_ids, epochs, *, use_k=None, temperature=1.0):
-    ids_BT, lengths_B = rows.read(row_ids)
-    epochs = np.broadcast_to(epochs, row_ids.shape)
-    return cache.read(row_ids, epochs, ids_BT, lengths_B, use_k=use_k, temperature=temperature)
+    here = rows.rows(row_ids, np.broadcast_to(epochs, row_ids.shape))
+    return caches.read(cache, here, use_k=use_k, temperature=temperature)
 
 
 def test_all_of_the_vocabulary_gives_back_the_dense_distribution(tmp_path):
@@ -76,7 +76,7 @@ def test_all_of_the_vocabulary_gives_back_the_dense_distribution(tmp_path):
     cache = store_all(tmp_path / "c", layout_of(k=50), rows, view, teach)
     for epoch in (0, 1, 4):
         row_ids = np.array([22, 3, 3, 11, 0])
-        batch = make_batch(rows, view, row_ids, np.full_like(row_ids, epoch), None)
+        batch = make_batch(rows, view, row_ids, np.full_like(row_ids, epoch))
         dense = torch.log_softmax(teach(batch), 1)
         inputs, labels, extra = read(cache, rows, row_ids, epoch)
         np.testing.assert_array_equal(inputs, batch.ids_BT)
@@ -250,7 +250,7 @@ def test_what_is_not_stored_is_refused(tmp_path):
     rows = ToyRows()
     cache = store_all(tmp_path / "c", layout_of(), rows, ToyMasks(), teach)
     with pytest.raises(ConfigError, match=r"method.temperature: 3.0 .* has 1.0, 2.0"):
-        read(cache, rows, np.arange(2), 0, temperature=3.0)
+        cache.check(None, 3.0)
     with pytest.raises(ConfigError, match=r"teacher.use_k: 6 is not between 1 and the 5"):
         cache.check(6, 2.0)
     cache.check(5, 2)

@@ -15,6 +15,7 @@ from dskd.system.files import write_manifest
 
 ROWS, DRAWS = 7, 2
 ABSENT = 3
+COLUMNS = ("a", "b")
 
 
 def spec_of(**changes):
@@ -79,7 +80,7 @@ def folder(tmp_path):
 def test_reads_rows_in_any_order_and_draw(folder):
     rows = np.array([6, 0, 6, 5, 2, 1])
     draws = np.array([1, 0, 0, 1, 1, 0])
-    counts, columns = open_store(folder).read(rows, draws)
+    counts, columns = open_store(folder).read(rows, draws, COLUMNS)
     wanted = [values_of(draw, row) for row, draw in zip(rows, draws, strict=True)]
     assert counts.tolist() == [len(row["b"]) for row in wanted] == [1, 1, 1, 0, 3, 2]
     for name, column in columns.items():
@@ -91,13 +92,20 @@ def test_reads_more_shards_than_are_kept_open(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "_OPEN_SHARDS", 2)
     store = open_store(write(tmp_path / "s", spec_of(rows_per_shard=1)))
     rows = np.array([0, 1, 2, 4, 5, 6] * 2)
-    _, columns = store.read(rows, rows % 2)
+    _, columns = store.read(rows, rows % 2, COLUMNS)
     wanted = np.concatenate([values_of(row % 2, row)["b"] for row in rows])
     np.testing.assert_array_equal(columns["b"], wanted)
 
 
+def test_only_the_columns_that_are_named_are_read(folder):
+    store, rows = open_store(folder), np.array([2, 4])
+    counts, columns = store.read(rows, rows * 0, ["b"])
+    assert columns.keys() == {"b"} and len(columns["b"]) == counts.sum()
+    assert store.read(rows, rows * 0, [])[1] == {}
+
+
 def test_reads_no_rows(folder):
-    counts, columns = open_store(folder).read(np.empty(0, np.int64), np.empty(0, np.int64))
+    counts, columns = open_store(folder).read(np.empty(0, np.int64), np.empty(0, np.int64), COLUMNS)
     assert counts.shape == (0,) and columns["a"].shape == (0, 3)
 
 
@@ -112,7 +120,7 @@ def test_reads_no_rows(folder):
 )
 def test_row_that_is_not_there_is_named(folder, row, draw, message):
     with pytest.raises(StoreError, match=message):
-        open_store(folder).read(np.array([0, row]), np.array([0, draw]))
+        open_store(folder).read(np.array([0, row]), np.array([0, draw]), COLUMNS)
 
 
 def test_shards_are_plain_safetensors_of_known_bytes(folder, tmp_path):

@@ -15,7 +15,7 @@ from dskd.stores.logits import Layout, LogitCache
 from dskd.stores.store import Writer, shard_path
 from dskd.stores.sweep import Stopped, sweep
 from tests.ranks import run_ranks
-from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher
+from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, read
 
 PRINTS = {"teacher": "T", "data": "D"}
 LAYOUT = Layout(
@@ -52,12 +52,8 @@ def everything(folder, rows):
     """All that a complete cache gives, row after row."""
     cache = LogitCache(folder, PRINTS)
     row_ids = np.tile(np.arange(len(rows)), 2)
-    ids_BT, lengths_B = rows.read(row_ids)
-    epochs = np.repeat([0, 1], len(rows))
-    inputs, labels, extra = cache.read(
-        row_ids, epochs, ids_BT, lengths_B, use_k=None, temperature=2.0
-    )
-    return {"inputs": inputs, "labels": labels, **extra}
+    inputs, labels, columns = read(cache, rows.rows(row_ids, np.repeat([0, 1], len(rows))))
+    return {"inputs": inputs, "labels": labels, **columns}
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +102,14 @@ def test_rows_of_other_domains_are_left_out(tmp_path, reference):
     fill(tmp_path / "s", rows=rows, domain=1)
     cache, whole = LogitCache(tmp_path / "s", PRINTS), LogitCache(reference, PRINTS)
     mine = np.arange(1, 23, 3)
-    ids_BT, lengths_B = rows.read(mine)
-    ask = {"use_k": None, "temperature": 1.0}
-    *_, found = cache.read(mine, mine * 0 + 1, ids_BT, lengths_B, **ask)
-    *_, wanted = whole.read(mine, mine * 0 + 1, ids_BT, lengths_B, **ask)
+    *_, found = read(cache, rows.rows(mine, mine * 0 + 1), temperature=1.0)
+    *_, wanted = read(whole, rows.rows(mine, mine * 0 + 1), temperature=1.0)
     np.testing.assert_array_equal(found["topk_ids"], wanted["topk_ids"])
     np.testing.assert_allclose(found["tail"], wanted["tail"], rtol=1e-5, atol=1e-5)
     for other in (0, 2, 21):
-        ids_BT, lengths_B = rows.read(np.array([4, other]))
+        both = rows.rows(np.array([4, other]), np.zeros(2, int))
         with pytest.raises(StoreError, match=f"row {other} was left out"):
-            cache.read(np.array([4, other]), np.zeros(2, int), ids_BT, lengths_B, **ask)
+            read(cache, both)
 
 
 def test_progress_counts_all_rows_and_goes_on(tmp_path, reference):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dskd.data.loader import Attachment, make_batch
+from dskd.data.loader import make_batch
 from dskd.data.prepared import open_prepared, prepare
 from dskd.data.views import view_for
 from dskd.engine.engine import shard_teacher
@@ -17,12 +17,13 @@ from dskd.models.build import build
 from dskd.settings.data import Data, Masking, TextSource, TrainedTokenizer
 from dskd.settings.model import Model
 from dskd.settings.teachers import CachedTeacher
-from dskd.stores.logits import LogitCache, describe
+from dskd.stores.logits import CachedLogits, CachedMasks, LogitCache, describe
 from dskd.stores.store import shard_path
 from dskd.teachers.capture import capture
 from dskd.teachers.teacher import FrozenTeacher, StoredTeacher
 from tests.data.conftest import make_corpus
 from tests.ranks import run_ranks
+from tests.stores.caches import read
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 MODELS = {
@@ -104,16 +105,11 @@ def test_cached_signal_is_the_live_one_when_all_is_kept(tmp_path, folders, objec
     settings = cached(k=vocabulary, temperatures=[2.0])
     view = run_capture(tmp_path / "c", prepared, objective, settings=settings)
     cache = LogitCache(tmp_path / "c", PRINTS)
-
-    def attach(row_ids_B, domains_B, epochs_B, ids_BT, lengths_B):
-        del domains_B
-        found = cache.read(row_ids_B, epochs_B, ids_BT, lengths_B, use_k=None, temperature=2.0)
-        return Attachment(*found)
-
     live = FrozenTeacher(teacher_of(prepared, objective), vocabulary)
     row_ids, epochs = np.array([5, 0, len(prepared.train) - 1]), np.array([0, 1, 2])
-    with_view = make_batch(prepared.train, view, row_ids, epochs, None)
-    with_cache = make_batch(prepared.train, view, row_ids, epochs, attach)
+    with_view = make_batch(prepared.train, view, row_ids, epochs)
+    masks, logits = CachedMasks(cache), CachedLogits(cache, None, 2.0)
+    with_cache = make_batch(prepared.train, masks, row_ids, epochs, (logits,))
     for name in ("row_ids_B", "domains_B", "ids_BT", "mask_BT", "labels_BT"):
         assert torch.equal(getattr(with_cache, name), getattr(with_view, name)), name
     signal = StoredTeacher(2.0)(with_cache)
@@ -134,12 +130,8 @@ def test_two_ranks_capture_what_one_does(tmp_path, folders, ds):
     run_capture(tmp_path / "one", prepared, "masked")
     run_ranks(_capture_rank, tmp_path / "two", folders["masked"], "masked", ds)
     row_ids = np.arange(len(prepared.train))
-    ids_BT, lengths_B = prepared.train.read(row_ids)
-    ask = (row_ids, row_ids * 0 + 1, ids_BT, lengths_B)
-    one, two = (
-        LogitCache(tmp_path / name, PRINTS).read(*ask, use_k=None, temperature=2.0)
-        for name in ("one", "two")
-    )
+    rows = prepared.train.rows(row_ids, row_ids * 0 + 1)
+    one, two = (read(LogitCache(tmp_path / name, PRINTS), rows) for name in ("one", "two"))
     np.testing.assert_array_equal(one[0], two[0])
     np.testing.assert_array_equal(one[1], two[1])
     for name, array in one[2].items():
@@ -156,10 +148,10 @@ def test_one_domains_rows_only(tmp_path, folders):
     run_capture(tmp_path / "c", prepared, "masked", domain=domain)
     assert describe(tmp_path / "c")["domain"] == "b"
     cache = LogitCache(tmp_path / "c", PRINTS)
-    cache.read(mine, mine * 0, *rows.read(mine), use_k=None, temperature=2.0)
+    read(cache, rows.rows(mine, mine * 0))
     other = np.setdiff1d(row_ids, mine)[-1:]
     with pytest.raises(StoreError, match=f"row {other[0]} was left out"):
-        cache.read(other, other * 0, *rows.read(other), use_k=None, temperature=2.0)
+        read(cache, rows.rows(other, other * 0))
     with pytest.raises(StoreError, match=r"settings.domain is 'b' there and None here"):
         run_capture(tmp_path / "c", prepared, "masked")
     prepared.domains.append("empty")

@@ -52,7 +52,7 @@ def masked_batch() -> tuple[Batch, Tensor]:
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, 7:] = 0
     labels_BT[1, 7:] = IGNORE
-    batch = Batch(
+    batch = Batch.of(
         row_ids_B=rows_B, domains_B=rows_B, ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT
     )
     return batch, rows_BT
@@ -93,7 +93,7 @@ def test_a_causal_student_sees_its_row_as_it_is():
     batch, rows_BT = masked_batch()
     labels_BT = torch.full_like(rows_BT, IGNORE)
     labels_BT[:, :-1] = rows_BT[:, 1:]
-    batch = Batch(
+    batch = Batch.of(
         row_ids_B=batch.row_ids_B,
         domains_B=batch.domains_B,
         ids_BT=rows_BT,
@@ -118,7 +118,7 @@ def test_modes_and_random_numbers_stay_as_they_were():
 def test_modes_are_put_back_after_an_error():
     model, (batch, _) = student(), masked_batch()
     beyond = torch.full_like(batch.ids_BT, VOCABULARY + 9)
-    broken = Batch(
+    broken = Batch.of(
         row_ids_B=batch.row_ids_B,
         domains_B=batch.domains_B,
         ids_BT=beyond,

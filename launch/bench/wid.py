@@ -21,19 +21,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # this folder, put first, has a kernels.py, and transformers imports a package of that name
-    sys.path.remove(str(Path(__file__).resolve().parent))
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Python put this folder first (not under -P), whose kernels.py passes for the package kernels
+    # that transformers imports
+    sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import copy
-import json
 import os
-import platform
 from collections.abc import Mapping
-from datetime import date
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
@@ -47,8 +44,8 @@ from dskd.narrowing.insert import Surgery, insert
 from dskd.narrowing.layouts import maps_of
 from dskd.narrowing.merge import zero_removed
 from dskd.narrowing.widths import Widths
-from dskd.system.files import write_atomic
-from launch.bench import timing
+from launch.bench import measure
+from launch.bench.measure import markdown, show, slug
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = ("teacher", "chained", "merged", "compacted", "student")
@@ -169,11 +166,11 @@ def check_equal(width: int, tokens: int, device: torch.device) -> float:
                 expected[name].add_(off)
     assert found.keys() == expected.keys() and ours.surgery is not None
     ours.surgery.merging.forget()
-    errors = [timing.relative_error(ours.gradients().detach(), theirs.gradients().detach())]
+    errors = [measure.relative_error(ours.gradients().detach(), theirs.gradients().detach())]
     for name, parameter in found.items():
         # Biases of keys do not matter to a softmax: their gradients are rounding.
         if not name.endswith("key.bias"):
-            errors.append(timing.relative_error(parameter.grad, expected[name].grad))
+            errors.append(measure.relative_error(parameter.grad, expected[name].grad))
     assert max(errors) <= TOLERANCE, f"merged and chained differ by {max(errors):.1e}"
     return max(errors)
 
@@ -203,10 +200,10 @@ def peaks_in_children(width: int, tokens: int) -> dict[str, int | str]:
     def make(name: str) -> Step:
         return Step(name, width, tokens, torch.device("cpu"))
 
-    return {name: timing.peak_in_child(make, name) for name in VARIANTS}
+    return {name: measure.peak_in_child(make, name) for name in VARIANTS}
 
 
-def measure(
+def timed(
     width: int,
     tokens: int,
     peaks: Mapping[str, int | str],
@@ -219,24 +216,24 @@ def measure(
     for step in steps.values():
         step()  # the optimizer's moments
     if device.type == "cuda":
-        peaks = {name: timing.peak_on_cuda(step) for name, step in steps.items()}
-    clock = timing.clock_for(device)
-    samples = timing.interleave(steps, clock, before=lambda: None, rounds=rounds, seconds=seconds)
+        peaks = {name: measure.peak_on_cuda(step) for name, step in steps.items()}
+    clock = measure.clock_for(device)
+    samples = measure.interleave(steps, clock, before=lambda: None, rounds=rounds, seconds=seconds)
     model, wall = products(width, tokens), samples["wall_ms"]
     return {
         "tokens": tokens,
         "samples": samples,
         "variants": {
             name: {
-                "ms": timing.spread(wall[name]),
+                "ms": measure.spread(wall[name]),
                 "cpu_ms": median(samples["cpu_ms"][name]),
-                "over_teacher": timing.over(wall, name, "teacher"),
+                "over_teacher": measure.over(wall, name, "teacher"),
                 "predicted_over_teacher": model[name] / model["teacher"],
                 "peak_bytes": peaks[name],
             }
             for name in VARIANTS
         },
-        "speedup": timing.over(wall, "chained", "merged"),
+        "speedup": measure.over(wall, "chained", "merged"),
         "predicted_speedup": model["chained"] / model["merged"],
     }
 
@@ -255,49 +252,32 @@ def verdicts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def about(device: torch.device) -> dict[str, Any]:
-    """Date, machine and versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return {
-        "date": date.today().isoformat(),
-        "device": name,
-        "cpu": models[0] if models else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
-
-
 def table(result: Mapping[str, Any]) -> str:
     """The result as markdown."""
+    header = ["tokens", "step", "ms, median [quartiles]", "CPU ms", "times the teacher's step"]
+    rows = [
+        [
+            str(case["tokens"]),
+            name,
+            show(row["ms"], 1),
+            f"{row['cpu_ms']:.1f}",
+            show(row["over_teacher"], 2),
+            f"{row['predicted_over_teacher']:.2f}",
+            peak if isinstance(peak := row["peak_bytes"], str) else f"{peak / 2**20:.0f}",
+        ]
+        for case in result["cases"]
+        for name, row in case["variants"].items()
+    ]
     lines = [
         f"{result['date']}, {result['device']} ({result['cpu']}), {result['threads']} threads, "
         f"load {result['load'][0]:.1f}; BERT layers: {LAYERS} x {result['width']}, fp32, AdamW; "
         f"merged and chained agree to {result['error']:.0e}.",
         "",
-        "| tokens | step | ms, median [quartiles] | CPU ms | times the teacher's step | of the "
-        "products | peak, MiB |",
-        "|---|---|---|---|---|---|---|",
+        *markdown([*header, "of the products", "peak, MiB"], rows),
+        "",
     ]
-    for case in result["cases"]:
-        for name, row in case["variants"].items():
-            peak = row["peak_bytes"]
-            cells = [
-                str(case["tokens"]),
-                name,
-                _show(row["ms"], 1),
-                f"{row['cpu_ms']:.1f}",
-                _show(row["over_teacher"], 2),
-                f"{row['predicted_over_teacher']:.2f}",
-                peak if isinstance(peak, str) else f"{peak / 2**20:.0f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
     lines += [
-        f"- {case['tokens']} tokens, chained / merged: {_show(case['speedup'], 2)}; "
+        f"- {case['tokens']} tokens, chained / merged: {show(case['speedup'], 2)}; "
         f"of the products {case['predicted_speedup']:.2f}"
         for case in result["cases"]
     ]
@@ -306,11 +286,6 @@ def table(result: Mapping[str, Any]) -> str:
         for verdict in result["verdicts"]
     ]
     return "\n".join(lines) + "\n"
-
-
-def _show(values: Mapping[str, float], digits: int) -> str:
-    middle, lower, upper = (f"{values[key]:.{digits}f}" for key in ("median", "lower", "upper"))
-    return f"{middle} [{lower} - {upper}]"
 
 
 def main() -> None:
@@ -332,18 +307,17 @@ def main() -> None:
     peaks = {count: peaks_in_children(words.width, count) if on_cpu else {} for count in counts}
     error = check_equal(words.width, counts[0], device)
     when = words.rounds, words.seconds
-    cases = [measure(words.width, count, peaks[count], device, *when) for count in counts]
+    cases = [timed(words.width, count, peaks[count], device, *when) for count in counts]
     result = {
-        **about(device),
+        **measure.about(device, ("torch", "transformers")),
         "width": words.width,
         "error": error,
         "cases": cases,
         "verdicts": verdicts(cases),
     }
     print(table(result), flush=True)
-    stem = f"{result['date']}-wid-step-{result['device'].replace(' ', '-').lower()}"
-    write_atomic(words.results / f"{stem}.json", json.dumps(result, indent=1).encode())
-    write_atomic(words.results / f"{stem}.md", table(result).encode())
+    stem = f"{result['date']}-wid-step-{slug(result['device'])}"
+    measure.write(words.results, stem, result, table(result))
 
 
 if __name__ == "__main__":

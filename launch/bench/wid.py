@@ -12,7 +12,7 @@ A step is forward, backward and AdamW of a stack of BERT layers in fp32, from th
 * ``student``: a plain stack of a quarter of the width, what is left at the end.
 
 All take a step in every round, in a drawn order; ratios are taken within a round. Beside them
-stands the cost model of the spec (5.1): products of the linear layers alone. Before anything is
+stands a cost model: products of the linear layers alone. Before anything is
 timed, output and gradients of ``merged`` are compared with those of ``chained``.
 """
 
@@ -32,7 +32,7 @@ import copy
 import os
 from collections.abc import Mapping
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ from dskd.narrowing.insert import Surgery, insert
 from dskd.narrowing.layouts import maps_of
 from dskd.narrowing.merge import zero_removed
 from dskd.narrowing.widths import Widths
+from dskd.settings.run import Run
+from dskd.settings.teachers import LiveTeacher
 from launch.bench import measure
 from launch.bench.measure import markdown, show, slug
 
@@ -58,7 +60,7 @@ TOLERANCE = 1e-4
 
 
 class Chained(nn.Module):
-    """A linear layer between two square ones, as the original computes it. Spec 2, (1)."""
+    """A linear layer between two square ones, as the original computes it."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -176,22 +178,105 @@ def check_equal(width: int, tokens: int, device: torch.device) -> float:
 
 
 def products(width: int, tokens: int) -> dict[str, float]:
-    """Multiplications of a step's linear layers by variant. Spec 5.1.
+    """Multiplications of a step's linear layers by variant.
 
     Of an N x K layer and M tokens: plain 3 M N K; the chain 3 M (K^2 + N K + N^2); merged first 3 M
-    N K + 3 N K (N + K); compacted to n x k 3 M n k + 3 min(n N K + n K k, N K k + n N k).
+    N K + 3 N K (N + K); compacted to n x k 3 M n k + 3 :func:`merging`.
     """
     total = dict.fromkeys(VARIANTS, 0.0)
-    shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
-    for outs, ins in shapes * LAYERS:
+    for outs, ins in layer_shapes(width) * LAYERS:
         n, k = outs // SHARE, ins // SHARE
-        small = min(n * outs * ins + n * ins * k, outs * ins * k + n * outs * k)
         total["teacher"] += 3 * tokens * outs * ins
         total["chained"] += 3 * tokens * (ins * ins + outs * ins + outs * outs)
-        total["merged"] += 3 * tokens * outs * ins + 3 * outs * ins * (outs + ins)
-        total["compacted"] += 3 * tokens * n * k + 3 * small
+        total["merged"] += 3 * tokens * outs * ins + 3 * merging(outs, ins, outs, ins)
+        total["compacted"] += 3 * tokens * n * k + 3 * merging(outs, ins, n, k)
         total["student"] += 3 * tokens * n * k
     return total
+
+
+def layer_shapes(width: int) -> list[tuple[int, int]]:
+    """Outputs and inputs of the linear layers of one BERT layer."""
+    return [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+
+
+def merging(outs: int, ins: int, n: int, k: int) -> float:
+    """Multiplications that merge an N x K layer with its compactors to n x k."""
+    return min(n * outs * ins + n * ins * k, outs * ins * k + n * outs * k)
+
+
+# ---- the cost of whole runs ----------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """What the cost model counts with; letters as in the functions below.
+
+    ``M`` tokens and ``S`` supervised ones of a step, rows of ``T``, ``L`` layers, vocabulary ``V``.
+    """
+
+    M: int
+    S: float
+    T: int
+    L: int
+    V: int
+
+
+def sizes_of(run: Run) -> Sizes:
+    """Those of a run on full rows of BERT."""
+    tokens = run.train.batch * run.data.block_size
+    return Sizes(
+        tokens,
+        tokens * run.data.masking.probability,
+        run.data.block_size,
+        run.model.config["num_hidden_layers"],
+        run.data.tokenizer.vocab_size,
+    )
+
+
+def forward_products(s: Sizes, hidden: int) -> float:
+    """Multiplications of a plain forward pass.
+
+    ``L (12 H^2 + 2 T H) M`` of the layers, ``(H^2 + V H) S`` of the head.
+    """
+    layers = s.L * (12 * hidden**2 + 2 * s.T * hidden) * s.M
+    return layers + (hidden**2 + s.V * hidden) * s.S
+
+
+def wid_products(s: Sizes, hidden: int, small: int, *, compacted: bool) -> float:
+    """Multiplications of a WID step: three times those of its forward pass and of its merges.
+
+    Merged (:func:`merging`) are the six maps of a layer and the head's one. The embedding's
+    compactor costs ``H h M``, the vocabulary projection's ``H h S``; the projection stays V x H.
+    """
+    h = small if compacted else hidden
+    merges = sum(
+        merging(outs, ins, outs * h // hidden, ins * h // hidden)
+        for outs, ins in [*layer_shapes(hidden) * s.L, (hidden, hidden)]
+    )
+    own = forward_products(s, h) - s.V * h * s.S
+    return 3 * (own + merges + hidden * h * (s.M + s.S) + s.V * hidden * s.S)
+
+
+def run_products(run: Run, teacher: Run, steps: int) -> float:
+    """Multiplications of a run of ``steps``, the forward passes of its live teacher included.
+
+    Args:
+        run: on full rows of BERT; by method ``wid`` from the teacher, or plainly at its own width.
+        teacher: what it starts from or learns from; it has the same rows.
+        steps: optimiser steps.
+    """
+    s, hidden = sizes_of(teacher), teacher.model.config["hidden_size"]
+    taught = steps * forward_products(s, hidden) if isinstance(run.teacher, LiveTeacher) else 0.0
+    if run.method["kind"] != "wid":
+        own = run.model
+        small = own.slice.hidden_size if own.slice else own.config["hidden_size"]
+        return taught + steps * 3 * forward_products(s, small)
+    method, small = run.method, run.method["hidden_size"]
+    settled = method["every"] * method["ramp"] + method["anneal"] - 1
+    before = settled * wid_products(s, hidden, small, compacted=False)
+    return taught + before + (steps - settled) * wid_products(s, hidden, small, compacted=True)
+
+
+# ---- the measurement -----------------------------------------------------------------------------
 
 
 def peaks_in_children(width: int, tokens: int) -> dict[str, int | str]:

@@ -1,5 +1,5 @@
 """launch/bench/wid.py runs at a tiny size and leaves what it promises; no times are judged. And the
-arithmetic of both of its files' cost models, and of the table of launch/bench/wid_compare.py."""
+arithmetic of its cost models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 
 from dskd.settings.recipe import read
 from launch.bench import wid
-from launch.bench import wid_compare as compare
 from tests.launching import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,8 +75,8 @@ def test_the_verdicts_are_those_of_the_medians(folder):
     assert table.count("met") + table.count("MISSED") == 3
 
 
-def test_the_products_are_those_of_the_spec():
-    """Section 5.1: a BERT layer's chain is 4.5 times the plain layer, merging adds 4 H / M."""
+def test_the_products_of_a_step_by_hand():
+    """A BERT layer's chain is 4.5 times the plain layer, merging adds 4 H / M."""
     for tokens in (256, 1024, 4096):
         found = wid.products(256, tokens)
         plain = found["teacher"]
@@ -102,24 +101,24 @@ def test_every_variant_trains_all_that_it_has(name):
     assert step.gradients().shape == (1, 128, width)
 
 
-# ---- the table of the comparison -----------------------------------------------------------------
+# ---- the cost of whole runs ----------------------------------------------------------------------
 
-SIZES = compare.Sizes(M=1536, S=230.0, T=48, L=2, V=384)
+SIZES = wid.Sizes(M=1536, S=230.0, T=48, L=2, V=384)
 
 
 def test_a_wid_step_costs_a_teachers_step_and_its_compactors():
-    """Spec 5.1: merging adds 48 H^3 a layer and 2 H^3 x 3 in the head, chains H^2 a token."""
+    """Merging adds 48 H^3 a layer and 2 H^3 x 3 in the head, chains H^2 a token."""
     hidden, small = 64, 16
-    plain = 3 * compare.forward_products(SIZES, hidden)
-    found = compare.wid_products(SIZES, hidden, small, compacted=False)
+    plain = 3 * wid.forward_products(SIZES, hidden)
+    found = wid.wid_products(SIZES, hidden, small, compacted=False)
     added = 3 * (2 * 48 + 2) * hidden**3 + 3 * hidden**2 * (SIZES.M + SIZES.S)
     assert found == pytest.approx(plain + added)
 
 
 def test_a_compacted_step_costs_a_students_step_and_small_merges():
     hidden, small = 64, 16
-    plain = 3 * compare.forward_products(SIZES, small)
-    found = compare.wid_products(SIZES, hidden, small, compacted=True)
+    plain = 3 * wid.forward_products(SIZES, small)
+    found = wid.wid_products(SIZES, hidden, small, compacted=True)
     merging = 3 * (2 * 5.25 + 5 / 16) * hidden**3
     chained = 3 * hidden * small * (SIZES.M + SIZES.S)
     whole_projection = 3 * SIZES.V * (hidden - small) * SIZES.S
@@ -127,95 +126,22 @@ def test_a_compacted_step_costs_a_students_step_and_small_merges():
 
 
 def test_a_run_is_narrow_from_where_the_rule_says():
-    method = {"every": 10, "ramp": 16, "anneal": 40}
+    runs = read(ROOT / "launch/wid/compare.yaml").runs
+
+    def products(way: str, steps: int = 800) -> float:
+        return wid.run_products(runs[way], runs["teacher"], steps)
+
+    sizes = wid.sizes_of(runs["teacher"])
+    assert sizes == wid.Sizes(M=1536, S=pytest.approx(230.4), T=48, L=2, V=384)
     before, after = (
-        compare.wid_products(SIZES, 64, 16, compacted=compacted) for compacted in (False, True)
+        wid.wid_products(sizes, 64, 16, compacted=compacted) for compacted in (False, True)
     )
-    found = compare.run_products("wid-dim", 800, SIZES, 64, 16, method)
+    found = products("wid-dim")
     assert found == pytest.approx(199 * before + 601 * after)
-    taught = 800 * compare.forward_products(SIZES, 64)
-    assert compare.run_products("wid-ki", 800, SIZES, 64, 16, method) == found + taught
-    plain = compare.run_products("scratch", 800, SIZES, 64, 16, method)
-    assert compare.run_products("kd", 800, SIZES, 64, 16, method) == plain + taught
-
-
-def test_every_way_of_the_recipe_has_a_grid_and_its_rate_in_it():
-    runs = read(compare.RECIPE).runs
-    assert set(runs) == {compare.TEACHER, *compare.GRID}
-    for way, rates in compare.GRID.items():
-        assert runs[way].train.lr in rates, way
-    sizes = compare.sizes_of(runs["scratch"])
-    assert sizes == compare.Sizes(M=1536, S=pytest.approx(230.4), T=48, L=2, V=384)
-
-
-def test_a_trial_changes_rate_seed_and_length_only():
-    own = {"train": {"lr": 1.0, "clip": 2.0}, "model": {"path": "run:teacher"}}
-    trial = compare.Trial("slice", 1.5e-2, 3)
-    assert trial.name == "slice-150e-4-seed3"
-    assert trial.settings(own) == own | {"seed": 3, "train": {"lr": 1.5e-2, "clip": 2.0}}
-    longer = trial._replace(steps=3600)
-    assert longer.name == "slice-150e-4-seed3-3600steps"
-    assert longer.settings(own)["train"] == {
-        "lr": 1.5e-2,
-        "clip": 2.0,
-        "steps": 3600,
-        "warmup": 180,
-    }
-
-
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("train.steps=100", "train.steps"),
-        ("train.lr=0.5", "train.lr"),
-        ("train.warmup=0", "train.warmup"),
-        ("train={steps: 3, warmup: 0}", "train.steps, train.warmup"),
-        ("seed=7", "seed"),
-        ("evaluation.every=10", "evaluation.every"),
-        ("checkpoint={every: 10}", "checkpoint.every"),
-        ("method.every=3", "method"),
-        ("method={kind: lm}", "method"),
-        ("runs.wid-dim.train.lr=1", "runs"),
-    ],
-)
-def test_what_is_a_trials_own_is_refused(override, named, monkeypatch, capsys, tmp_path):
-    """As an override of all runs it would replace the grid's rate, the longer runs' steps ..."""
-    monkeypatch.setattr(sys, "argv", ["wid_compare.py", f"out={tmp_path}", override])
-    monkeypatch.setattr(compare, "compare", lambda *rest: pytest.fail("it was started"))
-    with pytest.raises(SystemExit) as stopped:
-        compare.main()
-    assert stopped.value.code == 2
-    assert f"error: {named}: every trial has its own" in capsys.readouterr().err
-
-
-def test_other_overrides_go_through():
-    over = ["train.micro_batch=8", "deepspeed=zero1", "evaluation.rows=8", "train.precision=fp32"]
-    assert compare.refused(over) == []
-
-
-def test_a_claim_needs_every_seed_to_be_certain():
-    def line(way: str, losses: list[float], longer: bool = False) -> dict:
-        middle = sum(losses) / len(losses)
-        return {"way": way, "eval_nll": losses, "mean": middle, "longer": longer}
-
-    rows = [
-        line("wid-dim", [2.0, 2.2]),
-        line("wid-head", [2.5, 2.6]),
-        line("slice", [2.1, 2.4]),
-        line("kd", [2.3, 2.4]),
-        line("scratch", [3.0, 3.0]),
-        line("slice", [1.0, 1.0], longer=True),
-        line("scratch", [2.2, 2.9], longer=True),
-    ]
-    found = {claim["text"]: claim for claim in compare.claims(rows)}
-    assert len(found) == 10
-    for text, gap, every in (
-        ("wid-dim beats kd at equal steps", 0.25, True),
-        ("wid-dim beats slice at equal steps", 0.15, False),
-        ("wid-head beats kd at equal steps", -0.2, False),
-        ("wid-head beats scratch at equal steps", 0.45, True),
-        ("wid-dim beats slice at equal FLOPs", -1.1, False),
-        ("wid-dim beats scratch at equal FLOPs", 0.45, False),
-    ):
-        assert found[text]["gap"] == pytest.approx(gap), text
-        assert found[text]["every"] == every, text
+    taught = 800 * wid.forward_products(sizes, 64)
+    assert products("wid-ki") == pytest.approx(found + taught)
+    plain = products("scratch")
+    assert plain == pytest.approx(800 * 3 * wid.forward_products(sizes, 16))
+    assert products("slice") == plain
+    assert products("kd") == pytest.approx(plain + taught)
+    assert round(found / products("slice", 1)) == 3609  # steps at equal FLOPs, as in the log

@@ -92,7 +92,7 @@ class Plan(Section):
     longer: list[str] = Field(default_factory=list)
     """The ways that are also run at the FLOPs of ``budget``."""
     better: list[str]
-    """Ways of which the table says whether they are below each of ``than``, and of ``longer``."""
+    """Ways that the table compares with each of ``than`` and of ``longer``: below it or not."""
     than: list[str]
 
     @property

@@ -6,9 +6,9 @@
 ``cuda``: every operation at 8192 tokens x 32k, 128k and 152k columns. The floor is measured in the
 same rounds: moving the same bytes (two matrices read and one written, ``torch.add``; one and one, a
 copy, for losses without a teacher's logits), or the products of the heads by themselves. Memory is
-what a call allocates beyond its inputs, with all the gradients it returns; the table says whose are
-written over the logits. The cases come in the order of their interest until ``--seconds`` are over;
-what was left out is listed. Results are written after every case.
+what a call allocates beyond its inputs, with all the gradients it returns; the table names those
+that are written over the logits. The cases come in the order of their interest until ``--seconds``
+are over; what was left out is listed. Results are written after every case.
 
 ``cpu``: the fused linear forward KL at 512 x 32000, hidden size 256, fp32. Memory is what a call
 adds to the resident set of a fresh process. It takes no ``--ops``, ``--seconds``, ``--tests``.
@@ -18,7 +18,7 @@ Every loss and gradient is compared with float64 before its time counts.
 ``--small`` takes the path of ``cuda`` at small sizes, for a machine without a GPU: on CPU tensors
 with the kernels in Triton's interpreter (TRITON_INTERPRET=1). Its times mean nothing.
 
-Peers that are not installed are rows that say so; ``launch/bench/peers.py`` says what they need.
+Peers that are not installed are rows with that error; ``launch/bench/peers.py`` lists their needs.
 Exit status 1: ours is wrong, failed or could not be timed somewhere, or its tests are red.
 """
 
@@ -106,7 +106,7 @@ def held_back(op: str, red: Mapping[str, str], ours: Row) -> str:
 
 
 def red_operations(report: Path | None) -> dict[str, str]:
-    """Operations whose timing is not to be trusted, each with the test file that says so.
+    """Operations whose timing is not to be trusted, each with its failed test file.
 
     Args:
         report: JUnit XML of the kernel tests. None: none were run. No such file: the tests did not
@@ -313,7 +313,7 @@ def table(result: Row) -> str:
         *(f"- {row['op']}, {row['case']}: {row['held']}" for row in held),
         *(f"- not measured: {left}" for left in result["left_out"]),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _cells(one: Row) -> list[str]:

@@ -210,7 +210,7 @@ def forwards(run: Run, device: torch.device, rounds: int) -> Callable[[], None]:
 
     def forward() -> None:
         for batch in steps.pop(0):
-            _ = teacher(batch.to(device)).logits_NV  # with its head, which waits to be asked
+            _ = teacher(batch.to(device)).logits_NV  # with its head, computed on demand
 
     return forward
 

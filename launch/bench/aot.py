@@ -1,6 +1,6 @@
 """Compile every configuration of every kernel ahead of time, without a GPU, and read the result.
 
-    python launch/bench/aot.py [--targets sm80,sm90,sm100,gfx942] [--spread TARGETS]
+    python launch/bench/aot.py [--targets sm80,sm90,sm100] [--spread TARGETS]
         [--kernels dense,topk,...] [--json FILE] [--budget FILE] [--record]
 
 Prints a line per configuration and target: registers of a thread, spilled bytes, shared memory, and
@@ -13,9 +13,9 @@ A line starting with FINDING names what is wrong, and the status is 1, if there 
 - an error of the compiler,
 - a spill on sm_90,
 - a loop over columns without 16-byte loads, with narrower ones beside them, with stores of less
-  than 8 bytes (AMD's code only: no loop with 16-byte loads), or with a barrier,
-- a sum of instructions per column (not of AMD's code) more than 10 % over the budget recorded for
-  this version of Triton (or the nearest earlier one), another number of loops, or nothing recorded.
+  than 8 bytes, or with a barrier,
+- a sum of instructions per column more than 10 % over the budget recorded for this version of
+  Triton (or the nearest earlier one), another number of loops, or nothing recorded.
   ``--record`` writes the budget instead.
 The loops over columns are those whose loads are unconditional; those over edges have guarded ones
 (a matrix product, with tensors_per_column 0, has none). Of the forms that a compiler makes of a
@@ -44,12 +44,12 @@ from typing import Any
 from zlib import crc32
 
 import triton
-from machine_code import Instruction, Loop, parse_amdgcn, parse_sass
+from machine_code import Instruction, Loop, parse_sass
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("sm80", "sm90", "sm100", "gfx942")
+TARGETS = ("sm80", "sm90", "sm100")
 BUDGET = ROOT / "tests/kernels/aot_budget.json"
 SLACK = 1.1
 VECTOR = 16
@@ -167,31 +167,19 @@ def check(name: str, configuration: dict[str, Any], target: str) -> Report:
         report.findings.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return report
     report.shared = compiled.metadata.shared
-    if target.startswith("sm"):
-        report.registers = _number(r"Used (\d+) registers", log)
-        report.spilled = _number(r"(\d+) bytes spill stores", log)
-        loops = parse_sass(disassembled(compiled.asm["cubin"])).loops()
-    else:
-        text = compiled.asm["amdgcn"]
-        report.registers = _number(r"\.vgpr_count:\s*(\d+)", text)
-        report.spilled = 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", text)
-        loops = parse_amdgcn(text).loops()
-    judge(report, loops, configuration)
+    report.registers = _number(r"Used (\d+) registers", log)
+    report.spilled = _number(r"(\d+) bytes spill stores", log)
+    judge(report, parse_sass(disassembled(compiled.asm["cubin"])).loops(), configuration)
     return report
 
 
 def compile_for(configuration: dict[str, Any], target: str) -> tuple[Any, str]:
-    """The compiled kernel, and what ptxas said about it."""
-    kernel, constants = configuration["kernel"], dict(configuration["constants"])
-    options = {"num_stages": configuration["num_stages"], "enable_fp_fusion": True}
-    if target.startswith("sm"):
-        where = GPUTarget("cuda", int(target[2:]), 32)
-        options |= {"num_warps": configuration["num_warps"]}
-        options |= {"maxnreg": configuration["maxnreg"]} if "maxnreg" in configuration else {}
-    else:
-        where = GPUTarget("hip", target, 64)
-        options |= {"num_warps": max(1, configuration["num_warps"] // 2)}
-        constants |= {"FAST": False} if "FAST" in constants else {}
+    """The compiled kernel, and the log of ptxas."""
+    kernel, constants = configuration["kernel"], configuration["constants"]
+    where = GPUTarget("cuda", int(target[2:]), 32)
+    options = {"num_stages": configuration["num_stages"], "num_warps": configuration["num_warps"]}
+    options |= {"enable_fp_fusion": True}
+    options |= {"maxnreg": configuration["maxnreg"]} if "maxnreg" in configuration else {}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else configuration["signature"][n] for n in names}
     attributes = {
@@ -235,14 +223,11 @@ def judge(report: Report, loops: Sequence[Loop], configuration: dict[str, Any]) 
     for loop in hot:
         if loop.barriers:
             report.findings.append(f"{loop.barriers} barriers {_at(loop)}")
-        if report.target.startswith("gfx"):
-            continue  # a guard does not show there, so edges are not told apart
         if narrow := _narrow(loop.loads(), VECTOR):
             report.findings.append(f"{narrow} loads of less than 16 bytes {_at(loop)}")
         if narrow := _narrow(loop.stores(), VECTOR // 2):
             report.findings.append(f"{narrow} stores of less than 8 bytes {_at(loop)}")
-    if report.target.startswith("sm"):
-        count_columns(report, [loop for loop in hot if _wide(loop)], configuration)
+    count_columns(report, [loop for loop in hot if _wide(loop)], configuration)
 
 
 def count_columns(report: Report, hot: Sequence[Loop], configuration: dict[str, Any]) -> None:

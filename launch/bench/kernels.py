@@ -6,9 +6,9 @@
 ``cuda``: every operation at 8192 tokens x 32k, 128k and 152k columns. The floor is measured in the
 same rounds: moving the same bytes (two matrices read and one written, ``torch.add``; one and one, a
 copy, for losses without a teacher's logits), or the products of the heads by themselves. Memory is
-what a call allocates beyond its inputs, with all the gradients it returns; the table says whose are
-written over the logits. The cases come in the order of their interest until ``--seconds`` are over;
-what was left out is listed. Results are written after every case.
+what a call allocates beyond its inputs, with all the gradients it returns; the table names those
+that are written over the logits. The cases come in the order of their interest until ``--seconds``
+are over; what was left out is listed. Results are written after every case.
 
 ``cpu``: the fused linear forward KL at 512 x 32000, hidden size 256, fp32. Memory is what a call
 adds to the resident set of a fresh process. It takes no ``--ops``, ``--seconds``, ``--tests``.
@@ -18,7 +18,7 @@ Every loss and gradient is compared with float64 before its time counts.
 ``--small`` takes the path of ``cuda`` at small sizes, for a machine without a GPU: on CPU tensors
 with the kernels in Triton's interpreter (TRITON_INTERPRET=1). Its times mean nothing.
 
-Peers that are not installed are rows that say so; ``launch/bench/peers.py`` says what they need.
+Peers that are not installed are rows with that error; ``launch/bench/peers.py`` lists their needs.
 Exit status 1: ours is wrong, failed or could not be timed somewhere, or its tests are red.
 """
 
@@ -27,15 +27,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Python put this folder first (not under -P), where this file passes for the package called
-    # kernels, which transformers imports
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Python put this folder first (not under -P), whose kernels.py passes for the package kernels
+    # that transformers imports
     sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import gc
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -46,10 +45,10 @@ from xml.etree import ElementTree
 import torch
 
 from dskd import ops
-from launch.bench import cases, timing
-from launch.bench.logit_cases import FLOOR, OURS, Case
+from launch.bench import cases, measure
+from launch.bench.cases import FLOOR, OURS, Case
+from launch.bench.measure import markdown, show, slug
 from launch.bench.peers import Outcome, Peer
-from launch.bench.timing import show
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -98,7 +97,7 @@ def wrong(op: str, loss_error: float, gradient_error: float, *, interpreted: boo
 
 
 def held_back(op: str, red: Mapping[str, str], ours: Row) -> str:
-    """Why the row of an operation is not judged, or nothing."""
+    """Why the times of an operation do not count, or nothing."""
     if op in red:
         return f"red tests ({red[op]})"
     if ours.get("wrong"):
@@ -107,10 +106,10 @@ def held_back(op: str, red: Mapping[str, str], ours: Row) -> str:
 
 
 def red_operations(report: Path | None) -> dict[str, str]:
-    """Operations whose timing is not to be trusted, each with the test file that says so.
+    """Operations whose timing is not to be trusted, each with its failed test file.
 
     Args:
-        report: JUnit XML of the kernel tests. None: nobody asked. No such file: the tests did not
+        report: JUnit XML of the kernel tests. None: none were run. No such file: the tests did not
             come to their end, and every operation is red.
     """
     if report is None:
@@ -143,9 +142,9 @@ class Bench:
     def __init__(self, device: torch.device, words: argparse.Namespace, note: str) -> None:
         self.device, self._words = device, words
         self._red = red_operations(words.tests)
-        self._clock = timing.clock_for(device)
+        self._clock = measure.clock_for(device)
         settings = {key: str(value) for key, value in vars(words).items() if value is not None}
-        self.result = timing.about(device, LIBRARIES) | {
+        self.result = measure.about(device, LIBRARIES) | {
             "settings": settings,
             "note": note,
             "small": words.small,
@@ -169,7 +168,7 @@ class Bench:
             found[name] |= {"peak_bytes": peak} if isinstance(peak, int) else {"peak_note": peak}
         samples, floor, untimed = {}, {}, ""
         try:
-            samples = timing.interleave(
+            samples = measure.interleave(
                 {**calls, FLOOR: case.floor},
                 self._clock,
                 before=case.restore,
@@ -206,11 +205,11 @@ class Bench:
             )
             if self.device.type == "cuda":
                 case.restore()
-                row["peak_bytes"] = timing.peak_on_cuda(call)
+                row["peak_bytes"] = measure.peak_on_cuda(call)
         except torch.OutOfMemoryError:
             row = {"failed": "out of memory"}
         except Exception as error:  # a library's failure is a row of the table, not our end
-            row = {"failed": timing.short(error)}
+            row = {"failed": measure.short(error)}
         self.free()
         print(f"  {name}: {row}", flush=True)
         return row
@@ -223,22 +222,13 @@ class Bench:
 
     def write(self) -> None:
         """Put what there is into the folder of results."""
-        words = self._words
-        device = self.result["device"].replace(" ", "-").lower()
         versions = self.result["versions"]
         stem = (
-            f"{self.result['date']}-kernels-{device}-torch{versions['torch'].partition('+')[0]}"
-            f"-triton{versions['triton']}{'-small' if words.small else ''}"
+            f"{self.result['date']}-kernels-{slug(self.result['device'])}"
+            f"-torch{versions['torch'].partition('+')[0]}-triton{versions['triton']}"
+            f"{'-small' if self._words.small else ''}"
         )
-        folder = words.results
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            (f"{stem}.json", json.dumps(self.result, indent=1)),
-            (f"{stem}.md", table(self.result)),
-        ):
-            # whole or as it was: the run may be cut off here
-            (folder / f".{name}").write_text(text)
-            (folder / f".{name}").replace(folder / name)
+        measure.write(self._words.results, stem, self.result, table(self.result))
 
     def good(self) -> bool:
         """Whether ours ran, was right, timed and green everywhere."""
@@ -274,11 +264,10 @@ def on_cpu(words: argparse.Namespace, device: torch.device) -> Bench:
     def call_of(name: str) -> Peer:
         return cases.linear_on_cpu(*shape, compiled=compiled).variants[name]
 
-    load = os.getloadavg()[0]
     # before anything of size runs here
     names = cases.linear_on_cpu(shape[0], 8, 4, compiled=compiled).variants
-    peaks = {name: timing.peak_in_child(call_of, name) for name in names}
-    bench = Bench(device, words, f"Load {load:.1f} at the start.")
+    peaks = {name: measure.peak_in_child(call_of, name) for name in names}
+    bench = Bench(device, words, "")
     bench.measure(cases.linear_on_cpu(*shape, compiled=compiled), peaks)
     return bench
 
@@ -287,14 +276,14 @@ def _times(samples: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A variant's times, and their ratios to the floor's and ours in the same rounds."""
     wall = samples["wall_ms"]
     row: dict[str, Any] = {
-        "ms": timing.spread(wall[name]),
-        "cpu_ms": timing.spread(samples["cpu_ms"][name])["median"],
-        "of_floor": timing.over(wall, FLOOR, name)["median"],
+        "ms": measure.spread(wall[name]),
+        "cpu_ms": measure.spread(samples["cpu_ms"][name])["median"],
+        "of_floor": measure.over(wall, FLOOR, name)["median"],
     }
     if OURS in wall:
         row |= {
-            "over_ours": timing.over(wall, name, OURS),
-            "ours_over": timing.over(wall, OURS, name),
+            "over_ours": measure.over(wall, name, OURS),
+            "ours_over": measure.over(wall, OURS, name),
         }
     return row
 
@@ -306,43 +295,43 @@ def table(result: Row) -> str:
     """The result as markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
     held = [row for row in result["rows"] if row["held"]]
-    lines = [
-        f"{result['date']}, {result['device']} ({result['cpu']}, {result['threads']} threads); "
-        f"{versions}. {result['note']}",
-        "",
-        *((MEMORY_NOTE, "") if any(row["op"] != "cpu" for row in result["rows"]) else ()),
-        "| operation | variant | ms, median [quartiles] | CPU ms | times ours | % of floor "
-        "| peak, MiB | loss error | gradient error |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["operation", "variant", "ms, median [quartiles]", "CPU ms", "times ours"]
+    header += ["% of floor", "peak, MiB", "loss error", "gradient error"]
+    rows = []
     for row in result["rows"]:
         shape = " ".join(f"{key} {value}" for key, value in row["shape"].items())
         for name, one in row["variants"].items():
             first = f"{row['op']}, {row['case']}, {shape}, {row['rounds']} rounds"
-            lines.append(f"| {first if name == OURS else ''} | {name} | {_cells(one)} |")
-    lines += ["", *(f"- {row['op']}, {row['case']}: {row['held']}" for row in held)]
-    lines += [f"- not measured: {left}" for left in result["left_out"]]
-    return "\n".join(lines) + "\n"
+            rows.append([first if name == OURS else "", name, *_cells(one)])
+    lines = [
+        f"{result['date']}, {result['device']} ({result['cpu']}, {result['threads']} threads, load "
+        f"{result['load'][0]:.1f}); {versions}. {result['note']}",
+        "",
+        *((MEMORY_NOTE, "") if any(row["op"] != "cpu" for row in result["rows"]) else ()),
+        *markdown(header, rows),
+        "",
+        *(f"- {row['op']}, {row['case']}: {row['held']}" for row in held),
+        *(f"- not measured: {left}" for left in result["left_out"]),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _cells(one: Row) -> str:
+def _cells(one: Row) -> list[str]:
+    """What the table holds of one variant."""
     if "failed" in one:
-        return f"{one['failed']} | | | | | |"
+        return [one["failed"], *[""] * 6]
+    errors = [_error(one, "loss"), _error(one, "gradient")]
     if "ms" not in one:
-        untimed = "WRONG, not timed" if one.get("wrong") else "not timed"
-        return f"{untimed} | | | | | {_error(one, 'loss')} | {_error(one, 'gradient')}"
+        return ["WRONG, not timed" if one.get("wrong") else "not timed", *[""] * 4, *errors]
     peak, share = one.get("peak_bytes"), one.get("of_floor")
-    return " | ".join(
-        (
-            show(one["ms"], 3 if one["ms"]["median"] < 100 else 1),
-            f"{one['cpu_ms']:.1f}" if one["cpu_ms"] else "",
-            show(one["over_ours"], 3) if "over_ours" in one else "",
-            f"{100 * share:.1f}" if share is not None else "",
-            f"{peak / MIB:.1f}" if peak is not None else one.get("peak_note", ""),
-            _error(one, "loss"),
-            _error(one, "gradient"),
-        )
-    )
+    return [
+        show(one["ms"], 3 if one["ms"]["median"] < 100 else 1),
+        f"{one['cpu_ms']:.1f}" if one["cpu_ms"] else "",
+        show(one["over_ours"], 3) if "over_ours" in one else "",
+        f"{100 * share:.1f}" if share is not None else "",
+        f"{peak / MIB:.1f}" if peak is not None else one.get("peak_note", ""),
+        *errors,
+    ]
 
 
 def _error(one: Row, which: str) -> str:

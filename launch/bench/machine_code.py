@@ -1,4 +1,4 @@
-"""Loops of compiled GPU code: NVIDIA's SASS (as nvdisasm prints it) and AMD's assembly.
+"""Loops of compiled GPU code: NVIDIA's SASS, as nvdisasm prints it.
 
 An :class:`Instruction` knows its source lines, from the innermost inlined function outwards. The
 loops are the natural ones of the control flow graph, so that blocks which a compiler has moved
@@ -8,7 +8,7 @@ behind the end of a function belong to the loop they serve.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,30 +57,23 @@ class Loop:
     @property
     def barriers(self) -> int:
         """Barriers of the whole block of threads."""
-        return self.count("BAR.", "s_barrier")
+        return self.count("BAR.")
 
     @property
     def transcendental(self) -> int:
         """Instructions of the slow unit: exponentials, logarithms, reciprocals."""
-        return self.count("MUFU", "v_exp_", "v_log_", "v_rcp_", "v_rsq_", "v_sqrt_")
+        return self.count("MUFU")
 
 
 _SASS_OP = {"load": ("LDG.", "LDGSTS."), "store": ("STG.",)}
 _SASS_WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-_AMD_ACCESS = re.compile(
-    r"(?:global|buffer|flat)_(load|store)_(?:(byte|ubyte|sbyte)|(short|ushort|sshort)|dword(x\d)?)"
-)
 
 
 def _access(op: str, kind: str) -> int:
     """Bytes of a load or store of global memory, 0 for anything else."""
-    if op.startswith(_SASS_OP[kind]):
-        return next((_SASS_WIDTH[part] for part in op.split(".") if part in _SASS_WIDTH), 4)
-    match = _AMD_ACCESS.match(op)
-    if not match or match[1] != kind:
+    if not op.startswith(_SASS_OP[kind]):
         return 0
-    _, byte, short, several = match.groups()
-    return 1 if byte else 2 if short else 4 * int(several[1:]) if several else 4
+    return next((_SASS_WIDTH[part] for part in op.split(".") if part in _SASS_WIDTH), 4)
 
 
 class Code:
@@ -190,33 +183,3 @@ def parse_sass(text: str) -> Code:
             ends = sure and op.startswith(("BRA", "EXIT", "RET", "BRX", "JMP"))
             code.instructions.append(Instruction(op, bool(guard), jump and jump[2], ends, where))
     return code
-
-
-_AMD = re.compile(r"\t([a-z]\w+)(?:\s+([^;]*?))?\s*(?:;.*)?$")
-_AMD_LABEL = re.compile(r"(\.LBB\w+):")
-_AMD_LINE = re.compile(r"\t\.loc\t.*?;\s*(.*)$")
-
-
-def parse_amdgcn(text: str) -> Code:
-    """Read the assembly that Triton keeps for AMD's targets."""
-    code = Code()
-    where: tuple[str, ...] = ()
-    for line in _function(text):
-        if match := _AMD_LINE.match(line):
-            where = tuple(re.findall(r"[\w.]+:\d+", match[1]))
-        elif match := _AMD_LABEL.match(line):
-            code.labels[match[1]] = len(code.instructions)
-        elif match := _AMD.match(line):
-            op, operands = match.groups()
-            target = operands if op.startswith(("s_branch", "s_cbranch")) else None
-            ends = op.startswith(("s_branch", "s_endpgm", "s_setpc"))
-            code.instructions.append(Instruction(op, False, target, ends, where))
-    return code
-
-
-def _function(text: str) -> Iterator[str]:
-    """The lines of the kernel itself, without the tables behind it."""
-    for line in text.splitlines():
-        if line.startswith(".Lfunc_end"):
-            return
-        yield line

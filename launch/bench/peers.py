@@ -1,7 +1,7 @@
 """What others offer for the same losses: PyTorch eager and compiled, Liger-Kernel, TRL.
 
 Every peer is a function of inputs that returns the loss, a mean over the tokens, and its gradients.
-None of these libraries is needed: what cannot be imported is a row of the table that says so.
+None of these libraries is needed: what cannot be imported is a row of the table with that error.
 
 - Liger-Kernel (0.8.5): ``pip install --no-deps liger-kernel``; imports torch, triton, packaging.
 - TRL (1.16): ``pip install --no-deps trl accelerate``; ``trl.kernels`` imports accelerate,

@@ -19,21 +19,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Python put this folder first (not under -P), where kernels.py would pass for the package that
-# transformers imports.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Python put this folder first (not under -P), whose kernels.py passes for the package kernels
+    # that transformers imports
     sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import gc
-import json
 import multiprocessing
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping
+from statistics import median
 from typing import Any
 
 # Imported before the fork, or DeepSpeed would load them in every child and its memory be theirs.
@@ -42,7 +41,7 @@ import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 
-from dskd.batch import Batch
+from dskd.batch import Batch, Positions, Signal, Term, TopK
 from dskd.data.loader import Loader
 from dskd.engine import engine
 from dskd.engine.checkpoints import Checkpoints, Selection
@@ -51,8 +50,11 @@ from dskd.engine.engine import Engine, decay_groups
 from dskd.engine.hooks import StepHooks
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.errors import ConfigError
+from dskd.fused import reference
 from dskd.methods.base import build_method
+from dskd.methods.ki import KnowledgeInheritance
 from dskd.models.build import build
+from dskd.ops import topk_teacher
 from dskd.runs import stages
 from dskd.runs.context import Job
 from dskd.settings.model import Model
@@ -61,19 +63,50 @@ from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, LiveTeacher
 from dskd.system import dist
 from dskd.system.device import DTYPES
-from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory
 from dskd.teachers.setup import TeacherSetup, set_up
 from dskd.training.objective import Objective
 from dskd.training.trainer import Progress, Trainer
-from launch.bench import timing
-from launch.bench.figures import FORWARD, about, summarise, table
+from launch.bench import measure
+from launch.bench.measure import markdown, over, show, slug, spread
 
 ROOT = Path(__file__).resolve().parents[2]
-EAGER = "launch.bench.eager:EagerInheritance"
+EAGER = "launch.bench.step:EagerInheritance"
 """The cached variant without the fused losses, for comparison."""
 WARM_UP = 3
 """Untimed rounds at the start; as many steps are taken to see a variant's peak memory."""
+FORWARD = "forward"
+"""The teacher's forward pass alone, on the batches of the step."""
+VARIANTS = {
+    "plain": "plain LM",
+    "cached": "KI, cached",
+    "live": "KI, live",
+    "eager": "KI, cached, eager loss",
+}
+BOUNDS = {"cached": ("plain",), "live": ("plain", FORWARD)}
+LIMITS = {"cached": 1.10, "live": 1.15}
+"""Most that a step may cost, times the sum of its bounds."""
+
+
+class EagerInheritance(KnowledgeInheritance):
+    """Knowledge Inheritance as plain torch does it: whole logits, differentiated by autograd."""
+
+    kind: str = "launch.bench.step:EagerInheritance"
+
+    def loss(
+        self, rows: Positions, signal: Signal | None, batch: Batch, step: int
+    ) -> dict[str, Term]:
+        del batch
+        alpha, heat, student_NV = self.alpha(step), self.temperature**2, rows.logits_NV
+        if isinstance(signal, TopK):
+            kept = topk_teacher(signal, self.temperature, self.topk)
+            parts = (kept.ids_NK, kept.logprobs_NK, kept.tail_N, self.topk)
+            kl_N = reference.topk_divergence(student_NV, *parts, temperature=self.temperature)
+        else:
+            kl_N = reference.divergence(student_NV, signal.logits_NV, temperature=self.temperature)
+        ce, kl = reference.cross_entropy(student_NV, rows.labels_N).sum(), kl_N.sum() * heat
+        total = (1 - alpha) * ce + alpha * kl
+        return {"tokens": Term(total, {"ce": ce.detach(), "kl": kl.detach()})}
 
 
 def variants(settings: Path, overrides: list[str], folder: Path, steps: int) -> dict[str, Run]:
@@ -178,7 +211,7 @@ def forwards(run: Run, device: torch.device, rounds: int) -> Callable[[], None]:
 
     def forward() -> None:
         for batch in steps.pop(0):
-            _ = teacher(batch.to(device)).logits_NV  # with its head, which waits to be asked
+            _ = teacher(batch.to(device)).logits_NV  # with its head, computed on demand
 
     return forward
 
@@ -201,26 +234,27 @@ def clock_rounds(runs: Mapping[str, Run], device: torch.device, rounds: int) -> 
     steps = {name: Step(run, device) for name, run in runs.items()}
     work: dict[str, Callable[[], None]] = {name: one.step for name, one in steps.items()}
     work[FORWARD] = forwards(runs["live"], device, WARM_UP + rounds)
-    names = list(work)
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    cores: dict[str, list[float]] = {name: [] for name in names}
-    for turn, order in enumerate(timing.orders(names, WARM_UP + rounds)):
-        for name in order:
-            dist.barrier()
-            _finish(device)
-            begin, busy = time.perf_counter(), time.process_time()
-            work[name]()
-            _finish(device)
-            if turn >= WARM_UP:
-                wall[name].append(1e3 * (time.perf_counter() - begin))
-                cores[name].append(1e3 * (time.process_time() - busy))
+
+    def ready() -> None:
+        dist.barrier()
+        _finish(device)
+
+    def finished(call: Callable[[], None]) -> Callable[[], None]:
+        return lambda: (call(), _finish(device))
+
+    calls = {name: finished(call) for name, call in work.items()}
+    for call in list(calls.values()) * (WARM_UP - 1):  # the harness adds a round of its own
+        ready()
+        call()
+    samples = measure.interleave(
+        calls, measure.HostClock(), before=ready, rounds=rounds, seconds=0.0
+    )
     for one in steps.values():
         one.loader.close()
     dist.barrier()  # from here on the files may go
     plain = steps["plain"]
     return {
-        "wall_ms": wall,
-        "cpu_ms": cores,
+        **samples,
         "tokens_per_step": plain.progress.tokens // plain.progress.step,
         "student_parameters": plain.parameters,
     }
@@ -269,6 +303,86 @@ def make_files(run: Run, device: torch.device) -> None:
     stages.cache(job_of(run, device))
 
 
+def about(run: Run, words: argparse.Namespace) -> dict[str, Any]:
+    """Date, machine, versions and settings of a measurement."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sections = {"method", "data", "model", "teacher", "train"}
+    return {
+        **measure.about(device, ("torch", "deepspeed", "transformers", "numpy")),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "settings": {
+            "file": words.settings.name,
+            "overrides": words.overrides,
+            "deepspeed": run.deepspeed,
+            **run.model_dump(mode="json", include=sections),
+        },
+    }
+
+
+def summarise(measured: dict[str, Any], peaks: Mapping[str, int]) -> dict[str, Any]:
+    """Medians and spreads of times and of ratios within a round, and whether the limits hold."""
+    wall, cores, tokens = (measured[key] for key in ("wall_ms", "cpu_ms", "tokens_per_step"))
+    rows = {
+        name: {
+            "ms": spread(wall[name]),
+            "cpu_ms": spread(cores[name]),
+            "tokens_per_second": 1e3 * tokens / median(wall[name]),
+            "over_plain": over(wall, name, "plain"),
+            "peak_memory_bytes": peaks.get(name),
+        }
+        for name in wall
+    }
+    targets = {}
+    for name, bound in BOUNDS.items():
+        ratio = over(wall, name, *bound)
+        targets[name] = {
+            **ratio,
+            "cpu": over(cores, name, *bound),
+            "limit": LIMITS[name],
+            "met": ratio["median"] <= LIMITS[name],
+        }
+    return {"variants": rows, "targets": targets}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as markdown."""
+    train = result["settings"]["train"]
+    header = ["step", "ms, median [quartiles]", "CPU ms", "tokens/s", "times the plain step"]
+    rows = []
+    for name, row in result["variants"].items():
+        peak = row["peak_memory_bytes"]
+        rows.append(
+            [
+                VARIANTS.get(name, "teacher forward"),
+                show(row["ms"], 1),
+                f"{row['cpu_ms']['median']:.1f}",
+                f"{row['tokens_per_second']:,.0f}",
+                show(row["over_plain"], 3),
+                "" if peak is None else f"{peak / 2**20:.0f}",
+            ]
+        )
+    cached, eager = (result["variants"][name]["peak_memory_bytes"] for name in ("cached", "eager"))
+    lines = [
+        f"{result['date']}, {result['device']} ({result['cpu']}), {result['ranks']} ranks x "
+        f"{result['threads']} threads; {result['settings']['file']}: "
+        f"{result['student_parameters']:,} parameters, batch {train['batch']} in micro-batches of "
+        f"{train['micro_batch']}, {result['tokens_per_step']:,} tokens a step, K = "
+        f"{result['settings']['teacher']['k']}, T = {result['settings']['method']['temperature']}, "
+        f"{result['settings']['deepspeed']}; {result['rounds']} rounds.",
+        "",
+        *markdown([*header, "peak, MiB"], rows),
+        "",
+        f"- peak memory of the eager loss over the fused one: {eager / cached:.2f}",
+    ]
+    for name, target in result["targets"].items():
+        verdict = "met" if target["met"] else "MISSED"
+        lines.append(
+            f"- {name} / ({' + '.join(BOUNDS[name])}): {show(target, 3)}, CPU time "
+            f"{show(target['cpu'], 3)}; at most {target['limit']}: {verdict}"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -296,14 +410,12 @@ def main() -> None:
     finally:
         if _first():
             shutil.rmtree(folder)
-    result = {**about(runs, words.settings, words.overrides), "rounds": words.rounds, **measured}
+    result = {**about(runs["cached"], words), "rounds": words.rounds, **measured}
     result |= summarise(measured, peaks)
     if _first():
         print(table(result), flush=True)
-        device = result["machine"]["device"].replace(" ", "-").lower()
-        stem = f"{result['date']}-{device}-{result['machine']['ranks']}ranks"
-        write_atomic(words.results / f"{stem}.json", json.dumps(result, indent=1).encode())
-        write_atomic(words.results / f"{stem}.md", table(result).encode())
+        stem = f"{result['date']}-{slug(result['device'])}-{result['ranks']}ranks"
+        measure.write(words.results, stem, result, table(result))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ A step is forward, backward and AdamW of a stack of BERT layers in fp32, from th
 * ``student``: a plain stack of a quarter of the width, what is left at the end.
 
 All take a step in every round, in a drawn order; ratios are taken within a round. Beside them
-stands the cost model of the spec (5.1): products of the linear layers alone. Before anything is
+stands a cost model: products of the linear layers alone. Before anything is
 timed, output and gradients of ``merged`` are compared with those of ``chained``.
 """
 
@@ -21,21 +21,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # this folder, put first, has a kernels.py, and transformers imports a package of that name
-    sys.path.remove(str(Path(__file__).resolve().parent))
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Python put this folder first (not under -P), whose kernels.py passes for the package kernels
+    # that transformers imports
+    sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import copy
-import json
 import os
-import platform
 from collections.abc import Mapping
-from datetime import date
-from importlib.metadata import version
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +44,10 @@ from dskd.narrowing.insert import Surgery, insert
 from dskd.narrowing.layouts import maps_of
 from dskd.narrowing.merge import zero_removed
 from dskd.narrowing.widths import Widths
-from dskd.system.files import write_atomic
-from launch.bench import timing
+from dskd.settings.run import Run
+from dskd.settings.teachers import LiveTeacher
+from launch.bench import measure
+from launch.bench.measure import markdown, show, slug
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = ("teacher", "chained", "merged", "compacted", "student")
@@ -61,7 +60,7 @@ TOLERANCE = 1e-4
 
 
 class Chained(nn.Module):
-    """A linear layer between two square ones, as the original computes it. Spec 2, (1)."""
+    """A linear layer between two square ones, as the original computes it."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -169,32 +168,115 @@ def check_equal(width: int, tokens: int, device: torch.device) -> float:
                 expected[name].add_(off)
     assert found.keys() == expected.keys() and ours.surgery is not None
     ours.surgery.merging.forget()
-    errors = [timing.relative_error(ours.gradients().detach(), theirs.gradients().detach())]
+    errors = [measure.relative_error(ours.gradients().detach(), theirs.gradients().detach())]
     for name, parameter in found.items():
         # Biases of keys do not matter to a softmax: their gradients are rounding.
         if not name.endswith("key.bias"):
-            errors.append(timing.relative_error(parameter.grad, expected[name].grad))
+            errors.append(measure.relative_error(parameter.grad, expected[name].grad))
     assert max(errors) <= TOLERANCE, f"merged and chained differ by {max(errors):.1e}"
     return max(errors)
 
 
 def products(width: int, tokens: int) -> dict[str, float]:
-    """Multiplications of a step's linear layers by variant. Spec 5.1.
+    """Multiplications of a step's linear layers by variant.
 
     Of an N x K layer and M tokens: plain 3 M N K; the chain 3 M (K^2 + N K + N^2); merged first 3 M
-    N K + 3 N K (N + K); compacted to n x k 3 M n k + 3 min(n N K + n K k, N K k + n N k).
+    N K + 3 N K (N + K); compacted to n x k 3 M n k + 3 :func:`merging`.
     """
     total = dict.fromkeys(VARIANTS, 0.0)
-    shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
-    for outs, ins in shapes * LAYERS:
+    for outs, ins in layer_shapes(width) * LAYERS:
         n, k = outs // SHARE, ins // SHARE
-        small = min(n * outs * ins + n * ins * k, outs * ins * k + n * outs * k)
         total["teacher"] += 3 * tokens * outs * ins
         total["chained"] += 3 * tokens * (ins * ins + outs * ins + outs * outs)
-        total["merged"] += 3 * tokens * outs * ins + 3 * outs * ins * (outs + ins)
-        total["compacted"] += 3 * tokens * n * k + 3 * small
+        total["merged"] += 3 * tokens * outs * ins + 3 * merging(outs, ins, outs, ins)
+        total["compacted"] += 3 * tokens * n * k + 3 * merging(outs, ins, n, k)
         total["student"] += 3 * tokens * n * k
     return total
+
+
+def layer_shapes(width: int) -> list[tuple[int, int]]:
+    """Outputs and inputs of the linear layers of one BERT layer."""
+    return [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+
+
+def merging(outs: int, ins: int, n: int, k: int) -> float:
+    """Multiplications that merge an N x K layer with its compactors to n x k."""
+    return min(n * outs * ins + n * ins * k, outs * ins * k + n * outs * k)
+
+
+# ---- the cost of whole runs ----------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """What the cost model counts with; letters as in the functions below.
+
+    ``M`` tokens and ``S`` supervised ones of a step, rows of ``T``, ``L`` layers, vocabulary ``V``.
+    """
+
+    M: int
+    S: float
+    T: int
+    L: int
+    V: int
+
+
+def sizes_of(run: Run) -> Sizes:
+    """Those of a run on full rows of BERT."""
+    tokens = run.train.batch * run.data.block_size
+    return Sizes(
+        tokens,
+        tokens * run.data.masking.probability,
+        run.data.block_size,
+        run.model.config["num_hidden_layers"],
+        run.data.tokenizer.vocab_size,
+    )
+
+
+def forward_products(s: Sizes, hidden: int) -> float:
+    """Multiplications of a plain forward pass.
+
+    ``L (12 H^2 + 2 T H) M`` of the layers, ``(H^2 + V H) S`` of the head.
+    """
+    layers = s.L * (12 * hidden**2 + 2 * s.T * hidden) * s.M
+    return layers + (hidden**2 + s.V * hidden) * s.S
+
+
+def wid_products(s: Sizes, hidden: int, small: int, *, compacted: bool) -> float:
+    """Multiplications of a WID step: three times those of its forward pass and of its merges.
+
+    Merged (:func:`merging`) are the six maps of a layer and the head's one. The embedding's
+    compactor costs ``H h M``, the vocabulary projection's ``H h S``; the projection stays V x H.
+    """
+    h = small if compacted else hidden
+    merges = sum(
+        merging(outs, ins, outs * h // hidden, ins * h // hidden)
+        for outs, ins in [*layer_shapes(hidden) * s.L, (hidden, hidden)]
+    )
+    own = forward_products(s, h) - s.V * h * s.S
+    return 3 * (own + merges + hidden * h * (s.M + s.S) + s.V * hidden * s.S)
+
+
+def run_products(run: Run, teacher: Run, steps: int) -> float:
+    """Multiplications of a run of ``steps``, the forward passes of its live teacher included.
+
+    Args:
+        run: on full rows of BERT; by method ``wid`` from the teacher, or plainly at its own width.
+        teacher: what it starts from or learns from; it has the same rows.
+        steps: optimiser steps.
+    """
+    s, hidden = sizes_of(teacher), teacher.model.config["hidden_size"]
+    taught = steps * forward_products(s, hidden) if isinstance(run.teacher, LiveTeacher) else 0.0
+    if run.method["kind"] != "wid":
+        own = run.model
+        small = own.slice.hidden_size if own.slice else own.config["hidden_size"]
+        return taught + steps * 3 * forward_products(s, small)
+    method, small = run.method, run.method["hidden_size"]
+    settled = method["every"] * method["ramp"] + method["anneal"] - 1
+    before = settled * wid_products(s, hidden, small, compacted=False)
+    return taught + before + (steps - settled) * wid_products(s, hidden, small, compacted=True)
+
+
+# ---- the measurement -----------------------------------------------------------------------------
 
 
 def peaks_in_children(width: int, tokens: int) -> dict[str, int | str]:
@@ -203,10 +285,10 @@ def peaks_in_children(width: int, tokens: int) -> dict[str, int | str]:
     def make(name: str) -> Step:
         return Step(name, width, tokens, torch.device("cpu"))
 
-    return {name: timing.peak_in_child(make, name) for name in VARIANTS}
+    return {name: measure.peak_in_child(make, name) for name in VARIANTS}
 
 
-def measure(
+def timed(
     width: int,
     tokens: int,
     peaks: Mapping[str, int | str],
@@ -219,24 +301,24 @@ def measure(
     for step in steps.values():
         step()  # the optimizer's moments
     if device.type == "cuda":
-        peaks = {name: timing.peak_on_cuda(step) for name, step in steps.items()}
-    clock = timing.clock_for(device)
-    samples = timing.interleave(steps, clock, before=lambda: None, rounds=rounds, seconds=seconds)
+        peaks = {name: measure.peak_on_cuda(step) for name, step in steps.items()}
+    clock = measure.clock_for(device)
+    samples = measure.interleave(steps, clock, before=lambda: None, rounds=rounds, seconds=seconds)
     model, wall = products(width, tokens), samples["wall_ms"]
     return {
         "tokens": tokens,
         "samples": samples,
         "variants": {
             name: {
-                "ms": timing.spread(wall[name]),
+                "ms": measure.spread(wall[name]),
                 "cpu_ms": median(samples["cpu_ms"][name]),
-                "over_teacher": timing.over(wall, name, "teacher"),
+                "over_teacher": measure.over(wall, name, "teacher"),
                 "predicted_over_teacher": model[name] / model["teacher"],
                 "peak_bytes": peaks[name],
             }
             for name in VARIANTS
         },
-        "speedup": timing.over(wall, "chained", "merged"),
+        "speedup": measure.over(wall, "chained", "merged"),
         "predicted_speedup": model["chained"] / model["merged"],
     }
 
@@ -255,49 +337,32 @@ def verdicts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def about(device: torch.device) -> dict[str, Any]:
-    """Date, machine and versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return {
-        "date": date.today().isoformat(),
-        "device": name,
-        "cpu": models[0] if models else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
-
-
 def table(result: Mapping[str, Any]) -> str:
     """The result as markdown."""
+    header = ["tokens", "step", "ms, median [quartiles]", "CPU ms", "times the teacher's step"]
+    rows = [
+        [
+            str(case["tokens"]),
+            name,
+            show(row["ms"], 1),
+            f"{row['cpu_ms']:.1f}",
+            show(row["over_teacher"], 2),
+            f"{row['predicted_over_teacher']:.2f}",
+            peak if isinstance(peak := row["peak_bytes"], str) else f"{peak / 2**20:.0f}",
+        ]
+        for case in result["cases"]
+        for name, row in case["variants"].items()
+    ]
     lines = [
         f"{result['date']}, {result['device']} ({result['cpu']}), {result['threads']} threads, "
         f"load {result['load'][0]:.1f}; BERT layers: {LAYERS} x {result['width']}, fp32, AdamW; "
         f"merged and chained agree to {result['error']:.0e}.",
         "",
-        "| tokens | step | ms, median [quartiles] | CPU ms | times the teacher's step | of the "
-        "products | peak, MiB |",
-        "|---|---|---|---|---|---|---|",
+        *markdown([*header, "of the products", "peak, MiB"], rows),
+        "",
     ]
-    for case in result["cases"]:
-        for name, row in case["variants"].items():
-            peak = row["peak_bytes"]
-            cells = [
-                str(case["tokens"]),
-                name,
-                _show(row["ms"], 1),
-                f"{row['cpu_ms']:.1f}",
-                _show(row["over_teacher"], 2),
-                f"{row['predicted_over_teacher']:.2f}",
-                peak if isinstance(peak, str) else f"{peak / 2**20:.0f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
     lines += [
-        f"- {case['tokens']} tokens, chained / merged: {_show(case['speedup'], 2)}; "
+        f"- {case['tokens']} tokens, chained / merged: {show(case['speedup'], 2)}; "
         f"of the products {case['predicted_speedup']:.2f}"
         for case in result["cases"]
     ]
@@ -306,11 +371,6 @@ def table(result: Mapping[str, Any]) -> str:
         for verdict in result["verdicts"]
     ]
     return "\n".join(lines) + "\n"
-
-
-def _show(values: Mapping[str, float], digits: int) -> str:
-    middle, lower, upper = (f"{values[key]:.{digits}f}" for key in ("median", "lower", "upper"))
-    return f"{middle} [{lower} - {upper}]"
 
 
 def main() -> None:
@@ -332,18 +392,17 @@ def main() -> None:
     peaks = {count: peaks_in_children(words.width, count) if on_cpu else {} for count in counts}
     error = check_equal(words.width, counts[0], device)
     when = words.rounds, words.seconds
-    cases = [measure(words.width, count, peaks[count], device, *when) for count in counts]
+    cases = [timed(words.width, count, peaks[count], device, *when) for count in counts]
     result = {
-        **about(device),
+        **measure.about(device, ("torch", "transformers")),
         "width": words.width,
         "error": error,
         "cases": cases,
         "verdicts": verdicts(cases),
     }
     print(table(result), flush=True)
-    stem = f"{result['date']}-wid-step-{result['device'].replace(' ', '-').lower()}"
-    write_atomic(words.results / f"{stem}.json", json.dumps(result, indent=1).encode())
-    write_atomic(words.results / f"{stem}.md", table(result).encode())
+    stem = f"{result['date']}-wid-step-{slug(result['device'])}"
+    measure.write(words.results, stem, result, table(result))
 
 
 if __name__ == "__main__":

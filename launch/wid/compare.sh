@@ -7,4 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/common.sh
 ensure_venv
 prepare
-exec python launch/bench/wid_compare.py "$@"
+exec python launch/bench/compare.py launch/wid/compare.yaml "$@"

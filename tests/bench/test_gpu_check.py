@@ -1,7 +1,7 @@
 """launch/bench/gpu_check.sh: what it runs, in which environment, and its status; nothing is timed.
 
 A copy of the script runs in an empty folder. ``python`` and ``timeout`` are stand-ins that write
-down how they were called; a test says what each of them answers.
+down how they were called; a test sets what each of them returns.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Check:
             "PYTHON": "python",
             "CUDA_VISIBLE_DEVICES": "3",
         }
-        environment.pop("OUT", None)
+        for name in ("OUT", "PYTHONPATH"):  # a checkout on the path would lend its own tests
+            environment.pop(name, None)
         self.done = subprocess.run(
             ["bash", str(self.folder / "launch/bench/gpu_check.sh"), *words],
             env=environment,

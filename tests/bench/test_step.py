@@ -59,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
     return folder / "results"
 
 
-@pytest.mark.parametrize("script", ["step", "kernels"])
+@pytest.mark.parametrize("script", ["step", "kernels", "wid"])
 @pytest.mark.parametrize("safe", ["", "1"], ids=["python", "python -P"])
 def test_the_scripts_folder_is_off_the_path_and_the_checkout_on_it(tmp_path, script, safe):
     """The lines above a script's imports, in a checkout of their own that is reached by a link."""
@@ -97,7 +97,7 @@ def test_the_numbers_of_every_variant_are_there(folder):
     assert result["variants"]["plain"]["over_plain"]["median"] == 1
     assert result["settings"]["overrides"] == ["train.lr=0.01"]
     assert {"python", "torch", "deepspeed"} <= set(result["versions"])
-    assert {"device", "cpu", "ranks"} <= set(result["machine"])
+    assert {"device", "cpu", "ranks", "load"} <= set(result)
 
 
 def test_the_bounds_are_taken_within_a_round(folder):

@@ -1,107 +1,25 @@
-"""launch/bench/kernels.py: its arithmetic, its truth and its gate; no times are judged."""
+"""launch/bench/kernels.py: its cases, its gate and its table; no times are judged."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dskd.fused import reference
-from launch.bench import cases, kernels, peers, timing, truth
-from launch.bench.logit_cases import FLOOR, OURS
-from launch.bench.peers import Outcome
+from launch.bench import cases, kernels, measure, peers
+from launch.bench.cases import FLOOR, OURS
 from tests.launching import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 MADE = dict(cases.cases(kernels.OPS, cases.SMALL, CPU))
-
-
-def test_spread_and_ratios_within_a_round():
-    assert timing.spread([4.0, 1.0, 2.0, 3.0]) == {"median": 2.5, "lower": 1.75, "upper": 3.25}
-    samples = {"a": [2.0, 20.0, 3.0], "b": [1.0, 10.0, 1.0]}
-    assert timing.over(samples, "a", "b") == {"median": 2.0, "lower": 2.0, "upper": 2.5}
-
-
-def test_relative_error_of_nan_is_infinite():
-    ones = torch.ones(4)
-    assert timing.relative_error(ones * 1.5, ones) == pytest.approx(0.5)
-    ones_with_nan = ones.clone()
-    ones_with_nan[2] = torch.nan
-    assert timing.relative_error(ones_with_nan, ones) == torch.inf
-
-
-class CountingClock:
-    """Each sample takes as long as the number of calls before it; remembers the orders."""
-
-    def __init__(self) -> None:
-        self.orders, self.ticks = [], 0
-
-    def round(self, calls, before):
-        self.orders.append("".join(calls))
-        for _ in calls:
-            before()
-            self.ticks += 1
-        return dict.fromkeys(calls, (float(self.ticks), 0.5))
-
-
-def test_rounds_are_interleaved_after_one_that_does_not_count():
-    clock, restored = CountingClock(), []
-    samples = timing.interleave(
-        dict.fromkeys("abc", lambda: None),
-        clock,
-        before=lambda: restored.append(clock.ticks),
-        rounds=4,
-        seconds=0.0,
-    )
-    assert clock.orders == ["abc", *map("".join, timing.orders("abc", 4))]
-    assert restored == list(range(15))  # before every sample, of whatever variant
-    assert samples["wall_ms"]["a"] == [6.0, 9.0, 12.0, 15.0]
-    assert samples["cpu_ms"]["c"] == [0.5] * 4
-
-
-def test_no_variant_always_follows_the_same_one():
-    orders = list(timing.orders("abcd", 24))
-    assert orders == list(timing.orders("abcd", 24))
-    assert all(sorted(order) == list("abcd") for order in orders)
-    followed = [tuple(order[place : place + 2]) for order in orders for place in range(3)]
-    for pair in itertools.permutations("abcd", 2):
-        assert 1 <= followed.count(pair) <= 12  # 6 on average; a rotation has 18 or 0
-
-
-def test_the_clock_gives_every_variant_the_same_work_before():
-    done, clock = [], timing.HostClock()
-    calls = {name: (lambda name=name: done.append(name)) for name in "ab"}
-    assert set(clock.round(calls, lambda: done.append("-"))) == {"a", "b"}
-    assert "".join(done) == "-a-b"
-
-
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, timing.FEWEST), (1e9, timing.MOST)])
-def test_time_decides_the_rounds_within_bounds(seconds, rounds):
-    calls = {"a": lambda: None}
-    samples = timing.interleave(calls, CountingClock(), before=list, rounds=None, seconds=seconds)
-    assert len(samples["wall_ms"]["a"]) == rounds
-
-
-def test_peak_of_a_call_in_a_process_of_its_own():
-    def make(name):
-        kept = torch.ones(1 << 20)  # an input
-        return {
-            "48": lambda: torch.ones(8 << 20) + torch.ones(4 << 20).sum() + kept[0],
-            "broken": lambda: torch.ones(2) + torch.ones(3),
-        }[name]
-
-    peak = timing.peak_in_child(make, "48")
-    assert 63 <= peak / 2**20 <= 68  # a matrix of 32 MiB, its sum with a number; 16 MiB are gone
-    assert timing.peak_in_child(make, "broken").startswith("RuntimeError: The size of tensor")
 
 
 @pytest.mark.parametrize("what", MADE)
@@ -138,29 +56,7 @@ def test_peers_compute_the_named_divergence(kind):
     torch.testing.assert_close(eager.gradients[0], expected.gradients[0], rtol=1e-4, atol=1e-7)
     loss, grad = peers.closed_form(student, teacher, kind)
     torch.testing.assert_close(loss.double(), expected.loss, rtol=1e-5, atol=0)
-    assert timing.relative_error(grad, expected.gradients[0]) < 4e-3  # bf16
-
-
-def test_truth_goes_by_chunks_and_sees_a_wrong_row(monkeypatch):
-    monkeypatch.setattr(truth, "CHUNK", 3 * 11)  # three tokens
-    hidden, weight, teacher = torch.randn(8, 4), torch.randn(11, 4), torch.randn(8, 11)
-    head = SimpleNamespace(hidden_ND=hidden, weight_VD=weight)
-
-    def per_token(logits, rows):
-        return reference.divergence(logits, teacher[rows].double(), "jsd")
-
-    def whole(hidden, weight):
-        return reference.divergence(hidden @ weight.t(), teacher, "jsd").mean()
-
-    checked = truth.through_head(head, per_token)
-    expected, right = checked.compute(), peers.differentiate(whole, hidden, weight)
-    assert max(checked.errors(right, expected)) < 1e-6
-    for wrong in (0, 1):
-        gradients = [gradient.clone() for gradient in right.gradients]
-        gradients[wrong][-1] += 1.0
-        errors = checked.errors(Outcome(right.loss, tuple(gradients)), expected)
-        assert errors[0] < 1e-6
-        assert errors[1] > 0.5
+    assert measure.relative_error(grad, expected.gradients[0]) < 4e-3  # bf16
 
 
 def bench_of(folder: Path) -> kernels.Bench:
@@ -175,7 +71,7 @@ def test_memory_that_ends_while_timing_is_said_and_is_no_success(tmp_path, monke
     bench, case = bench_of(tmp_path), MADE["topk V 1003"]()
     bench.measure(case)
     assert bench.good()
-    monkeypatch.setattr(timing, "interleave", out_of_memory)
+    monkeypatch.setattr(measure, "interleave", out_of_memory)
     bench.measure(case)
     assert not bench.good()
     bench.write()
@@ -249,11 +145,11 @@ def test_bf16_logits_of_the_fused_linear_loss_are_judged_wrong():
 def test_limits_lie_above_one_rounding_more_and_above_truncation():
     """A head's gradient is rounded to bf16 twice, in the interpreter once towards 0."""
     exact = torch.randn(100_000)
-    once = timing.relative_error(exact.bfloat16(), exact)
+    once = measure.relative_error(exact.bfloat16(), exact)
     assert once == pytest.approx(1.65e-3, rel=0.02)
     assert not kernels.wrong("linear", 1e-4, 2**0.5 * once)
     cut = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32)
-    truncated = timing.relative_error(cut, exact)
+    truncated = measure.relative_error(cut, exact)
     assert truncated == pytest.approx(3.3e-3, rel=0.02)
     assert not kernels.wrong("dense", 1e-4, 1.5 * truncated, interpreted=True)
     assert kernels.wrong("dense", 1e-4, 1.5 * truncated)

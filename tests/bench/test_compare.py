@@ -1,0 +1,237 @@
+"""launch/bench/compare.py: its trials, its claims and its table, and one tiny comparison."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dskd.settings.parsing import parse
+from dskd.settings.recipe import read
+from dskd.settings.yaml_tree import load
+from launch.bench import compare
+from tests.launching import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+WID = ROOT / "launch/wid/compare.yaml"
+EVOLUTION = ROOT / "launch/self_evolution/compare.yaml"
+RESULTS = ROOT / "launch/bench/results"
+
+
+def plan_of(recipe: Path) -> compare.Plan:
+    return parse(compare.Plan, load(recipe.with_suffix(".json")))
+
+
+@pytest.mark.parametrize("path", [WID, EVOLUTION], ids=lambda path: path.parent.name)
+def test_a_plan_names_ways_of_its_recipe_and_rates_around_theirs(path):
+    plan, runs = plan_of(path), read(path).runs
+    ways = set(runs) - {plan.origin}
+    assert set(plan.rates) in (set(), ways)
+    assert {*plan.better, *plan.than, *plan.longer} <= ways
+    assert plan.budget is None or plan.budget in ways
+    for way, rates in plan.rates.items():
+        assert runs[way].train.lr in rates, way
+
+
+def test_a_trial_changes_rate_seed_and_length_only():
+    own = {"train": {"lr": 1.0, "clip": 2.0}, "model": {"path": "run:teacher"}}
+    trial = compare.Trial("slice", 1.5e-2, 3)
+    assert trial.name == "slice-150e-4-seed3"
+    assert trial.settings(own) == own | {"seed": 3, "train": {"lr": 1.5e-2, "clip": 2.0}}
+    longer = trial._replace(steps=3600)
+    assert longer.name == "slice-150e-4-seed3-3600steps"
+    assert longer.settings(own)["train"] == {
+        "lr": 1.5e-2,
+        "clip": 2.0,
+        "steps": 3600,
+        "warmup": 180,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.steps=100", "train.steps"),
+        ("train.lr=0.5", "train.lr"),
+        ("train.warmup=0", "train.warmup"),
+        ("train={steps: 3, warmup: 0}", "train.steps, train.warmup"),
+        ("seed=7", "seed"),
+        ("evaluation.every=10", "evaluation.every"),
+        ("checkpoint={every: 10}", "checkpoint.every"),
+        ("method.every=3", "method"),
+        ("method={kind: lm}", "method"),
+        ("runs.wid-dim.train.lr=1", "runs"),
+    ],
+)
+def test_what_is_a_trials_own_is_refused(override, named, monkeypatch, capsys, tmp_path):
+    """As an override of all runs it would replace the grid's rate, the longer runs' steps ..."""
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(WID), f"out={tmp_path}", override])
+    monkeypatch.setattr(compare, "Comparison", lambda *rest: pytest.fail("it was started"))
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert stopped.value.code == 2
+    assert f"error: {named}: every trial has its own" in capsys.readouterr().err
+
+
+def test_other_overrides_go_through():
+    over = ["train.micro_batch=8", "deepspeed=zero1", "evaluation.rows=8", "train.precision=fp32"]
+    assert compare.refused(over) == []
+
+
+def test_a_claim_needs_every_seed_to_be_certain():
+    def line(way: str, losses: list[float], longer: bool = False) -> dict:
+        way += ", equal FLOPs" if longer else ""
+        return {"way": way, "scores": {"loss": losses}, "longer": longer}
+
+    rows = [
+        line("wid-dim", [2.0, 2.2]),
+        line("wid-head", [2.5, 2.6]),
+        line("slice", [2.1, 2.4]),
+        line("kd", [2.3, 2.4]),
+        line("scratch", [3.0, 3.0]),
+        line("slice", [1.0, 1.0], longer=True),
+        line("scratch", [2.2, 2.9], longer=True),
+    ]
+    found = {claim["text"]: claim for claim in compare.claims(plan_of(WID), rows)}
+    assert len(found) == 10
+    for text, gap, on in (
+        ("wid-dim is below kd", 0.25, "every seed"),
+        ("wid-dim is below slice", 0.15, "some seeds"),
+        ("wid-head is below kd", -0.2, "no seed"),
+        ("wid-head is below scratch", 0.45, "every seed"),
+        ("wid-dim is below slice, equal FLOPs", -1.1, "no seed"),
+        ("wid-dim is below scratch, equal FLOPs", 0.45, "some seeds"),
+    ):
+        assert found[text]["gap"] == pytest.approx(gap), text
+        assert found[text]["on"] == on, text
+
+
+def recorded_wid() -> dict[str, Any]:
+    """The recorded result of the first comparison of WID in the present form."""
+    old = json.loads((RESULTS / "2026-11-21-wid-compare.json").read_text())
+    rows = [
+        row
+        | {"scores": {"loss": row["eval_nll"]}, "way": row["way"] + ", equal FLOPs" * row["longer"]}
+        for row in old["rows"]
+    ]
+    return old | {"origin": {"loss": old["teacher"]}, "rows": rows}
+
+
+def recorded_evolution() -> dict[str, Any]:
+    """The same of Self-Evolution."""
+    old = json.loads((RESULTS / "2026-11-21-self-evolution.json").read_text())
+    names = {"hard": compare.HARD, "random": compare.RANDOM}
+    rows = [
+        {
+            "way": way,
+            "longer": False,
+            "scores": {names[key]: [score[key] for score in scores] for key in names},
+        }
+        for way, scores in old["ways"].items()
+    ]
+    origin = {names[key]: loss for key, loss in old["base"].items()}
+    return old | {"origin": origin, "rows": rows, "grid": {}}
+
+
+@pytest.mark.parametrize(
+    ("path", "made", "page"),
+    [
+        (WID, recorded_wid, "2026-11-21-wid-compare.md"),
+        (EVOLUTION, recorded_evolution, "2026-11-21-self-evolution.md"),
+    ],
+    ids=["wid", "self_evolution"],
+)
+def test_recorded_results_give_the_recorded_table(path, made, page):
+    plan, result = plan_of(path), made()
+    result |= {"plan": plan.model_dump(mode="json"), "recipe": f"{path.parent.name}/compare.yaml"}
+    result["claims"] = compare.claims(plan, result["rows"])
+    old, new = (RESULTS / page).read_text(), compare.table(result)
+
+    def cells(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.startswith("|")]
+
+    def verdicts(text: str) -> list[str]:
+        lines = [line.rpartition(": ")[2] for line in text.splitlines() if "nats)" in line]
+        return [line.replace("yes, ", "").replace("no (", "no seed (") for line in lines]
+
+    def grid(text: str) -> list[str]:
+        lines = [line for line in text.splitlines() if line.startswith("- ")]
+        return [line for line in lines if "nats)" not in line]
+
+    first = 2  # header and rule; then the origin, which the older table of WID names in its text
+    assert cells(new)[:first] == cells(old)[:first]
+    assert cells(new)[-len(result["rows"]) :] == cells(old)[-len(result["rows"]) :]
+    assert len(cells(new)) == first + 1 + len(result["rows"])
+    assert verdicts(new) == verdicts(old)
+    assert grid(new) == grid(old)
+    assert len({line.count("|") for line in cells(new)}) == 1
+
+
+TINY = """
+base:
+  out: {folder}/runs
+  method: {{kind: lm}}
+  teacher: null
+  data:
+    folder: {folder}/data
+    objective: masked
+    sources: [{{kind: builtin, documents: 30}}]
+    tokenizer: {{vocab_size: 320}}
+    block_size: 32
+  train: {{steps: 2, batch: 4, warmup: 0, lr: 0.01}}
+  evaluation: {{rows: 4, micro_batch: 4}}
+runs:
+  origin:
+    model:
+      config:
+        model_type: bert
+        hidden_size: 16
+        intermediate_size: 32
+        num_hidden_layers: 1
+        num_attention_heads: 2
+        max_position_embeddings: 32
+  random: {{model: {{path: "run:origin"}}}}
+  again: {{model: {{path: "run:origin"}}}}
+"""
+
+
+def test_a_comparison_from_the_command_line(tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY.format(folder=tmp_path))
+    plan = {
+        "about": "nothing",
+        "origin": "origin",
+        "continued": True,
+        "hard": {"kind": "hard_tokens", "metric": "quantile", "replacement": "all_mask"},
+        "rates": {"random": [0.01, 0.001], "again": [0.01]},
+        "better": ["again"],
+        "than": ["random"],
+    }
+    recipe.with_suffix(".json").write_text(json.dumps(plan))
+    script, results = str(ROOT / "launch/bench/compare.py"), tmp_path / "results"
+    words = [str(recipe), "--seeds", "1,2", "--results", str(results)]
+    done = subprocess.run(
+        [sys.executable, script, *words, "train.clip=0.5"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = results.glob("*.json")
+    result = json.loads(path.read_text())
+    random, again = result["rows"]
+    grid = {float(lr): loss for lr, loss in result["grid"]["random"].items()}
+    assert random["lr"] == min(grid, key=grid.__getitem__)
+    assert grid[random["lr"]] == random["scores"][compare.RANDOM][0]
+    assert result["grid"]["again"]["0.01"] == grid[0.01]  # two runs of the same settings
+    for score in (compare.HARD, compare.RANDOM):
+        assert len({*random["scores"][score], *again["scores"][score]}) >= 2  # two seeds
+    assert result["origin"].keys() == {compare.HARD, compare.RANDOM}
+    assert result["origin"][compare.HARD] != result["origin"][compare.RANDOM]
+    assert path.with_suffix(".md").read_text() in done.stdout

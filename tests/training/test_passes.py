@@ -26,7 +26,7 @@ STEPS, MICRO, ROWS = 3, 2, 4
 METHOD = LanguageModelling(kind="lm")
 
 
-def settings(stage: int, precision: str, world: int) -> dict[str, Any]:
+def settings(stage: int, precision: str, world: int, offload: bool) -> dict[str, Any]:
     """A DeepSpeed config of two micro-batches a step; ZeRO-3 keeps small parameters whole."""
     optimizer = {"lr": 0.01, "betas": [0.9, 0.99], "eps": 1e-3, "weight_decay": 0.0}
     return {
@@ -35,7 +35,11 @@ def settings(stage: int, precision: str, world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": MICRO,
         "gradient_clipping": 0.5,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 40},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 40,
+            "offload_optimizer": {"device": "cpu" if offload else "none"},
+        },
         "zero_force_ds_cpu_optimizer": False,
         "optimizer": {"type": "AdamW", "params": optimizer | {"torch_adam": True}},
         "bf16": {"enabled": precision == "bf16"},
@@ -116,11 +120,17 @@ class LooksBack(StepHooks):
 
 
 def trained(
-    rank: int, stage: int, world: int, precision: str, hooks: LooksBack | None, dropout: bool
+    rank: int,
+    stage: int,
+    world: int,
+    precision: str,
+    hooks: LooksBack | None,
+    dropout: bool,
+    offload: bool = False,
 ) -> tuple[list[float], dict[str, list[float]], list[float]]:
     """Losses and norms of a few steps, the weights at the end, and the largest differences."""
     del rank
-    ds = settings(stage, precision, world)
+    ds = settings(stage, precision, world, offload)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = make("bert", ds=ds, dtype=dtype)
     model = model.train() if dropout else without_dropout(model)
@@ -152,29 +162,28 @@ def trained(
     return numbers, found, [] if hooks is None else hooks.worst
 
 
-GEOMETRIES = [(stage, world) for stage in (0, 1, 2, 3) for world in (1, 2)]
+GEOMETRIES = [(stage, world, False) for stage in (0, 1, 2, 3) for world in (1, 2)]
+OFFLOADED = [(1, 2, True), (2, 2, True), (3, 2, True)]
 
 
-@pytest.mark.parametrize(("stage", "world"), GEOMETRIES)
-def test_a_probe_gives_the_gradient_of_a_plain_model(stage, world):
+@pytest.mark.parametrize(("stage", "world", "offload"), GEOMETRIES + OFFLOADED)
+def test_a_probe_gives_the_gradient_of_a_plain_model(stage, world, offload):
     """At every step, over more and fewer micro-batches than the step's, also of another loss."""
-    plain = without_dropout(make("bert")).double()
-    for _, _, worst in run_ranks(
-        trained, stage, world, "fp32", LooksBack(plain), False, world=world
-    ):
+    hooks = LooksBack(without_dropout(make("bert")).double())
+    for _, _, worst in run_ranks(trained, stage, world, "fp32", hooks, False, offload, world=world):
         assert len(worst) >= 2 * STEPS
         assert max(worst) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("stage", "world", "precision"),
-    [(stage, 2, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
-    + [(0, 1, "fp32"), (1, 1, "fp32")],
-)
-def test_a_probe_leaves_no_trace(stage, world, precision):
+BF16 = [(stage, 2, "bf16", False) for stage in (0, 1, 2, 3)]
+FP32 = [(stage, world, "fp32", offload) for stage, world, offload in GEOMETRIES + OFFLOADED]
+
+
+@pytest.mark.parametrize(("stage", "world", "precision", "offload"), FP32 + BF16)
+def test_a_probe_leaves_no_trace(stage, world, precision, offload):
     """Loss, norm and weights are those of a run without, to the bit, dropout included."""
     with_probe, without = (
-        run_ranks(trained, stage, world, precision, hooks, True, world=world)
+        run_ranks(trained, stage, world, precision, hooks, True, offload, world=world)
         for hooks in (LooksBack(None), None)
     )
     assert with_probe == without

@@ -1,6 +1,6 @@
-"""Self-questioning: ask a model for every token of the training rows, and store how hard each was.
+"""Let a model score every token of the training rows (self-questioning): how hard is each for it?
 
-Shape letters: N places asked about, V vocabulary, D hidden size.
+Shape letters: B rows, N scored places, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dskd.batch import Batch, Dense, Positions
+from dskd.batch import Batch, Positions
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
 from dskd.errors import NonFiniteError
@@ -22,24 +21,17 @@ from dskd.hardness.scoring import ScoringView
 from dskd.hardness.store import describe, encode, hardness_spec
 from dskd.models.families import positions_of
 from dskd.settings.data import HardTokens
-from dskd.stores.shard import StoreSpec
-from dskd.stores.store import Writer, is_complete
-from dskd.stores.sweep import sweep
-from dskd.system import dist
-from dskd.system.locks import alone
-from dskd.system.log import bar, say
+from dskd.stores.fill import Words, fill
+from dskd.stores.sweep import Scored
 
 _CHUNK = 1 << 24  # logits at once: bounds their float32 copies to some 64 MiB each
 
-Forward = Callable[[Batch], Positions | Dense]
-"""A model in eval mode on a batch of CPU tensors, up to its last linear map or with its logits."""
 
-
-class Answers(NamedTuple):
+class TokenScores(NamedTuple):
     """How hard each place was.
 
     Attributes:
-        nll_N: float32, nats.
+        nll_N: float32, negative log-likelihood of the label, nats.
         wrong_N: bool, whether another token's logit is larger than the label's.
     """
 
@@ -56,143 +48,91 @@ def question(
     *,
     fingerprints: Mapping[str, str],
     device: torch.device,
-) -> None:
-    """Make the store, go on with an interrupted one, or do nothing if it is complete (collective).
-
-    While another job makes it, this one waits. A complete store is not verified here but when it is
-    opened.
+    stop: Callable[[], bool] | None = None,
+) -> bool:
+    """Make the store of all tokens' scores, go on with an interrupted one, or do nothing if it is
+    complete (collective); see :func:`~dskd.stores.fill.fill`.
 
     Args:
         masking: the settings of the store.
-        model: builds the model that is asked, replicated or ZeRO-3-sharded, which is then put into
-            eval mode; called only if there is something to ask.
-        prepared: the data; its training rows are asked about.
+        model: builds the model that scores, replicated or ZeRO-3-sharded, which is then put into
+            eval mode; called only if something is missing.
+        prepared: the data; its training rows are scored.
         view: what the model sees of them.
         folder: the store's folder.
-        fingerprints: of all that the answers depend on, by name; kept in the manifest.
+        fingerprints: of all that the scores depend on, by name; kept in the manifest.
         device: where the model is.
+        stop: whether to stop, called now and then on every rank; None: never.
+
+    Returns:
+        Whether anything was missing.
 
     Raises:
         StoreError: the folder holds another store, or cannot be written.
         NonFiniteError: the model's logits are not finite.
+        Stopped: ``stop`` returned true on one of the ranks; called again, it goes on.
     """
-    spec = hardness_spec(masking, prepared.train, view, fingerprints)
-    if _is_complete(folder, spec):
-        say(f"question: {folder} is complete")
-        return
-    with alone(folder):  # the store of several runs has one writer
-        if _is_complete(folder, spec):
-            return
-        asked = model().eval().requires_grad_(False)
+    vocabulary = vocabulary_size(prepared.tokenizer)
 
-        def forward(batch: Batch) -> Positions:
-            return positions_of(asked, batch.to(device))
+    def forward() -> Callable[[Batch], TokenScores]:
+        scorer = model().eval()
+        # with the head here: a sharded one is a collective, and not every batch is kept
+        return lambda batch: token_scores(positions_of(scorer, batch.to(device)), vocabulary)
 
-        ask(masking, forward, prepared, view, folder, fingerprints=fingerprints)
+    def holds(folder: Path) -> str:
+        about = describe(folder)
+        each = about["bytes_per_token"]
+        return f"the NLL of {about['tokens']:,} tokens in {each:.2f} bytes each"
 
-
-def ask(
-    masking: HardTokens,
-    forward: Forward,
-    prepared: Prepared,
-    view: ScoringView,
-    folder: Path,
-    *,
-    fingerprints: Mapping[str, str],
-    stop: Callable[[], bool] | None = None,
-) -> bool:
-    """:func:`question` for any model, such as a student between two steps (collective); no other
-    job may be at work in the folder.
-
-    Args:
-        forward: the model; called without gradients, equally often on every rank.
-        stop: whether to stop, asked now and then on every rank; None: never.
-
-    The other arguments and the errors are those of :func:`question`.
-
-    Returns:
-        Whether the model was asked: the store was not complete.
-
-    Raises:
-        Stopped: ``stop`` said so on one of the ranks; called again, it goes on.
-    """
-    rows, vocabulary = prepared.train, vocabulary_size(prepared.tokenizer)
-    spec = hardness_spec(masking, rows, view, fingerprints)
-    if _is_complete(folder, spec):
-        return False
-
-    def answer(batch: Batch) -> Answers:
-        # with the head here: a sharded one is a collective, and not every batch is scored
-        return answers_of(forward(batch), batch.labels_N, vocabulary)
-
-    with bar("asking for every token") as report:
-        sweep(
-            answer,
-            rows,
-            view,
-            Writer(folder, spec),
-            micro_batch=masking.micro_batch,
-            score=_score,
-            progress=report,
-            stop=stop,
-        )
-    about = describe(folder)
-    say(
-        f"question: {folder} holds the NLL of {about['tokens']:,} tokens in "
-        f"{about['bytes_per_token']:.2f} bytes each"
+    return fill(
+        folder,
+        hardness_spec(masking, prepared.train, view, fingerprints),
+        prepared.train,
+        view,
+        forward,
+        _score,
+        micro_batch=masking.micro_batch,
+        words=Words("question", "scoring every token", holds),
+        stop=stop,
     )
-    return True
 
 
 @torch.no_grad()
-def answers_of(said: Positions | Dense, labels_N: Tensor, vocabulary: int) -> Answers:
+def token_scores(positions: Positions, vocabulary: int) -> TokenScores:
     """How hard the labels were to a model; its head runs once, by chunks of bounded memory.
 
     Args:
-        said: the model's supervised positions, of any dtype; the log-softmax is float32.
-        labels_N: int64, their labels, on any device.
+        positions: of any dtype; the log-softmax is float32.
         vocabulary: number of real tokens; padding columns beyond are dropped.
     """
-    if isinstance(said, Dense):
-        labels_N = labels_N.to(said.logits_NV.device)
-        logits_NV = said.logits_NV[:, :vocabulary]
-        return _by_chunks(lambda part: logits_NV[part], labels_N, vocabulary)
+    labels_N = positions.labels_N
 
     def use(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, ...]:
         weight_VD = weight_VD[:vocabulary]
         bias_V = None if bias_V is None else bias_V[:vocabulary]
+        step = max(1, _CHUNK // vocabulary)
+        # once with an empty chunk where there is no place at all
+        parts = [slice(first, first + step) for first in range(0, max(len(labels_N), 1), step)]
+        found = [
+            _chunk_scores(linear(hidden_ND[part], weight_VD, bias_V), labels_N[part])
+            for part in parts
+        ]
+        return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
 
-        def logits(part: slice) -> Tensor:
-            return linear(hidden_ND[part], weight_VD, bias_V)
-
-        return tuple(_by_chunks(logits, said.labels_N, vocabulary))
-
-    return Answers(*said.projection(said.hidden_ND, use))
-
-
-def _by_chunks(logits: Callable[[slice], Tensor], labels_N: Tensor, vocabulary: int) -> Answers:
-    """Answers from ``logits(part)`` [n, V], for one part of the N places after the other."""
-    step = max(1, _CHUNK // vocabulary)
-    parts = [slice(first, first + step) for first in range(0, max(len(labels_N), 1), step)]
-    found = [_answers(logits(part), labels_N[part]) for part in parts]
-    return Answers(*(torch.cat(pieces) for pieces in zip(*found, strict=True)))
+    return TokenScores(*positions.projection(positions.hidden_ND, use))
 
 
-def _answers(logits_NV: Tensor, labels_N: Tensor) -> Answers:
+def _chunk_scores(logits_NV: Tensor, labels_N: Tensor) -> TokenScores:
     label_N1 = labels_N[:, None]
     logprob_N1 = torch.log_softmax(logits_NV, 1, dtype=torch.float32).gather(1, label_N1)
-    return Answers(-logprob_N1[:, 0], logits_NV.gather(1, label_N1)[:, 0] < logits_NV.amax(1))
+    return TokenScores(-logprob_N1[:, 0], logits_NV.gather(1, label_N1)[:, 0] < logits_NV.amax(1))
 
 
-def _score(batch: Batch, answers: Answers) -> dict[str, np.ndarray]:
+def _score(batch: Batch, scores: TokenScores) -> Scored:
     """The store's column; a NaN says that a logit is one or infinite, or that all are ``-inf``."""
-    nll_N = answers.nll_N.cpu()
+    nll_N = scores.nll_N.cpu()
     bad_N = nll_N.isnan()
     if bad_N.any():
         row_N = batch.row_ids_B.repeat_interleave(batch.counts_B)
         raise NonFiniteError(f"the model's logits are not finite in row {row_N[bad_N][0].item()}")
-    return encode(nll_N.numpy(), answers.wrong_N.cpu().numpy())
-
-
-def _is_complete(folder: Path, spec: StoreSpec) -> bool:
-    return dist.on_rank0(lambda: is_complete(folder, spec))
+    return Scored(batch.counts_B.numpy(), encode(nll_N.numpy(), scores.wrong_N.cpu().numpy()))

@@ -1,10 +1,10 @@
 """The stores of a run whose masking is of hard tokens: one from before training, and, with
 ``data.masking.refresh``, one more each time so many epochs are over.
 
-Generation g answers for the epochs from ``g * refresh`` on. Its model is asked just before the
-first optimiser step that reads a row of these epochs, so which store a batch needs is a function of
-its place alone. Who was asked, the student of which checkpoint, is part of a later store's
-fingerprint and of every checkpoint after it.
+The store of refresh index g serves the epochs from ``g * refresh`` on. Its model scores the rows
+just before the first optimiser step that reads a row of these epochs, so which store a batch needs
+is a function of its place alone. Which model that was, the student of which checkpoint, is part of
+a later store's fingerprint and of every checkpoint after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dskd.batch import Batch, Positions
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import special_ids
 from dskd.engine.checkpoints import Checkpoints
@@ -26,11 +25,10 @@ from dskd.engine.engine import stage_of
 from dskd.engine.hooks import StepHooks
 from dskd.engine.run_config import student_config
 from dskd.errors import ConfigError, DiskError, StoreError
-from dskd.hardness.question import ask, question
+from dskd.hardness.question import question
 from dskd.hardness.scoring import ScoringView, scoring_view
 from dskd.hardness.store import Hardness, hardness_spec, identity
 from dskd.models.build import hidden_size, model_fingerprint
-from dskd.models.families import positions_of
 from dskd.models.frozen import evaluating, frozen_model
 from dskd.settings.data import HardTokens
 from dskd.settings.folders import questions_folder, student_settings
@@ -44,7 +42,7 @@ from dskd.system.log import say
 
 
 class Student(NamedTuple):
-    """Who was asked for a later store: the student as a checkpoint holds it."""
+    """The model of a later store: the student as a checkpoint holds it."""
 
     step: int
     weights: str
@@ -52,7 +50,7 @@ class Student(NamedTuple):
 
 
 class HardnessStores:
-    """Makes, opens and hands out the stores; called with a refresh_index it is the reader of one.
+    """Makes, opens and hands out the stores; called with a refresh index it is the reader of one.
 
     Args:
         run: its masking is of hard tokens.
@@ -82,7 +80,7 @@ class HardnessStores:
         self._prints["model"] = dist.on_rank0(self._model_print)
 
     def __call__(self, refresh_index: int) -> Hardness:
-        """The opened store of a refresh_index."""
+        """The opened store of a refresh index."""
         return self._opened[refresh_index]
 
     @property
@@ -92,8 +90,8 @@ class HardnessStores:
         return identity(spec)
 
     def first(self, position: int) -> None:
-        """Ask the model that the settings name, unless that is done, and open its store; nothing
-        if no optimiser batch from ``position`` on reads it (collective).
+        """Let the model that the settings name score the rows, unless that is done, and open its
+        store; nothing if no optimiser batch from ``position`` on reads it (collective).
 
         Raises:
             StoreError: the store belongs to another model, tokenizer, blocking or corpus.
@@ -102,7 +100,7 @@ class HardnessStores:
             return
         question(
             self._masking,
-            self._asked,
+            self._first_model,
             self._prepared,
             self._view,
             questions_folder(self._run, 0),
@@ -116,7 +114,7 @@ class HardnessStores:
         those made for the batches before it (collective).
 
         Args:
-            position: where training goes on; if at 0, what an earlier student said is removed.
+            position: where training goes on; if at 0, the stores of an earlier student are removed.
             state: what :meth:`state` gave there.
 
         Raises:
@@ -125,24 +123,23 @@ class HardnessStores:
         """
         if position == 0:
             self._remove(self._run.out.glob("questions-epoch-*"))
-        self._students = {int(refresh_index): Student(*who) for refresh_index, who in state.items()}
+        self._students = {int(g): Student(*student) for g, student in state.items()}
         made = self._needed(position - 1) if position else 0
         for refresh_index in range(self._oldest(position), made + 1):
             if refresh_index not in self._opened:
-                self._open(
-                    refresh_index, mend=self._way_back(refresh_index) if refresh_index else None
-                )
+                mend = self._way_back(refresh_index) if refresh_index else None
+                self._open(refresh_index, mend=mend)
 
     def state(self) -> dict[str, Any]:
-        """Who was asked for each later store, as JSON values."""
-        return {str(refresh_index): list(who) for refresh_index, who in self._students.items()}
+        """Which student scored for each later store, as JSON values."""
+        return {str(g): list(student) for g, student in self._students.items()}
 
     def due(self, position: int) -> bool:
         """Whether the batch at ``position`` needs a store that is not open yet."""
         return self._needed(position) not in self._opened
 
     def renew(self, position: int, step: int, student: nn.Module, stop: Callable[[], bool]) -> bool:
-        """Ask the student, for the batch at ``position`` and those after it (collective).
+        """Let the student score, for the batch at ``position`` and those after it (collective).
 
         What an interrupted call of it left is gone on with if it is of the same student, and
         removed if not.
@@ -154,44 +151,42 @@ class HardnessStores:
             stop: whether to stop, on this rank.
 
         Returns:
-            Whether the student was asked: its answers were not all there.
+            Whether the student scored anything: its scores were not all there.
 
         Raises:
-            Stopped: ``stop`` said so on one of the ranks.
+            Stopped: ``stop`` returned true on one of the ranks.
         """
         refresh_index = self._needed(position)
         files = self._checkpoints.manifests()[step]["files"] if step else None
         self._students[refresh_index] = Student(step, fingerprint(files))
         try:
-            asked = self._ask(refresh_index, student, stop)
+            scored = self._score(refresh_index, student, stop)
         except DiskError:  # what is there is whole
             raise
         except StoreError as problem:  # of another student, or damaged: the right one is here
             folder = questions_folder(self._run, refresh_index)
             say(f"question: {folder} is made anew, it cannot be used: {problem}")
             self._remove([folder])
-            asked = self._ask(refresh_index, student, stop)
+            scored = self._score(refresh_index, student, stop)
         for old in [g for g in self._opened if g < self._oldest(position)]:
             del self._opened[old]
         self._remove_unread()
-        return asked
+        return scored
 
-    def _ask(self, refresh_index: int, student: nn.Module, stop: Callable[[], bool]) -> bool:
+    def _score(self, refresh_index: int, student: nn.Module, stop: Callable[[], bool]) -> bool:
         with evaluating(student):
-            asked = ask(
+            scored = question(
                 self._masking,
-                lambda batch: self._answer(student, batch),
+                lambda: student,
                 self._prepared,
                 self._view,
                 questions_folder(self._run, refresh_index),
                 fingerprints=self._prints_of(refresh_index),
+                device=self._device,
                 stop=stop,
             )
         self._open(refresh_index)
-        return asked
-
-    def _answer(self, student: nn.Module, batch: Batch) -> Positions:
-        return positions_of(student, batch.to(self._device))
+        return scored
 
     def _open(self, refresh_index: int, mend: str | None = None) -> None:
         """Verify a store; find the quantile here, not in the loader's thread when it is due."""
@@ -214,16 +209,16 @@ class HardnessStores:
         self._opened[refresh_index] = opened
 
     def _way_back(self, refresh_index: int) -> str:
-        """How a later store can be had again: by the student that was asked."""
+        """How a later store can be had again: by the student that scored the rows."""
         step, folder = self._students[refresh_index].step, self._checkpoints.folder
         earlier = [kept for kept in self._checkpoints.manifests() if kept <= step]
         if earlier:
             return (
-                f"it is what the student said after step {step}: to ask it again, delete the "
+                f"it holds the scores of the student after step {step}: to score again, delete the "
                 f"checkpoints after step {max(earlier)} in {folder}"
             )
         return (
-            f"it is what the student said after step {step}, of which no checkpoint is left: to "
+            f"it holds the scores of the student after step {step}, of which no checkpoint is left; to "
             f"train again from the beginning, delete {folder.parent}"
         )
 
@@ -250,19 +245,19 @@ class HardnessStores:
             )
 
     def _needed(self, position: int) -> int:
-        """The newest refresh_index that the batch at ``position`` reads."""
+        """The newest refresh index that the batch at ``position`` reads."""
         return self._of_row((position + 1) * self._run.train.batch - 1)
 
     def _oldest(self, position: int) -> int:
         return self._of_row(position * self._run.train.batch)
 
     def _of_row(self, place: int) -> int:
-        """The refresh_index of a place in the stream of rows."""
+        """The refresh index of a place in the stream of rows."""
         refresh = self._masking.refresh
         return 0 if refresh is None else place // len(self._prepared.train) // refresh
 
     def _prints_of(self, refresh_index: int) -> dict[str, str]:
-        """Fingerprints of a refresh_index's store."""
+        """Fingerprints of the store of a refresh index."""
         if refresh_index == 0:
             return self._prints
         model = fingerprint([self._prints["model"], *self._students[refresh_index]])
@@ -274,7 +269,7 @@ class HardnessStores:
         cut = None if model.slice is None else model.slice.model_dump(mode="json")
         return fingerprint([weights, cut])
 
-    def _asked(self) -> nn.Module:
+    def _first_model(self) -> nn.Module:
         """The model of the first store, sharded by ZeRO-3 if the student is."""
         model, where = self._named()
         if model.slice is not None:

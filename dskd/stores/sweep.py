@@ -10,7 +10,7 @@ the ranks make would hang them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,23 +27,37 @@ from dskd.system import dist
 
 
 class Stopped(Exception):
-    """A sweep ended between two rounds because it was asked to; what it wrote is whole."""
+    """A sweep ended between two rounds because it was to stop; what it wrote is whole."""
 
 
 Output = TypeVar("Output")
-Part = Mapping[str, np.ndarray]
+
+
+class Scored(NamedTuple):
+    """A store's values for the rows of a batch.
+
+    Attributes:
+        counts_B: int64, number of positions that the store holds of each row; the supervised ones,
+            or as many as it has values for.
+        columns: arrays [sum of counts, ...] by name, in the order of the rows.
+    """
+
+    counts_B: NDArray[np.int64]
+    columns: Mapping[str, np.ndarray]
+
+
 Progress = Callable[[int, int], None]
 """``progress(done, total)``: row views kept so far by all ranks, and how many there are."""
 
 
 def sweep(
     forward: Callable[[Batch], Output],
-    rows: RowSet,
+    rowset: RowSet,
     view: View,
     writer: Writer,
     *,
     micro_batch: int,
-    score: Callable[[Batch, Output], Part],
+    score: Callable[[Batch, Output], Scored],
     present_R: NDArray[np.bool_] | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
@@ -53,21 +67,21 @@ def sweep(
     Args:
         forward: the frozen model on a batch (of CPU tensors); called without gradients, equally
             often on every rank, so it must use the same parameters in every call.
-        rows: the rows; the store's row ids are theirs.
+        rowset: the rows; the store's row ids are theirs.
         view: what the model sees of them; the store's draw d is epoch d.
         writer: this rank's writer of the store.
         micro_batch: rows of a forward pass.
-        score: the store's columns for the batch's supervised positions, in row-major order.
+        score: the store's values for a batch and what the model returned for it.
         present_R: bool, which of the R rows to take; None: all.
         progress: called after each forward pass.
-        stop: whether to stop, asked before each round on every rank; None: never.
+        stop: whether to stop, called before each round on every rank; None: never.
 
     Raises:
-        Stopped: ``stop`` said so on one of the ranks, on all of them.
+        Stopped: ``stop`` returned true on one of the ranks, on all of them.
         DskdError: what went wrong on one of the ranks, on all of them.
     """
     spec = writer.spec
-    assert spec.rows == len(rows), (spec.rows, len(rows))
+    assert spec.rows == len(rowset), (spec.rows, len(rowset))
     if present_R is None:
         present_R = np.ones(spec.rows, bool)
     missing = _missing(writer)
@@ -88,14 +102,14 @@ def sweep(
             part = slice(call * micro_batch, (call + 1) * micro_batch)
             working = problem is None and len(ids[part]) > 0
             ids_B = ids[part] if working else idle
-            batch = make_batch(rows, view, ids_B, np.full_like(ids_B, epoch))
+            batch = make_batch(rowset, view, ids_B, np.full_like(ids_B, epoch))
             with torch.no_grad():
                 output = forward(batch)
             try:
                 if working:
-                    parts.append((batch.counts_B.numpy(), score(batch, output)))
+                    parts.append(score(batch, output))
             except DskdError as found:
-                problem = found  # told after the round: the others expect this rank's passes
+                problem = found  # raised after the round: the others expect this rank's passes
             done += sum(len(theirs[part]) for theirs in ids_by_rank)
             if progress is not None:
                 progress(done, total)
@@ -122,16 +136,16 @@ def _write(
     shard: int,
     ids: NDArray[np.int64],
     present_R: NDArray[np.bool_],
-    parts: list[tuple[NDArray[np.int64], Part]],
+    parts: list[Scored],
 ) -> None:
     """Put a shard's batches together and write it."""
     _, begin, end = writer.spec.span(shard)
     counts_S = np.zeros(end - begin, np.int64)
     if parts:
-        counts_S[ids - begin] = np.concatenate([counts for counts, _ in parts])
+        counts_S[ids - begin] = np.concatenate([part.counts_B for part in parts])
     columns = {
         name: np.concatenate(
-            [np.empty((0, *column.shape), column.dtype), *(part[name] for _, part in parts)]
+            [np.empty((0, *column.shape), column.dtype), *(part.columns[name] for part in parts)]
         )
         for name, column in writer.spec.columns.items()
     }

@@ -7,22 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from dskd.batch import Batch, Dense
-from dskd.data.prepared import Prepared, RowSet
+from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
 from dskd.data.views import CausalView, View
 from dskd.errors import ConfigError
 from dskd.settings.teachers import CachedTeacher
+from dskd.stores.fill import Words, fill
 from dskd.stores.logits import Layout, describe
-from dskd.stores.shard import StoreSpec
-from dskd.stores.store import Writer, is_complete
-from dskd.stores.sweep import sweep
-from dskd.system import dist
-from dskd.system.locks import alone
-from dskd.system.log import bar, say
+from dskd.stores.sweep import Scored
 from dskd.teachers.teacher import FrozenTeacher
 
 
@@ -37,10 +32,8 @@ def capture(
     device: torch.device,
     domain: int | None = None,
 ) -> None:
-    """Make the cache, go on with an interrupted one, or do nothing if it is complete (collective).
-
-    While another job makes it, this one waits. A complete cache is not verified here but when it is
-    opened.
+    """Make the cache, go on with an interrupted one, or do nothing if it is complete (collective);
+    see :func:`~dskd.stores.fill.fill`.
 
     Args:
         cached: the settings of the cache.
@@ -82,50 +75,30 @@ def capture(
         rows_per_shard=cached.rows_per_shard,
         fingerprints=fingerprints,
     )
-    if _is_complete(folder, spec):
-        say(f"cache: {folder} is complete")
-        return
-    with alone(folder):  # the cache of several runs has one writer
-        if not _is_complete(folder, spec):
-            _fill(cached, model, rows, view, Writer(folder, spec), layout, present_R, device)
 
-
-def _is_complete(folder: Path, spec: StoreSpec) -> bool:
-    return dist.on_rank0(lambda: is_complete(folder, spec))
-
-
-def _fill(
-    cached: CachedTeacher,
-    model: Callable[[], nn.Module],
-    rows: RowSet,
-    view: View,
-    writer: Writer,
-    layout: Layout,
-    present_R: NDArray[np.bool_],
-    device: torch.device,
-) -> None:
-    live = FrozenTeacher(model(), layout.vocabulary)
-
-    def forward(batch: Batch) -> Dense:
+    def forward() -> Callable[[Batch], Dense]:
+        teacher = FrozenTeacher(model(), layout.vocabulary)
         # with the head here: a sharded one is a collective, and not every batch is scored
-        return Dense(live(batch.to(device)).logits_NV)
+        return lambda batch: Dense(teacher(batch.to(device)).logits_NV)
 
-    def score(batch: Batch, signal: Dense) -> dict[str, np.ndarray]:
-        return layout.encode(batch, signal.logits_NV)
+    def score(batch: Batch, signal: Dense) -> Scored:
+        return Scored(batch.counts_B.numpy(), layout.encode(batch, signal.logits_NV))
 
-    with bar("capturing logits") as report:
-        sweep(
-            forward,
-            rows,
-            view,
-            writer,
-            micro_batch=cached.micro_batch,
-            score=score,
-            present_R=present_R,
-            progress=report,
+    def holds(folder: Path) -> str:
+        about = describe(folder)
+        return (
+            f"{about['positions']:,} positions, top {layout.k} of each in "
+            f"{about['bytes_per_position']} bytes"
         )
-    about = describe(writer.folder)
-    say(
-        f"cache: {writer.folder} holds {about['positions']:,} positions, top {layout.k} of each in "
-        f"{about['bytes_per_position']} bytes"
+
+    fill(
+        folder,
+        spec,
+        rows,
+        view,
+        forward,
+        score,
+        micro_batch=cached.micro_batch,
+        words=Words("cache", "capturing logits", holds),
+        present_R=present_R,
     )

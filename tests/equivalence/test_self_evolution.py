@@ -308,11 +308,14 @@ def test_a_damaged_store_of_a_student_says_how_to_go_back(runs, references, copi
     said = capfd.readouterr().err
     assert said.count("error:") == 1
     assert f"{STORES[1]}/shard-00001.safetensors: damaged" in said
-    assert "to ask it again, delete the checkpoints after step 5 in " in said
+    assert "to score again, delete the checkpoints after step 5 in " in said
     assert "manifest.json" not in said
     shutil.rmtree(copied / STORES[1])
     forked(1, recipe, out, status=2)
-    assert "no such file; it is what the student said after step 5: to " in capfd.readouterr().err
+    assert (
+        "no such file; it holds the scores of the student after step 5: to "
+        in capfd.readouterr().err
+    )
     for step in (4, 5):
         shutil.rmtree(copied / "train" / "checkpoints" / f"step-{step:08d}")
     forked(1, recipe, out, status=2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dskd.batch import Dense
+from dskd.batch import Positions
 from dskd.data.loader import make_batch
 from dskd.data.prepared import open_prepared, prepare
 from dskd.data.tokenizers import special_ids
@@ -21,12 +21,11 @@ from dskd.data.views import view_for
 from dskd.engine.engine import Engine, decay_groups, shard_teacher
 from dskd.errors import NonFiniteError, StoreError
 from dskd.hardness import question as question_module
-from dskd.hardness.question import answers_of, ask, question
+from dskd.hardness.question import question, token_scores
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness, describe
 from dskd.methods.lm import LanguageModelling
 from dskd.models.build import build
-from dskd.models.families import positions_of
 from dskd.settings.data import Data, HardTokens, Masking, TextSource, TrainedTokenizer
 from dskd.settings.model import Model
 from dskd.stores.store import shard_path
@@ -146,20 +145,42 @@ class GoldenRows:
 
 def golden_forward(batch):
     logits_RTV = torch.tensor(STAGE1["logits"])
-    return Dense(logits_RTV[batch.row_ids_B][batch.supervised_BT])
+    return logits_RTV[batch.row_ids_B][batch.supervised_BT]
 
 
-def ask_golden(folder, prepared, forward=golden_forward):
+def through_a_head(logits_NV, labels_N):
+    """The positions of a model whose head changes nothing: its hidden states are the logits."""
+    weight_VV = torch.eye(logits_NV.shape[1], dtype=logits_NV.dtype)
+    return Positions(logits_NV, lambda hidden_ND, use: use(hidden_ND, weight_VV, None), labels_N)
+
+
+@pytest.fixture
+def score_golden(monkeypatch):
+    """Fills the store of the golden rows by a forward pass that stands for a model's."""
+
+    def score(folder, prepared, forward=golden_forward):
+        def positions_of(model, batch):
+            del model
+            return through_a_head(forward(batch), batch.labels_N)
+
+        monkeypatch.setattr(question_module, "positions_of", positions_of)
+        return _score_golden(folder, prepared)
+
+    return score
+
+
+def _score_golden(folder, prepared):
     prepared = replace(prepared, train=GoldenRows(), tokenizer=tokenizer_of(8))
     masking = masking_of(rows_per_shard=3, micro_batch=2)
     view = scoring_view(Data(masking=masking), prepared.tokenizer, 1)
-    ask(masking, forward, prepared, view, folder, fingerprints=PRINTS)
+    prints = {"fingerprints": PRINTS, "device": CPU}
+    question(masking, torch.nn.Identity, prepared, view, folder, **prints)
     return prepared
 
 
-def test_golden_scores(tmp_path, folders):
+def test_golden_scores(tmp_path, folders, score_golden):
     """Every place of the four rows, special tokens too, at every threshold."""
-    prepared = ask_golden(tmp_path / "s", open_prepared(folders["masked"]))
+    prepared = score_golden(tmp_path / "s", open_prepared(folders["masked"]))
     nll_BT, wrong_BT = everything(tmp_path / "s", prepared)
     expected = STAGE1["expected"]
     want_BT = np.array(expected["token_nll"])
@@ -181,7 +202,7 @@ def test_golden_scores(tmp_path, folders):
 def test_golden_scores_before_rounding():
     logits_NV = torch.tensor(STAGE1["logits"]).flatten(0, 1)
     labels_N = torch.tensor(STAGE1["tokens"]).flatten()
-    found = answers_of(Dense(logits_NV), labels_N, 8)
+    found = token_scores(through_a_head(logits_NV, labels_N), 8)
     real_N = labels_N != STAGE1["pad"]
     want_N = torch.tensor(STAGE1["expected"]["token_nll"]).flatten()
     assert found.nll_N.dtype == torch.float32 and found.wrong_N.dtype == torch.bool
@@ -191,29 +212,29 @@ def test_golden_scores_before_rounding():
 
 
 def test_a_tie_is_not_wrong():
-    found = answers_of(Dense(torch.tensor([[1.0, 1.0, 0.0]] * 3)), torch.arange(3), 3)
+    found = token_scores(through_a_head(torch.tensor([[1.0, 1.0, 0.0]] * 3), torch.arange(3)), 3)
     assert found.wrong_N.tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_refused(tmp_path, folders, value):
+def test_logits_that_are_not_finite_are_refused(tmp_path, folders, value, score_golden):
     def forward(batch):
-        said = golden_forward(batch)
+        logits_NV = golden_forward(batch)
         row_N = batch.row_ids_B.repeat_interleave(batch.supervised_BT.sum(1))
-        said.logits_NV[row_N == 2, 5] = value
-        return said
+        logits_NV[row_N == 2, 5] = value
+        return logits_NV
 
     with pytest.raises(NonFiniteError, match="logits are not finite in row 2"):
-        ask_golden(tmp_path / "s", open_prepared(folders["masked"]), forward)
+        score_golden(tmp_path / "s", open_prepared(folders["masked"]), forward)
 
 
-def test_a_token_that_the_model_rules_out_is_as_hard_as_can_be(tmp_path, folders):
+def test_a_token_that_the_model_rules_out_is_as_hard_as_can_be(tmp_path, folders, score_golden):
     def forward(batch):
-        said = golden_forward(batch)
-        said.logits_NV[:, 5] = -torch.inf
-        return said
+        logits_NV = golden_forward(batch)
+        logits_NV[:, 5] = -1e30  # as good as ruled out; the head would make NaN of infinities
+        return logits_NV
 
-    prepared = ask_golden(tmp_path / "s", open_prepared(folders["masked"]), forward)
+    prepared = score_golden(tmp_path / "s", open_prepared(folders["masked"]), forward)
     nll_BT, wrong_BT = everything(tmp_path / "s", prepared)
     fives_BT = np.array(STAGE1["tokens"]) == 5
     assert (nll_BT[fives_BT] == 65504).all() and wrong_BT[fives_BT].all()
@@ -274,7 +295,7 @@ def test_half_precision_logits_are_summed_in_float32():
     logits_NV = torch.randn(50, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels_N = torch.arange(50) * 7
     want_N = cross_entropy(logits_NV.double(), labels_N, reduction="none").float()
-    found = answers_of(Dense(logits_NV), labels_N, 3000)
+    found = token_scores(through_a_head(logits_NV, labels_N), 3000)
     torch.testing.assert_close(found.nll_N, want_N, rtol=1e-6, atol=1e-6)
 
 
@@ -345,7 +366,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path, folders):
 def test_a_complete_store_needs_no_model(tmp_path, folders, monkeypatch):
     prepared = open_prepared(folders["masked"])
     said = []
-    monkeypatch.setattr("dskd.hardness.question.say", said.append)
+    monkeypatch.setattr("dskd.stores.fill.say", said.append)
     run_question(tmp_path / "s", prepared, "masked")
     assert f"holds the NLL of {prepared.train.tokens:,} tokens in 3.74 bytes" in said[-1]
     before = files(tmp_path / "s")
@@ -422,8 +443,8 @@ def _train_and_ask(rank, folder, prepared_folder, stage, asking, world):
     for step in range(3):
         if step == 2 and asking:
             engine.module.eval()
-            forward = lambda batch: positions_of(engine.module.student, batch)  # noqa: E731
-            ask(masking, forward, prepared, scoring, folder, fingerprints=PRINTS)
+            made = {"fingerprints": PRINTS, "device": CPU}
+            question(masking, lambda: engine.module.student, prepared, scoring, folder, **made)
             engine.module.train()
         row_ids = np.arange(4) + 4 * step
         row_ids = row_ids[rank * 4 // world : (rank + 1) * 4 // world]

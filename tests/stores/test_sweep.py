@@ -13,7 +13,7 @@ import torch
 from dskd.errors import NonFiniteError, StoreError
 from dskd.stores.logits import Layout, LogitCache
 from dskd.stores.store import Writer, shard_path
-from dskd.stores.sweep import Stopped, sweep
+from dskd.stores.sweep import Scored, Stopped, sweep
 from tests.ranks import run_ranks
 from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, read
 
@@ -21,6 +21,10 @@ PRINTS = {"teacher": "T", "data": "D"}
 LAYOUT = Layout(
     k=5, vocabulary=50, temperatures=(1.0, 2.0), values="fp32", block_size=16, masked=True
 )
+
+
+def _score(batch, signal):
+    return Scored(batch.counts_B.numpy(), LAYOUT.encode(batch, signal.logits_NV))
 
 
 def fill(folder, *, micro_batch=3, rows=None, domain=None, forward=None, progress=None, stop=None):
@@ -36,7 +40,7 @@ def fill(folder, *, micro_batch=3, rows=None, domain=None, forward=None, progres
         view,
         Writer(folder, spec),
         micro_batch=micro_batch,
-        score=lambda batch, signal: LAYOUT.encode(batch, signal.logits_NV),
+        score=_score,
         present_R=present,
         progress=progress,
         stop=stop,

@@ -162,7 +162,7 @@ def test_one_domains_rows_only(tmp_path, folders):
 def test_complete_cache_needs_no_teacher(tmp_path, folders, monkeypatch):
     prepared = open_prepared(folders["causal"])
     said = []
-    monkeypatch.setattr("dskd.teachers.capture.say", said.append)
+    monkeypatch.setattr("dskd.stores.fill.say", said.append)
     run_capture(tmp_path / "c", prepared, "causal")
     before = shard_path(tmp_path / "c", 0).stat().st_mtime_ns
     assert "top 8 of each in 52 bytes" in said[-1]  # 8 x (2 + 4) and a tail of 4

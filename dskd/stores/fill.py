@@ -1,0 +1,101 @@
+"""Make a store, once for all runs that name it: complete? lock it, complete now? sweep, say what it
+holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dskd.batch import Batch
+from dskd.data.prepared import RowSet
+from dskd.data.views import View
+from dskd.stores.shard import StoreSpec
+from dskd.stores.store import Writer, is_complete
+from dskd.stores.sweep import Output, Scored, sweep
+from dskd.system import dist
+from dskd.system.locks import alone
+from dskd.system.log import bar, say
+
+
+class Words(NamedTuple):
+    """What the log says of a store.
+
+    Attributes:
+        name: of the stage that makes it, before each of its lines.
+        doing: beside the progress bar.
+        holds: what a complete store's folder holds.
+    """
+
+    name: str
+    doing: str
+    holds: Callable[[Path], str]
+
+
+def fill(
+    folder: Path,
+    spec: StoreSpec,
+    rowset: RowSet,
+    view: View,
+    forward: Callable[[], Callable[[Batch], Output]],
+    score: Callable[[Batch, Output], Scored],
+    *,
+    micro_batch: int,
+    words: Words,
+    present_R: NDArray[np.bool_] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> bool:
+    """Make the store, go on with an interrupted one, or do nothing if it is complete (collective).
+
+    While another job makes it, this one waits. A complete store is not verified here but when it is
+    opened.
+
+    Args:
+        folder: the store's folder.
+        spec: what the store is.
+        rowset: the rows of which it holds values.
+        view: what the model sees of them.
+        forward: builds the model and returns its forward pass (see
+            :func:`~dskd.stores.sweep.sweep`); called only if something is missing.
+        score: the store's values for a batch.
+        micro_batch: rows of a forward pass on a rank.
+        words: for the log.
+        present_R: bool, which of the R rows to take; None: all.
+        stop: whether to stop, called now and then on every rank; None: never.
+
+    Returns:
+        Whether anything was missing.
+
+    Raises:
+        StoreError: the folder holds another store, or cannot be written.
+        Stopped: ``stop`` returned true on one of the ranks; called again, it goes on.
+        DskdError: what went wrong on one of the ranks, on all of them.
+    """
+    if _is_complete(folder, spec):
+        say(f"{words.name}: {folder} is complete")
+        return False
+    with alone(folder):  # the store of several runs has one writer
+        if _is_complete(folder, spec):  # by the one that was waited for
+            return False
+        model = forward()
+        with bar(words.doing) as report:
+            sweep(
+                model,
+                rowset,
+                view,
+                Writer(folder, spec),
+                micro_batch=micro_batch,
+                score=score,
+                present_R=present_R,
+                progress=report,
+                stop=stop,
+            )
+    say(f"{words.name}: {folder} holds {words.holds(folder)}")
+    return True
+
+
+def _is_complete(folder: Path, spec: StoreSpec) -> bool:
+    return dist.on_rank0(lambda: is_complete(folder, spec))

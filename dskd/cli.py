@@ -106,7 +106,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> int:
     from dskd.methods.base import build_method
-    from dskd.settings.checks import validate
+    from dskd.methods.checks import validate
     from dskd.settings.recipe import SINGLE, dump, read
 
     files = [word for word in arguments.words if "=" not in word]
@@ -116,7 +116,7 @@ def _settings(arguments: argparse.Namespace) -> int:
     recipe = read(files[0] if files else None, overrides)
     for name, run in recipe.runs.items():
         method = build_method(run.method)
-        validate(run, 1, method, "" if name == SINGLE else f"runs.{name}")
+        validate(run, method, world=1, prefix="" if name == SINGLE else f"runs.{name}")
         whole = run.model_copy(update={"method": method.model_dump(mode="json")})
         heading = "" if name == SINGLE else f"--- # {name}\n"
         print(heading + dump(whole), end="")
@@ -145,11 +145,10 @@ def _show(values: dict[str, object]) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dskd.runs.report import print_table, write_report
+    from dskd.runs.plan import report_folders
 
     runs = {folder.name: folder for folder in arguments.folders}
     if len(runs) < len(arguments.folders):
         raise ConfigError("report: two folders have the same name; the report tells runs by it")
-    print_table(runs, arguments.control)
-    print(write_report(runs, arguments.out, arguments.control))
+    print(report_folders(runs, arguments.out, arguments.control))
     return 0

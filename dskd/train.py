@@ -64,9 +64,9 @@ def _run(words: list[str]) -> int:
 
     plan.check(recipe, methods, world=int(os.environ.get("WORLD_SIZE", "1")))
     one_node = os.environ.get("LOCAL_SIZE") == os.environ.get("WORLD_SIZE")
-    if one_node and plan.is_done(recipe):  # several may not all see the files at once
+    if one_node and plan.is_done(recipe, methods):  # several may not all see the files at once
         if os.environ.get("RANK", "0") == "0":
-            plan.report(recipe)
+            plan.report(recipe, methods)
         return 0
     for number in (signal.SIGTERM, signal.SIGINT):
         # Between the step loops, which have a handler of their own, there is nothing to save.

@@ -10,7 +10,7 @@ import pytest
 from dskd import __version__, train
 from dskd.cli import main
 from dskd.errors import StoreError
-from dskd.runs import report
+from dskd.runs import plan
 from dskd.settings.recipe import SINGLE, read
 from dskd.stores import logits
 
@@ -123,8 +123,7 @@ def test_report_command(monkeypatch, capsys, tmp_path):
         seen.update(runs=runs, control=control)
         return folder / "report.html"
 
-    monkeypatch.setattr(report, "print_table", lambda runs, control: None)
-    monkeypatch.setattr(report, "write_report", write)
+    monkeypatch.setattr(plan, "report_folders", write)
     words = ["report", "r/ki", "r/scratch", "--control", "scratch", "--out", str(tmp_path)]
     assert main(words) == 0
     assert {name: str(path) for name, path in seen["runs"].items()} == {

@@ -188,7 +188,7 @@ def view_for(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> View:
     if data.objective == "causal":
         return CausalView()
     masking = data.masking
-    assert isinstance(masking, Masking), "hard tokens have views of their own, hard_masking.py"
+    assert isinstance(masking, Masking), f"masks of kind {masking.kind} have views of their own"
     kind = FairseqView if masking.sampler == "fairseq" else MaskedView
     return kind(masking, tokenizer, seed)
 

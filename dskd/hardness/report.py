@@ -13,6 +13,7 @@ import argparse
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ from dskd.batch import IGNORE
 from dskd.data.prepared import Prepared, RowBatch, open_prepared, prepare
 from dskd.data.tokenizers import special_ids, vocabulary_size
 from dskd.errors import ConfigError, StoreError
-from dskd.hardness.masks import AnyHardView, HardCausalView, hard_view
+from dskd.hardness.masks import HARD_LABELS, AnyHardView, HardCausalView, hard_view
+from dskd.hardness.row_masks import HardTokenMasks
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness
-from dskd.settings.checks import validate
+from dskd.settings.checks import problems_of, refuse
 from dskd.settings.data import HardTokens
 from dskd.settings.folders import questions_folder
 from dskd.settings.recipe import read
@@ -161,7 +163,8 @@ def run_at(path: Path, overrides: Iterable[str]) -> Run:
             f"{path}: several runs mask hard tokens; name the folder of one: {folders}"
         )
     name, run = next(iter(hard.items()))
-    validate(run, 1, None, f"runs.{name}" if len(recipe.runs) > 1 else "")
+    masks = HardTokenMasks(run).problems(frozenset({HARD_LABELS}), cached=False)
+    refuse(chain(problems_of(run, world=1), masks), f"runs.{name}" if len(recipe.runs) > 1 else "")
     return run
 
 

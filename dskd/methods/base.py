@@ -7,14 +7,17 @@ they go through :data:`METHODS`, so a new method is one file and one line here.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Positions, Signal, Term
+from dskd.data.views import Reader
 from dskd.engine.checkpoints import Selection
 from dskd.engine.hooks import StepHooks
+from dskd.engine.stage import Stage, StageContext
 from dskd.errors import ConfigError
 from dskd.methods.metrics import LM_LOSS, Metric
 from dskd.settings.base import Section
@@ -105,12 +108,12 @@ class Method(Section):
         """The config of what is exported in the end, given that of the student before training."""
         return config
 
-    def hooks(self, student: PreTrainedModel, run: Run) -> StepHooks | None:
+    def hooks(self, student: PreTrainedModel, context: StageContext) -> StepHooks | None:
         """Prepare the student, in place, for what the method does around the steps; None: nothing.
 
         Called once, before the student enters its engine.
         """
-        del student, run
+        del student, context
         return None
 
     def metrics(self) -> tuple[Metric, ...]:
@@ -119,7 +122,7 @@ class Method(Section):
 
     def selection(self) -> Selection | None:
         """By which result of the evaluation a checkpoint is the best; None: the last one is, as it
-        is of any method where hard tokens are masked."""
+        is by any method where the masks of training say so (``RowMasks.selects``)."""
         return Selection()
 
     def wants_teacher(self) -> bool:
@@ -131,9 +134,18 @@ class Method(Section):
         del step
         return False
 
-    def weighs_hard_tokens(self) -> bool:
-        """Whether :meth:`loss` reads which of a causal LM's labels are hard."""
-        return False
+    def columns(self) -> frozenset[str]:
+        """Names of the columns of a batch that :meth:`loss` and :meth:`counts` read."""
+        return frozenset()
+
+    def readers(self, context: StageContext) -> Sequence[Reader]:
+        """What adds columns to the batches, of training and of evaluation, for the method."""
+        del context
+        return ()
+
+    def stages(self) -> Sequence[Stage]:
+        """What a run by this method must make once, besides what every run makes."""
+        return ()
 
 
 def build_method(section: dict[str, Any]) -> Method:

@@ -60,9 +60,9 @@ class SelfEvolution(Method):
         """None: the last checkpoint is exported."""
         return
 
-    def weighs_hard_tokens(self) -> bool:
-        """Whether they differ from the others."""
-        return self.hard_weight != 1.0
+    def columns(self) -> frozenset[str]:
+        """Which labels are hard, where these have a weight of their own."""
+        return frozenset() if self.hard_weight == 1.0 else frozenset({HARD_LABELS})
 
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
         """Refuse another teacher than the student, and weights without hard tokens to weigh."""
@@ -73,7 +73,7 @@ class SelfEvolution(Method):
                 f"teacher.kind: {kind}, but by method self_evolution the student teaches itself; "
                 f"set it to self (or method.smoothing to 0)"
             )
-        if not self.weighs_hard_tokens():
+        if not self.columns():
             return
         if run.data.objective != "causal":
             raise ConfigError(
@@ -122,7 +122,7 @@ class SelfEvolution(Method):
 
     def _weight(self, batch: Batch) -> Weight:
         """Of every supervised position: one number, or fp32 [N]."""
-        if not self.weighs_hard_tokens():
+        if not self.columns():
             return 1.0
         return 1.0 + (self.hard_weight - 1.0) * batch.columns[HARD_LABELS]
 

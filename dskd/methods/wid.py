@@ -19,6 +19,7 @@ from dskd.batch import Batch, Positions, Signal, Term
 from dskd.engine.ds_config import optimizer_device
 from dskd.engine.hooks import StepHooks
 from dskd.engine.shards import ParameterShards
+from dskd.engine.stage import StageContext
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.methods.inheritance_loss import Inherited, labels_term
@@ -159,7 +160,7 @@ class WeightInheritance(Method):
             f"{last}, train.steps is {steps}"
         )
 
-    def hooks(self, student: PreTrainedModel, run: Run) -> StepHooks:
+    def hooks(self, student: PreTrainedModel, context: StageContext) -> StepHooks:
         """Put compactors into the student."""
         goals = self._cuts(student.config)
         surgery = insert(student)
@@ -167,7 +168,7 @@ class WeightInheritance(Method):
             name: Units(goals[name[0]], group.members, group.ranking, group.part, group.vectors)
             for name, group in surgery.groups.items()
         }
-        return Narrowing(self, run, surgery, units)
+        return Narrowing(self, context.run, surgery, units)
 
     def exported_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The student's, narrowed."""

@@ -1,4 +1,4 @@
-"""One run being carried out: what all its stages need, made when it is first asked for."""
+"""One run being carried out: what its stages need, made when it is first asked for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ import torch
 from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.data.views import Reader, View, at_random, view_for
 from dskd.engine.checkpoints import Checkpoints, Selection
+from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.engine.run_config import student_config
-from dskd.hardness.masks import HardCausalView, hard_view
-from dskd.hardness.refresh import HardnessStores
 from dskd.methods.base import Method
 from dskd.models.build import hidden_size
-from dskd.settings.checks import evaluation_selects
-from dskd.settings.data import HardTokens
-from dskd.settings.folders import student_settings
+from dskd.settings.folders import RunFolder, folder_of, student_settings
 from dskd.settings.model import Model
 from dskd.settings.run import Run
 from dskd.system import dist
@@ -27,12 +24,17 @@ EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run being carried out, and what all its stages need."""
+class RunContext:
+    """One run being carried out; the :class:`~dskd.engine.stage.StageContext` of its stages."""
 
     run: Run
     method: Method
     device: torch.device
+
+    @property
+    def folder(self) -> RunFolder:
+        """What the run writes, and where."""
+        return folder_of(self.run)
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -41,47 +43,33 @@ class Job:
         return open_prepared(folder, verify=False)
 
     @cached_property
+    def masks(self) -> RowMasks:
+        """How training rows are masked, and what the run does for that."""
+        return masks_of(self.run)
+
+    @cached_property
     def view(self) -> View:
-        """How training rows are masked; collective where it is first used, as ``prepared`` is."""
-        data, prepared, hard = self.run.data, self.prepared, self.hardness
-        with dist.agreed():
-            if hard is None:
-                return view_for(data, prepared.tokenizer, self.run.seed)
-            return hard_view(
-                data,
-                prepared.tokenizer,
-                self.run.seed,
-                hard,
-                scores=hard.fingerprint,
-                rowset=prepared.train,
-            )
+        """What training rows look like; collective where it is first used, as ``prepared`` is."""
+        return self.masks.view(self)
 
     @property
     def readers(self) -> tuple[Reader, ...]:
-        """What is read beside the view: of a causal LM, which labels are hard."""
-        return (self.view.read_hard,) if isinstance(self.view, HardCausalView) else ()
-
-    @cached_property
-    def hardness(self) -> HardnessStores | None:
-        """The stores of hard tokens; None where the masking is random. Collective, as above."""
-        if not isinstance(self.run.data.masking, HardTokens):
-            return None
-        return HardnessStores(self.run, self.prepared, self.device, self.checkpoints)
+        """What adds columns to the batches of training, for the masks and for the method."""
+        return (*self.masks.readers(self), *self.method.readers(self))
 
     @property
     def validation_view(self) -> View:
         """How validation rows are masked, whatever the masks of training are: at random."""
         data = self.run.data
         data = data.model_copy(update={"masking": at_random(data.masking)})
-        return view_for(data, self.prepared.tokenizer, EVALUATION_SEED)
+        with dist.agreed():
+            return view_for(data, self.prepared.tokenizer, EVALUATION_SEED)
 
     @property
     def checkpoints(self) -> Checkpoints:
         """The run's checkpoints."""
-        folder = self.run.out / "train" / "checkpoints"
-        selects = evaluation_selects(self.run, self.method)
-        selection = self.method.selection() if selects else None
-        return Checkpoints(folder, self.run.checkpoint.keep, selection)
+        selection = self.method.selection() if self.masks.selects else None
+        return Checkpoints(self.folder.checkpoints, self.run.checkpoint.keep, selection)
 
     @property
     def scored(self) -> Selection:

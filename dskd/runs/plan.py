@@ -1,77 +1,62 @@
-"""Carry out a recipe: its runs in order, each run's stages in order, what is done skipped.
-
-A run's folder::
-
-    config.yaml    the resolved settings          inputs.json   fingerprints of data and models
-    sliced/        the model a sliced student starts as
-    questions/     how hard the model found each token (questions-epoch-N/: the student, later)
-    cache/         the teacher's top-k logits
-    train/         metrics, checkpoints, summary  export/       a HuggingFace folder
-    scores.json    the exported model's evaluation
-"""
+"""Carry out a recipe: its runs in order, each run's stages in order, what is done skipped."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from dskd.engine import engine
+from dskd.engine.row_masks import masks_of
 from dskd.engine.run_config import student_config, teacher_config
+from dskd.engine.stage import Stage, in_order
 from dskd.errors import ConfigError
-from dskd.methods.base import Method
+from dskd.methods.base import Method, build_method
+from dskd.methods.checks import validate
 from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
 from dskd.models.reading import folder_at_hand
 from dskd.narrowing.slice_stage import sliced_config
-from dskd.runs.context import Job
-from dskd.runs.report import print_table, write_report
-from dskd.runs.stages import STAGES
-from dskd.settings.checks import validate
+from dskd.runs.context import RunContext
+from dskd.runs.report import ReportSection, print_table, write_report
+from dskd.runs.stages import STAGES, stages_of
 from dskd.settings.compare import differences
-from dskd.settings.data import HardTokens
-from dskd.settings.folders import source_settings
+from dskd.settings.folders import RunFolder, folder_of, source_settings
 from dskd.settings.model import Model
-from dskd.settings.recipe import Recipe, dump, read
+from dskd.settings.parsing import line, nearest
+from dskd.settings.recipe import SINGLE, Recipe, dump, read
 from dskd.settings.run import Run
-from dskd.settings.teachers import SelfTeacher
+from dskd.settings.teachers import SelfTeacher, each_teacher, section_name
 from dskd.system import dist
+from dskd.system.device import free_memory
 from dskd.system.files import read_manifest, write_atomic, write_manifest
 from dskd.system.locks import alone
 from dskd.system.log import say
-from dskd.teachers.setup import check_average, each_teacher
+from dskd.teachers.setup import check_average
 
 CONTROL = "scratch"
 """The run of a recipe, if it has one of this name, that the report measures the others against."""
 
 NOMINAL_HIDDEN = 1024
 
-_MADE = ("sliced", "questions", "questions-epoch-*", "cache", "train", "export")
-"""Folders that depend on the settings."""
-
-_MASKED = ("cache", "train", "export")
-"""Those that depend on which of the tokens asked about are masked."""
-
-_LEFT = {
-    "slice": "sliced",
-    "train": "train/summary.json",
-    "export": "export",
-    "evaluate": "scores.json",
-}
-"""What a stage leaves in the run's folder when it is whole."""
-
 
 def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
     """Refuse everything that can be known to be wrong before a process group or a model exists.
+
+    Args:
+        recipe: the runs.
+        methods: the method of each.
+        world: number of ranks.
 
     Raises:
         ConfigError: contradictions among the settings, with the DeepSpeed JSONs, or with the
             settings that a run in progress was started with.
     """
+    _refuse_unknown_stage(recipe, methods)
     for name, run in recipe.runs.items():
         prefix = _prefix(recipe, name)
-        validate(run, world, methods[name], prefix)
+        validate(run, methods[name], world=world, prefix=prefix)
         for place, model in _models(run).items():
             where = f"{prefix}.{place}" if prefix else place
             _refuse_later_export(recipe, name, model, where)
@@ -82,11 +67,11 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         student_config(run, NOMINAL_HIDDEN, world=world)
         _check_student(recipe, methods, name)
         itself = [run.teacher] if isinstance(run.teacher, SelfTeacher) else []
-        for teacher in (*each_teacher(run).values(), *itself):
+        for teacher in (*each_teacher(run.teacher).values(), *itself):
             if teacher.deepspeed is not None:
                 ds, precision = teacher.deepspeed, teacher.precision
                 teacher_config(ds, precision, run, NOMINAL_HIDDEN, world=world)
-        _refuse_other_settings(run)
+        _refuse_other_settings(run, stages_of(run, methods[name]))
 
 
 def _prefix(recipe: Recipe, name: str) -> str:
@@ -135,7 +120,7 @@ def _exporter(recipe: Recipe, model: Model) -> str | None:
     """The run of the recipe whose export a model is loaded from, if any."""
     if model.path is None:
         return None
-    left_by = {os.path.abspath(run.out / "export"): name for name, run in recipe.runs.items()}
+    left_by = {os.path.abspath(folder_of(run).export): name for name, run in recipe.runs.items()}
     return left_by.get(os.path.abspath(model.path))
 
 
@@ -146,11 +131,44 @@ def _refuse_later_export(recipe: Recipe, name: str, model: Model, where: str) ->
         raise ConfigError(f"{where}.path: {model.path} is what {which} exports in its end")
 
 
-def is_done(recipe: Recipe) -> bool:
+def is_done(recipe: Recipe, methods: Mapping[str, Method]) -> bool:
     """Whether every run has left what its last stage leaves."""
-    return all(
-        run.until in _LEFT and (run.out / _LEFT[run.until]).exists() for run in recipe.runs.values()
-    )
+    last = [(run, _to_do(recipe, methods, name)[-1]) for name, run in recipe.runs.items()]
+    return all(stage.whole is not None and (run.out / stage.whole).exists() for run, stage in last)
+
+
+def _refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
+    known = _known(recipe, methods)
+    for name, run in recipe.runs.items():
+        if run.until not in known:
+            text = f"{run.until!r} is not one of {', '.join(known)}{nearest(run.until, known)}"
+            prefix = _prefix(recipe, name)
+            raise ConfigError(line("", (prefix, "until") if prefix else ("until",), text))
+
+
+def _known(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, Stage]:
+    """The stages of all runs by name, in order as far as each run has them."""
+    brought = [
+        stage
+        for name, run in recipe.runs.items()
+        for stage in stages_of(run, methods[name])
+        if stage.before is not None
+    ]
+    return {s.name: s for s in in_order(STAGES, list({s.name: s for s in brought}.values()))}
+
+
+def _to_do(recipe: Recipe, methods: Mapping[str, Method], name: str) -> tuple[Stage, ...]:
+    """The stages of a run up to the last one that its settings want.
+
+    ``until`` may name a stage that only other runs of the recipe have: this one ends where the
+    stage would be.
+    """
+    run = recipe.runs[name]
+    stages = stages_of(run, methods[name])
+    names = [stage.name for stage in stages]
+    if run.until in names:
+        return stages[: names.index(run.until) + 1]
+    return stages[: names.index(_known(recipe, methods)[run.until].before)]
 
 
 def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
@@ -160,39 +178,55 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
         dist.on_rank0(lambda: _write_settings(recipe))
         for name, run in recipe.runs.items():
             say(f"== {name}: {run.method['kind']}, {run.out}")
-            job = Job(run, methods[name], device)
-            for stage, work in STAGES.items():
-                work(job)
-                if stage == "data":
-                    dist.on_rank0(lambda job=job: _check_inputs(recipe, methods, job))
-                if stage == run.until:
-                    break
-        dist.on_rank0(lambda: report(recipe))
+            context = RunContext(run, methods[name], device)
+            for stage in _to_do(recipe, methods, name):
+                stage.run(context)
+                free_memory()
+                if stage.name == "data":
+                    # As soon as the rows are there, before hours go into what may not fit them.
+                    dist.on_rank0(lambda c=context: _check_inputs(recipe, methods, c))
+        dist.on_rank0(lambda: report(recipe, methods))
     engine.stop()
 
 
-def report(recipe: Recipe) -> None:
+def report(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Print the table of the trained runs and write ``report.html`` beside them."""
-    runs: dict[str, Path] = {
-        name: run.out for name, run in recipe.runs.items() if (run.out / _LEFT["train"]).exists()
-    }
-    if not runs:
+    trained = {n: run for n, run in recipe.runs.items() if folder_of(run).summary.exists()}
+    if not trained:
         return
+    runs = {name: run.out for name, run in trained.items()}
     control = CONTROL if CONTROL in runs else None
     print_table(runs, control)
-    print(f"report: {write_report(runs, recipe.out, control)}", flush=True)
+    sections = _sections((run, methods[name]) for name, run in trained.items())
+    print(f"report: {write_report(runs, recipe.out, control, sections)}", flush=True)
+
+
+def report_folders(runs: Mapping[str, Path], folder: Path, control: str | None) -> Path:
+    """Print the table of the runs in these folders and write ``folder/report.html``, as
+    :func:`~dskd.runs.report.write_report` does."""
+    print_table(runs, control)
+    read_back = [read(RunFolder(path).config).runs[SINGLE] for path in runs.values()]
+    sections = _sections((run, build_method(run.method)) for run in read_back)
+    return write_report(runs, folder, control, sections)
+
+
+def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:
+    """What the stages of the runs show, each stage once."""
+    stages = {stage.name: stage for run, method in runs for stage in stages_of(run, method)}
+    return [stage.report for stage in stages.values() if stage.report is not None]
 
 
 def _write_settings(recipe: Recipe) -> None:
     for run in recipe.runs.values():
-        write_atomic(run.out / "config.yaml", dump(run).encode())
+        write_atomic(folder_of(run).config, dump(run).encode())
 
 
-def _refuse_other_settings(run: Run) -> None:
-    path = run.out / "config.yaml"
-    if not (_has(run, _MADE) and path.is_file()):
+def _refuse_other_settings(run: Run, stages: Sequence[Stage]) -> None:
+    path = folder_of(run).config
+    if not (_left(run, stages) and path.is_file()):
         return  # nothing was made with the other settings yet
-    changed = differences(read(path).runs["run"], run, chosen=_has(run, _MASKED))
+    before = read(path).runs[SINGLE]
+    changed = differences(before, run, chosen=_left(run, [s for s in stages if s.chosen]))
     if changed:
         listed = "\n  ".join(changed)
         raise ConfigError(
@@ -201,32 +235,40 @@ def _refuse_other_settings(run: Run) -> None:
         )
 
 
-def _has(run: Run, names: Iterable[str]) -> bool:
-    """Whether the run's folder has one of these, which may be patterns."""
-    return any(found for name in names for found in run.out.glob(name))
+def _left(run: Run, stages: Sequence[Stage]) -> bool:
+    """Whether the run's folder has something that one of the stages leaves."""
+    return any(found for s in stages for pattern in s.leaves for found in run.out.glob(pattern))
 
 
-def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], job: Job) -> None:
+def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunContext) -> None:
     """What can be told only now, and must be before hours go into it: the run's models are here,
     downloaded for their fingerprints if need be, and with them the sizes of every run's student
     that starts as one of them."""
-    now = {"data": job.prepared.fingerprint, "masking": job.view.fingerprint}
-    for name, model in _models(job.run).items():
-        now[name] = model_fingerprint(model, seed=job.run.seed, where=name)
+    now = {"data": context.prepared.fingerprint, "masking": context.view.fingerprint}
+    for name, model in _models(context.run).items():
+        now[name] = model_fingerprint(model, seed=context.run.seed, where=name)
     for name in recipe.runs:
         _check_student(recipe, methods, name)
-    _refuse_other_inputs(job.run, now)
+    run = context.run
+    stages = stages_of(run, context.method)
+    _refuse_other_inputs(run, now, settled=_left(run, [s for s in stages if s.chosen]))
 
 
-def _refuse_other_inputs(run: Run, now: dict[str, str]) -> None:
-    """Compare the fingerprints of the run's data and models with those it was started with."""
-    path = run.out / "inputs.json"
+def _refuse_other_inputs(run: Run, now: dict[str, str], *, settled: bool) -> None:
+    """Compare the fingerprints of the run's data and models with those it was started with.
+
+    Args:
+        run: the settings.
+        now: the fingerprints, by name.
+        settled: whether something depends on the masks yet.
+    """
+    path = folder_of(run).inputs
     if not path.exists():
         write_manifest(path, now)
         return
     before = read_manifest(path, ConfigError)
-    if isinstance(run.data.masking, HardTokens) and not _has(run, _MASKED):
-        before["masking"] = now["masking"]  # what was asked has fingerprints of its own
+    if not settled:
+        before["masking"] = now["masking"]  # a store made for them has fingerprints of its own
         write_manifest(path, before)
     for name, print_now in now.items():
         if print_now != before.get(name):
@@ -237,12 +279,8 @@ def _refuse_other_inputs(run: Run, now: dict[str, str]) -> None:
 
 
 def _models(run: Run) -> dict[str, Model]:
-    models = {"model": run.model}
-    if isinstance(run.data.masking, HardTokens) and run.data.masking.model is not None:
-        models["data.masking.model"] = run.data.masking.model
-    for domain, teacher in each_teacher(run).items():
+    models = {"model": run.model, **masks_of(run).models()}
+    for domain, teacher in each_teacher(run.teacher).items():
         if teacher.model is not None:
-            models["teacher.model" if domain is None else f"teacher.domains.{domain}.model"] = (
-                teacher.model
-            )
+            models[f"{section_name(domain)}.model"] = teacher.model
     return models

@@ -11,7 +11,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from dskd.engine.checkpoints import Selection
 from dskd.errors import CheckpointError, ConfigError
+from dskd.settings.folders import RunFolder
 from dskd.system.files import write_atomic
 from dskd.system.log import clock, read_metrics
 
@@ -50,12 +51,11 @@ _TYPES = {"terms": dict, "metric": str}
 
 @dataclass(frozen=True)
 class History:
-    """One run: its lines of training and of evaluation by step, its summary and scores."""
+    """One run: its lines of training and of evaluation by step, and its summary."""
 
     training: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     summary: dict[str, Any]
-    scores: dict[str, Any]
 
     @property
     def selection(self) -> Selection:
@@ -81,10 +81,10 @@ def read_history(folder: Path) -> History:
     Raises:
         CheckpointError: a file is missing or damaged; it is named, with the line.
     """
-    path = folder / "train" / "metrics.jsonl"
+    path = RunFolder(folder).metrics
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; has the run been trained?")
-    summary = _read_object(folder / "train" / "summary.json", _SUMMARY_KEYS)
+    summary = _read_object(RunFolder(folder).summary, _SUMMARY_KEYS)
     training, evaluations = [], []
     for number, line in enumerate(read_metrics(path), 1):
         where = f"{path}, line {number}"
@@ -94,10 +94,7 @@ def read_history(folder: Path) -> History:
             training.append(_require(line, _TRAINING_KEYS, where))
     if not evaluations:
         raise CheckpointError(f"{path}: no evaluation in it; has the run been trained to its end?")
-    scores = folder / "scores.json"
-    return History(
-        training, evaluations, summary, _read_object(scores, ()) if scores.exists() else {}
-    )
+    return History(training, evaluations, summary)
 
 
 def steps_to(points: Points, target: float, *, higher_is_better: bool = False) -> float | None:
@@ -137,12 +134,19 @@ def print_table(runs: Mapping[str, Path], control: str | None) -> None:
     console.print(table(runs, control))
 
 
-def write_report(runs: Mapping[str, Path], folder: Path, control: str | None) -> Path:
+ReportSection = Callable[[Mapping[str, RunFolder]], str]
+"""HTML about the runs, by name, or an empty text."""
+
+
+def write_report(
+    runs: Mapping[str, Path], folder: Path, control: str | None, sections: Sequence[ReportSection]
+) -> Path:
     """Write ``folder/report.html``: the table and the curves, with nothing to load beside it.
 
     Args:
         runs: run folders by name, in the order to show them.
         control: the run whose final score the others are measured against.
+        sections: what stages of the runs show besides, in order.
 
     Raises:
         CheckpointError: a run's file is missing or damaged.
@@ -156,9 +160,9 @@ def write_report(runs: Mapping[str, Path], folder: Path, control: str | None) ->
         _image("Evaluation", _evaluation_figure(histories, compared, target)),
         _image("Training loss terms", _terms_figure(histories)),
         _image("Inheritance rate and learning rate", _rates_figure(histories)),
-        *_scores(histories),
+        *(section({name: RunFolder(run) for name, run in runs.items()}) for section in sections),
     ]
-    path = folder / "report.html"
+    path = RunFolder(folder).report
     write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode())
     return path
 
@@ -305,18 +309,20 @@ def _image(title: str, figure: Figure) -> str:
     return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{data}">'
 
 
-def _scores(histories: Mapping[str, History]) -> list[str]:
+def scores_section(runs: Mapping[str, RunFolder]) -> str:
     """The exported models' scores, one row a run, one column a score."""
-    scored = {name: history.scores for name, history in histories.items() if history.scores}
+    scored = {
+        name: _read_object(run.scores, ()) for name, run in runs.items() if run.scores.exists()
+    }
     numbers = [k for scores in scored.values() for k, v in scores.items() if _is_number(v)]
     names = list(dict.fromkeys(numbers))
     rows = [
         [name, *(f"{scores[k]:.6g}" if _is_number(scores.get(k)) else "-" for k in names)]
         for name, scores in scored.items()
     ]
-    return ["<h2>Scores of the exported models</h2>", _html_table(["run", *names], rows)] * bool(
-        rows
-    )
+    if not rows:
+        return ""
+    return "<h2>Scores of the exported models</h2>\n" + _html_table(["run", *names], rows)
 
 
 def _is_number(value: Any) -> bool:

@@ -1,105 +1,94 @@
-"""The stages of a run: data, slice, question, cache, train, export, evaluate. Each leaves an
-artefact that, whole, says that it is done; each reads only what earlier ones left."""
+"""The stages of every run: data, slice, cache, train, export, evaluate. Those that a method or its
+masks bring come between them (``engine/stage.py``)."""
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dskd.batch import Batch
 from dskd.data.loader import Loader, make_batch
 from dskd.engine.checkpoints import Saved
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import shard_teacher, stage_of
+from dskd.engine.row_masks import masks_of
 from dskd.engine.run_config import teacher_config
+from dskd.engine.stage import Stage, in_order
+from dskd.methods.base import Method
 from dskd.models.build import hidden_size
 from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
-from dskd.runs.context import Job
+from dskd.runs.context import RunContext
+from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
-from dskd.settings.folders import cache_folder, folder_of
+from dskd.settings.folders import cache_folder
 from dskd.settings.model import Model
-from dskd.settings.teachers import CachedTeacher
+from dskd.settings.run import Run
+from dskd.settings.teachers import CachedTeacher, each_teacher
 from dskd.stores.fingerprints import expected
 from dskd.system import dist
+from dskd.system.device import free_memory
 from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, peak_memory, reset_peak_memory, say
 from dskd.teachers.capture import capture
-from dskd.teachers.setup import TeacherSetup, each_teacher, frozen, set_up
+from dskd.teachers.setup import TeacherSetup, frozen, set_up
 from dskd.training.evaluation import EvaluationSet, Scores, by_key, evaluate
 from dskd.training.objective import Objective
 from dskd.training.trainer import Progress, Trainer
 
 
-def cache(job: Job) -> None:
+def cache(context: RunContext) -> None:
     """Capture the top-k logits of every cached teacher whose model the settings name."""
-    if not job.method.wants_teacher():
+    if not context.method.wants_teacher():
         return
-    run, prepared = job.run, job.prepared
-    for domain, teacher in each_teacher(run).items():
+    run, prepared = context.run, context.prepared
+    for domain, teacher in each_teacher(run.teacher).items():
         if not isinstance(teacher, CachedTeacher) or teacher.model is None:
             continue
         folder = cache_folder(run, domain)
         capture(
             teacher,
-            lambda domain=domain: frozen(run, domain, prepared, job.device),
+            lambda domain=domain: frozen(run, domain, prepared, context.device),
             prepared,
-            job.view,
+            context.view,
             folder,
-            fingerprints=expected(run, teacher, prepared, job.view),
+            fingerprints=expected(run, teacher, prepared, context.view),
             domain=None if domain is None else prepared.domains.index(domain),
-            device=job.device,
+            device=context.device,
         )
-        _free()
+        free_memory()  # before the next domain's teacher
 
 
-def cut(job: Job) -> None:
+def cut(context: RunContext) -> None:
     """Write the folder that a sliced student starts from."""
-    if job.run.model.slice is None:
+    if context.run.model.slice is None:
         return
-    folder = folder_of(job.run).sliced
+    folder = context.folder.sliced
     if not dist.broadcast_object(folder.exists()):
-        make_slice(job.run, job.prepared.tokenizer)
-        say(f"cut {job.run.model.path} to {folder}")
-        _free()
+        make_slice(context.run, context.prepared.tokenizer)
+        say(f"cut {context.run.model.path} to {folder}")
 
 
-def ask(job: Job) -> None:
-    """Ask the model for every token of the training rows, where hard ones are to be masked."""
-    if job.hardness is None:
-        return
-    # Of a finished run only a cache may still want masks.
-    trained = dist.broadcast_object((job.run.out / "train" / "summary.json").exists())
-    caches = any(isinstance(t, CachedTeacher) for t in each_teacher(job.run).values())
-    if caches or not trained:
-        job.hardness.first(job.position)
-        _free()
-
-
-def train(job: Job) -> None:
+def train(context: RunContext) -> None:
     """Train the student, from its newest checkpoint if there is one; leaves ``summary.json``."""
-    summary = job.run.out / "train" / "summary.json"
+    summary = context.folder.summary
     if not dist.broadcast_object(summary.exists()):
-        _train(job, summary)
-        _free()
+        _train(context, summary)
 
 
-def _train(job: Job, summary: Path) -> None:
-    run, prepared = job.run, job.prepared
+def _train(context: RunContext, summary: Path) -> None:
+    run, prepared = context.run, context.prepared
     reset_peak_memory()
-    checkpoints = job.checkpoints
+    checkpoints = context.checkpoints
     checkpoints.clean()
     saved = checkpoints.latest()
     setup = TeacherSetup()
-    if job.method.wants_teacher():
-        setup = set_up(run, job.method.temperature, prepared, job.view, job.device)
-    student = student_to_train(job, setup, saved)
+    if context.method.wants_teacher():
+        setup = set_up(run, context.method.temperature, prepared, context.view, context.device)
+    student = student_to_train(context, setup, saved)
     engine, hooks = student.engine, student.hooks
     progress = Progress(**saved.state["progress"]) if saved else Progress()
     if saved:
@@ -107,107 +96,109 @@ def _train(job: Job, summary: Path) -> None:
     hooks.begin(progress.position)  # before the loader, which makes its first batch at once
     loader = Loader(
         prepared.train,
-        setup.view or job.view,
+        setup.view or context.view,
         batch=run.train.batch,
         micro_batch=run.train.micro_batch,
         rank=dist.rank(),
         world=dist.world(),
         seed=run.seed,
-        readers=(*job.readers, *setup.readers),
+        readers=(*context.readers, *setup.readers),
         ready=lambda position: not hooks.waits(position),
         position=progress.position,
-        pin=job.device.type == "cuda",
+        pin=context.device.type == "cuda",
     )
     trainer = Trainer(
         run=run,
         precision=student.precision,
-        method=job.method,
+        method=context.method,
         hooks=hooks,
         engine=engine,
         loader=loader,
-        evaluate=lambda: _evaluate(job, student.objective),
-        scored=job.scored,
+        evaluate=lambda: _evaluate(context, student.objective),
+        scored=context.scored,
         checkpoints=checkpoints,
-        metrics=Metrics(run.out / "train" / "metrics.jsonl", progress.step),
+        metrics=Metrics(context.folder.metrics, progress.step),
         progress=progress,
     )
-    say(f"losses by {implementation(job.device)}, weights in {student.precision}")
+    say(f"losses by {implementation(context.device)}, weights in {student.precision}")
     try:
         trainer.train()
     finally:
         loader.close()
-    _summarise(job, progress, student.parameters, summary)
+    _summarise(context, progress, student.parameters, summary)
     engine.destroy()
 
 
-def export_best(job: Job) -> None:
+def export_best(context: RunContext) -> None:
     """Write the best checkpoint as a HuggingFace folder, ``export/``."""
-    folder = job.run.out / "export"
+    folder = context.folder.export
     if not dist.broadcast_object(folder.exists()):
-        _export(job, folder)
-        _free()
+        _export(context, folder)
 
 
-def _export(job: Job, folder: Path) -> None:
-    best = job.checkpoints.best()
-    student = student_to_export(job, best)
+def _export(context: RunContext, folder: Path) -> None:
+    best = context.checkpoints.best()
+    student = student_to_export(context, best)
     engine, hooks = student.engine, student.hooks
     model = student.objective.student
     if hooks.defines_export:
         with dist.agreed():
-            model = hooks.exported(engine.weights(gradients=False), _some_rows(job))
+            model = hooks.exported(engine.weights(gradients=False), _some_rows(context))
     card = {
-        "method": dict(job.run.method),
+        "method": dict(context.run.method),
         "step": best.step,
-        job.scored.metric: _value(best),
-        "run": job.run.model_dump(mode="json"),
+        context.scored.metric: _value(best),
+        "run": context.run.model_dump(mode="json"),
     }
-    export(model, job.prepared.tokenizer, folder, card=card)
+    export(model, context.prepared.tokenizer, folder, card=card)
     say(f"exported step {best.step} to {folder}")
     engine.destroy()
 
 
-def _some_rows(job: Job) -> Batch:
+def _some_rows(context: RunContext) -> Batch:
     """A few validation rows."""
-    rows = job.prepared.validation
-    ids_B = np.arange(min(len(rows), job.run.evaluation.micro_batch), dtype=np.int64)
-    return make_batch(rows, job.validation_view, ids_B, np.zeros_like(ids_B))
+    rows = context.prepared.validation
+    ids_B = np.arange(min(len(rows), context.run.evaluation.micro_batch), dtype=np.int64)
+    return make_batch(rows, context.validation_view, ids_B, np.zeros_like(ids_B))
 
 
-def evaluate_export(job: Job) -> None:
+def evaluate_export(context: RunContext) -> None:
     """Load the exported folder as a user would and score it; leaves ``scores.json``."""
-    path = job.run.out / "scores.json"
+    path = context.folder.scores
     if not dist.broadcast_object(path.exists()):
-        _evaluate_export(job, path)
-        _free()
+        _evaluate_export(context, path)
 
 
-def _evaluate_export(job: Job, path: Path) -> None:
-    run, precision, ds = job.run, precision_of(job.ds), None
-    exported = Model(path=str(run.out / "export"), attention=run.model.attention)
+def _evaluate_export(context: RunContext, path: Path) -> None:
+    run, precision, ds = context.run, precision_of(context.ds), None
+    exported = Model(path=str(context.folder.export), attention=run.model.attention)
     # Sharded like the student was: a model that needs ZeRO-3 fits no single GPU here either.
-    if stage_of(job.ds) == 3:
+    if stage_of(context.ds) == 3:
         ds = teacher_config(run.deepspeed, precision, run, hidden_size(exported, where="export"))
-    model = build_student(job, exported, ds, where="export")
-    model = model.to(job.device) if ds is None else shard_teacher(model, ds)
-    scores = by_key(_evaluate(job, Objective(model, job.method, None)))
+    model = build_student(context, exported, ds, where="export")
+    model = model.to(context.device) if ds is None else shard_teacher(model, ds)
+    scores = by_key(_evaluate(context, Objective(model, context.method, None)))
     if dist.rank() == 0:
         write_atomic(path, json.dumps(scores, indent=1).encode())
     dist.barrier()
 
 
-def _evaluate(job: Job, objective: Objective) -> Scores:
+def _evaluate(context: RunContext, objective: Objective) -> Scores:
     """The method's metrics of the student inside ``objective`` on the validation rows."""
-    run = job.run
+    run = context.run
     validation = EvaluationSet(
-        "eval", job.prepared.validation, job.validation_view, run.evaluation.rows
+        "eval",
+        context.prepared.validation,
+        context.validation_view,
+        run.evaluation.rows,
+        readers=context.method.readers(context),
     )
     return evaluate(
         objective,
         [validation],
-        job.method.metrics(),
+        context.method.metrics(),
         micro_batch=run.evaluation.micro_batch,
-        device=job.device,
+        device=context.device,
     )
 
 
@@ -216,8 +207,10 @@ def _value(saved: Saved) -> float | None:
     return None if saved.score is None else saved.score.value
 
 
-def _summarise(job: Job, progress: Progress, parameters: dict[str, int], path: Path) -> None:
-    best, last, scored = job.checkpoints.best(), job.checkpoints.latest(), job.scored
+def _summarise(
+    context: RunContext, progress: Progress, parameters: dict[str, int], path: Path
+) -> None:
+    best, last, scored = context.checkpoints.best(), context.checkpoints.latest(), context.scored
     assert last is not None
     peak = max(dist.gather_objects(peak_memory()))
     summary = {
@@ -238,18 +231,17 @@ def _summarise(job: Job, progress: Progress, parameters: dict[str, int], path: P
     dist.barrier()
 
 
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+STAGES = (
+    Stage("data", lambda context: context.view),  # which prepares the rows
+    Stage("slice", cut, leaves=("sliced",), whole="sliced", chosen=False),
+    Stage("cache", cache, leaves=("cache",)),
+    Stage("train", train, leaves=("train",), whole="train/summary.json"),
+    Stage("export", export_best, leaves=("export",), whole="export"),
+    Stage("evaluate", evaluate_export, whole="scores.json", report=scores_section),
+)
+"""The core's, in order."""
 
 
-STAGES: dict[str, Callable[[Job], object]] = {
-    "data": lambda job: job.view,  # which prepares the rows
-    "slice": cut,
-    "question": ask,
-    "cache": cache,
-    "train": train,
-    "export": export_best,
-    "evaluate": evaluate_export,
-}
+def stages_of(run: Run, method: Method) -> tuple[Stage, ...]:
+    """All stages of a run, in order."""
+    return in_order(STAGES, (*masks_of(run).stages(), *method.stages()))

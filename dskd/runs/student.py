@@ -13,11 +13,10 @@ from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import Engine, decay_groups, stage_of
 from dskd.engine.hooks import HookChain, StepHooks
 from dskd.engine.zero import full_shape, sharded_construction
-from dskd.hardness.refresh import HardnessRefresh
 from dskd.models.build import parameter_count
 from dskd.models.frozen import model_of
 from dskd.models.speed import checkpoint_activations, compile_layers
-from dskd.runs.context import Job
+from dskd.runs.context import RunContext
 from dskd.settings.model import Model
 from dskd.system import dist
 from dskd.system.log import say
@@ -46,7 +45,7 @@ class StudentInEngine:
 
 
 def build_student(
-    job: Job, settings: Model, ds: dict[str, Any] | None, where: str
+    context: RunContext, settings: Model, ds: dict[str, Any] | None, where: str
 ) -> PreTrainedModel:
     """A model in the student's precision, sharded as ``ds`` says (collective).
 
@@ -54,45 +53,49 @@ def build_student(
         ConfigError: it cannot be built; the message names the setting ``where``.
     """
     with dist.agreed():
-        return model_of(job.run, settings, where, job.prepared, ds, precision_of(job.ds))
+        return model_of(
+            context.run, settings, where, context.prepared, ds, precision_of(context.ds)
+        )
 
 
-def student_to_train(job: Job, setup: TeacherSetup, saved: Saved | None) -> StudentInEngine:
+def student_to_train(
+    context: RunContext, setup: TeacherSetup, saved: Saved | None
+) -> StudentInEngine:
     """The student with all that is done around its steps (collective).
 
     Args:
-        job: its run.
+        context: of its run.
         setup: what teaches it.
         saved: the checkpoint to go on from; None: as the student starts.
     """
-    return _in_engine(job, setup, saved, training=True)
+    return _in_engine(context, setup, saved, training=True)
 
 
-def student_to_export(job: Job, saved: Saved) -> StudentInEngine:
+def student_to_export(context: RunContext, saved: Saved) -> StudentInEngine:
     """The student of a checkpoint, with no more than what the method has put into it (collective):
     what keeps teacher and data up to date is of no use any more."""
-    return _in_engine(job, TeacherSetup(), saved, training=False)
+    return _in_engine(context, TeacherSetup(), saved, training=False)
 
 
 def _in_engine(
-    job: Job, setup: TeacherSetup, saved: Saved | None, *, training: bool
+    context: RunContext, setup: TeacherSetup, saved: Saved | None, *, training: bool
 ) -> StudentInEngine:
-    run, stage = job.run, stage_of(job.ds)
-    ds = _config(job, saved)
-    student = build_student(job, job.student, ds, where="model")
+    run, stage = context.run, stage_of(context.ds)
+    ds = _config(context, saved)
+    student = build_student(context, context.student, ds, where="model")
     # Before the method's hooks, which may put other modules into the student.
-    exported = parameter_count(job.method.exported_config(student.config))
+    exported = parameter_count(context.method.exported_config(student.config))
     with dist.agreed(), sharded_construction(ds):
         # Again, as the student's config is known now; and before anything is put into it.
-        job.method.check(run, student.config)
-        hooks = _hooks(job, setup, student, training=training)
+        context.method.check(run, student.config)
+        hooks = _hooks(context, setup, student, training=training)
     # After the hooks: they wrap layers, also those that were put in.
     if run.train.activation_checkpointing:
         checkpoint_activations(student)
     if run.train.compile:
         compile_layers(student)
     trained = sum(full_shape(p).numel() for p in student.parameters())
-    objective = Objective(student, job.method, setup.teacher_of(student))
+    objective = Objective(student, context.method, setup.teacher_of(student))
     # Groups before the engine: DeepSpeed lays its flat partitions out by them, once.
     groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
     engine = Engine(objective, hooks.groups(groups), ds, monitor=training)
@@ -100,35 +103,39 @@ def _in_engine(
         # The hooks' state before the weights, for which a compacted student must be one again.
         hooks.restore(saved.state["hooks"])
         hooks.load(saved.folder)
-        _load(engine, saved, stage, native=_is_native(job, saved))
+        _load(engine, saved, stage, native=_is_native(context, saved))
     counts = {"parameters": exported, "trained_parameters": trained}
     return StudentInEngine(engine, objective, hooks, precision_of(ds), counts)
 
 
-def _hooks(job: Job, setup: TeacherSetup, student: PreTrainedModel, *, training: bool) -> HookChain:
+def _hooks(
+    context: RunContext, setup: TeacherSetup, student: PreTrainedModel, *, training: bool
+) -> HookChain:
     """What is done around the steps: the method's part first, which may edit what the others see;
     then the teacher's, which averages the weights as the method leaves them."""
-    own = job.method.hooks(student, job.run)
-    assert own is None or job.method.remakes_student or not own.defines_export, job.method.kind
+    own = context.method.hooks(student, context)
+    assert own is None or context.method.remakes_student or not own.defines_export, (
+        context.method.kind
+    )
     found = {"method": own, "teacher": setup.hooks}
-    if training and job.hardness is not None:
-        found["data"] = HardnessRefresh(job.hardness, student)
+    if training:
+        found["masks"] = context.masks.hooks(context, student)
     return HookChain({name: hooks for name, hooks in found.items() if hooks is not None})
 
 
-def _is_native(job: Job, saved: Saved) -> bool:
-    return reshard.is_native(saved, dist.world(), stage_of(job.ds), precision_of(job.ds))
+def _is_native(context: RunContext, saved: Saved) -> bool:
+    return reshard.is_native(saved, dist.world(), stage_of(context.ds), precision_of(context.ds))
 
 
-def _config(job: Job, saved: Saved | None) -> dict[str, Any]:
+def _config(context: RunContext, saved: Saved | None) -> dict[str, Any]:
     """The student's DeepSpeed config, which must say beforehand that a checkpoint of another shape
     is loaded.
 
     Raises:
         CheckpointError: the checkpoint cannot be brought to this shape.
     """
-    ds, stage = job.ds, stage_of(job.ds)
-    if saved is None or _is_native(job, saved):
+    ds, stage = context.ds, stage_of(context.ds)
+    if saved is None or _is_native(context, saved):
         return ds
     with dist.agreed():
         reshard.check(saved, stage, precision_of(ds))

@@ -87,3 +87,15 @@ class SelfTeacher(Section):
 Teacher = Annotated[
     LiveTeacher | CachedTeacher | RoutedTeacher | SelfTeacher, Field(discriminator="kind")
 ]
+
+
+def each_teacher(teacher: Teacher | None) -> dict[str | None, LiveTeacher | CachedTeacher]:
+    """The teachers that have a model of their own, by domain; a single one has the domain None."""
+    if isinstance(teacher, RoutedTeacher):
+        return dict(teacher.domains)
+    return {None: teacher} if isinstance(teacher, LiveTeacher | CachedTeacher) else {}
+
+
+def section_name(domain: str | None) -> str:
+    """Dotted name of a teacher's section, for messages."""
+    return "teacher" if domain is None else f"teacher.domains.{domain}"

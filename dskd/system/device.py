@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Literal
 
@@ -26,3 +27,10 @@ def resolve(precision: Precision) -> Literal["fp32", "bf16", "fp16"]:
 
 def _has_bf16() -> bool:
     return on_gpu() and torch.cuda.is_bf16_supported()
+
+
+def free_memory() -> None:
+    """Give back what models of a stage that is over still hold in this process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from dskd.models.build import hidden_size
 from dskd.models.frozen import frozen_model, model_of
 from dskd.settings.folders import cache_folder, student_settings
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, LiveTeacher, RoutedTeacher, SelfTeacher
+from dskd.settings.teachers import CachedTeacher, SelfTeacher, each_teacher
 from dskd.stores.fingerprints import expected
 from dskd.stores.logits import UNUSED_SLOTS, CachedLogits, CachedMasks, LogitCache
 from dskd.system import dist
@@ -61,18 +61,6 @@ class TeacherSetup:
         return self.teacher if self.own is None else self.own(student)
 
 
-def each_teacher(run: Run) -> dict[str | None, LiveTeacher | CachedTeacher]:
-    """The run's teachers by domain; a single one has the domain None.
-
-    A student that teaches itself is none of them: it has no model of its own.
-    """
-    if isinstance(run.teacher, RoutedTeacher):
-        return dict(run.teacher.domains)
-    if run.teacher is None or isinstance(run.teacher, SelfTeacher):
-        return {}
-    return {None: run.teacher}
-
-
 def set_up(
     run: Run, temperature: float, prepared: Prepared, view: View, device: torch.device
 ) -> TeacherSetup:
@@ -83,7 +71,7 @@ def set_up(
     """
     if isinstance(run.teacher, SelfTeacher):
         return _from_itself(run, run.teacher, prepared, device)
-    teachers = each_teacher(run)
+    teachers = each_teacher(run.teacher)
     if any(isinstance(teacher, CachedTeacher) for teacher in teachers.values()):
         caches = {domain: _open(run, domain, prepared, view, temperature) for domain in teachers}
         logits = {
@@ -121,7 +109,7 @@ def _stored(
 
 def frozen(run: Run, domain: str | None, prepared: Prepared, device: torch.device) -> nn.Module:
     """The teacher model of a live or captured teacher, replicated or ZeRO-3-sharded."""
-    teacher = each_teacher(run)[domain]
+    teacher = each_teacher(run.teacher)[domain]
     where = "teacher.model" if domain is None else f"teacher.domains.{domain}.model"
     return frozen_model(run, teacher, teacher.model, where, prepared, device)
 
@@ -174,7 +162,7 @@ def _open(
     run: Run, domain: str | None, prepared: Prepared, view: View, temperature: float
 ) -> LogitCache:
     """Open a cache; each rank verifies its share of the shards."""
-    teacher = each_teacher(run)[domain]
+    teacher = each_teacher(run.teacher)[domain]
     folder = cache_folder(run, domain)
     wanted = expected(run, teacher, prepared, view)
     with dist.agreed():

@@ -56,7 +56,7 @@ from dskd.methods.ki import KnowledgeInheritance
 from dskd.models.build import build
 from dskd.ops import topk_teacher
 from dskd.runs import stages
-from dskd.runs.context import Job
+from dskd.runs.context import RunContext
 from dskd.settings.model import Model
 from dskd.settings.recipe import read
 from dskd.settings.run import Run
@@ -134,43 +134,43 @@ def _cached(student: Run, model: Model) -> CachedTeacher:
     return student.teacher.model_copy(update={"model": model, "path": None})
 
 
-def job_of(run: Run, device: torch.device) -> Job:
+def context_of(run: Run, device: torch.device) -> RunContext:
     """What the stages need of a run."""
-    return Job(run, build_method(run.method), device)
+    return RunContext(run, build_method(run.method), device)
 
 
 class Step:
     """One variant, ready to train: ``step()`` takes an optimiser step like ``dskd/train.py``."""
 
     def __init__(self, run: Run, device: torch.device) -> None:
-        job = job_of(run, device)
+        context = context_of(run, device)
         setup = TeacherSetup()
-        if job.method.wants_teacher():
-            heat = job.method.temperature
-            setup = set_up(run, heat, job.prepared, job.view, device)
+        if context.method.wants_teacher():
+            heat = context.method.temperature
+            setup = set_up(run, heat, context.prepared, context.view, device)
         student = build(
             run.model,
-            job.prepared.tokenizer,
+            context.prepared.tokenizer,
             objective=run.data.objective,
             block_size=run.data.block_size,
             seed=run.seed,
-            ds=job.ds,
-            dtype=DTYPES[precision_of(job.ds)],
+            ds=context.ds,
+            dtype=DTYPES[precision_of(context.ds)],
             where="model",
         )
-        with sharded_construction(job.ds):
-            hooks = job.method.hooks(student, run) or StepHooks()
+        with sharded_construction(context.ds):
+            hooks = context.method.hooks(student, context) or StepHooks()
         self.parameters = sum(full_shape(p).numel() for p in student.parameters())
-        objective = Objective(student, job.method, setup.teacher)
+        objective = Objective(student, context.method, setup.teacher)
         groups = decay_groups(objective, run.train.weight_decay, run.train.decay_all)
-        self.loader = loader_of(job, setup)
+        self.loader = loader_of(context, setup)
         self.progress = Progress()
         self._trainer = Trainer(
             run=run,
-            precision=precision_of(job.ds),
-            method=job.method,
+            precision=precision_of(context.ds),
+            method=context.method,
             hooks=hooks,
-            engine=Engine(objective, hooks.groups(groups), job.ds, monitor=False),
+            engine=Engine(objective, hooks.groups(groups), context.ds, monitor=False),
             loader=self.loader,
             evaluate=dict,
             scored=Selection(),
@@ -185,27 +185,29 @@ class Step:
         self.progress.step += 1
 
 
-def loader_of(job: Job, setup: TeacherSetup) -> Loader:
+def loader_of(context: RunContext, setup: TeacherSetup) -> Loader:
     """The loader as the train stage makes it."""
     return Loader(
-        job.prepared.train,
-        setup.view or job.view,
-        batch=job.run.train.batch,
-        micro_batch=job.run.train.micro_batch,
+        context.prepared.train,
+        setup.view or context.view,
+        batch=context.run.train.batch,
+        micro_batch=context.run.train.micro_batch,
         rank=dist.rank(),
         world=dist.world(),
-        seed=job.run.seed,
+        seed=context.run.seed,
         readers=setup.readers,
-        pin=job.device.type == "cuda",
+        pin=context.device.type == "cuda",
     )
 
 
 def forwards(run: Run, device: torch.device, rounds: int) -> Callable[[], None]:
     """A function that runs the live teacher on the next step's batches, read beforehand."""
-    job = job_of(run, device)
-    teacher = set_up(run, job.method.temperature, job.prepared, job.view, device).teacher
+    context = context_of(run, device)
+    teacher = set_up(
+        run, context.method.temperature, context.prepared, context.view, device
+    ).teacher
     assert teacher is not None
-    loader = loader_of(job, TeacherSetup())
+    loader = loader_of(context, TeacherSetup())
     steps: list[list[Batch]] = [loader.next_step() for _ in range(rounds)]
     loader.close()
 
@@ -300,7 +302,7 @@ def make_folder(device: torch.device) -> Path:
 
 def make_files(run: Run, device: torch.device) -> None:
     """Prepare the data and capture the cache."""
-    stages.cache(job_of(run, device))
+    stages.cache(context_of(run, device))
 
 
 def about(run: Run, words: argparse.Namespace) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dskd.methods.base import build_method
 from dskd.methods.wid import Narrowing
 from dskd.narrowing.insert import Surgery
 from dskd.narrowing.merge import Exactness
+from dskd.runs.context import RunContext
 from dskd.settings.run import Run, Train
 from dskd.training.learning_rate import learning_rate
 from tests.narrowing.wid_golden import (
@@ -76,7 +77,8 @@ def narrowing(
     run = Run(model={"path": "teacher"}, method=method, train=Train(**train), deepspeed=deepspeed)
     built = build_method(method)
     built.check(run, surgery.model.config)
-    return built.hooks(surgery.model, run), run.train
+    context = RunContext(run, built, torch.device("cpu"))
+    return built.hooks(surgery.model, context), run.train
 
 
 def golden_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dskd.methods.base import build_method
-from dskd.runs.context import Job
+from dskd.runs.context import RunContext
 from dskd.settings.data import Data, HardTokens, Masking
 from dskd.settings.run import Run
 from tests.engine.test_checkpoints import save
@@ -30,7 +30,7 @@ def test_where_random_masks_judge_hard_ones_the_last_checkpoint_is_exported(
     tmp_path: Path, method: str, masking: Masking | HardTokens, objective: str, best: int
 ) -> None:
     run = Run(out=tmp_path, data=Data(objective=objective, masking=masking))
-    job = Job(run, build_method({"kind": method}), torch.device("cpu"))
+    context = RunContext(run, build_method({"kind": method}), torch.device("cpu"))
     for step, nll in ((1, 2.0), (2, 3.0)):
-        save(job.checkpoints, step, nll)
-    assert job.checkpoints.best().step == best
+        save(context.checkpoints, step, nll)
+    assert context.checkpoints.best().step == best

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from dskd.errors import CheckpointError, ConfigError
-from dskd.runs.report import print_table, read_history, steps_to, table, write_report
+from dskd.runs.report import (
+    print_table,
+    read_history,
+    scores_section,
+    steps_to,
+    table,
+    write_report,
+)
 
 
 def make_run(
@@ -112,7 +119,7 @@ def test_runs_are_compared_by_the_controls_score(tmp_path, runs):
     assert cells(made, 0)[3:5] == ["0.6000", "-"]
     assert cells(made, 0)[-2:] == ["150.0", "1.33x"]  # 200 / 150
     assert cells(table({**folders, "ki": runs["ki"]}, "b"), 2)[-2:] == ["not reached", "-"]
-    write_report(folders, tmp_path, "b")
+    write_report(folders, tmp_path, "b", [scores_section])
 
 
 def test_table_numbers(runs):
@@ -152,7 +159,7 @@ def test_history_by_name(runs):
 
 def test_html_is_self_contained(tmp_path, runs):
     runs["<b>&"] = make_run(tmp_path / "odd", [3.0], alpha=False)
-    path = write_report(runs, tmp_path, "scratch")
+    path = write_report(runs, tmp_path, "scratch", [scores_section])
     page = path.read_text()
     assert path == tmp_path / "report.html"
     assert "&lt;b&gt;&amp;" in page
@@ -192,11 +199,11 @@ def damage(name: str, text: str):
 def test_damage_is_named(runs, tmp_path, change, message):
     change(runs["ki"])
     with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
-        write_report(runs, tmp_path, "scratch")
+        write_report(runs, tmp_path, "scratch", [scores_section])
     assert str(runs["ki"]) in str(caught.value)
     assert not (tmp_path / "report.html").exists()
 
 
 def test_an_unknown_control_is_refused(runs, tmp_path):
     with pytest.raises(ConfigError, match="control run 'scrath' is none of: ki, scratch"):
-        write_report(runs, tmp_path, "scrath")
+        write_report(runs, tmp_path, "scrath", [])

@@ -13,8 +13,8 @@ from dskd.batch import IGNORE, Batch, Projected
 from dskd.engine.shards import ParameterShards
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
+from dskd.methods.checks import validate
 from dskd.runs.plan import check
-from dskd.settings.checks import validate
 from dskd.settings.recipe import Recipe, read
 from dskd.teachers.average import Average
 from dskd.teachers.teacher import FrozenTeacher, ShownUnmasked, StudentAsTeacher
@@ -229,4 +229,4 @@ def test_no_average_of_what_cannot_be_followed():
     recipe: Recipe = read(None, [method, model, "teacher={kind: self, weights: frozen}"])
     run = recipe.runs["run"]
     check(recipe, {"run": build_method(run.method)}, world=1)
-    validate(run, 2, build_method(run.method))
+    validate(run, build_method(run.method), world=2)

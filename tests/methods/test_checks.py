@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from dskd.engine.row_masks import masks_of
 from dskd.errors import ConfigError
+from dskd.hardness.masks import HARD_LABELS
 from dskd.methods.base import build_method
-from dskd.settings.checks import evaluation_selects, validate
+from dskd.methods.checks import validate
+from dskd.settings.checks import problems_of
 from dskd.settings.folders import cache_folder
 from dskd.settings.recipe import dump, read
 
@@ -35,8 +38,8 @@ class _Method:
     def selection(self):
         return "eval_nll" if self.selects else None
 
-    def weighs_hard_tokens(self):
-        return self.weighs
+    def columns(self):
+        return frozenset({HARD_LABELS}) if self.weighs else frozenset()
 
 
 def _run(*overrides):
@@ -45,14 +48,14 @@ def _run(*overrides):
 
 def _problems(*overrides, world=1, method=None, prefix=""):
     with pytest.raises(ConfigError) as caught:
-        validate(_run(*overrides), world, method or _Method(), prefix)
+        validate(_run(*overrides), method or _Method(), world=world, prefix=prefix)
     return str(caught.value).splitlines()
 
 
 def test_the_toy_is_sound():
     run = _run()
     for world in (1, 2):
-        validate(run, world, build_method(run.method))
+        validate(run, build_method(run.method), world=world)
 
 
 def test_hard_tokens_that_are_sound():
@@ -62,7 +65,7 @@ def test_hard_tokens_that_are_sound():
         "kind: hard_tokens, sampler: original, probability: 0.2",
         "kind: hard_tokens, refresh: 1, model: {path: x}",
     ):
-        validate(_run(f"data.masking={{{masking}}}"), 1, _Method())
+        validate(_run(f"data.masking={{{masking}}}"), _Method(), world=1)
 
 
 CAUSAL_HARD = ["data.objective=causal", "data.masking.kind=hard_tokens"]
@@ -71,8 +74,7 @@ CAUSAL_HARD = ["data.objective=causal", "data.masking.kind=hard_tokens"]
 def test_a_causal_model_needs_a_method_that_weighs_hard_tokens():
     settings = ["most=0.3", "metric=quantile", "refresh=1", "micro_batch=2", "draws=null"]
     run = _run(*CAUSAL_HARD, *(f"data.masking.{setting}" for setting in settings))
-    validate(run, 1, _Method(weighs=True))
-    validate(run, 1)  # nobody asks for a method: dskd hard-tokens
+    validate(run, _Method(weighs=True), world=1)
     (line,) = _problems(*CAUSAL_HARD, method=_Method(kind="lm", wants=False))
     assert line.startswith("data.masking.kind: hard_tokens, but a causal LM has no masks, and")
     for kind, settings, weighs in (
@@ -81,7 +83,9 @@ def test_a_causal_model_needs_a_method_that_weighs_hard_tokens():
         ("self_evolution", {}, False),
         ("self_evolution", {"hard_weight": 0.5}, True),
     ):
-        assert build_method({"kind": kind, **settings}).weighs_hard_tokens() == weighs
+        assert build_method({"kind": kind, **settings}).columns() == (
+            {HARD_LABELS} if weighs else set()
+        )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_a_causal_run_can_be_read_back(tmp_path):
     """Its config.yaml names all settings, those that play no part included."""
     run = _run(*CAUSAL_HARD)
     (tmp_path / "config.yaml").write_text(dump(run))
-    validate(read(tmp_path / "config.yaml").runs["run"], 1, _Method(weighs=True))
+    validate(read(tmp_path / "config.yaml").runs["run"], _Method(weighs=True), world=1)
 
 
 def test_a_cached_teacher_is_not_told_hard_tokens_of_a_causal_model():
@@ -121,10 +125,12 @@ def test_a_causal_model_is_not_taught_by_what_it_is(kind):
     words = ["data.objective=causal", "teacher.kind=self"]
     (line,) = _problems(*words, method=_Method(kind=kind))
     assert line.startswith("teacher.weights: current, but a causal LM always sees its rows")
-    validate(_run(*words), 1, _Method(kind="lm", wants=False))  # as any teacher it does not want
+    validate(
+        _run(*words), _Method(kind="lm", wants=False), world=1
+    )  # as any teacher it does not want
     for weights in ("frozen", "average"):
-        validate(_run(*words, f"teacher.weights={weights}"), 1, _Method(kind=kind))
-    validate(_run("teacher.kind=self"), 1, _Method(kind=kind))
+        validate(_run(*words, f"teacher.weights={weights}"), _Method(kind=kind), world=1)
+    validate(_run("teacher.kind=self"), _Method(kind=kind), world=1)
 
 
 def test_checkpoints_without_evaluation_where_it_does_not_select():
@@ -137,9 +143,9 @@ def test_checkpoints_without_evaluation_where_it_does_not_select():
         (_run(hard, "data.objective=causal"), lm, True),
         (_run(), evolution, False),
     ):
-        assert evaluation_selects(run, method) == selects
-    validate(_run(*every, hard), 1, _Method())
-    validate(_run(*every), 1, _Method(selects=False))
+        assert (masks_of(run).selects and method.selection() is not None) == selects
+    validate(_run(*every, hard), _Method(), world=1)
+    validate(_run(*every), _Method(selects=False), world=1)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +299,7 @@ def test_domains_must_match():
         "teacher.domains.b: no source has this domain; did you mean 'bb'?",
         "teacher.domains: no teacher for the domain 'bb' of data.sources",
     ]
-    validate(_run(ROUTED, SOURCES), 1, _Method())
+    validate(_run(ROUTED, SOURCES), _Method(), world=1)
 
 
 def test_all_at_once_under_the_name_of_the_run():
@@ -306,14 +312,14 @@ def test_all_at_once_under_the_name_of_the_run():
 
 
 def test_a_method_without_teacher_asks_nothing_of_it():
-    validate(_run("teacher=null"), 1, _Method(kind="lm", wants=False))
-    validate(_run(CACHED), 1, _Method(kind="lm", temperature=9.0, wants=False))
-    validate(_run(CACHED), 1)
+    validate(_run("teacher=null"), _Method(kind="lm", wants=False), world=1)
+    validate(_run(CACHED), _Method(kind="lm", temperature=9.0, wants=False), world=1)
+    assert not list(problems_of(_run(CACHED), world=1))
 
 
 def test_more_may_be_used_of_a_cache_captured_elsewhere():
     overrides = ["teacher={kind: cached, path: x, use_k: 64}", "data.masking.draws=1"]
-    validate(_run(*overrides), 1, _Method())
+    validate(_run(*overrides), _Method(), world=1)
 
 
 def test_cache_folders():

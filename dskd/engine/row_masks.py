@@ -1,0 +1,90 @@
+"""How the training rows of a run are masked, and what the run does for that besides.
+
+A kind of ``data.masking`` that needs more than random numbers (a store of what a model thinks of
+the tokens) derives from :class:`RowMasks`; the core knows it by its line in :data:`MASKS` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+
+from torch import nn
+
+from dskd.data.views import Reader, View, view_for
+from dskd.engine.hooks import StepHooks
+from dskd.engine.stage import Stage, StageContext
+from dskd.settings.model import Model
+from dskd.settings.run import Run
+from dskd.system import dist
+
+MASKS: dict[str, str] = {
+    "random": "dskd.engine.row_masks:RowMasks",
+    "hard_tokens": "dskd.hardness.row_masks:HardTokenMasks",
+}
+"""By ``data.masking.kind``, ``module:Class``; imported when needed: they lie in rooms above."""
+
+
+class RowMasks:
+    """Masks that are drawn at random, or none: those of a causal LM. The base of other kinds.
+
+    Attributes:
+        selects: whether the validation loss, which is of random masks, says which checkpoint of a
+            run with these masks is the best.
+    """
+
+    selects: bool = True
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def problems(self, columns: frozenset[str], *, cached: bool) -> Iterator[tuple[str, str]]:
+        """What of the run does not go with these masks: names of settings, and what is wrong.
+
+        Args:
+            columns: those of a batch that the method's loss reads.
+            cached: whether a teacher is a cached one.
+        """
+        del columns
+        masked = self._run.data.objective == "masked"
+        if cached and masked and self._run.data.masking.draws is None:
+            yield (
+                "data.masking.draws",
+                "missing; a cached teacher holds so many masks of each row (epoch e uses"
+                " e % draws)",
+            )
+
+    def models(self) -> Mapping[str, Model]:
+        """Models that are needed for the masks alone, by the name of their setting."""
+        return {}
+
+    def stages(self) -> Sequence[Stage]:
+        """What a run must make once, before its rows can be masked."""
+        return ()
+
+    def view(self, context: StageContext) -> View:
+        """What training rows look like (collective)."""
+        prepared = context.prepared
+        with dist.agreed():
+            return view_for(self._run.data, prepared.tokenizer, self._run.seed)
+
+    def readers(self, context: StageContext) -> Sequence[Reader]:
+        """What adds columns to the batches."""
+        del context
+        return ()
+
+    def hooks(self, context: StageContext, student: nn.Module) -> StepHooks | None:
+        """What keeps the masks up to date while the student trains; None: nothing.
+
+        Args:
+            context: of the run.
+            student: the model under training; it may be in its engine by the time it is needed.
+        """
+        del context, student
+        return None
+
+
+def masks_of(run: Run) -> RowMasks:
+    """The masks of a run's training rows, by the kind that its settings name."""
+    module, _, name = MASKS[run.data.masking.kind].partition(":")
+    return getattr(import_module(module), name)(run)

@@ -54,6 +54,15 @@ class StepHooks:
     defines_export: bool = False
     """Whether :meth:`exported` makes the model that is written out; if not, it is the student."""
 
+    @property
+    def touches_weights(self) -> bool:
+        """Whether :meth:`before_step` or :meth:`after_step` does anything. Only then are the shards
+        looked up: that takes time, and the shards of some of DeepSpeed's optimizers are not
+        known."""
+        own = type(self)
+        before, after = StepHooks.before_step, StepHooks.after_step
+        return own.before_step is not before or own.after_step is not after
+
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The optimiser's parameter groups, given those of a run without these hooks.
 
@@ -170,6 +179,11 @@ class HookChain(StepHooks):
         assert len(exporting) <= 1, f"several hooks define the exported model: {exporting}"
         self._exporting = self._hooks[exporting[0]] if exporting else None
         self.defines_export = self._exporting is not None
+
+    @property
+    def touches_weights(self) -> bool:
+        """Whether any of the hooks does."""
+        return any(each.touches_weights for each in self._hooks.values())
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The groups as each of the hooks leaves them to the next."""

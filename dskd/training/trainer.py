@@ -185,15 +185,16 @@ class Trainer:
     def _update(self, lr: float) -> tuple[bool, Tensor | None]:
         """The optimiser's step and the hooks around it; whether it was taken, and the norm of the
         gradient before clipping, on the device."""
-        engine, step = self._engine, self._progress.step
+        engine, hooks, step = self._engine, self._hooks, self._progress.step
         engine.set_rate(lr)
-        self._hooks.before_step(engine.weights(gradients=True), step, lr)
+        if hooks.touches_weights:
+            hooks.before_step(engine.weights(gradients=True), step, lr)
         plain = engine.stage == 0 and self._precision == "fp32"  # DeepSpeed keeps no norm there
         before = engine.grad_norm() if plain else None
         applied = engine.step()
         norm = engine.grad_norm() if before is None else before
-        if applied:
-            self._hooks.after_step(engine.weights(gradients=False), step, lr)
+        if applied and hooks.touches_weights:
+            hooks.after_step(engine.weights(gradients=False), step, lr)
         return applied, norm
 
     def _read(

@@ -123,6 +123,8 @@ def test_no_hooks_do_nothing(tmp_path):
     groups = [{"params": []}]
     assert chain.groups(groups) is groups
     assert not chain.waits(0) and chain.complete(0) and not chain.defines_export
+    assert not chain.touches_weights and not HookChain({"idle": StepHooks()}).touches_weights
+    assert chain_of(Recorded("a", [])).touches_weights
     assert chain.state() == chain.rates() == {}
     chain.save(tmp_path)
     assert not list(tmp_path.iterdir())

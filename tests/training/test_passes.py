@@ -11,7 +11,7 @@ from torch import Tensor
 from dskd.batch import Batch, Positions, Signal, Term
 from dskd.engine.checkpoints import Selection
 from dskd.engine.engine import Engine, decay_groups
-from dskd.engine.hooks import Probe, StepHooks
+from dskd.engine.hooks import HookChain, Probe, StepHooks
 from dskd.engine.shards import ParameterShards
 from dskd.methods.lm import LanguageModelling
 from dskd.models.families import positions_of
@@ -119,6 +119,30 @@ class LooksBack(StepHooks):
             self.worst.append(difference / largest)
 
 
+def trainer_of(
+    ds: dict[str, Any], precision: str, hooks: StepHooks, dropout: bool
+) -> tuple[Trainer, Engine]:
+    """A loop of single steps over the stream."""
+    model = make("bert", ds=ds, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    model = model.train() if dropout else without_dropout(model)
+    objective = Objective(model, METHOD, None)
+    engine = Engine(objective, decay_groups(objective, 0.01, False), ds, monitor=False)
+    trainer = Trainer(
+        run=Run(train=Train(steps=STEPS, lr=0.01)),
+        precision=precision,
+        method=METHOD,
+        hooks=hooks,
+        engine=engine,
+        loader=Stream(),
+        evaluate=dict,
+        scored=Selection(),
+        checkpoints=None,
+        metrics=None,
+        progress=Progress(),
+    )
+    return trainer, engine
+
+
 def trained(
     rank: int,
     stage: int,
@@ -131,32 +155,14 @@ def trained(
     """Losses and norms of a few steps, the weights at the end, and the largest differences."""
     del rank
     ds = settings(stage, precision, world, offload)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = make("bert", ds=ds, dtype=dtype)
-    model = model.train() if dropout else without_dropout(model)
-    objective = Objective(model, METHOD, None)
-    engine = Engine(objective, decay_groups(objective, 0.01, False), ds, monitor=False)
-    progress = Progress()
-    trainer = Trainer(
-        run=Run(train=Train(steps=STEPS, lr=0.01)),
-        precision=precision,
-        method=METHOD,
-        hooks=StepHooks() if hooks is None else hooks,
-        engine=engine,
-        loader=Stream(),
-        evaluate=dict,
-        scored=Selection(),
-        checkpoints=None,
-        metrics=None,
-        progress=progress,
-    )
+    trainer, engine = trainer_of(ds, precision, StepHooks() if hooks is None else hooks, dropout)
     numbers = []
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        trainer._progress.step = step
         result = trainer.step(stop=False)
         assert result.applied
-        progress.step += 1
         numbers += [result.loss, result.grad_norm]
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in engine.module.student.named_parameters()]
     weights = engine.weights(gradients=False).wholes(names)
     found = {name: whole.tolist() for name, whole in weights}
     return numbers, found, [] if hooks is None else hooks.worst
@@ -187,3 +193,16 @@ def test_a_probe_leaves_no_trace(stage, world, precision, offload):
         for hooks in (LooksBack(None), None)
     )
     assert with_probe == without
+
+
+def _with_fp32_sums(rank: int, hooks: StepHooks) -> bool:
+    """ZeRO-1 that sums bf16 gradients in fp32 has an optimizer whose shards are not known."""
+    ds = settings(1, "bf16", 1, offload=False) | {"data_types": {"grad_accum_dtype": "fp32"}}
+    trainer, _ = trainer_of(ds, "bf16", hooks, dropout=False)
+    return trainer.step(stop=False).applied
+
+
+def test_shards_that_no_hook_looks_at_need_not_be_known():
+    assert run_ranks(_with_fp32_sums, HookChain({"idle": StepHooks()}), world=1) == [True]
+    with pytest.raises(AssertionError, match="BF16_Optimizer, whose weights and gradients"):
+        run_ranks(_with_fp32_sums, LooksBack(None), world=1)

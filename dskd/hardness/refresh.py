@@ -217,8 +217,8 @@ class HardnessStores:
                 f"checkpoints after step {max(earlier)} in {folder}"
             )
         return (
-            f"it holds the scores of the student after step {step}, of which no checkpoint is left; to "
-            f"train again from the beginning, delete {folder.parent}"
+            f"it holds the scores of the student after step {step}, of which no checkpoint is "
+            f"left: to train again from the beginning, delete {folder.parent}"
         )
 
     def _remove_unread(self) -> None:

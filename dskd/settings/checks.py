@@ -19,7 +19,7 @@ Problems = Iterator[tuple[str, str]]
 
 
 class Method(Protocol):
-    """What the checks ask of a method; ``temperature`` only if it wants a teacher."""
+    """What the checks need of a method; ``temperature`` only if it wants a teacher."""
 
     kind: str
     temperature: float
@@ -244,7 +244,10 @@ def _method(run: Run, method: Method) -> Problems:
             )
     hard = run.data.masking if isinstance(run.data.masking, HardTokens) else None
     if caches and hard is not None and causal:
-        yield "teacher.kind", "cached, which cannot be told hard tokens; use a live teacher"
+        yield (
+            "teacher.kind",
+            "cached, but a causal LM is to weigh hard tokens; use a live teacher",
+        )
     elif caches and hard is not None and hard.refresh is not None:
         yield (
             "data.masking.refresh",

@@ -11,7 +11,7 @@ from dskd.settings.parsing import show
 from dskd.settings.run import Run
 
 # Settings that say where, how fast or how far, but not what comes out.
-_FREE = re.compile(
+_WITHOUT_EFFECT = re.compile(
     r"(?:out|until|deepspeed|log_every|checkpoint\..*|evaluation\.(?:every|micro_batch)|data\.folder"
     r"|data\.(?:sources|validation)\.\d+\.path"  # the rows' content is compared instead
     r"|data\.masking\.(?:store|micro_batch|rows_per_shard)"
@@ -20,7 +20,7 @@ _FREE = re.compile(
 )
 
 
-# Settings that choose among a model's answers, or what becomes of the chosen tokens.
+# Settings that choose among the scored tokens, or what becomes of the chosen ones.
 _SELECTION = {
     *("threshold", "metric", "quantile", "least", "most", "probability"),
     *("keep", "random", "replacement", "sampler", "refresh", "draws"),
@@ -41,15 +41,16 @@ def differences(a: Run, b: Run, *, selection: bool = True) -> list[str]:
     """
     old, new = a.model_dump(mode="json"), b.model_dump(mode="json")
     if not selection and isinstance(b.data.masking, HardTokens):
-        asked = {"probability"} if b.data.masking.shown == "mask" else set()  # it sets the passes
+        # Where masked tokens are scored, the probability is the share of each pass.
+        scored = {"probability"} if b.data.masking.shown == "mask" else set()
         for masking in (old["data"]["masking"], new["data"]["masking"]):
-            for name in masking.keys() & _SELECTION - asked:
+            for name in masking.keys() & _SELECTION - scored:
                 del masking[name]
     return list(_changes(old, new, ""))
 
 
 def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
-    if _FREE.match(name) or old == new:
+    if _WITHOUT_EFFECT.match(name) or old == new:
         return
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))

@@ -130,7 +130,7 @@ class _Reader:
         self.built[name] = run
 
     def finish(self, names: Iterable[str]) -> dict[str, Run]:
-        """The runs, if nothing is wrong; a problem that all runs share is told once."""
+        """The runs, if nothing is wrong; a problem that all runs share is named once."""
         names = list(names)
         lines = dict.fromkeys(line(*problem) for problem in self.problems.pop("", []))
         for name, problems in self.problems.items():
@@ -166,7 +166,7 @@ class _Reader:
             near = nearest(name, self.built)
             raise ConfigError(f"'run:{name}' names no earlier run{near}; earlier ones: {earlier}")
         run = self.built[name]
-        if run is None:  # what is wrong with it is told already
+        if run is None:  # what is wrong with it is named already
             return f"run:{name}"
         if place[-2:-1] in (("model",), ("tokenizer",)):
             return str(run.out / "export")

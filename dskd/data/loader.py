@@ -22,7 +22,6 @@ from dskd.batch import Batch
 from dskd.data.counter import mix
 from dskd.data.prepared import RowBatch, RowSet
 from dskd.data.views import Reader, Shown, View
-from dskd.errors import ConfigError
 
 _ORDER = 5  # stream of random numbers, apart from those of the masks
 
@@ -33,19 +32,16 @@ class Loader:
     Args:
         rowset: the training rows.
         view: makes inputs and labels of them.
-        batch: rows of an optimiser step over all ranks.
+        batch: rows of an optimiser step over all ranks, a multiple of ``micro_batch * world``.
         micro_batch: rows of a forward pass on a rank.
         rank: this rank.
         world: number of ranks.
         seed: of the order.
         readers: add columns to the batches.
-        ready: whether the batch of a position can be made yet; None: always. It is made when it is
-            asked for, not before, if it could not be by then.
+        ready: whether the batch of a position can be made yet; None: always. If it cannot, it is
+            made when it is needed, and not by the thread.
         position: optimiser steps already taken.
         pin: put the tensors into page-locked memory, for asynchronous copies to a GPU.
-
-    Raises:
-        ConfigError: ``batch`` is no multiple of ``micro_batch * world``.
     """
 
     def __init__(
@@ -63,11 +59,7 @@ class Loader:
         position: int = 0,
         pin: bool = False,
     ) -> None:
-        if batch % (micro_batch * world):
-            raise ConfigError(
-                f"train.batch: {batch} is no multiple of train.micro_batch ({micro_batch}) times "
-                f"the number of ranks ({world})"
-            )
+        assert batch % (micro_batch * world) == 0, (batch, micro_batch, world)
         self.position = position
         self._rowset = rowset
         self._view = view

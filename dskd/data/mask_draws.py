@@ -60,7 +60,7 @@ class Replacer:
         seed: of the run.
 
     Raises:
-        ConfigError: the shares exceed 1, or the tokenizer has no mask token.
+        ConfigError: the tokenizer has no mask token.
     """
 
     def __init__(self, masking: MaskShares, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
@@ -77,7 +77,7 @@ class Replacer:
         chosen_BT: NDArray[np.bool_],
         drawn_at_BT: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows without the chosen tokens, which are asked for.
+        """The rows without the chosen tokens, which become the labels.
 
         Args:
             draws_B: the draw of each row.
@@ -88,7 +88,7 @@ class Replacer:
                 None: its own.
 
         Returns:
-            inputs_BT, labels_BT: int64; labels are IGNORE where nothing is asked.
+            inputs_BT, labels_BT: int64; labels are IGNORE where nothing is predicted.
         """
         rows, places = np.nonzero(chosen_BT)
         labels_BT = np.full_like(ids_BT, IGNORE)
@@ -120,15 +120,12 @@ class Replacer:
 
 
 def checked_mask_id(masking: MaskShares, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The mask token.
+    """The mask token's id, to be put where a selected token is neither kept nor made random.
 
     Raises:
-        ConfigError: the shares exceed 1, or there is none.
+        ConfigError: there is none.
     """
-    if masking.keep + masking.random > 1:
-        raise ConfigError(
-            f"data.masking: keep ({masking.keep}) and random ({masking.random}) exceed 1 together"
-        )
+    assert masking.keep + masking.random <= 1, masking  # settings.checks refuses it by name
     if tokenizer.mask_token_id is None:
         raise ConfigError(
             "data.tokenizer: the masked objective needs a tokenizer with a mask token"

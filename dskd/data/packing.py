@@ -100,7 +100,7 @@ class Items(NamedTuple):
 
 
 class Encoder:
-    """Documents to items, in the form the objective asks for.
+    """Documents to items, in the form that the objective needs.
 
     Masked: a sentence is a line without the space around it, and ends with the end token; a lone
     end token follows each document, as the original's blank lines became. Causal: a sentence is a

@@ -200,10 +200,10 @@ def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
 
     def described(source: Source) -> dict[str, Any]:
         # Where local text lies does not matter; a HubSource's path may name a builder or a hub id.
-        told = source.model_dump(
+        settings = source.model_dump(
             mode="json", exclude=None if isinstance(source, HubSource) else {"path"}
         )
-        return {**told, "content": sources.content_hash(source)}
+        return {**settings, "content": sources.content_hash(source)}
 
     return fingerprint(
         {

@@ -22,7 +22,6 @@ from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
 from dskd.data.mask_draws import Replacer, maskable, number, order_keys, smallest
 from dskd.data.prepared import RowBatch
 from dskd.data.tokenizers import continues_word, special_ids, tokenizer_fingerprint
-from dskd.errors import ConfigError
 from dskd.settings.data import Data, Masking, MaskShares
 from dskd.system.files import fingerprint
 
@@ -91,7 +90,7 @@ class MaskedView:
     Random tokens come evenly from the vocabulary without the special tokens.
 
     Raises:
-        ConfigError: the shares exceed 1, the tokenizer has no mask token, or its words are unknown.
+        ConfigError: the tokenizer has no mask token, or where its words begin is unknown.
     """
 
     def __init__(self, masking: Masking, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
@@ -147,13 +146,12 @@ class FairseqView:
     """The masks of the original Knowledge Inheritance code (fairseq 0.9), bit for bit.
 
     Raises:
-        ConfigError: the vocabulary is not laid out as fairseq's, or whole words are asked for.
+        ConfigError: the vocabulary is not laid out as fairseq's.
     """
 
     def __init__(self, masking: Masking, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self._mask_row = FairseqMask(masking, tokenizer, "fairseq")
-        if masking.whole_word:
-            raise ConfigError("data.masking.whole_word: the fairseq sampler selects tokens only")
+        assert not masking.whole_word, "settings.checks refuses it by name"
         self.draws = masking.draws
         self.fingerprint = _masking_fingerprint(masking, tokenizer, seed)
         self._seed = seed

@@ -3,7 +3,7 @@
 The original masks every token whose negative log-likelihood exceeds 0.1 nat, always by the mask
 token, and by accident masks at random where a row has fewer than two of them. Here a row loses
 between ``least`` and ``most`` of its tokens: the hardest first, then random ones; and BERT's
-80/10/10 holds. The original's masks are to be had, bit for bit given what the store holds.
+80/10/10 holds. The original's masks are there, too, bit for bit given what the store holds.
 
 Shape letters: B rows, T tokens, N supervised positions, V vocabulary.
 """
@@ -48,7 +48,7 @@ class HardView:
         scores: fingerprint of the first store.
 
     Raises:
-        ConfigError: the shares exceed 1, or the tokenizer has no mask token.
+        ConfigError: the tokenizer has no mask token.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""What a hardness store says under some settings: ``dskd hard-tokens``.
+"""Tables of a hardness store under some settings: ``dskd hard-tokens``.
 
 How many tokens are hard and how many of them would be masked, by domain; how the negative
-log-likelihoods (NLL) are spread; and which tokens are hard most often. Nothing is trained or asked,
-so a threshold or a metric can be chosen before it is used: ``data.masking.threshold=0.5``.
+log-likelihoods (NLL) are spread; and which tokens are hard most often. No model runs, so a
+threshold or a metric can be chosen before it is used: ``data.masking.threshold=0.5``.
 
 Shape letters: B rows, T tokens, N counted tokens, D domains, V vocabulary.
 """
@@ -118,7 +118,7 @@ def show(
         overrides: ``a.b=value``, laid on its settings.
         plot: an image file to write, if any.
         top: number of tokens to show.
-        epoch: whose masks, and with ``refresh`` whose answers, to look at; 0 is the first.
+        epoch: whose masks, and with ``refresh`` whose scores, to look at; 0 is the first.
 
     Raises:
         ConfigError: no single run there has a masking of hard tokens, or its settings are wrong.
@@ -135,9 +135,9 @@ def show(
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    # The model is not at hand, so whose answers they are is told and not checked.
+    # The model is not at hand, so which one scored the tokens is printed and not checked.
     model = hardness.store.spec.fingerprints["model"]
-    print(f"answers in {hardness.store.folder}, of the model with fingerprint {model}")
+    print(f"scores in {hardness.store.folder}, of the model with fingerprint {model}")
     for table in (_shares(run, found), _spread(found), _tokens(found, names)):
         console.print(table)
     if plot is not None:

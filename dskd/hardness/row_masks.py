@@ -54,7 +54,10 @@ class HardTokenMasks(RowMasks):
         if not cached:
             return
         if self._causal:
-            yield "teacher.kind", "cached, which cannot be told hard tokens; use a live teacher"
+            yield (
+                "teacher.kind",
+                "cached, but a causal LM is to weigh hard tokens; use a live teacher",
+            )
         elif refresh is not None:
             yield (
                 f"{_PLACE}.refresh",

@@ -116,8 +116,8 @@ class Masking(MaskShares):
 class HardTokens(MaskShares):
     """Masking of the tokens that a model finds hard (Self-Evolution).
 
-    The model is asked once, before training; a store keeps its answers for every token, so all
-    that chooses among them can be changed without asking again. Validation rows are masked at
+    The model scores every token once, before training; a store keeps the scores, so all that
+    chooses among them can be changed without scoring again. Validation rows are masked at
     random. For causal LMs the hard tokens are labels that the method weighs; without such a method
     they are refused, as are settings that only masks need (``least``, ``replacement`` ...).
     """
@@ -127,10 +127,10 @@ class HardTokens(MaskShares):
     """Folder of the first store, filled by this run as far as it is not; ``run:NAME`` is that of
     another run of the recipe; null: ``<out>/questions``. Later ones are the run's own."""
     model: Model | None = None
-    """The model that is asked; null: the run's own before training, as in the paper."""
+    """The model that scores; null: the run's own before training, as in the paper."""
     shown: Literal["token", "mask"] = "token"
-    """What the model sees where it is asked: ``token``: the token itself (the paper; one pass over
-    the rows); ``mask``: the mask token (1 / ``probability`` passes, each asking another share of
+    """What the model sees where it scores: ``token``: the token itself (the paper; one pass over
+    the rows); ``mask``: the mask token (1 / ``probability`` passes, each scoring another share of
     the tokens)."""
     metric: Annotated[Literal["confidence", "correctness", "quantile"], CHOSEN_LATER] = "confidence"
     """Which tokens are hard: ``confidence``: those whose negative log-likelihood is above
@@ -150,7 +150,7 @@ class HardTokens(MaskShares):
     """``counter``: as above; ``original``: those of the original Self-Evolution code, bit for bit
     up to the store's float16; ``least``, ``most`` and ``replacement`` play no part."""
     refresh: Annotated[int | None, CHOSEN_LATER] = Field(None, ge=1)
-    """Ask again, and then the current student, every so many epochs; null: never."""
+    """Score again, and then by the current student, every so many epochs; null: never."""
     micro_batch: Annotated[int, FREE] = Field(16, ge=1)
     """Rows that are scored at a time, per rank."""
     rows_per_shard: Annotated[int, FREE] = Field(1024, ge=1)

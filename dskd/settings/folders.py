@@ -98,8 +98,8 @@ def cache_folder(run: Run, domain: str | None = None) -> Path:
 
 
 def questions_folder(run: Run, refresh_index: int = 0) -> Path:
-    """Where a run whose masking is of hard tokens keeps what the model said before training, or the
-    student after ``refresh_index`` times ``refresh`` epochs."""
+    """Where a run whose masking is of hard tokens keeps the model's scores from before training, or
+    the student's after ``refresh_index`` times ``refresh`` epochs."""
     masking = run.data.masking
     assert isinstance(masking, HardTokens), masking
     if refresh_index:

@@ -141,7 +141,7 @@ class _Reader:
         self.built[name] = run
 
     def finish(self, names: Iterable[str]) -> dict[str, Run]:
-        """The runs, if nothing is wrong; a problem that all runs share is told once."""
+        """The runs, if nothing is wrong; a problem that all runs share is named once."""
         names = list(names)
         lines = dict.fromkeys(line(*problem) for problem in self.problems.pop("", []))
         for name, problems in self.problems.items():

@@ -68,7 +68,7 @@ class Layout:
         domain: the only domain whose rows are kept; None: all rows.
 
     Raises:
-        ConfigError: k or the vocabulary is out of range, or the temperatures are.
+        ConfigError: k or the vocabulary is out of range.
     """
 
     k: int
@@ -90,10 +90,8 @@ class Layout:
                 f"a logit cache holds at most {MAX_VOCABULARY} token ids, the vocabulary has "
                 f"{self.vocabulary}"
             )
-        if not all(math.isfinite(t) and t > 0 for t in self.temperatures):
-            raise ConfigError(f"teacher.temperatures: {list(self.temperatures)} are not all > 0")
-        if len(set(self.temperatures)) < len(self.temperatures):
-            raise ConfigError(f"teacher.temperatures: {list(self.temperatures)} repeats one")
+        assert all(math.isfinite(t) and t > 0 for t in self.temperatures), self.temperatures
+        assert len(set(self.temperatures)) == len(self.temperatures), self.temperatures
 
     def columns(self) -> dict[str, Column]:
         """The store's columns."""
@@ -292,7 +290,7 @@ class CachedLogits:
         """
         names = (*self._cache.layout.parts("ids"), "logprobs", "tail")
         counts_B, columns = self._cache.read(rows, *names)
-        assert (counts_B == (shown.labels_BT != IGNORE).sum(1)).all(), "masks of something else"
+        assert (counts_B == (shown.labels_BT != IGNORE).sum(1)).all(), "logits of other masks"
         k = self._k
         logprobs_NK = torch.from_numpy(columns["logprobs"]).float()  # 2x faster than numpy's cast
         tail_N = columns["tail"][:, self._tail]

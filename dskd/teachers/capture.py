@@ -46,7 +46,7 @@ def capture(
         domain: index of the only domain whose rows are captured; None: all rows.
 
     Raises:
-        ConfigError: the settings do not fit the vocabulary or the view.
+        ConfigError: the settings do not fit the vocabulary, or no row is of the domain.
         StoreError: the folder holds another cache, or cannot be written.
         NonFiniteError: the teacher's logits are not finite.
     """
@@ -58,8 +58,7 @@ def capture(
             raise ConfigError(
                 f"teacher.domains.{prepared.domains[domain]}: no training row is of this domain"
             )
-    if view.draws is None:
-        raise ConfigError("data.masking.draws: missing; a cache holds so many masks of each row")
+    assert view.draws is not None, "settings.checks asks for data.masking.draws"
     layout = Layout(
         k=cached.k,
         vocabulary=vocabulary_size(prepared.tokenizer),

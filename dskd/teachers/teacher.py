@@ -1,7 +1,8 @@
 """Teachers: what gives a signal for the supervised positions of a batch.
 
-A live teacher is a frozen model run on the batch; a cached one reads what the loader attached to
-it; a routed one asks each row's domain teacher; a student may be its own, as it is at that step.
+A live teacher is a frozen model run on the batch; the signal of a cached one is in columns that the
+loader added to it; routed ones run each row's domain teacher; a student may be its own, as it is at
+that step.
 All return a Signal in the order of the batch, so that a loss cannot tell them apart.
 """
 

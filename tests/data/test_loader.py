@@ -10,7 +10,7 @@ from dskd.batch import IGNORE, Batch
 from dskd.data.loader import Loader
 from dskd.data.prepared import Prepared, RowBatch
 from dskd.data.views import Shown, view_for
-from dskd.errors import ConfigError, StoreError
+from dskd.errors import StoreError
 from dskd.settings.data import Data
 
 SEED = 3
@@ -135,10 +135,3 @@ def test_error_of_the_thread_reaches_the_caller(prepared: Prepared) -> None:
 
     with pytest.raises(StoreError, match="shard 3 is gone"):
         steps(loader(prepared, readers=(reader,)), 1)
-
-
-def test_indivisible_batch_is_refused(prepared: Prepared) -> None:
-    with pytest.raises(ConfigError, match=r"train.batch: 8 .* train.micro_batch \(3\)"):
-        loader(prepared, micro_batch=3)
-    with pytest.raises(ConfigError, match=r"number of ranks \(3\)"):
-        loader(prepared, world=3)

@@ -52,7 +52,7 @@ def fill(run, name="questions", model="M", more=0.0):
 
 
 def make_run(folder: Path, *overrides: str):
-    """The folder of a run whose model was asked: two domains, the second of one sentence."""
+    """The folder of a run whose model scored its rows: two domains, the second of one sentence."""
     make_corpus(folder / "a.txt", 60)
     (folder / "b.txt").write_text("\n\n".join(f"a cat number {i} sat" for i in range(80)))
     sources = [f"{{kind: text, path: {folder / x}.txt, domain: {x}}}" for x in "ab"]
@@ -150,7 +150,7 @@ def test_printed(made, capsys, tmp_path):
     assert main(["hard-tokens", str(run.out), "--plot", str(plot), "--top", "3"]) == 0
     out = capsys.readouterr().out
     assert "Hard tokens: NLL above 0.1 nats" in out
-    assert out.startswith(f"answers in {run.out}/questions, of the model with fingerprint M\n")
+    assert out.startswith(f"scores in {run.out}/questions, of the model with fingerprint M\n")
     lines = [[cell.strip() for cell in line.split(BAR)[1:-1]] for line in out.splitlines()]
     rows = {cells[0]: cells[1:] for cells in reversed(lines) if cells}  # the first of a name
     tokens, hard = int(found.tokens_D.sum()), int(found.hard_D.sum())
@@ -182,13 +182,13 @@ def test_other_settings_can_be_tried(made, capsys):
 
 
 def test_a_later_epoch(made, capsys):
-    """The masks are those of that epoch, and of the student that was asked before it."""
+    """The masks are those of that epoch, and of the student that scored the rows before it."""
     run, prepared, hardness = made
     _, later = fill(run, "questions-epoch-00002", model="S", more=1.0)
     refresh = "data.masking.refresh=2"
     found = find(run_at(run.out, [refresh]), prepared, later, epoch=3)
     assert found.hard_D.tolist() == found.tokens_D.tolist()  # all are 1 nat harder
-    begins = f"answers in {run.out}/questions"
+    begins = f"scores in {run.out}/questions"
     for epoch, words in (
         (0, f"{begins}, of the model with fingerprint M\n"),
         (3, f"{begins}-epoch-00002, of the model with fingerprint S\n"),

@@ -114,10 +114,12 @@ def test_a_causal_run_can_be_read_back(tmp_path):
     validate(read(tmp_path / "config.yaml").runs["run"], _Method(weighs=True), world=1)
 
 
-def test_a_cached_teacher_is_not_told_hard_tokens_of_a_causal_model():
+def test_a_cached_teacher_is_refused_with_hard_tokens_of_a_causal_model():
     words = [*CAUSAL_HARD, "teacher={kind: cached, path: somewhere}"]
     (line,) = _problems(*words, method=_Method(weighs=True))
-    assert line == "teacher.kind: cached, which cannot be told hard tokens; use a live teacher"
+    assert (
+        line == "teacher.kind: cached, but a causal LM is to weigh hard tokens; use a live teacher"
+    )
 
 
 @pytest.mark.parametrize("kind", ["ki", "self_evolution"])

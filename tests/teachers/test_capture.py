@@ -180,13 +180,6 @@ def test_complete_cache_needs_no_teacher(tmp_path, folders, monkeypatch):
         capture(cached(), no_teacher, *ask, fingerprints={**PRINTS, "teacher": "other"}, device=CPU)
 
 
-def test_masks_that_differ_in_every_epoch_cannot_be_cached(tmp_path, folders):
-    prepared = open_prepared(folders["masked"])
-    view = view_for(data_of("masked", draws=None), prepared.tokenizer, 1)
-    with pytest.raises(ConfigError, match=r"data.masking.draws: missing"):
-        capture(cached(), lambda: None, prepared, view, tmp_path, fingerprints={}, device=CPU)
-
-
 def test_more_logits_than_tokens_are_refused(tmp_path, folders):
     prepared = open_prepared(folders["masked"])
     with pytest.raises(ConfigError, match=r"teacher.k: 301 is not between 1 and the 300 tokens"):

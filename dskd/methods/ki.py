@@ -7,15 +7,23 @@ from __future__ import annotations
 
 from typing import Literal
 
+from transformers import PreTrainedConfig
+
 from dskd.batch import Batch, Rows, Signal, Term
 from dskd.methods.base import Method
 from dskd.methods.inheritance_loss import Inherited
+from dskd.settings.run import Run
 
 
 class KnowledgeInheritance(Inherited, Method):
-    """Cross entropy with the labels and, while alpha lasts, KL from the teacher."""
+    """Cross entropy with the labels and, while alpha lasts, a divergence from the teacher."""
 
     kind: Literal["ki"] = "ki"
+
+    def check(self, run: Run, config: PreTrainedConfig | None) -> None:
+        """Refuse a divergence that the teacher cannot give."""
+        del config
+        self.check_teacher(run, "method")
 
     def rates(self, step: int) -> dict[str, float]:
         """``alpha``."""

@@ -114,6 +114,8 @@ class WeightInheritance(Method):
         if train.compile:
             raise ConfigError("train.compile: layers that method wid changes cannot be compiled")
         self._check_rule()
+        if self.inherit is not None:
+            self.inherit.check_teacher(run, "method.inherit")
         itself = run.teacher if isinstance(run.teacher, SelfTeacher) else None
         if itself is not None and self.wants_teacher() and itself.weights == "current":
             raise ConfigError(

@@ -165,3 +165,17 @@ def topk_of(
     if tail_N is not None:
         tail_N = vector("tail", tail_N, student_NV)
     return ids_NK.contiguous(), logprobs_NK.detach().to(dtype).contiguous(), tail_N
+
+
+def at_temperature(
+    logprobs_NK: Tensor, tail_N: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities and tail at a temperature, from those of a ``TopKTeacher``.
+
+    Scaled to mass 1 together, or without a tail the kept tokens by themselves.
+    """
+    logits_NK = logprobs_NK / temperature
+    if tail_N is None:
+        return logits_NK.log_softmax(1), None
+    buckets_NB = torch.cat((logits_NK, tail_N[:, None]), 1).log_softmax(1)
+    return buckets_NB[:, :-1], buckets_NB[:, -1]

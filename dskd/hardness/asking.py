@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dskd.batch import Batch, Dense, Rows
+from dskd.batch import Batch, DenseTeacher, Rows
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
 from dskd.errors import NonFiniteError
@@ -31,7 +31,7 @@ from dskd.system.log import bar, say
 
 _CHUNK = 1 << 24  # logits at once: bounds their float32 copies to some 64 MiB each
 
-Forward = Callable[[Batch], Rows | Dense]
+Forward = Callable[[Batch], Rows | DenseTeacher]
 """A model in eval mode on a batch of CPU tensors, up to its last linear map or with its logits."""
 
 
@@ -145,7 +145,7 @@ def ask(
 
 
 @torch.no_grad()
-def answers_of(said: Rows | Dense, labels_N: Tensor, vocabulary: int) -> Answers:
+def answers_of(said: Rows | DenseTeacher, labels_N: Tensor, vocabulary: int) -> Answers:
     """How hard the labels were to a model; its head runs once, by chunks of bounded memory.
 
     Args:
@@ -153,7 +153,7 @@ def answers_of(said: Rows | Dense, labels_N: Tensor, vocabulary: int) -> Answers
         labels_N: int64, their labels, on any device.
         vocabulary: number of real tokens; padding columns beyond are dropped.
     """
-    if isinstance(said, Dense):
+    if isinstance(said, DenseTeacher):
         labels_N = labels_N.to(said.logits_NV.device)
         logits_NV = said.logits_NV[:, :vocabulary]
         return _by_chunks(lambda part: logits_NV[part], labels_N, vocabulary)

@@ -224,7 +224,7 @@ class LogitCache:
         Returns:
             inputs_BT, labels_BT (IGNORE where nothing is asked), and by name, N supervised
             positions in row-major order: ``topk_ids`` int64 [N, K], ``topk_logprobs`` float32
-            [N, K] at temperature 1, ``tail`` float32 [N] (see :class:`dskd.batch.TopK`).
+            [N, K] at temperature 1, ``tail`` float32 [N] (see :class:`dskd.batch.TopKTeacher`).
 
         Raises:
             ConfigError: see :meth:`check`.

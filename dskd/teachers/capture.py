@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dskd.batch import Batch, Dense
+from dskd.batch import Batch, DenseTeacher
 from dskd.data.prepared import Prepared, RowSet
 from dskd.data.tokenizers import vocabulary_size
 from dskd.data.views import CausalView, View
@@ -106,11 +106,11 @@ def _fill(
 ) -> None:
     live = Live(model(), layout.vocabulary)
 
-    def forward(batch: Batch) -> Dense:
+    def forward(batch: Batch) -> DenseTeacher:
         # with the head here: a sharded one is a collective, and not every batch is scored
-        return Dense(live(batch.to(device)).logits_NV)
+        return DenseTeacher(live(batch.to(device)).logits_NV)
 
-    def score(batch: Batch, signal: Dense) -> dict[str, np.ndarray]:
+    def score(batch: Batch, signal: DenseTeacher) -> dict[str, np.ndarray]:
         return layout.encode(batch, signal.logits_NV)
 
     with bar("capturing logits") as report:

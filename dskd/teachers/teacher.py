@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dskd.batch import IGNORE, Batch, Dense, Projected, Signal, TopK
+from dskd.batch import IGNORE, Batch, DenseTeacher, ProjectedTeacher, Signal, TopKTeacher
 from dskd.models.families import rows_of
 from dskd.models.frozen import evaluating
 
@@ -39,10 +39,10 @@ class Live:
         self._vocabulary = vocabulary
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Projected:
+    def __call__(self, batch: Batch) -> ProjectedTeacher:
         """Run the model on the batch, up to its last linear map."""
         rows = rows_of(self._model, batch)
-        return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
+        return ProjectedTeacher(rows.hidden_ND, rows.projection, self._vocabulary)
 
 
 class Own:
@@ -62,11 +62,11 @@ class Own:
         self._vocabulary = vocabulary
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Projected:
+    def __call__(self, batch: Batch) -> ProjectedTeacher:
         """Run the student on the batch, up to its last linear map."""
         with evaluating(self._student):
             rows = rows_of(self._student, batch)
-        return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
+        return ProjectedTeacher(rows.hidden_ND, rows.projection, self._vocabulary)
 
 
 class Unmasked:
@@ -94,10 +94,12 @@ class Cached:
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
 
-    def __call__(self, batch: Batch) -> TopK:
+    def __call__(self, batch: Batch) -> TopKTeacher:
         """The attached rows of the cache."""
         extra = batch.extra
-        return TopK(extra["topk_ids"], extra["topk_logprobs"], {self._temperature: extra["tail"]})
+        return TopKTeacher(
+            extra["topk_ids"], extra["topk_logprobs"], {self._temperature: extra["tail"]}
+        )
 
 
 class Routed:
@@ -111,7 +113,7 @@ class Routed:
         self._by_domain = by_domain
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Dense:
+    def __call__(self, batch: Batch) -> DenseTeacher:
         """Run each teacher on its rows and put the logits in Rows order."""
         per_row_B = batch.supervised_BT.sum(1)
         domain_N = batch.domains_B.repeat_interleave(per_row_B)
@@ -126,7 +128,7 @@ class Routed:
             if len(rows_S):
                 whole_NV[domain_N == domain] = logits_MV.float()
         assert whole_NV is not None
-        return Dense(whole_NV)
+        return DenseTeacher(whole_NV)
 
 
 def _unsupervised_row(batch: Batch) -> Batch:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dskd.batch import Batch, Rows, Signal, Term, TopK
+from dskd.batch import Batch, Rows, Signal, Term, TopKTeacher
 from dskd.fused import reference
+from dskd.fused.per_token import at_temperature
 from dskd.methods.ki import KnowledgeInheritance
-from dskd.ops import topk_teacher
 
 
 class EagerInheritance(KnowledgeInheritance):
@@ -16,9 +16,10 @@ class EagerInheritance(KnowledgeInheritance):
     def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
         del batch
         alpha, heat, student_NV = self.alpha(step), self.temperature**2, rows.logits_NV
-        if isinstance(signal, TopK):
-            kept = topk_teacher(signal, self.temperature, self.topk)
-            parts = (kept.ids_NK, kept.logprobs_NK, kept.tail_N, self.topk)
+        if isinstance(signal, TopKTeacher):
+            tail_N = signal.tail_N[self.temperature] if self.topk == "tail" else None
+            kept = at_temperature(signal.logprobs_NK, tail_N, self.temperature)
+            parts = (signal.ids_NK, *kept, self.topk)
             kl_N = reference.topk_divergence(student_NV, *parts, temperature=self.temperature)
         else:
             kl_N = reference.divergence(student_NV, signal.logits_NV, temperature=self.temperature)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dskd import ops
-from dskd.batch import Dense, Projected, Rows, TopK
+from dskd.batch import DenseTeacher, ProjectedTeacher, Rows, TopKTeacher
 from dskd.errors import ConfigError
 from dskd.fused import reference
 from dskd.models.families import LinearProjection
@@ -17,7 +17,7 @@ def student_and_teacher(vocabulary):
     """Rows of a padded student, and a live teacher of the first columns."""
     own, other = LinearProjection(D, V).double(), LinearProjection(E, V).double()
     rows = Rows(normal(N, D).requires_grad_(), own, LABELS)
-    return rows, Projected(normal(N, E, seed=1), other, vocabulary)
+    return rows, ProjectedTeacher(normal(N, E, seed=1), other, vocabulary)
 
 
 def leaves(rows):
@@ -29,7 +29,7 @@ def test_the_reverse_kl_of_a_padded_student_is_of_the_shared_vocabulary(dense):
     rows, signal = student_and_teacher(W)
     found = ops.rows_kd(
         rows,
-        Dense(signal.logits_NV) if dense else signal,
+        DenseTeacher(signal.logits_NV) if dense else signal,
         kind="reverse_kl",
         temperature=2.0,
         label_weight=0.5,
@@ -63,7 +63,7 @@ def test_the_mixed_divergence_has_its_weight():
 def test_a_cached_teacher_gives_no_other_divergence():
     rows, _ = student_and_teacher(V)
     logprobs_NK, ids_NK = normal(N, V).log_softmax(1).topk(3, 1)
-    signal = TopK(ids_NK, logprobs_NK, {1.0: torch.full((N,), -1.0)})
+    signal = TopKTeacher(ids_NK, logprobs_NK, {1.0: torch.full((N,), -1.0)})
     assert ops.rows_kd(rows, signal, temperature=1.0).total > 0
     with pytest.raises(ConfigError, match=r"teacher: a cached teacher .* divergence, jsd, needs"):
         ops.rows_kd(rows, signal, kind="jsd", temperature=1.0)

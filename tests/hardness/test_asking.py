@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dskd.batch import Dense
+from dskd.batch import DenseTeacher
 from dskd.data.loader import make_batch
 from dskd.data.prepared import open_prepared, prepare
 from dskd.data.tokenizers import special_ids
@@ -145,7 +145,7 @@ class GoldenRows:
 
 def golden_forward(batch):
     logits_RTV = torch.tensor(STAGE1["logits"])
-    return Dense(logits_RTV[batch.row_ids_B][batch.supervised_BT])
+    return DenseTeacher(logits_RTV[batch.row_ids_B][batch.supervised_BT])
 
 
 def ask_golden(folder, prepared, forward=golden_forward):
@@ -180,7 +180,7 @@ def test_golden_scores(tmp_path, folders):
 def test_golden_scores_before_rounding():
     logits_NV = torch.tensor(STAGE1["logits"]).flatten(0, 1)
     labels_N = torch.tensor(STAGE1["tokens"]).flatten()
-    found = answers_of(Dense(logits_NV), labels_N, 8)
+    found = answers_of(DenseTeacher(logits_NV), labels_N, 8)
     real_N = labels_N != STAGE1["pad"]
     want_N = torch.tensor(STAGE1["expected"]["token_nll"]).flatten()
     assert found.nll_N.dtype == torch.float32 and found.wrong_N.dtype == torch.bool
@@ -190,7 +190,7 @@ def test_golden_scores_before_rounding():
 
 
 def test_a_tie_is_not_wrong():
-    found = answers_of(Dense(torch.tensor([[1.0, 1.0, 0.0]] * 3)), torch.arange(3), 3)
+    found = answers_of(DenseTeacher(torch.tensor([[1.0, 1.0, 0.0]] * 3)), torch.arange(3), 3)
     assert found.wrong_N.tolist() == [False, False, True]
 
 
@@ -272,7 +272,7 @@ def test_half_precision_logits_are_summed_in_float32():
     logits_NV = torch.randn(50, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels_N = torch.arange(50) * 7
     want_N = cross_entropy(logits_NV.double(), labels_N, reduction="none").float()
-    found = answers_of(Dense(logits_NV), labels_N, 3000)
+    found = answers_of(DenseTeacher(logits_NV), labels_N, 3000)
     torch.testing.assert_close(found.nll_N, want_N, rtol=1e-6, atol=1e-6)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dskd.batch import IGNORE, Batch, Dense, Projected, Rows
+from dskd.batch import IGNORE, Batch, DenseTeacher, ProjectedTeacher, Rows
 from dskd.errors import ConfigError
 from dskd.methods.base import METHODS, Method, build_method
 from dskd.models.families import LinearProjection
@@ -66,9 +66,9 @@ class Toy:
         signal = None
         if method.needs_teacher(step):
             hidden_ND = self.teacher[batch.ids_BT[chosen_BT]]
-            signal = Projected(hidden_ND, self.teacher_head, VOCABULARY)
+            signal = ProjectedTeacher(hidden_ND, self.teacher_head, VOCABULARY)
             if self.kind == "dense":
-                signal = Dense(signal.logits_NV)
+                signal = DenseTeacher(signal.logits_NV)
             if self.kind == "topk":
                 signal = top_k(signal.logits_NV, 4, method.temperature)
         return method.loss(rows, signal, batch, step)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dskd.batch import IGNORE, Batch, Dense, Rows
+from dskd.batch import IGNORE, Batch, DenseTeacher, Rows
 from dskd.errors import ConfigError
 from dskd.fused import reference
 from dskd.methods.base import build_method
@@ -53,7 +53,7 @@ def forward(method, inputs, step, *, pad=1, dtype=torch.float64, k=None):
     rows = Rows(student_BTV[batch.supervised_BT], Identity(student_BTV), batch.labels_N)
     signal = None
     if method.needs_teacher(step):
-        signal = Dense(teacher_NV) if k is None else top_k(teacher_NV, k, method.temperature)
+        signal = DenseTeacher(teacher_NV) if k is None else top_k(teacher_NV, k, method.temperature)
     return method.loss(rows, signal, batch, step), student_BTV, batch
 
 

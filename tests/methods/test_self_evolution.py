@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dskd.batch import IGNORE, Batch, Dense, Projected, Rows, Term
+from dskd.batch import IGNORE, Batch, DenseTeacher, ProjectedTeacher, Rows, Term
 from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
 from dskd.settings.recipe import read
@@ -65,7 +65,7 @@ def forward(
     if method.needs_teacher(0):
         logits_NV = reference_logits(inputs, dtype) if reference is None else reference
         size = logits_NV.shape[1]
-        signal = Projected(logits_NV, head, size) if projected else Dense(logits_NV)
+        signal = ProjectedTeacher(logits_NV, head, size) if projected else DenseTeacher(logits_NV)
     return method.loss(rows, signal, batch, 0)["tokens"], student_BTV, batch
 
 

@@ -1,9 +1,9 @@
-"""The one door to what has kernels: Triton on a GPU, plain torch elsewhere.
+"""Every operation that has kernels, under its public name: Triton on a GPU, plain torch elsewhere.
 
-``merge``, ``unmerge`` and ``update`` serve compactors (``dskd/fused/compactor.py``, ``update.py``).
-All else is a loss, which takes weights per token (or one number) for the divergence and the label's
-cross entropy, into which the caller folds whatever its method asks for: mask, rate, T^2,
-re-weighting. It returns :class:`Losses`, whose ``total`` is a weighted SUM with a gradient,
+``merge_layers``, ``unmerge_layers`` and ``update`` serve compactors (``dskd/fused/compactor.py``,
+``update.py``). All else is a loss, which takes weights per token (or one number) for the divergence
+and the label's cross entropy, into which the caller folds whatever its method needs: mask, rate,
+T^2, re-weighting. It returns :class:`Losses`, whose ``total`` is a weighted SUM with a gradient,
 computed together with the loss; nothing is divided by a count here.
 
 The same in plain differentiable torch, for any dtype, is in ``dskd/fused/reference.py``.
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dskd.batch import DenseTeacher, LinearTeacher, ProjectedTeacher, Rows, Signal, TopKTeacher
 from dskd.errors import ConfigError
-from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, Weight
+from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, TokenWeight
 from dskd.fused.backend import implementation, triton_everywhere
-from dskd.fused.compactor import Factors, Gradients, Merged, merge, unmerge
+from dskd.fused.compactor import FactorGradients, Factors, Merged, merge_layers, unmerge_layers
 from dskd.fused.dense import dense_kd
 from dskd.fused.label import label_ce
 from dskd.fused.linear import LogitTeacher, linear_kd
@@ -32,8 +32,8 @@ __all__ = [
     "KINDS",
     "MODES",
     "DenseTeacher",
+    "FactorGradients",
     "Factors",
-    "Gradients",
     "LinearTeacher",
     "LogitMap",
     "Losses",
@@ -44,24 +44,24 @@ __all__ = [
     "implementation",
     "label_ce",
     "linear_kd",
-    "merge",
+    "merge_layers",
     "mixture_kd",
-    "rows_ce",
-    "rows_kd",
+    "positions_ce",
+    "positions_kd",
     "topk_kd",
     "triton_everywhere",
-    "unmerge",
+    "unmerge_layers",
     "update",
     "vocab_parallel_kd",
 ]
 
 
-def rows_ce(rows: Rows, label_weight: Weight = 1.0) -> Losses:
+def positions_ce(rows: Rows, label_weight: TokenWeight = 1.0) -> Losses:
     """Cross entropy of a student's supervised positions, through its head."""
     return _through_head(rows, None, label_weight=label_weight)
 
 
-def rows_kd(
+def positions_kd(
     rows: Rows,
     signal: Signal,
     *,
@@ -69,14 +69,14 @@ def rows_kd(
     kind: str = "forward_kl",
     beta: float = 0.5,
     mode: TopKMode = "tail",
-    weight: Weight = 1.0,
-    reverse_weight: Weight | None = None,
-    label_weight: Weight = 0.0,
+    weight: TokenWeight = 1.0,
+    reverse_weight: TokenWeight | None = None,
+    label_weight: TokenWeight = 0.0,
 ) -> Losses:
     """:func:`linear_kd` of a student's supervised positions against whatever teaches them.
 
-    It runs inside the forward of the heads of student and teacher, where ZeRO-3 has their weights
-    together.
+    It runs inside the forward of the heads of student and teacher, where ZeRO-3 has gathered their
+    weights.
 
     Args:
         kind, beta, reverse_weight: of a teacher with full logits. Kinds that are infinite where the

@@ -230,7 +230,7 @@ def teacher_row(log_p, some, row, weight, tail_ptr, MODE: tl.constexpr):
         p_peak = tl.max(log_p, 0)
         log_p -= p_peak + log_total(log_p, p_peak, some, 1.0)
         p = tl.where(some, tl.exp2(log_p), 0.0)
-        # 1, or 0 of a teacher that says nothing, which has no gradient either
+        # 1, or 0 of a teacher without a kept token, which has no gradient either
         mass = tl.sum(p, 0)
     return log_p, p, log_p_rest, p_rest, mass
 
@@ -337,7 +337,7 @@ def topk_kernel(
         total = log_add(total, rest)
     log_q = at_most_0((z - peak) * c - total)
 
-    # without a weight the teacher says nothing: 0 times what is there may be NaN
+    # without a weight the teacher is not read: 0 times what is there may be NaN
     heard = used & (slot < tl.where(weight == 0, 0, K))
     log_p = tl.load(logprobs_ptr + row * logprobs_stride + slot, mask=heard, other=-float("inf"))
     some = log_p != -float("inf")

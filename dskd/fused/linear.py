@@ -1,4 +1,4 @@
-"""KD through the head: hidden states times head matrix, loss and gradient, chunk by chunk.
+"""Divergence and cross entropy from hidden states and the head's weight, by chunks: `linear_kd`.
 
 The logits of no more than a chunk of tokens exist at a time. Loss and gradient come in one visit:
 three products with the student's head and one with the teacher's (a recomputing backward pass would
@@ -20,7 +20,7 @@ from dskd.fused.arguments import (
     SAME,
     LogitMap,
     Losses,
-    Weight,
+    TokenWeight,
     kind_of,
     map_of,
     matrix,
@@ -32,7 +32,7 @@ from dskd.fused.arguments import (
 )
 from dskd.fused.gradients import detached, refuse_second_order, scaled, wanted
 from dskd.fused.linear_visit import Loss, visit
-from dskd.fused.per_token import Weights, at_temperature, topk_of, weights_of
+from dskd.fused.per_token import TokenWeights, at_temperature, topk_of, weights_of
 
 LogitTeacher = LinearTeacher | DenseTeacher | TopKTeacher | None
 """Whose divergence is taken; None: nobody's, cross entropy alone."""
@@ -49,9 +49,9 @@ def linear_kd(
     mode: str = "tail",
     beta: float = 0.5,
     temperature: float = 1.0,
-    weight: Weight = 1.0,
-    reverse_weight: Weight | None = None,
-    label_weight: Weight = 0.0,
+    weight: TokenWeight = 1.0,
+    reverse_weight: TokenWeight | None = None,
+    label_weight: TokenWeight = 0.0,
     ignore_index: int = -100,
     student_map: LogitMap = SAME,
     teacher_map: LogitMap = SAME,
@@ -249,7 +249,7 @@ def _linear(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     weights, (form, *kind), (dtype, chunk, needs) = arguments[:4], arguments[4:9], arguments[9:]
-    loss = Loss(form, teacher, Weights(*weights), *kind)
+    loss = Loss(form, teacher, TokenWeights(*weights), *kind)
     *losses, gradients = visit(
         hidden_ND, weight_VD, bias_V, loss, logits_dtype=dtype, chunk=chunk, needs=needs
     )

@@ -17,7 +17,7 @@ from dskd.batch import Rows, Signal, Term
 from dskd.errors import ConfigError
 from dskd.fused.arguments import MIXING
 from dskd.fused.reference import Divergence, TopKMode
-from dskd.ops import rows_ce, rows_kd
+from dskd.ops import positions_ce, positions_kd
 from dskd.settings.base import Section
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, RoutedTeacher
@@ -25,7 +25,7 @@ from dskd.settings.teachers import CachedTeacher, RoutedTeacher
 RateSchedule = Literal["linear", "switch", "constant", "cosine"]
 
 
-class Inherited(Section):
+class InheritanceLoss(Section):
     """Cross entropy with the labels and, while alpha lasts, a divergence from the teacher."""
 
     temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
@@ -110,7 +110,7 @@ class Inherited(Section):
         weight, reverse_weight = alpha * heat, None
         if self.divergence == "mixed":
             weight, reverse_weight = weight * self.beta, weight * (1.0 - self.beta)
-        losses = rows_kd(
+        losses = positions_kd(
             rows,
             signal,
             kind=self.divergence,
@@ -140,7 +140,7 @@ class Inherited(Section):
 
 def labels_term(rows: Rows) -> Term:
     """The cross entropy summed over the supervised positions, in nats, logged as ``ce``."""
-    losses = rows_ce(rows)
+    losses = positions_ce(rows)
     return Term(losses.total, {"ce": losses.label_N.sum()})
 
 

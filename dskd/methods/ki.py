@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig
 
 from dskd.batch import Batch, Rows, Signal, Term
 from dskd.methods.base import Method
-from dskd.methods.inheritance_loss import Inherited
+from dskd.methods.inheritance_loss import InheritanceLoss
 from dskd.settings.run import Run
 
 
-class KnowledgeInheritance(Inherited, Method):
+class KnowledgeInheritance(InheritanceLoss, Method):
     """Cross entropy with the labels and, while alpha lasts, a divergence from the teacher."""
 
     kind: Literal["ki"] = "ki"
@@ -26,7 +26,7 @@ class KnowledgeInheritance(Inherited, Method):
         self.check_teacher(run, "method")
 
     def rates(self, step: int) -> dict[str, float]:
-        """``alpha``."""
+        """The inheritance rate of this step, logged as ``alpha``."""
         return {"alpha": self.alpha(step)}
 
     def wants_teacher(self) -> bool:
@@ -38,6 +38,6 @@ class KnowledgeInheritance(Inherited, Method):
         return self.alpha(step) > 0.0
 
     def loss(self, rows: Rows, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:
-        """The term of :meth:`Inherited.term`."""
+        """One term over the supervised positions, see :meth:`InheritanceLoss.term`."""
         del batch
         return {"tokens": self.term(rows, signal, step)}

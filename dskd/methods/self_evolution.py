@@ -20,9 +20,9 @@ from transformers import PreTrainedConfig
 
 from dskd.batch import Batch, Rows, Signal, Term
 from dskd.errors import ConfigError
-from dskd.fused.arguments import Weight
+from dskd.fused.arguments import TokenWeight
 from dskd.methods.base import Method
-from dskd.ops import rows_ce, rows_kd
+from dskd.ops import positions_ce, positions_kd
 from dskd.settings.data import HardTokens
 from dskd.settings.run import Run
 from dskd.settings.teachers import SelfTeacher
@@ -57,7 +57,7 @@ class SelfEvolution(Method):
         return self.wants_teacher()
 
     def weighs_hard_tokens(self) -> bool:
-        """Whether they differ from the others."""
+        """Whether hard tokens have another weight than the others."""
         return self.hard_weight != 1.0
 
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
@@ -73,8 +73,8 @@ class SelfEvolution(Method):
             return
         if run.data.objective != "causal":
             raise ConfigError(
-                f"method.hard_weight: {self.hard_weight} is for causal LMs; a masked LM is asked "
-                f"for nothing but what data.masking selects"
+                f"method.hard_weight: {self.hard_weight} is for causal LMs; of a masked LM, "
+                f"data.masking selects the hard tokens, and all have one weight"
             )
         if not isinstance(run.data.masking, HardTokens):
             raise ConfigError(
@@ -89,10 +89,10 @@ class SelfEvolution(Method):
         """
         weight, smoothing = self._weight(batch), self.smoothing
         if smoothing == 0.0:
-            losses = rows_ce(rows, weight)
+            losses = positions_ce(rows, weight)
             return {"tokens": Term(losses.total, {"ce": _sum(losses.label_N, weight)})}
         assert signal is not None, f"step {step} needs the teacher"
-        losses = rows_kd(
+        losses = positions_kd(
             rows,
             signal,
             temperature=self.temperature,
@@ -105,19 +105,19 @@ class SelfEvolution(Method):
         return {"tokens": Term(losses.total, parts)}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """By ``normalise``, a float64 scalar."""
+        """The sum of the weights, or all tokens (setting ``normalise``), as a float64 scalar."""
         if self.normalise == "tokens":
             return {"tokens": batch.mask_BT.sum().double()}
         weight = self._weight(batch)
         weighed = isinstance(weight, Tensor)
         return {"tokens": weight.double().sum() if weighed else batch.supervised()}
 
-    def _weight(self, batch: Batch) -> Weight:
-        """Of every supervised position: one number, or fp32 [N]."""
+    def _weight(self, batch: Batch) -> TokenWeight:
+        """Weight of the supervised positions: one number for all, or fp32 [N]."""
         if not self.weighs_hard_tokens():
             return 1.0
         return 1.0 + (self.hard_weight - 1.0) * batch.extra["hard_N"]
 
 
-def _sum(values_N: Tensor, weight: Weight) -> Tensor:
+def _sum(values_N: Tensor, weight: TokenWeight) -> Tensor:
     return (values_N * weight).sum()

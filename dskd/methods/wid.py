@@ -21,7 +21,7 @@ from dskd.engine.hooks import Change
 from dskd.engine.shards import Weights
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
-from dskd.methods.inheritance_loss import Inherited, labels_term
+from dskd.methods.inheritance_loss import InheritanceLoss, labels_term
 from dskd.narrowing.ds_limits import check_preset, is_adam
 from dskd.narrowing.insert import Surgery, insert
 from dskd.narrowing.layouts import layout_of, widths_of
@@ -75,7 +75,7 @@ class WeightInheritance(Method):
     compact: bool = True
     """Compute without the removed units once they are zero; false: to the end with all (rule
     annealed)."""
-    inherit: Inherited | None = None
+    inherit: InheritanceLoss | None = None
     """Loss with a teacher's distribution, as of method ki; null: cross entropy with the labels."""
 
     @property

@@ -12,7 +12,7 @@ from torch import nn
 from dskd.batch import Batch, Term
 from dskd.methods.base import Method
 from dskd.models.families import rows_of
-from dskd.ops import rows_ce
+from dskd.ops import positions_ce
 from dskd.teachers.teacher import Teacher
 
 
@@ -29,7 +29,7 @@ class Objective(nn.Module):
         """Terms of the method at ``step``; with step None the plain LM loss (evaluation)."""
         (teacher,) = self._unregistered
         if step is None:
-            return {"nll": Term(rows_ce(rows_of(self.student, batch)).total, {})}
+            return {"nll": Term(positions_ce(rows_of(self.student, batch)).total, {})}
         signal = None
         if teacher is not None and self.method.needs_teacher(step):
             signal = teacher(batch)

@@ -1,4 +1,4 @@
-"""Logits, teachers, weights and heads for the tests of the door."""
+"""Logits, teachers, weights and heads for the tests of the public losses."""
 
 import torch
 

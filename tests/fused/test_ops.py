@@ -1,4 +1,4 @@
-"""The door: autograd, checkpointing, autocast, precisions and chunks."""
+"""The public losses: autograd, checkpointing, autocast, precisions and chunks."""
 
 from contextlib import nullcontext
 

@@ -27,7 +27,7 @@ def leaves(rows):
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_reverse_kl_of_a_padded_student_is_of_the_shared_vocabulary(dense):
     rows, signal = student_and_teacher(W)
-    found = ops.rows_kd(
+    found = ops.positions_kd(
         rows,
         DenseTeacher(signal.logits_NV) if dense else signal,
         kind="reverse_kl",
@@ -49,7 +49,7 @@ def test_the_reverse_kl_of_a_padded_student_is_of_the_shared_vocabulary(dense):
 def test_the_mixed_divergence_has_its_weight():
     rows, signal = student_and_teacher(V)
     reverse_N = normal(N, seed=3).abs()
-    found = ops.rows_kd(
+    found = ops.positions_kd(
         rows, signal, kind="mixed", temperature=1.0, weight=0.3, reverse_weight=reverse_N
     )
     forward_N, backward_N = (
@@ -64,6 +64,6 @@ def test_a_cached_teacher_gives_no_other_divergence():
     rows, _ = student_and_teacher(V)
     logprobs_NK, ids_NK = normal(N, V).log_softmax(1).topk(3, 1)
     signal = TopKTeacher(ids_NK, logprobs_NK, {1.0: torch.full((N,), -1.0)})
-    assert ops.rows_kd(rows, signal, temperature=1.0).total > 0
+    assert ops.positions_kd(rows, signal, temperature=1.0).total > 0
     with pytest.raises(ConfigError, match=r"teacher: a cached teacher .* divergence, jsd, needs"):
-        ops.rows_kd(rows, signal, kind="jsd", temperature=1.0)
+        ops.positions_kd(rows, signal, kind="jsd", temperature=1.0)

@@ -226,7 +226,7 @@ def test_a_kind_that_names_nothing_is_refused(settings, message):
 OUTSIDE = """
 from dskd.batch import Term
 from dskd.methods.base import Method
-from dskd.ops import rows_kd
+from dskd.ops import positions_kd
 
 
 class JSD(Method):
@@ -239,7 +239,7 @@ class JSD(Method):
         return True
 
     def loss(self, rows, signal, batch, step):
-        losses = rows_kd(rows, signal, kind="jsd", temperature=self.temperature)
+        losses = positions_kd(rows, signal, kind="jsd", temperature=self.temperature)
         return {"tokens": Term(losses.total, {"jsd": losses.divergence_N.sum()})}
 """
 

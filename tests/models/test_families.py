@@ -15,7 +15,7 @@ from dskd.models.families import (
     longest_row,
     rows_of,
 )
-from dskd.ops import rows_ce
+from dskd.ops import positions_ce
 from tests.models.tiny import ALL, SIX, batch, loss_of, make, without_dropout, zero3
 from tests.ranks import run_ranks
 
@@ -78,7 +78,7 @@ class _Wrapper(nn.Module):
         self.student = student
 
     def forward(self, data):
-        return rows_ce(rows_of(self.student, data)).total
+        return positions_ce(rows_of(self.student, data)).total
 
 
 def _zero3_gradients(rank, model_type, tied, supervised_ranks, memory_efficient):

@@ -179,21 +179,21 @@ def weighted_rows(*weights: Tensor | None) -> Tensor:
 
 
 def chunked(
-    live_N: Tensor,
+    weighted_N: Tensor,
     step: int,
     logits: list[Logits],
     compute: Callable[[ChunkRows, bool], Chunk],
     grad_NV: Tensor | None,
 ) -> Iterator[tuple[ChunkRows, Chunk]]:
-    """``compute(rows, shifted)`` of chunks of ``step`` live rows, and the gradient written.
+    """``compute(rows, shifted)`` of chunks of ``step`` weighted rows, and the gradient written.
 
     A chunk may be computed twice, so ``compute`` leaves its inputs as they are. The gradient of the
-    rows that are not live is 0. ``logits`` are what is read, the student's first.
+    rows without a weight is 0. ``logits`` are what is read, the student's first.
     """
-    if grad_NV is not None and not live_N.all():
-        grad_NV[~live_N] = 0.0
+    if grad_NV is not None and not weighted_N.all():
+        grad_NV[~weighted_N] = 0.0
     shifted: bool | None = None
-    for rows in _cut(live_N, step):
+    for rows in _cut(weighted_N, step):
         if shifted is None:
             shifted = any(each.underflows(rows) for each in logits)
         chunk = compute(rows, shifted)
@@ -230,8 +230,8 @@ def filled(scratch_BCV: Tensor, rows: ChunkRows) -> tuple[Tensor, ...]:
     return scratch_BCV[:, :count].unbind()
 
 
-def _cut(live_N: Tensor, step: int) -> Iterator[ChunkRows]:
-    for part in live_N.nonzero().flatten().split(step):
+def _cut(weighted_N: Tensor, step: int) -> Iterator[ChunkRows]:
+    for part in weighted_N.nonzero().flatten().split(step):
         if len(part):
             first, beyond = part[0].item(), part[-1].item() + 1
             yield slice(first, beyond) if beyond - first == len(part) else part
@@ -269,34 +269,36 @@ def unweighted(terms: list[GradientTerm], loss_C1: Tensor, none_C1: Tensor) -> l
 
 
 def add_label(
-    chunk: Chunk, logits: Logits, hot: ChunkSoftmax, labels: Labels, spare_CV: Tensor
+    chunk: Chunk, logits: Logits, softmax: ChunkSoftmax, labels: Labels, spare_CV: Tensor
 ) -> None:
     """Add the cross entropy at temperature 1, as the chunk's next loss, and its gradient.
 
-    ``hot`` was read from ``logits`` and has the matrix of the chunk's first term; kept ids have the
-    first step. Exponentials at 1 come from those at 1 or 2 without computing any.
+    ``softmax`` was read from ``logits`` and has the matrix of the chunk's first term; kept ids have
+    the first step. Exponentials at 1 come from those at 1 or 2 without computing any.
     """
-    exps_CV, total_C1 = hot.exps_CV, hot.total_C1
+    exps_CV, total_C1 = softmax.exps_CV, softmax.total_C1
     if logits.unit == 2.0 * logits.over:  # exp(x) = exp(x / 2)^2
         exps_CV = torch.mul(exps_CV, exps_CV, out=spare_CV)
         total_C1 = exps_CV.sum(1, keepdim=True)
     elif logits.unit != logits.over:
         exps_CV = spare_CV
-        total_C1 = exponentials(hot.chunk_CV, logits.unit, hot.shifted, exps_CV, hot.ids_CK)
-    slope_C1, log_z_C1 = labels.weight_N1[hot.rows] * logits.unit, total_C1.log()
-    if hot.kept_CK is not None:
-        kept_CK = hot.kept_CK * logits.unit
+        total_C1 = exponentials(
+            softmax.chunk_CV, logits.unit, softmax.shifted, exps_CV, softmax.ids_CK
+        )
+    slope_C1, log_z_C1 = labels.weight_N1[softmax.rows] * logits.unit, total_C1.log()
+    if softmax.kept_CK is not None:
+        kept_CK = softmax.kept_CK * logits.unit
         log_z_C1 = torch.logaddexp(log_z_C1, kept_CK.logsumexp(1, keepdim=True))
         chunk.steps[0][1].addcmul_(slope_C1, kept_CK.sub_(log_z_C1).exp_())
     column_C1 = slope_C1 * (-log_z_C1).exp_()
-    if exps_CV is hot.exps_CV:
+    if exps_CV is softmax.exps_CV:
         chunk.terms[0] = (exps_CV, chunk.terms[0][1] + column_C1)
     else:
         chunk.terms.append((exps_CV, column_C1))
         chunk.totals.append(total_C1)
-    chunk.steps.append((labels.ids_N1[hot.rows], -slope_C1))
-    loss_C1 = log_z_C1 - hot.label_C1 * logits.unit
-    if hot.shifted:
-        loss_C1.masked_fill_(hot.label_C1 < MASKED, torch.inf)
+    chunk.steps.append((labels.ids_N1[softmax.rows], -slope_C1))
+    loss_C1 = log_z_C1 - softmax.label_C1 * logits.unit
+    if softmax.shifted:
+        loss_C1.masked_fill_(softmax.label_C1 < MASKED, torch.inf)
         loss_C1.masked_fill_(log_z_C1 == -torch.inf, torch.nan)  # without a softmax
-    chunk.losses.append(loss_C1.masked_fill_(labels.unweighted_N1[hot.rows], 0.0))
+    chunk.losses.append(loss_C1.masked_fill_(labels.unweighted_N1[softmax.rows], 0.0))

@@ -91,13 +91,13 @@ def dense_rows(
         chunk = Chunk([pair.zs, pair.zt], [loss_C1], terms)
         if labels is not None:
             label_C1 = pair.s.gather(1, labels.ids_N1[rows])
-            hot = ChunkSoftmax(rows, shifted, pair.s, pair.es, pair.zs, label_C1)
-            add_label(chunk, student, hot, labels, spare_CV)
+            softmax = ChunkSoftmax(rows, shifted, pair.s, pair.es, pair.zs, label_C1)
+            add_label(chunk, student, softmax, labels, spare_CV)
         return chunk
 
     divergent_N = weighted_rows(weight_N, reverse_N)
-    live_N = weighted_rows(weight_N, reverse_N, label_weight_N)
-    for rows, chunk in chunked(live_N, buffers.shape[1], [student, teacher], compute, grad_NV):
+    weighted_N = weighted_rows(weight_N, reverse_N, label_weight_N)
+    for rows, chunk in chunked(weighted_N, buffers.shape[1], [student, teacher], compute, grad_NV):
         divergence_N[rows] = chunk.losses[0][:, 0]
         if label_N is not None:
             label_N[rows] = chunk.losses[1][:, 0]
@@ -125,8 +125,8 @@ def label_rows(
         total_C1 = exponentials(s_CV, logits.unit, shifted, exps_CV)
         chunk = Chunk([total_C1], [], [(exps_CV, torch.zeros_like(total_C1))])
         label_C1 = s_CV.gather(1, labels.ids_N1[rows])
-        hot = ChunkSoftmax(rows, shifted, s_CV, exps_CV, total_C1, label_C1)
-        add_label(chunk, logits, hot, labels, exps_CV)
+        softmax = ChunkSoftmax(rows, shifted, s_CV, exps_CV, total_C1, label_C1)
+        add_label(chunk, logits, softmax, labels, exps_CV)
         return chunk
 
     for rows, chunk in chunked(

@@ -91,7 +91,7 @@ def topk_rows(
         chunk = Chunk(totals, [loss_C1], [(exps_CV, scale_C1)], [(part.ids_CK, grad_CK)])
         if labels is not None:
             label_C1 = part.logits_CV.gather(1, labels.ids_N1[rows])
-            hot = ChunkSoftmax(
+            softmax = ChunkSoftmax(
                 rows,
                 shifted,
                 part.others_CV,
@@ -101,7 +101,7 @@ def topk_rows(
                 part.ids_CK,
                 part.kept_CK,
             )
-            add_label(chunk, student, hot, labels, spare_CV)
+            add_label(chunk, student, softmax, labels, spare_CV)
         return chunk
 
     for rows, chunk in chunked(

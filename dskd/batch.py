@@ -168,8 +168,8 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Projected:
-    """A teacher's hidden states [N, E], its last linear map not applied yet.
+class ProjectedTeacher:
+    """A teacher's hidden states [N, E] and its last linear map, which is not applied yet.
 
     ``vocabulary`` is the number of real tokens; the projection may have padding columns beyond.
     """
@@ -186,22 +186,35 @@ class Projected:
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A teacher's full logits [N, V'], V' the shared real vocabulary (no padding columns)."""
+class LinearTeacher:
+    """A teacher's hidden states [N, E], and weight [V, E] and bias [V] of its last linear map.
+
+    What a :class:`ProjectedTeacher` is inside of its projection, where the weights are together:
+    the logits are made chunk by chunk.
+    """
+
+    hidden_NE: Tensor
+    weight_VE: Tensor
+    bias_V: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """A teacher's full logits [N, V], V the shared real vocabulary (no padding columns)."""
 
     logits_NV: Tensor
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopKTeacher:
     """A teacher's K largest log-probabilities and the exact mass of everything else.
 
     Attributes:
-        ids_NK: int64 token ids, by falling probability; -1 on unused slots.
-        logprobs_NK: fp32 log-probabilities at temperature 1 over the whole vocabulary; -inf on
-            unused slots.
-        tail_N: fp32, by temperature T: ``logsumexp(logprob_v / T)`` over the tokens v that are not
-            kept; -inf when all are kept. So ``q_v(T) = exp(logprob_v / T - lse(T))`` with
+        ids_NK: int32 or int64 token ids, negative on unused slots.
+        logprobs_NK: log-probabilities at temperature 1 over the whole vocabulary; -inf on unused
+            slots.
+        tail_N: by temperature T: ``logsumexp(logprob_v / T)`` over the tokens v that are not kept;
+            -inf when all are kept. So ``q_v(T) = exp(logprob_v / T - lse(T))`` with
             ``lse(T) = logaddexp(logsumexp(logprobs_NK / T), tail_N[T])``, and no tail mass is ever
             computed as ``1 - sum``.
     """
@@ -211,7 +224,8 @@ class TopK:
     tail_N: Mapping[float, Tensor]
 
 
-Signal = Projected | Dense | TopK
+Signal = ProjectedTeacher | DenseTeacher | TopKTeacher
+"""What a teacher gives for the supervised positions of a batch."""
 
 
 class Term(NamedTuple):

@@ -1,9 +1,9 @@
-"""The one door to what has kernels: Triton on a GPU, plain torch elsewhere.
+"""Every operation that has kernels, under its public name: Triton on a GPU, plain torch elsewhere.
 
-``merge``, ``unmerge`` and ``update`` serve compactors (``dskd/fused/compactor.py``, ``update.py``).
-All else is a loss, which takes weights per token (or one number) for the divergence and the label's
-cross entropy, into which the caller folds whatever its method asks for: mask, rate, T^2,
-re-weighting. It returns :class:`Losses`, whose ``total`` is a weighted SUM with a gradient,
+``merge_layers``, ``unmerge_layers`` and ``update`` serve compactors (``dskd/fused/compactor.py``,
+``update.py``). All else is a loss, which takes weights per token (or one number) for the divergence
+and the label's cross entropy, into which the caller folds whatever its method needs: mask, rate,
+T^2, re-weighting. It returns :class:`Losses`, whose ``total`` is a weighted SUM with a gradient,
 computed together with the loss; nothing is divided by a count here.
 
 The same in plain differentiable torch, for any dtype, is in ``dskd/fused/reference.py``.
@@ -14,14 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dskd.batch import Dense, Positions, Projected, Signal, TopK
+from dskd.batch import DenseTeacher, LinearTeacher, Positions, ProjectedTeacher, Signal, TopKTeacher
 from dskd.errors import ConfigError
-from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, Weight
+from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, TokenWeight
 from dskd.fused.backend import implementation, triton_everywhere
-from dskd.fused.compactor import Factors, Gradients, Merged, merge, unmerge
+from dskd.fused.compactor import FactorGradients, Factors, Merged, merge_layers, unmerge_layers
 from dskd.fused.dense import dense_kd
 from dskd.fused.label import label_ce
-from dskd.fused.linear import DenseTeacher, LinearTeacher, LogitTeacher, TopKTeacher, linear_kd
+from dskd.fused.linear import LogitTeacher, linear_kd
 from dskd.fused.mixture import mixture_kd
 from dskd.fused.reference import TopKMode
 from dskd.fused.topk import topk_kd
@@ -32,8 +32,8 @@ __all__ = [
     "KINDS",
     "MODES",
     "DenseTeacher",
+    "FactorGradients",
     "Factors",
-    "Gradients",
     "LinearTeacher",
     "LogitMap",
     "Losses",
@@ -44,24 +44,24 @@ __all__ = [
     "implementation",
     "label_ce",
     "linear_kd",
-    "merge",
+    "merge_layers",
     "mixture_kd",
-    "rows_ce",
-    "rows_kd",
+    "positions_ce",
+    "positions_kd",
     "topk_kd",
     "triton_everywhere",
-    "unmerge",
+    "unmerge_layers",
     "update",
     "vocab_parallel_kd",
 ]
 
 
-def rows_ce(rows: Positions, label_weight: Weight = 1.0) -> Losses:
+def positions_ce(rows: Positions, label_weight: TokenWeight = 1.0) -> Losses:
     """Cross entropy of a student's supervised positions, through its head."""
     return _through_head(rows, None, label_weight=label_weight)
 
 
-def rows_kd(
+def positions_kd(
     rows: Positions,
     signal: Signal,
     *,
@@ -69,14 +69,14 @@ def rows_kd(
     kind: str = "forward_kl",
     beta: float = 0.5,
     mode: TopKMode = "tail",
-    weight: Weight = 1.0,
-    reverse_weight: Weight | None = None,
-    label_weight: Weight = 0.0,
+    weight: TokenWeight = 1.0,
+    reverse_weight: TokenWeight | None = None,
+    label_weight: TokenWeight = 0.0,
 ) -> Losses:
     """:func:`linear_kd` of a student's supervised positions against whatever teaches them.
 
-    It runs inside the forward of the heads of student and teacher, where ZeRO-3 has their weights
-    together.
+    It runs inside the forward of the heads of student and teacher, where ZeRO-3 has gathered their
+    weights.
 
     Args:
         kind, beta, reverse_weight: of a teacher with full logits. Kinds that are infinite where the
@@ -85,21 +85,21 @@ def rows_kd(
         mode: of a top-k teacher, whose divergence is the forward KL.
 
     Raises:
-        ConfigError: a top-k teacher cannot give this kind of divergence, or has no tail mass at
-            this temperature.
+        ConfigError: a top-k teacher cannot give this kind of divergence.
+        ValueError: it has no tail mass at this temperature.
     """
     options = {"temperature": temperature, "weight": weight, "label_weight": label_weight}
-    if isinstance(signal, TopK):
+    if isinstance(signal, TopKTeacher):
         if kind != "forward_kl":
             raise ConfigError(
                 f"teacher: a cached teacher knows its largest logits only, and this method's "
                 f"divergence, {kind}, needs them all: use a live teacher"
             )
-        return _through_head(rows, topk_teacher(signal, temperature, mode), mode=mode, **options)
+        return _through_head(rows, signal, mode=mode, **options)
     options |= {"kind": kind, "beta": beta, "reverse_weight": reverse_weight}
-    if isinstance(signal, Dense):
+    if isinstance(signal, DenseTeacher):
         shared = signal.logits_NV.shape[1] if kind in INFINITE else None
-        return _through_head(rows, DenseTeacher(signal.logits_NV), shared, **options)
+        return _through_head(rows, signal, shared, **options)
     return _through_heads(rows, signal, options)
 
 
@@ -119,7 +119,7 @@ def _through_head(
     return Losses(*rows.projection(rows.hidden_ND, use))
 
 
-def _through_heads(rows: Positions, signal: Projected, options: dict[str, object]) -> Losses:
+def _through_heads(rows: Positions, signal: ProjectedTeacher, options: dict[str, object]) -> Losses:
     found: list[Losses] = []
     with_gradient = torch.is_grad_enabled()
 
@@ -136,22 +136,3 @@ def _through_heads(rows: Positions, signal: Projected, options: dict[str, object
     with torch.no_grad():
         signal.projection(signal.hidden_NE, use)
     return found[0]
-
-
-def topk_teacher(teacher: TopK, temperature: float, mode: TopKMode) -> TopKTeacher:
-    """A cached teacher's log-probabilities and tail, taken to a temperature.
-
-    Raises:
-        ConfigError: the mode needs the tail mass at a temperature that was not stored.
-    """
-    logits_NK = teacher.logprobs_NK.detach() / temperature
-    if mode != "tail":
-        return TopKTeacher(teacher.ids_NK, logits_NK.log_softmax(1))
-    if temperature not in teacher.tail_N:
-        stored = ", ".join(map(str, teacher.tail_N))
-        raise ConfigError(
-            f"the top-k teacher has no tail mass at temperature {temperature}: {stored}"
-        )
-    tail_N = teacher.tail_N[temperature].detach().to(logits_NK.dtype)
-    buckets_NB = torch.cat((logits_NK, tail_N[:, None]), 1).log_softmax(1)
-    return TopKTeacher(teacher.ids_NK, buckets_NB[:, :-1], buckets_NB[:, -1])

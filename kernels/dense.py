@@ -1,9 +1,9 @@
 """Dense knowledge distillation: a divergence, the label's cross entropy, and their gradient.
 
-One kernel, one program a row; the mathematics and the passes are in ``divergence.py``, what lies
-between these in ``factors.py``. A row is read twice, or three times for jsd, the skew KLs and total
-variation; its gradient is written once, over the student's logits if wanted. The label's one-hot
-part is one more number, stored after the dense pass.
+One kernel, one program a row; the mathematics and the passes are in ``divergence.py``. A row is
+read twice, or three times for jsd, the skew KLs and total variation; its gradient is written once,
+over the student's logits if wanted. The label's one-hot part is one more number, stored after the
+dense pass.
 
 Shapes: N rows (tokens), V student columns, W <= V teacher columns.
 """
@@ -44,12 +44,16 @@ from dskd.kernels.divergence import (
     SAME,
     gradient,
     label_mode,
+    row_factors,
+    row_logs,
     row_sums,
+    row_weights,
+    teacher_width,
     through_map,
     tilt_sums,
+    weightless,
     write_gradient,
 )
-from dskd.kernels.factors import row_factors, row_logs, row_weights, teacher_width, weightless
 
 MAX_REGISTERS = 64
 """What 1024 threads have each; some compilers would go for 32 and spill."""

@@ -14,6 +14,9 @@ For a divergence D(p, q), with h = dD/dq, the gradient is (1/T) q (h - E_q[h]):
 
 1. `row_sums`: everything the first three need; 2. `tilt_sums`: E_q[h] of the others; 3.
 `write_gradient`. The walk turns round after each pass and so meets what the caches still hold.
+Before the last pass `row_factors` makes the divergence and the factors of the gradient from the
+sums, whether a row's columns are all here (``dense.py``) or the sums come from several ranks
+(``vocab_parallel.py``).
 
 The label's cross entropy (at temperature 1) rides along. At T = 1 its softmax is q; at T = 2 it
 goes with q^2, which costs no exponential; at others it has exponentials of its own.
@@ -28,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dskd.kernels.common import (
+    LN2,
     LOG2E,
     LOW,
     PLAIN,
@@ -304,6 +308,112 @@ def write_gradient(
         s, t = tile_pair(rows, at, STUDENT_MAP, TEACHER_MAP, False, ALIGN, False, RAW, FAST)
         g = through_map(gradient(s, t, factors, KIND, LABELS, FAST), s, rows, STUDENT_MAP)
         tl.store(grad + at, g.to(grad.dtype.element_ty), eviction_policy="evict_first")
+
+
+@triton.jit
+def row_weights(
+    row, weight_ptr, reverse_ptr, label_weight_ptr, KIND: tl.constexpr, LABELS: tl.constexpr
+):
+    """Weights of the divergence, the reverse part and the label; 0 if there is none"""
+    reverse_weight = 0.0
+    label_weight = 0.0
+    if KIND == MIXED:
+        reverse_weight = tl.load(reverse_ptr + row)
+    if LABELS != NO_LABELS:
+        label_weight = tl.load(label_weight_ptr + row)
+    return tl.load(weight_ptr + row), reverse_weight, label_weight
+
+
+@triton.jit
+def weightless(weights):
+    """Whether a row counts for nothing"""
+    weight, reverse_weight, label_weight = weights
+    return (weight == 0) & (reverse_weight == 0) & (label_weight == 0)
+
+
+@triton.jit
+def speechless(weights):
+    """Whether a row's divergence counts for nothing"""
+    weight, reverse_weight, _ = weights
+    return (weight == 0) & (reverse_weight == 0)
+
+
+@triton.jit
+def teacher_width(weights, width, LABELS: tl.constexpr):
+    """The teacher's columns that are read: none where only the label counts, they may be NaN"""
+    if LABELS != NO_LABELS:
+        width = tl.where(speechless(weights), 0, width)
+    return width
+
+
+@triton.jit
+def row_logs(sums, c):
+    """(c, s_log, t_log): log2 of the sums of 2^(c s) and 2^(c t), from `row_sums`"""
+    s_max, s_sum, t_max, t_sum, _, _, _ = sums
+    return c, s_max * c + tl.log2(s_sum), t_max * c + tl.log2(t_sum)
+
+
+@triton.jit
+def tilt_factors(tilts, weight, inverse_t, beta, KIND: tl.constexpr):
+    """Divergence (nats) and k_h of the kinds of three passes, from `tilt_sums`"""
+    total, mean = tilts
+    loss = total * LN2
+    k_h = weight * inverse_t
+    if KIND == JSD:
+        loss = (beta * total + (1 - beta) * mean) * LN2
+        k_h *= (1 - beta) * LN2
+    elif KIND == SKEW_FORWARD_KL:
+        k_h *= -(1 - beta)
+    elif KIND == SKEW_REVERSE_KL:
+        k_h *= LN2
+    else:
+        loss = total * 0.5
+        k_h *= 0.5
+    return loss, k_h
+
+
+@triton.jit
+def row_factors(
+    sums, logs, tilts, weights, inverse_t, beta, KIND: tl.constexpr, LABELS: tl.constexpr
+):
+    """Divergence (nats) and the factors of `gradient`, from `row_sums`, `row_logs`, `tilt_sums`"""
+    s_max, s_sum, t_max, t_sum, forward, reverse, hot = sums
+    weight, reverse_weight, label_weight = weights
+    c, s_log, t_log = logs
+    # the difference of the maxima is taken by itself: that of the log-sums would cancel
+    log_ratio = (tl.log2(s_sum) - tl.log2(t_sum)) * LN2
+    loss = 0.0
+    k_p = weight * inverse_t
+    k_q = 0.0
+    k_h = 0.0
+    if KIND == FORWARD_KL or KIND == MIXED:
+        loss = inverse_t * (forward / t_sum - (t_max - s_max)) + log_ratio
+        k_q = k_p
+    if KIND == REVERSE_KL or KIND == MIXED:
+        mean = reverse / s_sum
+        backward = inverse_t * (mean - (s_max - t_max)) - log_ratio
+        if KIND == MIXED:
+            loss = weight * loss + reverse_weight * backward
+            k_h = reverse_weight * inverse_t * inverse_t
+        else:
+            loss = backward
+            k_h = k_p * inverse_t
+        k_q -= k_h * mean
+    if KIND > MIXED:
+        loss, k_h = tilt_factors(tilts, weight, inverse_t, beta, KIND)
+        _, mean = tilts
+        k_q = -k_h * mean
+
+    hot_log = 0.0
+    k_hot = 0.0
+    if LABELS == SAME:
+        k_q += label_weight
+    if LABELS == HALF:
+        k_hot = label_weight * (s_sum * s_sum / hot)
+    if LABELS == OTHER:
+        hot_log = s_max * LOG2E + tl.log2(hot)
+        k_hot = label_weight
+    return loss, (c, s_log, t_log, hot_log, beta, k_q, k_p, k_h, k_hot)
 
 
 def label_mode(labels_N: Tensor | None, temperature: float) -> int:

@@ -1,6 +1,6 @@
-"""What the fused losses ask of their arguments; an error is a ValueError that names the argument.
+"""Checks of the fused losses' arguments: a wrong one is a ValueError that names it.
 
-What they ask of the values of each token is in ``per_token.py``.
+Checks of what there is for each token, weights and labels, are in ``per_token.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INFINITE = ("reverse_kl", "mixed")
 """Kinds that are infinite where the teacher lacks a column of the student's."""
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-Weight = float | Tensor
+TokenWeight = float | Tensor
 """A weight of every token, or fp32 [N]."""
 
 
@@ -157,7 +157,7 @@ def map_of(name: str, value: LogitMap) -> LogitMap:
     return value
 
 
-def kind_of(kind: str, beta: float, reverse: Weight | None, narrower: bool) -> None:
+def kind_of(kind: str, beta: float, reverse: TokenWeight | None, narrower: bool) -> None:
     """Check a divergence; ``narrower``: the teacher has fewer columns than the student."""
     refuse(kind not in KINDS, lambda: f"kind: {kind!r} is not one of {', '.join(KINDS)}")
     if kind in MIXING:

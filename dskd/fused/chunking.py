@@ -71,7 +71,7 @@ def project(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV:
         out_CV.add_(bias_V)
 
 
-class Gradients:
+class HeadGradients:
     """Gradients of hidden states, weight and bias, gathered chunk by chunk.
 
     The weight's is summed in fp32 (float64 for float64), whatever its type: bf16 sums over chunks

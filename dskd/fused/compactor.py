@@ -1,4 +1,7 @@
-"""Merging linear layers with their compactors, and the way back for the gradients. Spec 5.1.
+"""Merging linear layers with their compactors, and the way back for the gradients.
+
+The compactors are those of Weight-Inherited Distillation (Wu et al. 2024): a square matrix before a
+layer and one after it, stored as their differences DL and DR from identity.
 
     P = (I + DR) W,   W' = P (I + DL),   b' = (I + DR) b
 
@@ -59,7 +62,7 @@ class Merged(NamedTuple):
     middle: Tensor
 
 
-class Gradients(NamedTuple):
+class FactorGradients(NamedTuple):
     """Of the factors; None for a bias that is not there."""
 
     weight_PNK: Tensor
@@ -68,7 +71,7 @@ class Gradients(NamedTuple):
     right_PNN: Tensor
 
 
-def merge(layers: Sequence[Factors]) -> list[Merged]:
+def merge_layers(layers: Sequence[Factors]) -> list[Merged]:
     """Merged weight and bias of layers that all have the same sizes, dtype and device.
 
     While both differences are 0, W' and b' equal W and b bit for bit. No graph is built.
@@ -89,18 +92,18 @@ def merge(layers: Sequence[Factors]) -> list[Merged]:
     return [Merged(*made) for made in zip(merged, kept, middles, strict=True)]
 
 
-def unmerge(
+def unmerge_layers(
     layers: Sequence[Factors],
     middles: Sequence[Tensor],
     grads_Pnk: Sequence[Tensor],
     grads_Pn: Sequence[Tensor] | None,
-) -> list[Gradients]:
+) -> list[FactorGradients]:
     """The gradients of every factor, from those of the merged weights and biases.
 
     A compactor's gradient is whole: 0 in the rows (right) or columns (left) that are not kept.
 
     Args:
-        middles: what :func:`merge` gave for the same layers.
+        middles: what :func:`merge_layers` gave for the same layers.
         grads_Pnk, grads_Pn: of W' and b', in the dtype of the factors; no ``grads_Pn`` for layers
             without bias.
     """
@@ -118,7 +121,9 @@ def unmerge(
         of_lefts = use.left_factor(weights, of_middles, ins)
         of_weights = use.left_input(of_middles, lefts, ins)
     of_biases = of_biases or [None] * len(layers)
-    return [Gradients(*g) for g in zip(of_weights, of_biases, of_lefts, of_rights, strict=True)]
+    return [
+        FactorGradients(*g) for g in zip(of_weights, of_biases, of_lefts, of_rights, strict=True)
+    ]
 
 
 def right_first(factors: Factors) -> bool:

@@ -1,4 +1,4 @@
-"""KD from a teacher's full logits.
+"""Divergence of a student's logits from a teacher's full logits, with its gradient: `dense_kd`.
 
 Shape letters: N tokens, V student columns, W teacher columns.
 """
@@ -12,7 +12,7 @@ from dskd.fused.arguments import (
     SAME,
     LogitMap,
     Losses,
-    Weight,
+    TokenWeight,
     gradient_room,
     kind_of,
     map_of,
@@ -34,9 +34,9 @@ def dense_kd(
     kind: str = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
-    weight: Weight = 1.0,
-    reverse_weight: Weight | None = None,
-    label_weight: Weight = 0.0,
+    weight: TokenWeight = 1.0,
+    reverse_weight: TokenWeight | None = None,
+    label_weight: TokenWeight = 0.0,
     ignore_index: int = -100,
     student_map: LogitMap = SAME,
     teacher_map: LogitMap = SAME,

@@ -1,4 +1,4 @@
-"""How the closed-form gradient of a fused loss meets autograd.
+"""PyTorch operators of losses that compute their gradient themselves, together with the loss.
 
 A fused operator computes its gradient together with the loss. The backward pass multiplies it by
 the upstream gradient, a scalar that stays on the device, and leaves what was saved as it was, so
@@ -18,7 +18,7 @@ from dskd.fused.backend import on_triton, row_functions
 
 
 def wanted(value: Tensor) -> bool:
-    """Whether anyone may ask for this argument's gradient."""
+    """Whether the backward pass may need this argument's gradient."""
     return torch.is_grad_enabled() and value.requires_grad
 
 

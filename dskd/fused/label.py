@@ -1,4 +1,4 @@
-"""Cross entropy with the labels alone.
+"""Cross entropy of logits with labels, with its gradient: `label_ce`.
 
 Shape letters: N tokens, V columns.
 """
@@ -11,7 +11,7 @@ from dskd.fused.arguments import (
     SAME,
     LogitMap,
     Losses,
-    Weight,
+    TokenWeight,
     gradient_room,
     map_of,
     matrix,
@@ -27,7 +27,7 @@ def label_ce(
     student_NV: Tensor,
     labels_N: Tensor,
     *,
-    label_weight: Weight = 1.0,
+    label_weight: TokenWeight = 1.0,
     ignore_index: int = -100,
     student_map: LogitMap = SAME,
     out: Tensor | None = None,

@@ -1,4 +1,4 @@
-"""KD through the head: hidden states times head matrix, loss and gradient, chunk by chunk.
+"""Divergence and cross entropy from hidden states and the head's weight, by chunks: `linear_kd`.
 
 The logits of no more than a chunk of tokens exist at a time. Loss and gradient come in one visit:
 three products with the student's head and one with the teacher's (a recomputing backward pass would
@@ -10,17 +10,17 @@ sizes of student and teacher, K kept logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dskd.batch import DenseTeacher, LinearTeacher, TopKTeacher
 from dskd.fused.arguments import (
     SAME,
     LogitMap,
     Losses,
-    Weight,
+    TokenWeight,
     kind_of,
     map_of,
     matrix,
@@ -32,35 +32,10 @@ from dskd.fused.arguments import (
 )
 from dskd.fused.gradients import detached, refuse_second_order, scaled, wanted
 from dskd.fused.linear_visit import Loss, visit
-from dskd.fused.per_token import Weights, topk_of, weights_of
+from dskd.fused.per_token import TokenWeights, at_temperature, topk_of, weights_of
 
-
-@dataclass(frozen=True)
-class DenseTeacher:
-    """Logits [N, W] that are there already."""
-
-    logits_NW: Tensor
-
-
-@dataclass(frozen=True)
-class LinearTeacher:
-    """Hidden states [N, E], head [W, E] and its bias [W]: the logits are made by chunks."""
-
-    hidden_NE: Tensor
-    weight_WE: Tensor
-    bias_W: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class TopKTeacher:
-    """See :func:`~dskd.fused.topk.topk_kd`."""
-
-    ids_NK: Tensor
-    logprobs_NK: Tensor
-    tail_N: Tensor | None = None
-
-
-LogitTeacher = DenseTeacher | LinearTeacher | TopKTeacher | None
+LogitTeacher = LinearTeacher | DenseTeacher | TopKTeacher | None
+"""Whose divergence is taken; None: nobody's, cross entropy alone."""
 
 
 def linear_kd(
@@ -74,9 +49,9 @@ def linear_kd(
     mode: str = "tail",
     beta: float = 0.5,
     temperature: float = 1.0,
-    weight: Weight = 1.0,
-    reverse_weight: Weight | None = None,
-    label_weight: Weight = 0.0,
+    weight: TokenWeight = 1.0,
+    reverse_weight: TokenWeight | None = None,
+    label_weight: TokenWeight = 0.0,
     ignore_index: int = -100,
     student_map: LogitMap = SAME,
     teacher_map: LogitMap = SAME,
@@ -93,7 +68,7 @@ def linear_kd(
         hidden_ND: fp32, bf16, fp16 or float64; inside autocast it is cast as a linear layer's.
         weight_VD: of the same type.
         bias_V: likewise.
-        teacher: whose divergence; None: cross entropy alone.
+        teacher: whose divergence (classes of ``dskd/batch.py``); None: cross entropy alone.
         kind, beta, teacher_map, vocabulary: of dense and linear teachers, see
             :func:`~dskd.fused.dense.dense_kd`; a top-k teacher's is the forward KL.
         mode: of a top-k teacher alone, see :func:`~dskd.fused.topk.topk_kd`.
@@ -119,7 +94,9 @@ def linear_kd(
     refuse(chunk is not None and chunk < 1, lambda: f"chunk: must be at least 1, not {chunk}")
     # as the row functions will see them
     logits_NV = hidden_ND.new_empty(0, dtype=dtype).expand(len(hidden_ND), 0)
-    form, tensors, narrower = _teacher(teacher, logits_NV, columns, mode, vocabulary)
+    temperature = temperature_of(temperature)
+    cut = (columns, vocabulary)
+    form, tensors, narrower = _teacher(teacher, logits_NV, cut, mode, temperature)
     kind_of(kind, beta, reverse_weight, narrower)
     _check_form(form, kind, mode, vocabulary, teacher_map)
     weights = weights_of(
@@ -142,7 +119,7 @@ def linear_kd(
         form,
         kind if form in ("dense", "linear") else mode,
         float(beta),
-        temperature_of(temperature),
+        temperature,
         [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)],
         dtype,
         chunk or 0,
@@ -201,21 +178,26 @@ def _check_form(
 
 
 def _teacher(
-    teacher: LogitTeacher, logits_NV: Tensor, columns: int, mode: str, vocabulary: int | None
+    teacher: LogitTeacher,
+    logits_NV: Tensor,
+    cut: tuple[int, int | None],
+    mode: str,
+    temperature: float,
 ) -> tuple[str, list[Tensor], bool]:
-    """Its form, its tensors, and whether it has fewer columns than the student."""
+    """Its form, its tensors, and whether it has fewer columns than the student.
+
+    ``cut``: how many columns the student has, and how many are real tokens.
+    """
+    columns, vocabulary = cut
     count = len(logits_NV)
     if teacher is None:
         return "label", [], False
     if isinstance(teacher, TopKTeacher):
-        parts = (teacher.ids_NK, teacher.logprobs_NK, teacher.tail_N)
-        found = topk_of(*parts, mode, logits_NV, columns)
-        return "topk", [x for x in found if x is not None], False
+        return "topk", _topk(teacher, logits_NV, columns, mode, temperature), False
     if isinstance(teacher, DenseTeacher):
-        matrix("teacher", teacher.logits_NW, rows=count, like=logits_NV)
-        shared = teacher_columns(teacher.logits_NW.shape[1], columns, vocabulary)
-        logits_NW = unit_columns(teacher.logits_NW.detach()[:, :shared])
-        return "dense", [logits_NW], shared < columns
+        matrix("teacher", teacher.logits_NV, rows=count, like=logits_NV)
+        shared = teacher_columns(teacher.logits_NV.shape[1], columns, vocabulary)
+        return "dense", [unit_columns(teacher.logits_NV.detach()[:, :shared])], shared < columns
     refuse(
         not isinstance(teacher, LinearTeacher),
         lambda: (
@@ -223,12 +205,32 @@ def _teacher(
             f"not {type(teacher).__name__}"
         ),
     )
-    hidden_NE, weight_WE, bias_W = _autocast(teacher.hidden_NE, teacher.weight_WE, teacher.bias_W)
+    hidden_NE, weight_WE, bias_W = _autocast(teacher.hidden_NE, teacher.weight_VE, teacher.bias_V)
     _check_head("teacher's ", hidden_NE, weight_WE, bias_W)
     matrix("teacher's hidden", hidden_NE, rows=count, like=logits_NV)
     shared = teacher_columns(len(weight_WE), columns, vocabulary)
     tensors = [hidden_NE, weight_WE[:shared]] + ([] if bias_W is None else [bias_W[:shared]])
     return "linear", [x.detach() for x in tensors], shared < columns
+
+
+def _topk(
+    teacher: TopKTeacher, logits_NV: Tensor, columns: int, mode: str, temperature: float
+) -> list[Tensor]:
+    """Ids, log-probabilities at the temperature, and the tail in mode ``tail``."""
+    tail_N = None
+    if mode == "tail":
+        stored = teacher.tail_N
+        refuse(
+            temperature not in stored,
+            lambda: (
+                f"teacher: has no tail mass at temperature {temperature}, but at "
+                f"{', '.join(map(str, stored))}"
+            ),
+        )
+        tail_N = stored[temperature]
+    ids_NK, *kept = topk_of(teacher.ids_NK, teacher.logprobs_NK, tail_N, mode, logits_NV, columns)
+    found = (ids_NK, *at_temperature(*kept, temperature))
+    return [x for x in found if x is not None]
 
 
 @torch.library.custom_op(
@@ -247,7 +249,7 @@ def _linear(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     weights, (form, *kind), (dtype, chunk, needs) = arguments[:4], arguments[4:9], arguments[9:]
-    loss = Loss(form, teacher, Weights(*weights), *kind)
+    loss = Loss(form, teacher, TokenWeights(*weights), *kind)
     *losses, gradients = visit(
         hidden_ND, weight_VD, bias_V, loss, logits_dtype=dtype, chunk=chunk, needs=needs
     )

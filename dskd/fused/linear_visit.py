@@ -1,4 +1,4 @@
-"""The work of :func:`~dskd.fused.linear.linear_kd` on checked arguments.
+"""Loss and gradients of hidden states and head, chunk by chunk, of `linear_kd`'s checked arguments.
 
 Shape letters: N tokens, C of them in a chunk, V student columns, W teacher columns, D hidden size.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dskd.fused.arguments import wide
 from dskd.fused.backend import row_functions
-from dskd.fused.chunking import Buffer, Gradients, chunk_of, chunks, operand, project
+from dskd.fused.chunking import Buffer, HeadGradients, chunk_of, chunks, operand, project
 from dskd.fused.gradients import total_of
-from dskd.fused.per_token import Weights
+from dskd.fused.per_token import TokenWeights
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Loss:
 
     form: str
     teacher: list[Tensor]
-    weights: Weights
+    weights: TokenWeights
     kind: str
     beta: float
     temperature: float
@@ -92,7 +92,7 @@ class Loss:
         return [None if vector is None else vector[rows] for vector in self.weights]
 
 
-Rows = Callable[[slice, Tensor, Tensor | None], tuple]
+ChunkLoss = Callable[[slice, Tensor, Tensor | None], tuple]
 """(tokens of the chunk, their logits, room for the gradient) -> divergence [C], label loss [C]."""
 
 
@@ -105,7 +105,7 @@ def visit(
     logits_dtype: torch.dtype,
     chunk: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+) -> tuple[Tensor, Tensor, Tensor, HeadGradients]:
     """Total, divergence [N], label loss [N] or [0], and the gradients that are needed."""
     count, columns = len(hidden_ND), len(weight_VD)
     hidden_ND, weight_VD = operand(hidden_ND), operand(weight_VD)
@@ -115,8 +115,8 @@ def visit(
     bytes_per_logit += 0 if in_place else hidden_ND.dtype.itemsize
     size = chunk or chunk_of(count, columns, bytes_per_logit, device)
     size = min(size, max(1, count))
-    positions_of = _rows_of(loss, size, logits_dtype)
-    gradients = Gradients(hidden_ND, weight_VD, bias_V, needs)
+    chunk_loss = _chunk_loss(loss, size, logits_dtype)
+    gradients = HeadGradients(hidden_ND, weight_VD, bias_V, needs)
     logits = Buffer(size, columns, logits_dtype, device)
     rounded = None
     if any(needs) and not in_place:
@@ -131,7 +131,7 @@ def visit(
         grad_CV = None
         if any(needs):
             grad_CV = logits_CV if rounded is None else rounded.first(len(hidden_CD))
-        divergence_N[rows], label_C = positions_of(rows, logits_CV, grad_CV)
+        divergence_N[rows], label_C = chunk_loss(rows, logits_CV, grad_CV)
         if label_C is not None:
             label_N[rows] = label_C
         if grad_CV is not None:
@@ -139,7 +139,7 @@ def visit(
     return *loss.total(divergence_N, label_N), gradients
 
 
-def _rows_of(loss: Loss, size: int, logits_dtype: torch.dtype) -> Rows:
+def _chunk_loss(loss: Loss, size: int, logits_dtype: torch.dtype) -> ChunkLoss:
     if loss.form == "label":
         return loss.label
     if loss.form == "topk":
@@ -151,9 +151,9 @@ def _rows_of(loss: Loss, size: int, logits_dtype: torch.dtype) -> Rows:
     hidden_NE, weight_WE, *bias = map(operand, loss.teacher)
     buffer = Buffer(size, len(weight_WE), logits_dtype, weight_WE.device)
 
-    def positions_of(rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
+    def chunk_loss(rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
         teacher_CW = buffer.first(len(logits_CV))
         project(hidden_NE[rows], weight_WE, bias[0] if bias else None, teacher_CW)
         return loss.dense(rows, logits_CV, teacher_CW, grad_CV)
 
-    return positions_of
+    return chunk_loss

@@ -1,4 +1,4 @@
-"""KD from several teachers at once.
+"""KL of a student's logits from a mixture of several teachers' logits, and gradient: `mixture_kd`.
 
 Shape letters: N tokens, V student columns, W_k columns of teacher k, n teachers.
 """
@@ -45,7 +45,7 @@ def mixture_kd(
 
     Args:
         student_NV: logits of any floating type and strides; may hold -inf.
-        teachers: logits [N, W_k] of the student's type; teacher k speaks of the student's columns
+        teachers: logits [N, W_k] of the student's type; teacher k's columns are the student's
             from ``firsts[k]`` on: all of the same columns, or of disjoint classes (MUKI), or any
             mix.
         weights_Nn: at least 0, without gradient; a row of zeros is a token that does not count.

@@ -1,4 +1,4 @@
-"""What a fused loss knows of every token: weights, labels, the kept tokens of a top-k teacher.
+"""Checks of what a fused loss has for each token: weights, labels, a top-k teacher's kept tokens.
 
 Labels and ids are compared with the number of columns, and other values looked at, where that
 costs nothing (on a CPU) and, on a GPU, only in debug mode (``DSKD_DEBUG=1``), because the answer
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dskd.fused.arguments import FLOATING, MODES, Weight, matrix, refuse, wide
+from dskd.fused.arguments import FLOATING, MODES, TokenWeight, matrix, refuse, wide
 from dskd.fused.backend import on_triton
 
 DEBUG = os.environ.get("DSKD_DEBUG", "0") not in ("", "0")
@@ -25,7 +25,7 @@ MOST_KEPT = 4096
 """Kept tokens of a row that the kernels hold in the registers of 1024 threads."""
 
 
-class Weights(NamedTuple):
+class TokenWeights(NamedTuple):
     """Weight vectors [N] of the divergence, its reverse part and the label; ignored tokens at 0."""
 
     divergence_N: Tensor
@@ -38,12 +38,12 @@ def weights_of(
     logits_NV: Tensor,
     labels_N: Tensor | None,
     *,
-    weight: Weight,
-    reverse_weight: Weight | None,
-    label_weight: Weight,
+    weight: TokenWeight,
+    reverse_weight: TokenWeight | None,
+    label_weight: TokenWeight,
     ignore_index: int,
     columns: int,
-) -> Weights:
+) -> TokenWeights:
     """Fold scalars, vectors and ``ignore_index`` into weight vectors.
 
     A token labelled ``ignore_index`` counts for nothing, neither its label nor its divergence.
@@ -55,19 +55,19 @@ def weights_of(
     unlabelled = isinstance(label_weight, float | int) and label_weight == 0
     if labels_N is None:
         refuse(not unlabelled, lambda: "label_weight: is not 0, and there are no labels")
-        return Weights(divergence_N, reverse_N, None, None)
+        return TokenWeights(divergence_N, reverse_N, None, None)
     indexvector("labels", labels_N, logits_NV)
     kept_N = labels_N != ignore_index
     in_range("labels", labels_N, columns, kept_N)
     divergence_N = divergence_N.where(kept_N, 0.0)
     reverse_N = None if reverse_N is None else reverse_N.where(kept_N, 0.0)
     if unlabelled:
-        return Weights(divergence_N, reverse_N, None, None)
+        return TokenWeights(divergence_N, reverse_N, None, None)
     label_N = vector("label_weight", label_weight, logits_NV).where(kept_N, 0.0)
-    return Weights(divergence_N, reverse_N, labels_N, label_N)
+    return TokenWeights(divergence_N, reverse_N, labels_N, label_N)
 
 
-def vector(name: str, value: Weight, logits_NV: Tensor) -> Tensor:
+def vector(name: str, value: TokenWeight, logits_NV: Tensor) -> Tensor:
     """A number or [N] as a contiguous [N] in the wide dtype."""
     dtype, count = wide(logits_NV.dtype), len(logits_NV)
     if not isinstance(value, Tensor):
@@ -96,7 +96,7 @@ def indexvector(name: str, value: Tensor, logits_NV: Tensor) -> None:
 
 
 def looks(values: Tensor) -> bool:
-    """Whether to look at values: where that is free (a CPU) or asked for (:data:`DEBUG`)."""
+    """Whether to look at values: where that is free (a CPU) or in debug mode."""
     return not torch.compiler.is_compiling() and (values.device.type == "cpu" or DEBUG)
 
 
@@ -165,3 +165,17 @@ def topk_of(
     if tail_N is not None:
         tail_N = vector("tail", tail_N, student_NV)
     return ids_NK.contiguous(), logprobs_NK.detach().to(dtype).contiguous(), tail_N
+
+
+def at_temperature(
+    logprobs_NK: Tensor, tail_N: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities and tail at a temperature, from those of a ``TopKTeacher``.
+
+    Scaled to mass 1 together, or without a tail the kept tokens by themselves.
+    """
+    logits_NK = logprobs_NK / temperature
+    if tail_N is None:
+        return logits_NK.log_softmax(1), None
+    buckets_NB = torch.cat((logits_NK, tail_N[:, None]), 1).log_softmax(1)
+    return buckets_NB[:, :-1], buckets_NB[:, -1]

@@ -1,4 +1,4 @@
-"""What every loss over a vocabulary is, in plain differentiable torch: the truth for the kernels.
+"""Every loss over a vocabulary in plain differentiable torch, which the kernels are tested against.
 
 Per-token losses [N], in nats and unweighted; no T^2 anywhere (callers fold it into their weights).
 float64 logits give float64; everything narrower is computed in fp32. Nothing is done in chunks:

@@ -1,4 +1,4 @@
-"""KD from a teacher known by its K largest log-probabilities.
+"""KL of a student's logits from a teacher's K largest log-probabilities, and gradient: `topk_kd`.
 
 Shape letters: N tokens, V columns, K kept.
 """
@@ -12,7 +12,7 @@ from dskd.fused.arguments import (
     SAME,
     LogitMap,
     Losses,
-    Weight,
+    TokenWeight,
     gradient_room,
     map_of,
     matrix,
@@ -33,8 +33,8 @@ def topk_kd(
     *,
     mode: str = "tail",
     temperature: float = 1.0,
-    weight: Weight = 1.0,
-    label_weight: Weight = 0.0,
+    weight: TokenWeight = 1.0,
+    label_weight: TokenWeight = 0.0,
     ignore_index: int = -100,
     student_map: LogitMap = SAME,
     out: Tensor | None = None,

@@ -1,4 +1,4 @@
-"""What a mask does to the entries of compactors around an optimizer step, and their norms.
+"""Edits of compactors' gradients, moments and weights around an optimizer step, and their norms.
 
 A compactor is C = I + D, stored as D; unit j of it is a column (left) or a row (right). A norm's or
 bias's vector is C as it is. A piece is what a rank holds of one (``dskd/engine/shards.py``): flat
@@ -8,10 +8,11 @@ entries f of the whole, row = f // columns. An entry of unit j becomes
     moment <- fade_j moment + push_j C
     C <- ratio_j C
 
-which is all that spec 3.1 and R8 ask for: dense L2 (gate 1, pull 1), reset (0, min(lambda, 1)),
-injection into the first moment (fade 0.9, push 0.1 (lambda - 1)), annealing (gate 0, fade 0, ratio
-alpha_t / alpha_(t-1)), decay (ratio 1 - lr decay). Gate and fade 1 with pull and push 0, or a ratio
-of 1, leave an entry as it is, bit for bit; a ratio of 0 makes D exactly -I.
+which is all that the rules of ``dskd/narrowing/rules.py`` need. That of Wu et al. 2024: dense L2
+(gate 1, pull 1), reset (0, min(lambda, 1)), injection into the first moment (fade 0.9, push 0.1
+(lambda - 1)); the exact one: annealing (gate 0, fade 0, ratio alpha_t / alpha_(t-1)), decay (ratio
+1 - lr decay). Gate and fade 1 with pull and push 0, or a ratio of 1, leave an entry as it is, bit
+for bit; a ratio of 0 makes D exactly -I.
 
 On a GPU it is one launch for all pieces (``dskd/kernels/compactor_update.py``). In plain torch a
 piece is edited as rectangles of its matrix, of which rows, columns and the diagonal are views: the
@@ -69,13 +70,13 @@ def update(pieces: Sequence[Piece]) -> list[Tensor]:
         whole (but at ZeRO-0, where every rank holds all). 0 for units that it has nothing of.
 
     Raises:
-        ValueError: pieces that ask for different things, or values that are missing.
+        ValueError: pieces with different kinds of edits, or values that are missing.
     """
     if not pieces:
         return []
-    asked = {_asked(piece) for piece in pieces}
+    forms = {_form(piece) for piece in pieces}
     refuse(
-        len(asked) > 1,
+        len(forms) > 1,
         lambda: "pieces: some have a gradient, a moment or a ratio that others lack",
     )
     for piece in pieces:
@@ -91,7 +92,7 @@ def update(pieces: Sequence[Piece]) -> list[Tensor]:
     return [_update(piece) for piece in pieces]
 
 
-def _asked(piece: Piece) -> tuple[object, ...]:
+def _form(piece: Piece) -> tuple[object, ...]:
     tensors = (piece.weight, piece.gradient, piece.moment, piece.ratio_K)
     return tuple(None if t is None else (t.dtype, t.device) for t in tensors)
 

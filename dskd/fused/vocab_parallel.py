@@ -1,4 +1,4 @@
-"""KD where every rank of a group holds some of the vocabulary's columns.
+"""Divergence of logits whose vocabulary is spread over ranks, and gradient: `vocab_parallel_kd`.
 
 A rank sums up its shard, one all-gather of [N, 8] numbers tells every rank the others' sums, and
 each computes the gradient of its own columns. Not a MAX and a SUM all-reduce: one latency instead
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dskd.fused.arguments import (
     Losses,
-    Weight,
+    TokenWeight,
     kind_of,
     matrix,
     refuse,
@@ -39,7 +39,7 @@ from dskd.fused.arguments import (
 )
 from dskd.fused.backend import row_functions
 from dskd.fused.gradients import detached, refuse_second_order, room, scaled, total_of, wanted
-from dskd.fused.per_token import Weights, in_range, weights_of
+from dskd.fused.per_token import TokenWeights, in_range, weights_of
 
 _SUMMED = ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 """Kinds whose slope has to be averaged over the whole vocabulary."""
@@ -54,9 +54,9 @@ def vocab_parallel_kd(
     kind: str = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
-    weight: Weight = 1.0,
-    reverse_weight: Weight | None = None,
-    label_weight: Weight = 0.0,
+    weight: TokenWeight = 1.0,
+    reverse_weight: TokenWeight | None = None,
+    label_weight: TokenWeight = 0.0,
     ignore_index: int = -100,
 ) -> Losses:
     """:func:`dskd.fused.dense.dense_kd` of logits whose columns are spread over a group.
@@ -108,7 +108,7 @@ class _Case(NamedTuple):
     """All that is no student."""
 
     teacher_NS: Tensor
-    weights: Weights
+    weights: TokenWeights
     group: dist.ProcessGroup
     kind: str
     settings: dict[str, float]

@@ -3,7 +3,7 @@
 Qin et al. 2022 (NAACL), "Knowledge Inheritance for Pre-trained Language Models": the loss of a
 supervised position is ``(1 - alpha) CE + alpha T^2 KL(teacher || student)``, both distributions of
 the KL at temperature T, with an inheritance rate alpha that falls as the student outgrows its
-teacher.
+teacher. Another divergence may stand in the place of the KL (setting ``divergence``).
 """
 
 from __future__ import annotations
@@ -15,18 +15,30 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from dskd.batch import Positions, Signal, Term
 from dskd.errors import ConfigError
-from dskd.fused.reference import TopKMode
-from dskd.ops import rows_ce, rows_kd
+from dskd.fused.arguments import MIXING
+from dskd.fused.reference import Divergence, TopKMode
+from dskd.ops import positions_ce, positions_kd
 from dskd.settings.base import Section
+from dskd.settings.run import Run
+from dskd.settings.teachers import CachedTeacher, RoutedTeacher
 
 RateSchedule = Literal["linear", "switch", "constant", "cosine"]
 
 
-class Inherited(Section):
-    """Cross entropy with the labels and, while alpha lasts, KL from the teacher."""
+class InheritanceLoss(Section):
+    """Cross entropy with the labels and, while alpha lasts, a divergence from the teacher."""
 
     temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
-    """Softens both distributions of the KL."""
+    """Softens both distributions of the divergence."""
+    divergence: Divergence = "forward_kl"
+    """Of the student's q from the teacher's p. ``forward_kl``: KL(p || q), as in the paper;
+    ``reverse_kl``: KL(q || p); ``mixed``: beta KL(p || q) + (1 - beta) KL(q || p); ``jsd``,
+    ``skew_forward_kl``, ``skew_reverse_kl``: from mixtures of p and q by beta (``ops.dense_kd``);
+    ``total_variation``: sum |p - q| / 2. A cached teacher gives forward_kl only. Where
+    KL(q || p) counts, the student's padding columns beyond the teacher's vocabulary are left out
+    of its softmax, the label's too."""
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Of ``mixed``, ``jsd`` and the skew divergences, see there; the others have none."""
     rate: float = Field(1.0, ge=0, le=1)
     """Inheritance rate alpha of the first step (of every step, for ``constant``)."""
     schedule: RateSchedule = "linear"
@@ -50,6 +62,37 @@ class Inherited(Section):
             )
         return steps
 
+    @field_validator("beta")
+    @classmethod
+    def _has_a_use(cls, beta: float, info: ValidationInfo) -> float:
+        divergence = info.data.get("divergence")
+        # compared with the default, because settings that are read back (a run's config.yaml)
+        # name all of them
+        unused = divergence is not None and divergence not in (*MIXING, "mixed")
+        if unused and beta != cls.model_fields["beta"].default:
+            raise ValueError(f"{beta}, but the divergence {divergence} has no beta; leave it out")
+        return beta
+
+    def check_teacher(self, run: Run, section: str) -> None:
+        """Refuse a divergence that the run's teacher cannot give.
+
+        Args:
+            run: the settings.
+            section: dotted name of this section in them, for the message.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        if self.divergence == "forward_kl" or self.alpha(0) == 0.0:
+            return
+        teacher = run.teacher
+        several = teacher.domains.values() if isinstance(teacher, RoutedTeacher) else [teacher]
+        if any(isinstance(each, CachedTeacher) for each in several):
+            raise ConfigError(
+                f"{section}.divergence: {self.divergence} needs all of a teacher's logits, but a "
+                f"cached one keeps its largest only; set it to forward_kl, or use a live teacher"
+            )
+
     def alpha(self, step: int) -> float:
         """Inheritance rate after ``step`` completed optimiser steps."""
         return inheritance_rate(self.schedule, step, self.steps, self.rate)
@@ -57,29 +100,47 @@ class Inherited(Section):
     def term(self, rows: Positions, signal: Signal | None, step: int) -> Term:
         """``(1 - alpha) CE + alpha T^2 KL``, summed over the supervised positions, in nats.
 
-        Logged as ``ce`` and ``kl`` (with its T^2); what has weight 0 is not computed.
+        Logged as ``ce`` and ``kl``, or the name of the divergence that stands in its place, with
+        its factor T^2 (T for total variation); what has weight 0 is not computed.
         """
-        alpha, heat = self.alpha(step), self.temperature**2
+        alpha, heat = self.alpha(step), self._heat()
         if alpha == 0.0:
             return labels_term(rows)
         assert signal is not None, f"step {step} needs the teacher"
-        losses = rows_kd(
+        weight, reverse_weight = alpha * heat, None
+        if self.divergence == "mixed":
+            weight, reverse_weight = weight * self.beta, weight * (1.0 - self.beta)
+        losses = positions_kd(
             rows,
             signal,
+            kind=self.divergence,
+            beta=self.beta,
             temperature=self.temperature,
             mode=self.topk,
-            weight=alpha * heat,
+            weight=weight,
+            reverse_weight=reverse_weight,
             label_weight=1.0 - alpha,
         )
-        parts = {"kl": losses.divergence_N.sum() * heat}
+        # of `mixed` alone the losses come with their weights, alpha among them
+        unweighted = 1.0 / alpha if self.divergence == "mixed" else heat
+        name = "kl" if self.divergence == "forward_kl" else self.divergence
+        parts = {name: losses.divergence_N.sum() * unweighted}
         if alpha < 1.0:
             parts["ce"] = losses.label_N.sum()
         return Term(losses.total, parts)
 
+    def _heat(self) -> float:
+        """What keeps the divergence's gradient as large, beside the label's, at any temperature."""
+        # At a high T, p - q falls as 1/T, and every logit's gradient has a 1/T of its own. The
+        # gradient of a divergence that is quadratic where p and q are close (each but one) so falls
+        # as 1/T^2 (Hinton et al. 2015, section 2); total variation's, which is linear in p - q, as
+        # 1/T.
+        return self.temperature if self.divergence == "total_variation" else self.temperature**2
+
 
 def labels_term(rows: Positions) -> Term:
     """The cross entropy summed over the supervised positions, in nats, logged as ``ce``."""
-    losses = rows_ce(rows)
+    losses = positions_ce(rows)
     return Term(losses.total, {"ce": losses.label_N.sum()})
 
 

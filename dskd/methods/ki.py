@@ -7,18 +7,26 @@ from __future__ import annotations
 
 from typing import Literal
 
+from transformers import PreTrainedConfig
+
 from dskd.batch import Batch, Positions, Signal, Term
 from dskd.methods.base import Method
-from dskd.methods.inheritance_loss import Inherited
+from dskd.methods.inheritance_loss import InheritanceLoss
+from dskd.settings.run import Run
 
 
-class KnowledgeInheritance(Inherited, Method):
-    """Cross entropy with the labels and, while alpha lasts, KL from the teacher."""
+class KnowledgeInheritance(InheritanceLoss, Method):
+    """Cross entropy with the labels and, while alpha lasts, a divergence from the teacher."""
 
     kind: Literal["ki"] = "ki"
 
+    def check(self, run: Run, config: PreTrainedConfig | None) -> None:
+        """Refuse a divergence that the teacher cannot give."""
+        del config
+        self.check_teacher(run, "method")
+
     def rates(self, step: int) -> dict[str, float]:
-        """``alpha``."""
+        """The inheritance rate of this step, logged as ``alpha``."""
         return {"alpha": self.alpha(step)}
 
     def wants_teacher(self) -> bool:
@@ -32,6 +40,6 @@ class KnowledgeInheritance(Inherited, Method):
     def loss(
         self, positions: Positions, signal: Signal | None, batch: Batch, step: int
     ) -> dict[str, Term]:
-        """The term of :meth:`Inherited.term`."""
+        """One term over the supervised positions, see :meth:`InheritanceLoss.term`."""
         del batch
         return {"tokens": self.term(positions, signal, step)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dskd.batch import Batch, Positions
-from dskd.ops import rows_ce
+from dskd.ops import positions_ce
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Metric:
 
 def _lm_sums(rows: Positions, batch: Batch) -> Tensor:
     del batch
-    nll = rows_ce(rows).total.double()
+    nll = positions_ce(rows).total.double()
     return torch.stack([nll, nll.new_tensor(len(rows.labels_N))])
 
 

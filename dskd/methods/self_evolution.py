@@ -20,10 +20,10 @@ from transformers import PreTrainedConfig
 
 from dskd.batch import Batch, Positions, Signal, Term
 from dskd.errors import ConfigError
-from dskd.fused.arguments import Weight
+from dskd.fused.arguments import TokenWeight
 from dskd.hardness.masks import HARD_LABELS
 from dskd.methods.base import Method
-from dskd.ops import rows_ce, rows_kd
+from dskd.ops import positions_ce, positions_kd
 from dskd.settings.data import HardTokens
 from dskd.settings.run import Run
 from dskd.settings.teachers import SelfTeacher
@@ -77,8 +77,8 @@ class SelfEvolution(Method):
             return
         if run.data.objective != "causal":
             raise ConfigError(
-                f"method.hard_weight: {self.hard_weight} is for causal LMs; a masked LM is asked "
-                f"for nothing but what data.masking selects"
+                f"method.hard_weight: {self.hard_weight} is for causal LMs; of a masked LM, "
+                f"data.masking selects the hard tokens, and all have one weight"
             )
         if not isinstance(run.data.masking, HardTokens):
             raise ConfigError(
@@ -95,10 +95,10 @@ class SelfEvolution(Method):
         """
         weight, smoothing = self._weight(batch), self.smoothing
         if smoothing == 0.0:
-            losses = rows_ce(positions, weight)
+            losses = positions_ce(positions, weight)
             return {"tokens": Term(losses.total, {"ce": _sum(losses.label_N, weight)})}
         assert signal is not None, f"step {step} needs the teacher"
-        losses = rows_kd(
+        losses = positions_kd(
             positions,
             signal,
             temperature=self.temperature,
@@ -120,12 +120,12 @@ class SelfEvolution(Method):
             return {"tokens": weight.double().sum().item()}
         return super().counts(batch)
 
-    def _weight(self, batch: Batch) -> Weight:
+    def _weight(self, batch: Batch) -> TokenWeight:
         """Of every supervised position: one number, or fp32 [N]."""
         if not self.columns():
             return 1.0
         return 1.0 + (self.hard_weight - 1.0) * batch.columns[HARD_LABELS]
 
 
-def _sum(values_N: Tensor, weight: Weight) -> Tensor:
+def _sum(values_N: Tensor, weight: TokenWeight) -> Tensor:
     return (values_N * weight).sum()

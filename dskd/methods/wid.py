@@ -22,7 +22,7 @@ from dskd.engine.shards import ParameterShards
 from dskd.engine.stage import StageContext
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
-from dskd.methods.inheritance_loss import Inherited, labels_term
+from dskd.methods.inheritance_loss import InheritanceLoss, labels_term
 from dskd.narrowing.ds_limits import check_preset, is_adam
 from dskd.narrowing.insert import Surgery, insert
 from dskd.narrowing.layouts import layout_of, widths_of
@@ -77,7 +77,7 @@ class WeightInheritance(Method):
     compact: bool = True
     """Compute without the removed units once they are zero; false: to the end with all (rule
     annealed)."""
-    inherit: Inherited | None = None
+    inherit: InheritanceLoss | None = None
     """Loss with a teacher's distribution, as of method ki; null: cross entropy with the labels."""
 
     @property
@@ -118,6 +118,8 @@ class WeightInheritance(Method):
         if train.compile:
             raise ConfigError("train.compile: layers that method wid changes cannot be compiled")
         self._check_rule()
+        if self.inherit is not None:
+            self.inherit.check_teacher(run, "method.inherit")
         itself = run.teacher if isinstance(run.teacher, SelfTeacher) else None
         if itself is not None and self.wants_teacher() and itself.weights == "current":
             raise ConfigError(

@@ -28,7 +28,7 @@ from dskd.batch import Use
 from dskd.engine.zero import full_shape, is_sharded
 from dskd.fused.arguments import wide
 from dskd.models.families import LinearProjection
-from dskd.ops import Factors, Merged, merge, unmerge
+from dskd.ops import Factors, Merged, merge_layers, unmerge_layers
 
 
 class Compacted(nn.Module):
@@ -90,7 +90,7 @@ class Merging:
             for other in self._layers:
                 alike.setdefault(other.look(), []).append(other)
             for layers in alike.values():
-                merged = merge([other.factors() for other in layers])
+                merged = merge_layers([other.factors() for other in layers])
                 self._merged.update(zip(layers, merged, strict=True))
         return self._merged[layer]
 
@@ -156,7 +156,7 @@ class MergedLayer(Compacted):
     def merged(self, factors: Factors) -> Merged:
         """Made now if the parameters are sharded, else once until the merging forgets."""
         if is_sharded(self.weight):
-            return merge([factors])[0]
+            return merge_layers([factors])[0]
         return self.merging.of(self)
 
     def due(
@@ -287,5 +287,7 @@ class _Merge(torch.autograd.Function):
         if due is None:
             return (None,) * 8
         weight, bias = (g if g is None else g.to(factors.weight_PNK.dtype) for g in due)
-        (found,) = unmerge([factors], [ctx.middle], [weight], None if bias is None else [bias])
+        (found,) = unmerge_layers(
+            [factors], [ctx.middle], [weight], None if bias is None else [bias]
+        )
         return None, None, *found, None, None

@@ -85,7 +85,7 @@ class _Compacted:
             "keep_in": kept_entries(keep_in, factors.left_PKK.shape[-1]).to(device),
             "keep_out": kept_entries(keep_out, factors.right_PNN.shape[-1]).to(device),
         }
-        (merged,) = ops.merge([factors._replace(**kept)])
+        (merged,) = ops.merge_layers([factors._replace(**kept)])
         bias = merged.bias_Pn
         return merged.weight_Pnk.to(dtype), None if bias is None else bias.to(dtype)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dskd.batch import Batch, Dense
+from dskd.batch import Batch, DenseTeacher
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
 from dskd.data.views import CausalView, View
@@ -75,12 +75,12 @@ def capture(
         fingerprints=fingerprints,
     )
 
-    def forward() -> Callable[[Batch], Dense]:
+    def forward() -> Callable[[Batch], DenseTeacher]:
         teacher = FrozenTeacher(model(), layout.vocabulary)
         # with the head here: a sharded one is a collective, and not every batch is scored
-        return lambda batch: Dense(teacher(batch.to(device)).logits_NV)
+        return lambda batch: DenseTeacher(teacher(batch.to(device)).logits_NV)
 
-    def score(batch: Batch, signal: Dense) -> Scored:
+    def score(batch: Batch, signal: DenseTeacher) -> Scored:
         return Scored(batch.counts_B.numpy(), layout.encode(batch, signal.logits_NV))
 
     def holds(folder: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dskd.batch import IGNORE, Batch, Dense, Projected, Signal, TopK
+from dskd.batch import IGNORE, Batch, DenseTeacher, ProjectedTeacher, Signal, TopKTeacher
 from dskd.data.prepared import RowBatch
 from dskd.data.views import Shown
 from dskd.models.families import positions_of
@@ -44,10 +44,10 @@ class FrozenTeacher:
         self._vocabulary = vocabulary
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Projected:
+    def __call__(self, batch: Batch) -> ProjectedTeacher:
         """Run the model on the batch, up to its last linear map."""
         rows = positions_of(self._model, batch)
-        return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
+        return ProjectedTeacher(rows.hidden_ND, rows.projection, self._vocabulary)
 
 
 class StudentAsTeacher:
@@ -67,11 +67,11 @@ class StudentAsTeacher:
         self._vocabulary = vocabulary
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Projected:
+    def __call__(self, batch: Batch) -> ProjectedTeacher:
         """Run the student on the batch, up to its last linear map."""
         with evaluating(self._student):
             rows = positions_of(self._student, batch)
-        return Projected(rows.hidden_ND, rows.projection, self._vocabulary)
+        return ProjectedTeacher(rows.hidden_ND, rows.projection, self._vocabulary)
 
 
 class ShownUnmasked:
@@ -100,11 +100,11 @@ class StoredTeacher:
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
 
-    def __call__(self, batch: Batch) -> TopK:
+    def __call__(self, batch: Batch) -> TopKTeacher:
         """The cache's values at the positions of the batch."""
         columns = batch.columns
         tail_N = {self._temperature: columns[TOPK_TAIL]}
-        return TopK(columns[TOPK_IDS], columns[TOPK_LOGPROBS], tail_N)
+        return TopKTeacher(columns[TOPK_IDS], columns[TOPK_LOGPROBS], tail_N)
 
 
 class RoutedTeachers:
@@ -121,7 +121,7 @@ class RoutedTeachers:
         self._by_domain = dict(sorted(by_domain.items()))  # as the columns go
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Dense:
+    def __call__(self, batch: Batch) -> DenseTeacher:
         """Run each teacher on its rows and put the logits in the order of the batch."""
         whole_NV: Tensor | None = None
         row = position = 0
@@ -142,7 +142,7 @@ class RoutedTeachers:
             whole_NV.index_copy_(0, places_M, logits_MV.float())
             row, position = row + rows, position + positions
         assert whole_NV is not None
-        return Dense(whole_NV)
+        return DenseTeacher(whole_NV)
 
 
 GROUPED_ROWS = "grouped_rows"

@@ -370,7 +370,10 @@ def linear_topk(
         "linear_topk",
         f"tail bf16, K {kept}, H {hidden[0]}",
         {"N": tokens, "V": columns, "D": hidden[0], "K": kept},
-        {OURS: partial(_linear, head, ops.TopKTeacher(*teacher)), "torch eager": eager},
+        {
+            OURS: partial(_linear, head, ops.TopKTeacher(*teacher[:2], {1.0: teacher[2]})),
+            "torch eager": eager,
+        },
         products(Head(head.hidden_ND, head.weight_VD, None, None, head.labels_N)),
         through_head(head, partial(topk_per_token, teacher)),
     )

@@ -41,7 +41,7 @@ import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 
-from dskd.batch import Batch, Positions, Signal, Term, TopK
+from dskd.batch import Batch, Positions, Signal, Term, TopKTeacher
 from dskd.data.loader import Loader
 from dskd.engine import engine
 from dskd.engine.checkpoints import Checkpoints, Selection
@@ -51,10 +51,10 @@ from dskd.engine.hooks import StepHooks
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.errors import ConfigError
 from dskd.fused import reference
+from dskd.fused.per_token import at_temperature
 from dskd.methods.base import build_method
 from dskd.methods.ki import KnowledgeInheritance
 from dskd.models.build import build
-from dskd.ops import topk_teacher
 from dskd.runs import stages
 from dskd.runs.context import RunContext
 from dskd.settings.model import Model
@@ -98,9 +98,10 @@ class EagerInheritance(KnowledgeInheritance):
     ) -> dict[str, Term]:
         del batch
         alpha, heat, student_NV = self.alpha(step), self.temperature**2, rows.logits_NV
-        if isinstance(signal, TopK):
-            kept = topk_teacher(signal, self.temperature, self.topk)
-            parts = (kept.ids_NK, kept.logprobs_NK, kept.tail_N, self.topk)
+        if isinstance(signal, TopKTeacher):
+            tail_N = signal.tail_N[self.temperature] if self.topk == "tail" else None
+            kept = at_temperature(signal.logprobs_NK, tail_N, self.temperature)
+            parts = (signal.ids_NK, *kept, self.topk)
             kl_N = reference.topk_divergence(student_NV, *parts, temperature=self.temperature)
         else:
             kl_N = reference.divergence(student_NV, signal.logits_NV, temperature=self.temperature)

@@ -1,4 +1,4 @@
-"""Logits, teachers, weights and heads for the tests of the door."""
+"""Logits, teachers, weights and heads for the tests of the public losses."""
 
 import torch
 
@@ -18,7 +18,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 
 def kept(teacher_NV, temperature, dtype=torch.float64):
-    """A top-k teacher with an unused slot in row 1."""
+    """Ids, log-probabilities and tail at a temperature, with an unused slot at token 1."""
     logprobs_NV = (teacher_NV / temperature).log_softmax(1)
     logprobs_NK, ids_NK = logprobs_NV.topk(K, 1)
     ids_NK[1, -1], logprobs_NK[1, -1] = -1, -torch.inf
@@ -26,7 +26,17 @@ def kept(teacher_NV, temperature, dtype=torch.float64):
         1, ids_NK.where(ids_NK >= 0, V), True
     )
     tail_N = logprobs_NV.masked_fill(known_NV[:, :V], -torch.inf).logsumexp(1)
-    return TopKTeacher(ids_NK, logprobs_NK.to(dtype), tail_N.to(dtype))
+    return ids_NK, logprobs_NK.to(dtype), tail_N.to(dtype)
+
+
+def topk_teacher(teacher_NV, temperature):
+    """The same as the loss takes it: log-probabilities at temperature 1."""
+    ids_NK, _, _ = kept(teacher_NV, temperature)
+    logprobs_NV = torch.nn.functional.pad(teacher_NV.log_softmax(1), (0, 1), value=-torch.inf)
+    column_NK = ids_NK.where(ids_NK >= 0, V)
+    rest_NV = logprobs_NV.scatter(1, column_NK, -torch.inf)
+    tail_N = (rest_NV / temperature).logsumexp(1)
+    return TopKTeacher(ids_NK, logprobs_NV.gather(1, column_NK), {temperature: tail_N})
 
 
 def gradients(total, *leaves):
@@ -48,11 +58,11 @@ def linear_teacher(dtype=torch.float64, rows=W):
 
 
 def logits_of(teacher):
-    return teacher.hidden_NE @ teacher.weight_WE.t() + teacher.bias_W
+    return teacher.hidden_NE @ teacher.weight_VE.t() + teacher.bias_V
 
 
 FORMS = {
     "linear": lambda: (linear_teacher(), logits_of(linear_teacher())),
     "dense": lambda: (DenseTeacher(normal(N, W, seed=1)), normal(N, W, seed=1)),
-    "topk": lambda: (kept(normal(N, V, seed=1), 2.0), kept(normal(N, V, seed=1), 2.0)),
+    "topk": lambda: (topk_teacher(normal(N, V, seed=1), 2.0), kept(normal(N, V, seed=1), 2.0)),
 }

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from dskd.batch import TopK
+from dskd.batch import TopKTeacher
 
 MODES = {"tail": "tail", "renormalised": "renorm", "truncated": "renorm_both"}
 """Our names of the top-k losses, and those of the golden values."""
@@ -15,7 +15,7 @@ def top_k(teacher_NV, k, *temperatures):
     logprobs_NV = teacher_NV.log_softmax(1)
     kept_NK, ids_NK = logprobs_NV.topk(k, 1)
     rest_NV = logprobs_NV.scatter(1, ids_NK, -math.inf)
-    return TopK(ids_NK, kept_NK, {t: (rest_NV / t).logsumexp(1) for t in temperatures})
+    return TopKTeacher(ids_NK, kept_NK, {t: (rest_NV / t).logsumexp(1) for t in temperatures})
 
 
 def at_temperature(signal, t):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dskd.fused import compactor
-from dskd.fused.compactor import Factors, merge, right_first, unmerge
+from dskd.fused.compactor import Factors, merge_layers, right_first, unmerge_layers
 
 PARTS, OUTPUTS, INPUTS = 2, 7, 5
 KEEPS = {
@@ -55,10 +55,10 @@ def test_merge_and_back(keeps, bias, first, monkeypatch):
     if first is not None:
         monkeypatch.setattr(compactor, "right_first", lambda factors: first)
     layers = [made(keeps=keeps, bias=bias) for _ in range(2)]
-    merged = merge(layers)
+    merged = merge_layers(layers)
     grads = [torch.randn_like(m.weight_Pnk) for m in merged]
     of_biases = [torch.randn_like(m.bias_Pn) for m in merged] if bias else None
-    found = unmerge(layers, [m.middle for m in merged], grads, of_biases)
+    found = unmerge_layers(layers, [m.middle for m in merged], grads, of_biases)
     for i, factors in enumerate(layers):
         weight, b = reference(*factors)
         torch.testing.assert_close(merged[i].weight_Pnk, weight, rtol=1e-12, atol=1e-12)
@@ -94,39 +94,39 @@ def test_the_side_that_leaves_less_comes_first(
 
     monkeypatch.setattr(torch, "baddbmm", counted)
     assert right_first(factors) is right
-    merge([factors])
+    merge_layers([factors])
     assert sum(done) == 8 * 32 * 2 + 8 * 32 * 2
     done.clear()
     monkeypatch.setattr(compactor, "right_first", lambda factors: not right)
-    merge([factors])
+    merge_layers([factors])
     assert sum(done) == 8 * 32 * 8 + 8 * 8 * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_identity_and_removal_are_exact(dtype):
     factors = made(dtype, drift=0.0)
-    (merged,) = merge([factors])
+    (merged,) = merge_layers([factors])
     assert torch.equal(merged.weight_Pnk, factors.weight_PNK)
     assert torch.equal(merged.bias_Pn, factors.bias_PN)
 
     factors = made(dtype)
     factors.left_PKK[..., 2], factors.right_PNN[:, 4] = 0, 0
     factors.left_PKK[:, 2, 2], factors.right_PNN[:, 4, 4] = -1, -1
-    (merged,) = merge([factors])
+    (merged,) = merge_layers([factors])
     for gone in (merged.weight_Pnk[:, 4], merged.weight_Pnk[..., 2], merged.bias_Pn[:, 4]):
         assert not gone.any()
     assert merged.weight_Pnk.all(0).sum() == (OUTPUTS - 1) * (INPUTS - 1)
 
 
 def test_16_bits_round_the_correction_and_twice_the_result():
-    """Spec 5.3: closer to the exact product than factors that hold the identity."""
+    """Closer to the exact product than factors that hold the identity."""
     layer = made(torch.bfloat16, outputs=96, inputs=96, drift=1e-3)
     exact = reference(*(f if f is None else f.double() for f in layer))[0]
 
     def error(found):
         return ((found.double() - exact).norm() / exact.norm()).item()
 
-    (merged,) = merge([layer])
+    (merged,) = merge_layers([layer])
     rounded = error(exact.bfloat16())
     assert rounded < 0.002
     assert error(merged.weight_Pnk) < 1.6 * rounded
@@ -136,7 +136,7 @@ def test_16_bits_round_the_correction_and_twice_the_result():
     )
     assert error(chain) > 1.1 * error(merged.weight_Pnk)
     grad = torch.randn(PARTS, 96, 96).bfloat16()
-    (found,) = unmerge([layer], [merged.middle], [grad], [grad[..., 0]])
+    (found,) = unmerge_layers([layer], [merged.middle], [grad], [grad[..., 0]])
     doubled = Factors(*(f if f is None else f.double() for f in layer))
     wanted = differentiated(doubled, grad.double(), grad[..., 0].double())
     for value, right in zip(found, wanted, strict=True):
@@ -157,13 +157,13 @@ def test_16_bits_round_the_correction_and_twice_the_result():
 )
 def test_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        merge([made(torch.float32)._replace(**change)])
+        merge_layers([made(torch.float32)._replace(**change)])
 
 
 def test_layers_of_a_call_are_alike():
     with pytest.raises(ValueError, match="layers: they differ"):
-        merge([made(), made(torch.float32)])
+        merge_layers([made(), made(torch.float32)])
     with pytest.raises(ValueError, match="layers: they differ"):
-        merge([made(keeps="inputs"), made(keeps="both")])
+        merge_layers([made(keeps="inputs"), made(keeps="both")])
     with pytest.raises(ValueError, match="there are none"):
-        merge([])
+        merge_layers([])

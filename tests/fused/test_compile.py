@@ -123,7 +123,7 @@ def test_operators_are_registered_as_pytorch_wants_them():
     for gradient in (True, False):
         torch.library.opcheck(torch.ops.dskd.dense_kd, (*dense, gradient), test_utils=tests)
     inputs, teacher = head(), linear_teacher()
-    parts = [teacher.hidden_NE, teacher.weight_WE, teacher.bias_W]
+    parts = [teacher.hidden_NE, teacher.weight_VE, teacher.bias_V]
     rest = (weight_N, None, labels_N, label_N, "linear", "forward_kl", 0.5, 2.0, maps)
     linear = (*inputs, parts, *rest, torch.float64, 2, [True] * 3)
     torch.library.opcheck(torch.ops.dskd.linear_kd, linear, test_utils=tests)

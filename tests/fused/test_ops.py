@@ -1,4 +1,4 @@
-"""The door: autograd, checkpointing, autocast, precisions and chunks."""
+"""The public losses: autograd, checkpointing, autocast, precisions and chunks."""
 
 from contextlib import nullcontext
 
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dskd import ops
 from dskd.fused import reference
-from dskd.ops import DenseTeacher, LinearTeacher, LogitMap, TopKTeacher
+from dskd.ops import DenseTeacher, LinearTeacher, LogitMap
 from tests.fused.cases import (
     COMMON,
     FORMS,
@@ -33,11 +33,10 @@ from tests.fused.cases import (
 def plain(logits_NV, teacher, *, kind="forward_kl", temperature=1.0, mode="tail", reverse=None):
     """``sum weight * divergence + label_weight * label`` by the references; row 3 is ignored."""
     heat = {"temperature": temperature}
-    if isinstance(teacher, TopKTeacher):
-        tail_N = teacher.tail_N if mode == "tail" else None
-        found = reference.topk_divergence(
-            logits_NV, teacher.ids_NK, teacher.logprobs_NK, tail_N, mode, **heat
-        )
+    if isinstance(teacher, tuple):
+        ids_NK, logprobs_NK, tail_N = teacher
+        tail_N = tail_N if mode == "tail" else None
+        found = reference.topk_divergence(logits_NV, ids_NK, logprobs_NK, tail_N, mode, **heat)
     elif kind == "mixed":
         found = reference.divergence(logits_NV, teacher, "forward_kl", **heat)
     else:
@@ -88,8 +87,7 @@ def test_dense_kd_is_the_reference_and_passes_gradcheck(kind, temperature):
 @pytest.mark.parametrize("mode", ops.MODES)
 def test_topk_kd_is_the_reference_and_passes_gradcheck(mode, temperature):
     student_NV, teacher = normal(N, V).requires_grad_(), kept(normal(N, V, seed=1), temperature)
-    tail_N = teacher.tail_N if mode == "tail" else None
-    parts = (teacher.ids_NK, teacher.logprobs_NK, tail_N)
+    parts = (*teacher[:2], teacher[2] if mode == "tail" else None)
 
     def total(student_NV):
         options = {"mode": mode, "temperature": temperature}
@@ -288,18 +286,22 @@ def test_autocast_casts_as_a_linear_layer_does():
 @pytest.mark.parametrize("form", FORMS)
 def test_no_tokens(form):
     inputs, (teacher, _) = head(), FORMS[form]()
-    none = type(teacher)(
-        *(x if name in ("weight_WE", "bias_W") else x[:0] for name, x in vars(teacher).items())
-    )
     hidden_ND = inputs[0].detach()[:0].requires_grad_()
-    found = ops.linear_kd(
-        hidden_ND, *inputs[1:], teacher=none, labels_N=LABELS[:0], label_weight=1.0
-    )
+    options = {"labels_N": LABELS[:0], "label_weight": 1.0, "temperature": 2.0}
+    found = ops.linear_kd(hidden_ND, *inputs[1:], teacher=_of_no_tokens(teacher), **options)
     assert found.total == 0
     assert len(found.divergence_N) == len(found.label_N) == 0
     for leaf, grad in zip(inputs[1:], gradients(found.total, *inputs[1:]), strict=True):
         assert grad.shape == leaf.shape
         assert not grad.any()
+
+
+def _of_no_tokens(teacher):
+    parts = vars(teacher).copy()
+    for name in parts.keys() - {"weight_VE", "bias_V"}:
+        tails = name == "tail_N"
+        parts[name] = {t: x[:0] for t, x in parts[name].items()} if tails else parts[name][:0]
+    return type(teacher)(**parts)
 
 
 def test_in_place_and_into_another_type():

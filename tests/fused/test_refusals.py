@@ -13,11 +13,12 @@ from tests.fused.cases import (
     W,
     kept,
     normal,
+    topk_teacher,
 )
 
 S, T = normal(N, V), normal(N, V, seed=1)
-IDS, LOGPROBS, TAIL = vars(kept(T, 1.0)).values()
-TOPK, TWICE = kept(T, 1.0), IDS.clone()
+IDS, LOGPROBS, TAIL = kept(T, 1.0)
+TOPK, TWICE = topk_teacher(T, 1.0), IDS.clone()
 TWICE[2, 1], TWICE[2, 3] = 5, 5
 H, B_VD = normal(N, D), normal(V, D)
 
@@ -151,6 +152,10 @@ H, B_VD = normal(N, D), normal(V, D)
         (
             lambda: ops.linear_kd(H, B_VD, teacher=TOPK, reverse_weight=1.0),
             r"reverse_weight: .*kind is 'forward_kl'",
+        ),
+        (
+            lambda: ops.linear_kd(H, B_VD, teacher=TOPK, temperature=2.0),
+            r"teacher: has no tail mass at temperature 2\.0, but at 1\.0",
         ),
         (
             lambda: ops.linear_kd(H, B_VD, teacher=DenseTeacher(T), mode="truncated"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dskd import ops
-from dskd.batch import Dense, Positions, Projected, TopK
+from dskd.batch import DenseTeacher, Positions, ProjectedTeacher, TopKTeacher
 from dskd.errors import ConfigError
 from dskd.fused import reference
 from dskd.models.families import LinearProjection
@@ -17,7 +17,7 @@ def student_and_teacher(vocabulary):
     """Rows of a padded student, and a live teacher of the first columns."""
     own, other = LinearProjection(D, V).double(), LinearProjection(E, V).double()
     rows = Positions(normal(N, D).requires_grad_(), own, LABELS)
-    return rows, Projected(normal(N, E, seed=1), other, vocabulary)
+    return rows, ProjectedTeacher(normal(N, E, seed=1), other, vocabulary)
 
 
 def leaves(rows):
@@ -27,9 +27,9 @@ def leaves(rows):
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_reverse_kl_of_a_padded_student_is_of_the_shared_vocabulary(dense):
     rows, signal = student_and_teacher(W)
-    found = ops.rows_kd(
+    found = ops.positions_kd(
         rows,
-        Dense(signal.logits_NV) if dense else signal,
+        DenseTeacher(signal.logits_NV) if dense else signal,
         kind="reverse_kl",
         temperature=2.0,
         label_weight=0.5,
@@ -49,7 +49,7 @@ def test_the_reverse_kl_of_a_padded_student_is_of_the_shared_vocabulary(dense):
 def test_the_mixed_divergence_has_its_weight():
     rows, signal = student_and_teacher(V)
     reverse_N = normal(N, seed=3).abs()
-    found = ops.rows_kd(
+    found = ops.positions_kd(
         rows, signal, kind="mixed", temperature=1.0, weight=0.3, reverse_weight=reverse_N
     )
     forward_N, backward_N = (
@@ -63,7 +63,7 @@ def test_the_mixed_divergence_has_its_weight():
 def test_a_cached_teacher_gives_no_other_divergence():
     rows, _ = student_and_teacher(V)
     logprobs_NK, ids_NK = normal(N, V).log_softmax(1).topk(3, 1)
-    signal = TopK(ids_NK, logprobs_NK, {1.0: torch.full((N,), -1.0)})
-    assert ops.rows_kd(rows, signal, temperature=1.0).total > 0
+    signal = TopKTeacher(ids_NK, logprobs_NK, {1.0: torch.full((N,), -1.0)})
+    assert ops.positions_kd(rows, signal, temperature=1.0).total > 0
     with pytest.raises(ConfigError, match=r"teacher: a cached teacher .* divergence, jsd, needs"):
-        ops.rows_kd(rows, signal, kind="jsd", temperature=1.0)
+        ops.positions_kd(rows, signal, kind="jsd", temperature=1.0)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dskd.fused import compactor as door
+from dskd.fused import compactor as public
 from dskd.fused.backend import triton_everywhere
-from dskd.fused.compactor import Factors, merge, unmerge
+from dskd.fused.compactor import Factors, merge_layers, unmerge_layers
 from dskd.fused.cpu import products
 from dskd.kernels import compactor
 from tests.kernels.cases import GPU, ROUNDING, close
@@ -77,8 +77,8 @@ def test_products(size, some, dtype, device):
 
 
 @pytest.mark.parametrize("some", [False, True], ids=["all", "kept"])
-def test_through_the_door(some, device):
-    """merge and unmerge, of small layers, come out as in plain torch; large ones take that."""
+def test_through_the_public_functions(some, device):
+    """Small layers come out as in plain torch, merged and back; large ones take that."""
     keeps = kept(20, device) if some else [None] * LAYERS
     layers = [
         Factors(
@@ -93,18 +93,20 @@ def test_through_the_door(some, device):
     ]
 
     def run(layers):
-        merged = merge(layers)
+        merged = merge_layers(layers)
         weights = [m.weight_Pnk.cos() for m in merged]
-        grads = unmerge(layers, [m.middle for m in merged], weights, [m.bias_Pn for m in merged])
+        grads = unmerge_layers(
+            layers, [m.middle for m in merged], weights, [m.bias_Pn for m in merged]
+        )
         return [t for of_layer in (*merged, *grads) for t in of_layer]
 
     double = [Factors(*(f.double() for f in layer[:4]), *layer[4:]) for layer in layers]
     with triton_everywhere():
         found = run(layers)
-        assert door._products(layers[0]) is compactor
-        assert door._products(double[0]) is products
+        assert public._products(layers[0]) is compactor
+        assert public._products(double[0]) is products
         large = torch.empty(1, 1, device=device).expand(1, 1025, 1024)
-        assert door._products(layers[0]._replace(weight_PNK=large)) is products
+        assert public._products(layers[0]._replace(weight_PNK=large)) is products
     for one, other in zip(found, run(double), strict=True):
         close("merged and back", one, other, 1e-5, 1e-5)
 

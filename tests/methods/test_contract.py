@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dskd.batch import IGNORE, Batch, Dense, Positions, Projected
+from dskd.batch import IGNORE, Batch, DenseTeacher, Positions, ProjectedTeacher
 from dskd.errors import ConfigError
 from dskd.methods.base import METHODS, Method, build_method
 from dskd.models.families import LinearProjection
@@ -66,9 +66,9 @@ class Toy:
         signal = None
         if method.needs_teacher(step):
             hidden_ND = self.teacher[batch.ids_BT[chosen_BT]]
-            signal = Projected(hidden_ND, self.teacher_head, VOCABULARY)
+            signal = ProjectedTeacher(hidden_ND, self.teacher_head, VOCABULARY)
             if self.kind == "dense":
-                signal = Dense(signal.logits_NV)
+                signal = DenseTeacher(signal.logits_NV)
             if self.kind == "topk":
                 signal = top_k(signal.logits_NV, 4, method.temperature)
         return method.loss(rows, signal, batch, step)
@@ -226,7 +226,7 @@ def test_a_kind_that_names_nothing_is_refused(settings, message):
 OUTSIDE = """
 from dskd.batch import Term
 from dskd.methods.base import Method
-from dskd.ops import rows_kd
+from dskd.ops import positions_kd
 
 
 class JSD(Method):
@@ -239,7 +239,7 @@ class JSD(Method):
         return True
 
     def loss(self, rows, signal, batch, step):
-        losses = rows_kd(rows, signal, kind="jsd", temperature=self.temperature)
+        losses = positions_kd(rows, signal, kind="jsd", temperature=self.temperature)
         return {"tokens": Term(losses.total, {"jsd": losses.divergence_N.sum()})}
 """
 

@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dskd.batch import IGNORE, Batch, Dense, Positions
+from dskd.batch import IGNORE, Batch, DenseTeacher, Positions
 from dskd.errors import ConfigError
+from dskd.fused import reference
 from dskd.methods.base import build_method
+from dskd.ops import KINDS
+from dskd.settings.run import Run
+from tests.equivalence.small import LIVE, LIVE_OTHER, Runs, cached, routed
 from tests.fused.plain_losses import MODES, top_k
+from tests.launching import evaluations, losses
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())
 SCHEDULES = {"linear": "linear", "then": "switch"}
@@ -48,7 +53,7 @@ def forward(method, inputs, step, *, pad=1, dtype=torch.float64, k=None):
     rows = Positions(student_BTV[batch.supervised_BT], Identity(student_BTV), batch.labels_N)
     signal = None
     if method.needs_teacher(step):
-        signal = Dense(teacher_NV) if k is None else top_k(teacher_NV, k, method.temperature)
+        signal = DenseTeacher(teacher_NV) if k is None else top_k(teacher_NV, k, method.temperature)
     return method.loss(rows, signal, batch, step), student_BTV, batch
 
 
@@ -146,12 +151,131 @@ def test_a_decay_without_length_is_refused():
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("temperature", 0.0), ("temperature", math.inf), ("rate", 1.5), ("rate", -0.1), ("steps", -1)],
+    [
+        ("temperature", 0.0),
+        ("temperature", math.inf),
+        ("rate", 1.5),
+        ("rate", -0.1),
+        ("steps", -1),
+        ("divergence", "kl"),
+    ],
 )
 def test_values_out_of_range_are_refused(setting, value):
     section = {"kind": "ki", "schedule": "constant", setting: value}
     with pytest.raises(ConfigError, match=rf"method\.{setting}"):
         build_method(section)
+
+
+WITH_BETA = {"mixed", "jsd", "skew_forward_kl", "skew_reverse_kl"}
+
+
+@pytest.mark.parametrize("divergence", KINDS)
+def test_beta_is_of_some_divergences(divergence):
+    """Where there is none its default alone is taken, as a printed recipe names it."""
+    section = {"kind": "ki", "schedule": "constant", "divergence": divergence}
+    assert build_method(section | {"beta": 0.5}) == build_method(section)
+    if divergence in WITH_BETA:
+        assert build_method(section | {"beta": 0.1}).beta == 0.1
+        for end in (0.0, 1.0):
+            with pytest.raises(ConfigError, match=rf"^method\.beta: {end} should be "):
+                build_method(section | {"beta": end})
+    else:
+        with pytest.raises(ConfigError, match=rf"^method\.beta: 0\.1, .*{divergence} has no beta"):
+            build_method(section | {"beta": 0.1})
+
+
+@pytest.mark.parametrize("teacher", [cached(LIVE), routed(LIVE, cached(LIVE_OTHER))])
+@pytest.mark.parametrize("divergence", KINDS)
+def test_a_cached_teacher_gives_the_forward_kl_only(divergence, teacher):
+    """Refused before a run, unless no step has a teacher."""
+    section = {"schedule": "constant", "divergence": divergence}
+    wid = {"kind": "wid", "hidden_size": 4}
+    cases = [
+        ({"kind": "ki"} | section, "method"),
+        (wid | {"inherit": section}, r"method\.inherit"),
+    ]
+    run = Run(model={"path": "teacher"}, teacher=teacher, train={"steps": 20000, "clip": 0.0})
+    for method, place in cases:
+        if divergence == "forward_kl":
+            build_method(method).check(run, None)
+            continue
+        with pytest.raises(ConfigError, match=rf"^{place}\.divergence: {divergence} needs all"):
+            build_method(method).check(run, None)
+    build_method({"kind": "ki", "rate": 0.0} | section).check(run, None)
+    live = run.model_copy(update={"teacher": Run(teacher=routed(LIVE, LIVE)).teacher})
+    build_method({"kind": "ki"} | section).check(live, None)
+
+
+@pytest.mark.parametrize("divergence", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_each_divergence_is_the_references(divergence, temperature):
+    """Value and gradient in float64, with the labels' part, and the logged sum without alpha."""
+    inputs, alpha, beta = GOLDEN["loss_cases"][0]["inputs"], 0.6, 0.3
+    section = {"kind": "ki", "schedule": "constant", "rate": alpha, "temperature": temperature}
+    section |= {"divergence": divergence} | ({"beta": beta} if divergence in WITH_BETA else {})
+    terms, student_BTV, batch = forward(build_method(section), inputs, 0)
+    total, parts = terms["tokens"]
+    student_NV = student_BTV[batch.supervised_BT]
+    teacher_BTV = torch.tensor(inputs["teacher_logits"], dtype=torch.float64)
+    teacher_NV = teacher_BTV[batch.supervised_BT]
+
+    def plain(kind):
+        pair = (student_NV, teacher_NV)
+        return reference.divergence(*pair, kind, beta=beta, temperature=temperature).sum()
+
+    if divergence == "mixed":
+        part = beta * plain("forward_kl") + (1 - beta) * plain("reverse_kl")
+    else:
+        part = plain(divergence)
+    # the gradient of the one that is linear in the gap falls as 1/T, of the others as 1/T^2
+    part = part * (temperature if divergence == "total_variation" else temperature**2)
+    labels = reference.cross_entropy(student_NV, batch.labels_N).sum()
+    expected = (1 - alpha) * labels + alpha * part
+    name = "kl" if divergence == "forward_kl" else divergence
+    assert set(parts) == {"ce", name}
+    assert parts[name].item() == pytest.approx(part.item(), rel=1e-9)
+    assert parts["ce"].item() == pytest.approx(labels.item(), rel=1e-9)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-9)
+    torch.testing.assert_close(
+        torch.autograd.grad(total, student_BTV),
+        torch.autograd.grad(expected, student_BTV),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("divergence", KINDS)
+def test_the_factor_keeps_the_gradient_at_high_temperatures(divergence):
+    """Twice the temperature leaves it nearly as it is: without the factor it would fall."""
+    inputs = GOLDEN["loss_cases"][0]["inputs"]
+    sizes = []
+    for temperature in (200.0, 400.0):
+        section = {"kind": "ki", "schedule": "constant", "temperature": temperature}
+        terms, student_BTV, _ = forward(
+            build_method(section | {"divergence": divergence}), inputs, 0
+        )
+        (gradient_BTV,) = torch.autograd.grad(terms["tokens"].total, student_BTV)
+        sizes.append(gradient_BTV.norm().item())
+    assert sizes[0] > 0
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "method", [{"divergence": "skew_reverse_kl", "beta": 0.2}, {"divergence": "mixed"}]
+)
+def test_one_trajectory_at_every_stage_and_world_size(tmp_path, method):
+    """Live, routed, and from the student itself, which are what gives all logits."""
+    runs = Runs(tmp_path)
+    single = runs.run("single", 1, method=method)
+    assert len(set(losses(single))) > 1
+    both = runs.run("both", 2, "deepspeed=zero3", method=method, teacher=routed(LIVE, LIVE))
+    for other in (runs.run("zero3", 1, "deepspeed=zero3", method=method), both):
+        assert losses(other) == pytest.approx(losses(single), abs=1e-5)
+        assert evaluations(other) == pytest.approx(evaluations(single), abs=1e-5)
+    itself = {"teacher": {"kind": "self", "weights": "frozen"}, "method": method}
+    frozen = runs.run("itself", 1, **itself)
+    again = runs.run("itself-2", 2, "deepspeed=zero3", **itself)
+    assert losses(again) == pytest.approx(losses(frozen), abs=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), PRECISIONS)

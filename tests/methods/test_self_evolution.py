@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dskd.batch import IGNORE, Batch, Dense, Positions, Projected, Term
+from dskd.batch import IGNORE, Batch, DenseTeacher, Positions, ProjectedTeacher, Term
 from dskd.errors import ConfigError
 from dskd.hardness.masks import HARD_LABELS
 from dskd.methods.base import Method, build_method
@@ -65,7 +65,7 @@ def forward(
     if method.needs_teacher(0):
         logits_NV = reference_logits(inputs, dtype) if reference is None else reference
         size = logits_NV.shape[1]
-        signal = Projected(logits_NV, head, size) if projected else Dense(logits_NV)
+        signal = ProjectedTeacher(logits_NV, head, size) if projected else DenseTeacher(logits_NV)
     return method.loss(rows, signal, batch, 0)["tokens"], student_BTV, batch
 
 

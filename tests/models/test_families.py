@@ -17,7 +17,7 @@ from dskd.models.families import (
     positions_of,
     refuse_unknown,
 )
-from dskd.ops import rows_ce
+from dskd.ops import positions_ce
 from tests.models.tiny import ALL, SIX, batch, loss_of, make, without_dropout, zero3
 from tests.ranks import run_ranks
 
@@ -80,7 +80,7 @@ class _Wrapper(nn.Module):
         self.student = student
 
     def forward(self, data):
-        return rows_ce(positions_of(self.student, data)).total
+        return positions_ce(positions_of(self.student, data)).total
 
 
 def _zero3_gradients(rank, model_type, tied, supervised_ranks, memory_efficient):

@@ -208,8 +208,8 @@ def test_micro_batches_are_taken_apart_once(kind, monkeypatch):
     xs = torch.randn(4, 3, INPUTS, dtype=torch.float64)
     each = accumulated(layer, xs, last_only=False)
     calls = []
-    original = compactors.unmerge
-    monkeypatch.setattr(compactors, "unmerge", lambda *a: calls.append(1) or original(*a))
+    original = compactors.unmerge_layers
+    monkeypatch.setattr(compactors, "unmerge_layers", lambda *a: calls.append(1) or original(*a))
     assert_close(accumulated(layer, xs, last_only=True), each)
     assert_close(accumulated(layer, xs[:1], last_only=True), accumulated(layer, xs[:1], False))
     assert calls == [1] * 3

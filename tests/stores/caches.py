@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dskd.batch import IGNORE, Dense
+from dskd.batch import IGNORE, DenseTeacher
 from dskd.data.prepared import RowBatch
 from dskd.data.views import Shown
 from dskd.stores.logits import CachedLogits, CachedMasks
@@ -75,4 +75,4 @@ class ToyTeacher:
     def __call__(self, batch):
         self.calls += 1
         hidden_BTD = torch.tanh(self._embedding[batch.ids_BT].cumsum(1))
-        return Dense(hidden_BTD[batch.supervised_BT] @ self._head)
+        return DenseTeacher(hidden_BTD[batch.supervised_BT] @ self._head)

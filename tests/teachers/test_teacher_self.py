@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from dskd.batch import IGNORE, Batch, Projected
+from dskd.batch import IGNORE, Batch, ProjectedTeacher
 from dskd.engine.shards import ParameterShards
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
@@ -70,7 +70,7 @@ def plain_logits(model: torch.nn.Module, ids_BT: Tensor, batch: Batch) -> Tensor
 def test_it_sees_what_the_masks_hide():
     model, (batch, rows_BT) = student(), masked_batch()
     signal = ShownUnmasked(StudentAsTeacher(model, VOCABULARY))(batch)
-    assert isinstance(signal, Projected)
+    assert isinstance(signal, ProjectedTeacher)
     expected_NV = plain_logits(model, rows_BT, batch)
     torch.testing.assert_close(signal.logits_NV, expected_NV, rtol=1e-12, atol=1e-12)
     assert not signal.hidden_NE.requires_grad

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from dskd.fused.arguments import wide
 
-Rows: TypeAlias = "slice | Tensor"
+ChunkRows: TypeAlias = "slice | Tensor"
 """The rows of a chunk: neighbours as a slice (indexing is a view), others by number (a copy)."""
 
-Term: TypeAlias = tuple[Tensor, Tensor]
+GradientTerm: TypeAlias = tuple[Tensor, Tensor]
 """A matrix [C, <= V] and what its rows are multiplied by [C, 1]."""
 
-Map: TypeAlias = tuple[float, float]
+ScaleAndCap: TypeAlias = tuple[float, float]
 """Scale and softcap (0: none) of logits, see :func:`dskd.fused.reference.mapped`."""
 
 LOWEST = -1e30
@@ -60,7 +60,7 @@ class Chunk:
 
     totals: list[Tensor]
     losses: list[Tensor]
-    terms: list[Term]
+    terms: list[GradientTerm]
     steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def moderate(self) -> bool:
@@ -72,7 +72,7 @@ class Chunk:
         within = not totals or (low < min(totals) and max(totals) < high)
         return within and math.isfinite(sum(totals) + sum(losses))
 
-    def write(self, grad_NV: Tensor, rows: Rows, slope_CV: Tensor | None) -> None:
+    def write(self, grad_NV: Tensor, rows: ChunkRows, slope_CV: Tensor | None) -> None:
         """Put the gradient (times ``slope_CV``, if any) into its rows; uses up the terms."""
         (matrix_CV, column_C1), *others = self.terms
         direct = isinstance(rows, slice) and grad_NV.dtype == matrix_CV.dtype
@@ -101,13 +101,13 @@ class Labels:
         self.ids_N1 = torch.where(self.unweighted_N1, 0, labels_N[:, None])
 
 
-class Hot(NamedTuple):
+class ChunkSoftmax(NamedTuple):
     """A chunk, its exponentials at the temperature, their sums, and the labels' logits.
 
     With kept logits [C, K], which are apart, these are struck out of the exponentials.
     """
 
-    rows: Rows
+    rows: ChunkRows
     shifted: bool
     chunk_CV: Tensor
     exps_CV: Tensor
@@ -129,7 +129,7 @@ class Logits:
     def __init__(
         self,
         logits_NV: Tensor,
-        mapping: Map,
+        mapping: ScaleAndCap,
         temperature: float,
         dtype: torch.dtype,
     ) -> None:
@@ -140,7 +140,7 @@ class Logits:
         self.over = self.unit / temperature
         self._inner = scale / self.unit
 
-    def read(self, rows: Rows, shifted: bool) -> Tensor:
+    def read(self, rows: ChunkRows, shifted: bool) -> Tensor:
         """A chunk [C, V], less each row's largest if ``shifted``; may be a view of the logits."""
         chunk_CV = self._logits_NV[rows].to(self._dtype)
         if self._softcap:
@@ -150,7 +150,7 @@ class Logits:
         peak_C1 = chunk_CV.amax(1, keepdim=True).clamp_(min=LOWEST)
         return (chunk_CV - peak_C1).clamp_(min=LOWEST)
 
-    def slope(self, rows: Rows) -> Tensor | None:
+    def slope(self, rows: ChunkRows) -> Tensor | None:
         """Derivative of what :meth:`read` gives by the logits; None where that is 1."""
         if not self._softcap:
             return None
@@ -164,13 +164,13 @@ class Logits:
             tanh_CV.masked_fill_(chunk_CV == -torch.inf, -torch.inf)
         return tanh_CV
 
-    def underflows(self, rows: Rows) -> bool:
+    def underflows(self, rows: ChunkRows) -> bool:
         """Whether a sample of these rows' logits has one whose exponential underflows."""
         sample = self.read(rows, False)[:, ::_SAMPLE]
         return bool((sample.amin() * self.over) < _UNDERFLOW)
 
 
-def live(*weights: Tensor | None) -> Tensor:
+def weighted_rows(*weights: Tensor | None) -> Tensor:
     """Rows that have some weight: the others are left alone."""
     (first_N, *others_N) = (weight_N != 0 for weight_N in weights if weight_N is not None)
     for other_N in others_N:
@@ -179,21 +179,21 @@ def live(*weights: Tensor | None) -> Tensor:
 
 
 def chunked(
-    live_N: Tensor,
+    weighted_N: Tensor,
     step: int,
     logits: list[Logits],
-    compute: Callable[[Rows, bool], Chunk],
+    compute: Callable[[ChunkRows, bool], Chunk],
     grad_NV: Tensor | None,
-) -> Iterator[tuple[Rows, Chunk]]:
-    """``compute(rows, shifted)`` of chunks of ``step`` live rows, and the gradient written.
+) -> Iterator[tuple[ChunkRows, Chunk]]:
+    """``compute(rows, shifted)`` of chunks of ``step`` weighted rows, and the gradient written.
 
     A chunk may be computed twice, so ``compute`` leaves its inputs as they are. The gradient of the
-    rows that are not live is 0. ``logits`` are what is read, the student's first.
+    rows without a weight is 0. ``logits`` are what is read, the student's first.
     """
-    if grad_NV is not None and not live_N.all():
-        grad_NV[~live_N] = 0.0
+    if grad_NV is not None and not weighted_N.all():
+        grad_NV[~weighted_N] = 0.0
     shifted: bool | None = None
-    for rows in _cut(live_N, step):
+    for rows in _cut(weighted_N, step):
         if shifted is None:
             shifted = any(each.underflows(rows) for each in logits)
         chunk = compute(rows, shifted)
@@ -218,20 +218,20 @@ def rows_per_chunk(buffers: int, columns: int, on_cpu: bool) -> int:
 
 
 def scratch(buffers: int, logits_NV: Tensor) -> Tensor:
-    """Buffers [C, V] of the arithmetic's dtype for the largest chunk: it says how large that is."""
+    """Buffers [C, V] of the arithmetic's dtype for the largest chunk: C is its size."""
     rows = rows_per_chunk(buffers, logits_NV.shape[1], logits_NV.device.type == "cpu")
     shape = (buffers, max(1, min(rows, len(logits_NV))), logits_NV.shape[1])
     return logits_NV.new_empty(shape, dtype=wide(logits_NV.dtype))
 
 
-def positions_of(scratch_BCV: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+def filled(scratch_BCV: Tensor, rows: ChunkRows) -> tuple[Tensor, ...]:
     """As much of the buffers as a chunk fills."""
     count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
     return scratch_BCV[:, :count].unbind()
 
 
-def _cut(live_N: Tensor, step: int) -> Iterator[Rows]:
-    for part in live_N.nonzero().flatten().split(step):
+def _cut(weighted_N: Tensor, step: int) -> Iterator[ChunkRows]:
+    for part in weighted_N.nonzero().flatten().split(step):
         if len(part):
             first, beyond = part[0].item(), part[-1].item() + 1
             yield slice(first, beyond) if beyond - first == len(part) else part
@@ -255,7 +255,7 @@ def exponentials(
     return out.sum(1, keepdim=True)
 
 
-def unweighted(terms: list[Term], loss_C1: Tensor, none_C1: Tensor) -> list[Term]:
+def unweighted(terms: list[GradientTerm], loss_C1: Tensor, none_C1: Tensor) -> list[GradientTerm]:
     """The terms, and the loss in place, at 0 in some rows: 0 times what is there may be NaN.
 
     The first matrix, exponentials of the student, stays as it is, for the label's gradient.
@@ -268,33 +268,37 @@ def unweighted(terms: list[Term], loss_C1: Tensor, none_C1: Tensor) -> list[Term
     return [(matrix, column_C1.masked_fill(none_C1, 0.0)) for matrix, column_C1 in terms]
 
 
-def add_label(chunk: Chunk, logits: Logits, hot: Hot, labels: Labels, spare_CV: Tensor) -> None:
+def add_label(
+    chunk: Chunk, logits: Logits, softmax: ChunkSoftmax, labels: Labels, spare_CV: Tensor
+) -> None:
     """Add the cross entropy at temperature 1, as the chunk's next loss, and its gradient.
 
-    ``hot`` was read from ``logits`` and has the matrix of the chunk's first term; kept ids have the
-    first step. Exponentials at 1 come from those at 1 or 2 without computing any.
+    ``softmax`` was read from ``logits`` and has the matrix of the chunk's first term; kept ids have
+    the first step. Exponentials at 1 come from those at 1 or 2 without computing any.
     """
-    exps_CV, total_C1 = hot.exps_CV, hot.total_C1
+    exps_CV, total_C1 = softmax.exps_CV, softmax.total_C1
     if logits.unit == 2.0 * logits.over:  # exp(x) = exp(x / 2)^2
         exps_CV = torch.mul(exps_CV, exps_CV, out=spare_CV)
         total_C1 = exps_CV.sum(1, keepdim=True)
     elif logits.unit != logits.over:
         exps_CV = spare_CV
-        total_C1 = exponentials(hot.chunk_CV, logits.unit, hot.shifted, exps_CV, hot.ids_CK)
-    slope_C1, log_z_C1 = labels.weight_N1[hot.rows] * logits.unit, total_C1.log()
-    if hot.kept_CK is not None:
-        kept_CK = hot.kept_CK * logits.unit
+        total_C1 = exponentials(
+            softmax.chunk_CV, logits.unit, softmax.shifted, exps_CV, softmax.ids_CK
+        )
+    slope_C1, log_z_C1 = labels.weight_N1[softmax.rows] * logits.unit, total_C1.log()
+    if softmax.kept_CK is not None:
+        kept_CK = softmax.kept_CK * logits.unit
         log_z_C1 = torch.logaddexp(log_z_C1, kept_CK.logsumexp(1, keepdim=True))
         chunk.steps[0][1].addcmul_(slope_C1, kept_CK.sub_(log_z_C1).exp_())
     column_C1 = slope_C1 * (-log_z_C1).exp_()
-    if exps_CV is hot.exps_CV:
+    if exps_CV is softmax.exps_CV:
         chunk.terms[0] = (exps_CV, chunk.terms[0][1] + column_C1)
     else:
         chunk.terms.append((exps_CV, column_C1))
         chunk.totals.append(total_C1)
-    chunk.steps.append((labels.ids_N1[hot.rows], -slope_C1))
-    loss_C1 = log_z_C1 - hot.label_C1 * logits.unit
-    if hot.shifted:
-        loss_C1.masked_fill_(hot.label_C1 < MASKED, torch.inf)
+    chunk.steps.append((labels.ids_N1[softmax.rows], -slope_C1))
+    loss_C1 = log_z_C1 - softmax.label_C1 * logits.unit
+    if softmax.shifted:
+        loss_C1.masked_fill_(softmax.label_C1 < MASKED, torch.inf)
         loss_C1.masked_fill_(log_z_C1 == -torch.inf, torch.nan)  # without a softmax
-    chunk.losses.append(loss_C1.masked_fill_(labels.unweighted_N1[hot.rows], 0.0))
+    chunk.losses.append(loss_C1.masked_fill_(labels.unweighted_N1[softmax.rows], 0.0))

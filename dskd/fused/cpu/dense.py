@@ -1,4 +1,4 @@
-"""Row functions on a CPU (and any device that has no kernels): dense divergences, label loss.
+"""Divergence from full logits and cross entropy, per token, in closed form, where no kernel is.
 
 Closed forms, the gradient in the visit of the loss, by chunks of rows that stay in the cache
 (:mod:`dskd.fused.cpu.chunks`). Arithmetic in fp32, or float64 for float64 logits. The callers have
@@ -15,20 +15,20 @@ from torch import Tensor
 from dskd.fused.arguments import wide
 from dskd.fused.cpu.chunks import (
     Chunk,
-    Hot,
+    ChunkRows,
+    ChunkSoftmax,
     Labels,
     Logits,
-    Map,
-    Rows,
+    ScaleAndCap,
     add_label,
     chunked,
     exponentials,
-    live,
-    positions_of,
+    filled,
     scratch,
     unweighted,
+    weighted_rows,
 )
-from dskd.fused.cpu.kinds import KINDS, Pair, mixed
+from dskd.fused.cpu.kinds import CLOSED_FORMS, Pair, mixed
 
 
 def dense_rows(
@@ -42,8 +42,8 @@ def dense_rows(
     kind: str,
     beta: float,
     temperature: float,
-    student_map: Map,
-    teacher_map: Map,
+    student_map: ScaleAndCap,
+    teacher_map: ScaleAndCap,
     grad_NV: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence [N] of ``kind`` and label loss [N] or None, both unweighted; and the gradient.
@@ -73,11 +73,11 @@ def dense_rows(
     slope_N1 = weight_N[:, None] * student.over
     buffers = scratch(5, student_NV)
 
-    def compute(rows: Rows, shifted: bool) -> Chunk:
-        *own, spare_CV = positions_of(buffers, rows)
+    def compute(rows: ChunkRows, shifted: bool) -> Chunk:
+        *own, spare_CV = filled(buffers, rows)
         pair = Pair(student, teacher, rows, shifted, own)
         if reverse_N is None:
-            loss_C1, terms = KINDS[kind](pair, beta)
+            loss_C1, terms = CLOSED_FORMS[kind](pair, beta)
             slope_C1 = slope_N1[rows]
         else:
             loss_C1, terms = mixed(pair, weight_N[rows, None], reverse_N[rows, None])
@@ -91,13 +91,13 @@ def dense_rows(
         chunk = Chunk([pair.zs, pair.zt], [loss_C1], terms)
         if labels is not None:
             label_C1 = pair.s.gather(1, labels.ids_N1[rows])
-            hot = Hot(rows, shifted, pair.s, pair.es, pair.zs, label_C1)
-            add_label(chunk, student, hot, labels, spare_CV)
+            softmax = ChunkSoftmax(rows, shifted, pair.s, pair.es, pair.zs, label_C1)
+            add_label(chunk, student, softmax, labels, spare_CV)
         return chunk
 
-    divergent_N = live(weight_N, reverse_N)
-    live_N = live(weight_N, reverse_N, label_weight_N)
-    for rows, chunk in chunked(live_N, buffers.shape[1], [student, teacher], compute, grad_NV):
+    divergent_N = weighted_rows(weight_N, reverse_N)
+    weighted_N = weighted_rows(weight_N, reverse_N, label_weight_N)
+    for rows, chunk in chunked(weighted_N, buffers.shape[1], [student, teacher], compute, grad_NV):
         divergence_N[rows] = chunk.losses[0][:, 0]
         if label_N is not None:
             label_N[rows] = chunk.losses[1][:, 0]
@@ -109,7 +109,7 @@ def label_rows(
     labels_N: Tensor,
     label_weight_N: Tensor,
     *,
-    student_map: Map,
+    student_map: ScaleAndCap,
     grad_NV: Tensor | None,
 ) -> Tensor:
     """Cross entropy [N] alone; the arguments are those of :func:`dense_rows`."""
@@ -119,16 +119,18 @@ def label_rows(
     labels = Labels(labels_N, label_weight_N)
     buffers = scratch(1, logits_NV)
 
-    def compute(rows: Rows, shifted: bool) -> Chunk:
-        (exps_CV,) = positions_of(buffers, rows)
+    def compute(rows: ChunkRows, shifted: bool) -> Chunk:
+        (exps_CV,) = filled(buffers, rows)
         s_CV = logits.read(rows, shifted)
         total_C1 = exponentials(s_CV, logits.unit, shifted, exps_CV)
         chunk = Chunk([total_C1], [], [(exps_CV, torch.zeros_like(total_C1))])
         label_C1 = s_CV.gather(1, labels.ids_N1[rows])
-        hot = Hot(rows, shifted, s_CV, exps_CV, total_C1, label_C1)
-        add_label(chunk, logits, hot, labels, exps_CV)
+        softmax = ChunkSoftmax(rows, shifted, s_CV, exps_CV, total_C1, label_C1)
+        add_label(chunk, logits, softmax, labels, exps_CV)
         return chunk
 
-    for rows, chunk in chunked(live(label_weight_N), buffers.shape[1], [logits], compute, grad_NV):
+    for rows, chunk in chunked(
+        weighted_rows(label_weight_N), buffers.shape[1], [logits], compute, grad_NV
+    ):
         label_N[rows] = chunk.losses[0][:, 0]
     return label_N

@@ -1,4 +1,4 @@
-"""The divergences of a chunk of dense rows in closed form, for :mod:`dskd.fused.cpu.dense`.
+"""Each divergence of a chunk of student logits from teacher logits, and gradient, in closed form.
 
 In the formulas s and t are the chunks of the student's and the teacher's logits, a and b the
 factors that make them logits over the temperature, ``es = exp(a s)`` and ``et = exp(b t)`` with
@@ -18,16 +18,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dskd.fused.cpu.chunks import MASKED, Logits, Rows, Term, exponentials
+from dskd.fused.cpu.chunks import MASKED, ChunkRows, GradientTerm, Logits, exponentials
 
-Divergence = tuple[Tensor, list[Term]]
+LossAndTerms = tuple[Tensor, list[GradientTerm]]
 
 
 class Pair:
     """A chunk of both sides: logits, exponentials and their sums, two buffers [C, V] to use."""
 
     def __init__(
-        self, student: Logits, teacher: Logits, rows: Rows, shifted: bool, buffers: list[Tensor]
+        self,
+        student: Logits,
+        teacher: Logits,
+        rows: ChunkRows,
+        shifted: bool,
+        buffers: list[Tensor],
     ) -> None:
         self.es, et, self.x, self.y = buffers
         self.s, self.t = student.read(rows, shifted), teacher.read(rows, shifted)
@@ -71,7 +76,7 @@ def row_sum(matrix: Tensor) -> Tensor:
     return matrix.sum(1, keepdim=True)
 
 
-def _forward_kl(pair: Pair, _beta: float) -> Divergence:
+def _forward_kl(pair: Pair, _beta: float) -> LossAndTerms:
     """``sum p b gap + log(zs / zt)``; its gradient is q - p."""
     cross_C1 = row_sum(pair.gap().mul_(pair.et)) * pair.b / pair.zt
     loss_C1 = cross_C1 + (pair.zs / pair.zt).log()
@@ -79,7 +84,7 @@ def _forward_kl(pair: Pair, _beta: float) -> Divergence:
     return pair.lost(loss_C1, pair.et, pair.s), terms
 
 
-def _reverse_kl(pair: Pair, _beta: float) -> Divergence:
+def _reverse_kl(pair: Pair, _beta: float) -> LossAndTerms:
     """``log(zt / zs) - sum q b gap``; its gradient is ``q (sum q b gap - b gap)``."""
     product_CW = pair.gap().mul_(pair.narrow(pair.es))
     cross_C1 = row_sum(product_CW) * pair.b / pair.zs
@@ -88,7 +93,7 @@ def _reverse_kl(pair: Pair, _beta: float) -> Divergence:
     return pair.lost(loss_C1, pair.es, pair.t), terms
 
 
-def mixed(pair: Pair, weight_C1: Tensor, reverse_C1: Tensor) -> Divergence:
+def mixed(pair: Pair, weight_C1: Tensor, reverse_C1: Tensor) -> LossAndTerms:
     """``weight KL(p || q) + reverse KL(q || p)`` and its gradient, weights included."""
     forward_C1, ((es_CV, of_es_C1), (et_CW, of_et_C1)) = _forward_kl(pair, 0.0)
     backward_C1, ((_, more_C1), (product_CW, of_product_C1)) = _reverse_kl(pair, 0.0)
@@ -102,7 +107,7 @@ def mixed(pair: Pair, weight_C1: Tensor, reverse_C1: Tensor) -> Divergence:
     ]
 
 
-def _jsd(pair: Pair, beta: float) -> Divergence:
+def _jsd(pair: Pair, beta: float) -> LossAndTerms:
     """``beta KL(p || m) - (1 - beta) sum q r`` with r = log(m / q).
 
     Its gradient is ``(1 - beta) q (sum q r - r)``.
@@ -116,7 +121,7 @@ def _jsd(pair: Pair, beta: float) -> Divergence:
     return loss_C1, [(pair.es, scale_C1 * cross_C1), (product_CV, -scale_C1)]
 
 
-def _skew_forward_kl(pair: Pair, beta: float) -> Divergence:
+def _skew_forward_kl(pair: Pair, beta: float) -> LossAndTerms:
     """KL(p || m); with x = p q / m its gradient is ``(1 - beta) (q sum x - x)``."""
     mean_CV = pair.mean(beta, 1.0 - beta)
     loss_C1 = pair.from_p(torch.log(mean_CV, out=pair.y))
@@ -127,7 +132,7 @@ def _skew_forward_kl(pair: Pair, beta: float) -> Divergence:
     return loss_C1, terms
 
 
-def _skew_reverse_kl(pair: Pair, beta: float) -> Divergence:
+def _skew_reverse_kl(pair: Pair, beta: float) -> LossAndTerms:
     """``-sum q r`` with r = log(m / q); with h = r + beta q / m, ``q (sum q h - h)``."""
     mean_CV, product_CV = pair.mean(1.0 - beta, beta), pair.y
     torch.div(pair.es, mean_CV, out=product_CV)
@@ -138,7 +143,7 @@ def _skew_reverse_kl(pair: Pair, beta: float) -> Divergence:
     return loss_C1, [(pair.es, cross_C1 / pair.zs), (product_CV, -1.0 / pair.zs)]
 
 
-def _total_variation(pair: Pair, _beta: float) -> Divergence:
+def _total_variation(pair: Pair, _beta: float) -> LossAndTerms:
     """``sum |q - p| / 2``; with h the sign of q - p, ``q (h - sum q h) / 2``."""
     gap_CV = torch.mul(pair.es, 1.0 / pair.zs, out=pair.x)
     # subtracted as rounded, not in one step: equal probabilities must give exactly 0
@@ -149,7 +154,7 @@ def _total_variation(pair: Pair, _beta: float) -> Divergence:
     return loss_C1, [(pair.es, -cross_C1 / (2.0 * pair.zs)), (product_CV, 0.5 / pair.zs)]
 
 
-KINDS: dict[str, Callable[[Pair, float], Divergence]] = {
+CLOSED_FORMS: dict[str, Callable[[Pair, float], LossAndTerms]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jsd,

@@ -1,4 +1,4 @@
-"""The row function of several teachers on a CPU, and on any device that has no kernels.
+"""KL from a mixture of teachers, per token, in closed form on devices without kernels.
 
 With ``et_k = exp(t_k / T)`` of sum ``zt_k``, the teachers' weighted probabilities are gathered in
 one matrix, ``x = sum_k w_k / zt_k et_k``; with ``w = sum_k w_k`` their mean is pbar = x / w. The
@@ -16,14 +16,14 @@ from dskd.fused.arguments import wide
 from dskd.fused.cpu.chunks import (
     MASKED,
     Chunk,
+    ChunkRows,
     Logits,
-    Map,
-    Rows,
+    ScaleAndCap,
     chunked,
     exponentials,
-    live,
-    positions_of,
+    filled,
     scratch,
+    weighted_rows,
 )
 
 
@@ -34,7 +34,7 @@ def mixture_rows(
     weight_Nn: Tensor,
     *,
     temperature: float,
-    student_map: Map,
+    student_map: ScaleAndCap,
     grad_NV: Tensor | None,
 ) -> Tensor:
     """KL(pbar || q) [N], unweighted; and the gradient of its sum weighted by ``sum_k w_nk``.
@@ -56,8 +56,8 @@ def mixture_rows(
     total_N = weight_Nn.sum(1)
     buffers = scratch(3, student_NV)
 
-    def compute(rows: Rows, shifted: bool) -> Chunk:
-        es_CV, x_CV, spare_CV = positions_of(buffers, rows)
+    def compute(rows: ChunkRows, shifted: bool) -> Chunk:
+        es_CV, x_CV, spare_CV = filled(buffers, rows)
         s_CV, total_C1 = student.read(rows, shifted), total_N[rows, None]
         zs_C1 = exponentials(s_CV, student.over, shifted, es_CV)
         totals = [zs_C1]
@@ -77,14 +77,19 @@ def mixture_rows(
         return Chunk(totals, [loss_C1], terms)
 
     for rows, chunk in chunked(
-        live(total_N), buffers.shape[1], [student, *several], compute, grad_NV
+        weighted_rows(total_N), buffers.shape[1], [student, *several], compute, grad_NV
     ):
         divergence_N[rows] = chunk.losses[0][:, 0]
     return divergence_N
 
 
 def _gather(
-    teacher: Logits, rows: Rows, weight_C1: Tensor, shifted: bool, into: Tensor, spare_CV: Tensor
+    teacher: Logits,
+    rows: ChunkRows,
+    weight_C1: Tensor,
+    shifted: bool,
+    into: Tensor,
+    spare_CV: Tensor,
 ) -> Tensor:
     """Add a teacher's weighted probabilities to its columns; returns its sums of exponentials."""
     exps = spare_CV[:, : teacher.columns]

@@ -2,7 +2,7 @@
 
 A compactor is stored as its difference D from identity, so every product is a residual one: what it
 is applied to, plus a matrix product that is 0 while D is. D_jj = -1 in an empty row or column
-removes unit j exactly, in every dtype: x - x is 0. (Spec 5.1, 5.3.)
+removes unit j exactly, in every dtype: x - x is 0.
 
 Every function takes lists, one entry a layer, and returns a list of new tensors; the same functions
 for many layers in one launch are in ``dskd/kernels/compactor.py``. Entries are batches of matrices:

@@ -1,4 +1,4 @@
-"""The row function of top-k teachers on a CPU, and on any device that has no kernels.
+"""KL from a top-k teacher, per token, in closed form on devices without kernels.
 
 A row is K + 1 buckets: its kept tokens, and all others together. The mass of the others is summed
 directly and never is a difference to 1: it is the sum of a matrix of exponentials in which the kept
@@ -20,17 +20,17 @@ from dskd.fused.arguments import wide
 from dskd.fused.cpu.chunks import (
     LOWEST,
     Chunk,
-    Hot,
+    ChunkRows,
+    ChunkSoftmax,
     Labels,
     Logits,
-    Map,
-    Rows,
+    ScaleAndCap,
     add_label,
     chunked,
     exponentials,
-    live,
-    positions_of,
+    filled,
     scratch,
+    weighted_rows,
 )
 
 
@@ -45,7 +45,7 @@ def topk_rows(
     *,
     mode: str,
     temperature: float,
-    student_map: Map,
+    student_map: ScaleAndCap,
     grad_NV: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence [N] and label loss [N] or None, both unweighted; and the gradient.
@@ -71,8 +71,8 @@ def topk_rows(
     unweighted_N1 = slope_N1 == 0
     buffers = scratch(2, student_NV)
 
-    def compute(rows: Rows, shifted: bool) -> Chunk:
-        exps_CV, spare_CV = positions_of(buffers, rows)
+    def compute(rows: ChunkRows, shifted: bool) -> Chunk:
+        exps_CV, spare_CV = filled(buffers, rows)
         part = _split(student.read(rows, False), slots, rows, shifted)
         if mode == "truncated" and labels is None:
             total_C1, totals = exps_CV.zero_()[:, :1], []
@@ -91,7 +91,7 @@ def topk_rows(
         chunk = Chunk(totals, [loss_C1], [(exps_CV, scale_C1)], [(part.ids_CK, grad_CK)])
         if labels is not None:
             label_C1 = part.logits_CV.gather(1, labels.ids_N1[rows])
-            hot = Hot(
+            softmax = ChunkSoftmax(
                 rows,
                 shifted,
                 part.others_CV,
@@ -101,11 +101,11 @@ def topk_rows(
                 part.ids_CK,
                 part.kept_CK,
             )
-            add_label(chunk, student, hot, labels, spare_CV)
+            add_label(chunk, student, softmax, labels, spare_CV)
         return chunk
 
     for rows, chunk in chunked(
-        live(weight_N, label_weight_N), buffers.shape[1], [student], compute, grad_NV
+        weighted_rows(weight_N, label_weight_N), buffers.shape[1], [student], compute, grad_NV
     ):
         divergence_N[rows] = chunk.losses[0][:, 0]
         if label_N is not None:
@@ -148,7 +148,7 @@ class _Teacher:
         self._mass_N1 = self._p_NB.sum(1, keepdim=True)
         self._none_NB = (self._p_NB == 0) | slots.empty_N1
 
-    def divergence(self, rows: Rows, buckets_CB: Tensor) -> tuple[Tensor, Tensor]:
+    def divergence(self, rows: ChunkRows, buckets_CB: Tensor) -> tuple[Tensor, Tensor]:
         """``sum p log(p / q)`` [C, 1], q the softmax of the buckets, and its gradient by them."""
         p_CB, log_q_CB = self._p_NB[rows], buckets_CB.log_softmax(1)
         terms_CB = (self._log_p_NB[rows] - log_q_CB).mul_(p_CB)
@@ -174,7 +174,7 @@ class _Part(NamedTuple):
     peak_C1: Tensor | None
 
 
-def _split(logits_CV: Tensor, slots: _Slots, rows: Rows, shifted: bool) -> _Part:
+def _split(logits_CV: Tensor, slots: _Slots, rows: ChunkRows, shifted: bool) -> _Part:
     ids_CK = slots.ids_NK[rows]
     kept_CK = logits_CV.gather(1, ids_CK)
     if slots.unused_NK is not None:

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel KD in plain torch: what one rank computes of its shard of the columns.
+"""What a rank computes of its shard of the vocabulary for `vocab_parallel_kd`, in plain torch.
 
 The same three functions as ``dskd/kernels/vocab_parallel.py``, with one meaning; the collectives
 between them are in ``vocab_parallel.py``. Rows go by chunks, in fp32 (float64 for float64 logits).
@@ -269,7 +269,7 @@ def _peak(logits: Tensor) -> Tensor:
 
 
 def _chunks(student_NR: Tensor, teacher_NS: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows and both logits in the dtype of computation; nothing of a shard without columns."""
+    """A chunk's rows and logits of both sides, widened; nothing of a shard without columns."""
     if student_NR.shape[1] == 0:
         return
     dtype = wide(student_NR.dtype)

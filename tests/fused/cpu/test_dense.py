@@ -8,7 +8,7 @@ import torch
 from dskd.fused.cpu import chunks, dense
 from dskd.fused.reference import cross_entropy, divergence, mapped
 
-KINDS = [*dense.KINDS, "mixed"]
+KINDS = [*dense.CLOSED_FORMS, "mixed"]
 FP64, FP32 = (torch.float64, 1e-10), (torch.float32, 1e-5)
 SAME = (1.0, 0.0)
 

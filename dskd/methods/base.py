@@ -139,7 +139,7 @@ class Method(Section):
         return frozenset()
 
     def readers(self, context: StageContext) -> Sequence[Reader]:
-        """What adds columns to the batches, of training and of evaluation, for the method."""
+        """What adds columns to the batches of training, for the method."""
         del context
         return ()
 

@@ -187,11 +187,7 @@ def _evaluate(context: RunContext, objective: Objective) -> Scores:
     """The method's metrics of the student inside ``objective`` on the validation rows."""
     run = context.run
     validation = EvaluationSet(
-        "eval",
-        context.prepared.validation,
-        context.validation_view,
-        run.evaluation.rows,
-        readers=context.method.readers(context),
+        "eval", context.prepared.validation, context.validation_view, run.evaluation.rows
     )
     return evaluate(
         objective,

@@ -13,7 +13,7 @@ from torch import Tensor
 from dskd.batch import Batch
 from dskd.data.loader import make_batch
 from dskd.data.prepared import RowSet
-from dskd.data.views import Reader, View
+from dskd.data.views import View
 from dskd.errors import DataError
 from dskd.methods.metrics import Metric
 from dskd.models.frozen import evaluating
@@ -33,14 +33,12 @@ class EvaluationSet:
         rows: all rows.
         view: what the student sees of them; they are seen as in epoch 0.
         limit: use only so many of them, evenly spaced; None: all.
-        readers: add columns to the batches, for the metrics.
     """
 
     name: str
     rows: RowSet
     view: View
     limit: int | None = None
-    readers: Sequence[Reader] = ()
 
 
 def by_key(scores: Scores) -> dict[str, float]:
@@ -127,4 +125,4 @@ def _spread(each: EvaluationSet) -> NDArray[np.int64]:
 
 
 def _batch(each: EvaluationSet, row_ids_B: NDArray[np.int64]) -> Batch:
-    return make_batch(each.rows, each.view, row_ids_B, np.zeros_like(row_ids_B), each.readers)
+    return make_batch(each.rows, each.view, row_ids_B, np.zeros_like(row_ids_B))

@@ -178,4 +178,5 @@ def at_temperature(
     if tail_N is None:
         return logits_NK.log_softmax(1), None
     buckets_NB = torch.cat((logits_NK, tail_N[:, None]), 1).log_softmax(1)
-    return buckets_NB[:, :-1], buckets_NB[:, -1]
+    # the kernels read a tail whose elements are neighbours in memory
+    return buckets_NB[:, :-1].contiguous(), buckets_NB[:, -1].contiguous()

@@ -284,6 +284,21 @@ def test_autocast_casts_as_a_linear_layer_does():
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_the_kernels_take_each_form_of_a_teacher(form):
+    inputs = [x.detach().float().requires_grad_() for x in head()]
+    teacher, _ = FORMS[form]()
+    if form == "linear":
+        teacher = linear_teacher(torch.float32)
+    plain_total = ops.linear_kd(*inputs, teacher=teacher, temperature=2.0, **COMMON).total
+    expected = gradients(plain_total, *inputs)
+    with ops.triton_everywhere():
+        total = ops.linear_kd(*inputs, teacher=teacher, temperature=2.0, **COMMON).total
+        found = gradients(total, *inputs)
+    torch.testing.assert_close(total, plain_total, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_no_tokens(form):
     inputs, (teacher, _) = head(), FORMS[form]()
     hidden_ND = inputs[0].detach()[:0].requires_grad_()

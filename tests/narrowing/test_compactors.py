@@ -234,8 +234,10 @@ def test_one_merge_serves_until_it_is_forgotten(monkeypatch):
     merging = Merging()
     layers = [CompactedLinear(nn.Linear(4, 4), merging) for _ in range(3)]
     layers.append(CompactedLinear(nn.Linear(4, 8), merging))
-    sizes, original = [], compactors.merge
-    monkeypatch.setattr(compactors, "merge", lambda some: sizes.append(len(some)) or original(some))
+    sizes, original = [], compactors.merge_layers
+    monkeypatch.setattr(
+        compactors, "merge_layers", lambda some: sizes.append(len(some)) or original(some)
+    )
     x = torch.randn(2, 4)
     with torch.no_grad():
         before = [layer(x) for layer in layers]

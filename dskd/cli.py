@@ -107,7 +107,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _settings(arguments: argparse.Namespace) -> int:
     from dskd.methods.base import build_method
     from dskd.methods.checks import validate
-    from dskd.settings.recipe import SINGLE, dump, read
+    from dskd.settings.recipe import SINGLE, dump_run, read
 
     files = [word for word in arguments.words if "=" not in word]
     if len(files) > 1:
@@ -119,7 +119,7 @@ def _settings(arguments: argparse.Namespace) -> int:
         validate(run, method, world=1, prefix="" if name == SINGLE else f"runs.{name}")
         whole = run.model_copy(update={"method": method.model_dump(mode="json")})
         heading = "" if name == SINGLE else f"--- # {name}\n"
-        print(heading + dump(whole), end="")
+        print(heading + dump_run(whole), end="")
     return 0
 
 
@@ -132,9 +132,9 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
 
 
 def _cache_info(arguments: argparse.Namespace) -> int:
-    from dskd.stores.logits import describe
+    from dskd.stores.logits import describe_cache
 
-    _show(describe(arguments.path))
+    _show(describe_cache(arguments.path))
     return 0
 
 

@@ -95,13 +95,13 @@ def test_errors_are_one_message(capsys, words, message):
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(logits, "describe", lambda path: 1 / 0)
+    monkeypatch.setattr(logits, "describe_cache", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["cache", "info", "x"])
 
 
 def test_cache_commands(monkeypatch, capsys):
-    monkeypatch.setattr(logits, "describe", lambda path: {"k": 8, "shards": 2})
+    monkeypatch.setattr(logits, "describe_cache", lambda path: {"k": 8, "shards": 2})
     monkeypatch.setattr(logits, "verify", lambda path: {"k": 8, "shards": 2})
     assert main(["cache", "info", "x"]) == 0
     assert capsys.readouterr().out == "k       8\nshards  2\n"

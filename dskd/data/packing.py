@@ -17,15 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from dskd.data.tokenizers import encoder, end_id, start_id
 from dskd.settings.data import Data
 
-Slice = tuple[int, int]
+TokenSpan = tuple[int, int]
 
 
-def complete(sizes: Iterable[int], block: int) -> list[Slice]:
+def complete(sizes: Iterable[int], block: int) -> list[TokenSpan]:
     """Whole sentences, greedily, until the next would not fit; documents are crossed.
 
     A sentence longer than ``block`` becomes a row of its own (:func:`cut` leaves none).
     """
-    slices: list[Slice] = []
+    slices: list[TokenSpan] = []
     begin = end = 0
     for size in sizes:
         if end > begin and end - begin + size > block:
@@ -39,7 +39,7 @@ def complete(sizes: Iterable[int], block: int) -> list[Slice]:
 
 def complete_doc(
     sizes: Sequence[int], block: int, separators: Sequence[bool] | None = None
-) -> list[Slice]:
+) -> list[TokenSpan]:
     """As :func:`complete`, and a row ends with its document; rows of one token are dropped.
 
     Args:
@@ -50,7 +50,7 @@ def complete_doc(
     """
     if separators is None:
         separators = [size == 1 for size in sizes]
-    slices: list[Slice] = []
+    slices: list[TokenSpan] = []
     begin = end = 0
     for size, separator in zip(sizes, separators, strict=True):
         if separator or end - begin + size > block:
@@ -65,7 +65,7 @@ def complete_doc(
     return slices
 
 
-def contiguous(total: int, block: int) -> list[Slice]:
+def contiguous(total: int, block: int) -> list[TokenSpan]:
     """One stream of ``total`` tokens, cut every ``block``; the last row may be shorter."""
     return [(begin, min(begin + block, total)) for begin in range(0, total, block)]
 
@@ -179,7 +179,7 @@ class Packer:
         """The row that was still open, if any."""
         return [self._open.ids[a:b] for a, b in self._slices(self._open)]
 
-    def _slices(self, items: Items) -> list[Slice]:
+    def _slices(self, items: Items) -> list[TokenSpan]:
         if self._packing == "contiguous":
             return contiguous(len(items.ids), self._block)
         if self._packing == "complete":

@@ -30,7 +30,7 @@ from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dskd.data import sources
-from dskd.data.preparing import FORMAT, MANIFEST, build
+from dskd.data.preparing import FORMAT, MANIFEST, build_rows
 from dskd.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from dskd.errors import DataError
 from dskd.settings.data import Data, HubSource, PretrainedTokenizer, Source
@@ -147,7 +147,7 @@ def prepare(data: Data, progress: bool = True) -> Path:
     temporary.mkdir()
     try:
         with _bar(progress) as bar:
-            build(data, tokenizer, key, temporary, bar)
+            build_rows(data, tokenizer, key, temporary, bar)
         if _key(data, tokenizer) != key:
             raise DataError("data.sources: a file changed while it was read; start again")
         _publish(temporary, folder)

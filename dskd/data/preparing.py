@@ -72,7 +72,7 @@ class _SplitWriter:
             stream.close()
 
 
-def build(
+def build_rows(
     data: Data, tokenizer: PreTrainedTokenizerBase | None, key: str, folder: Path, bar: Progress
 ) -> None:
     """Fill ``folder`` with the rows, the tokenizer and the manifest.

@@ -38,7 +38,7 @@ def is_native(saved: Saved, world: int, stage: int, precision: str) -> bool:
     return saved.world == world or (stage == 0 and precision == "fp32")
 
 
-def check(saved: Saved, stage: int, precision: str) -> None:
+def check_reshard(saved: Saved, stage: int, precision: str) -> None:
     """Refuse what cannot be converted.
 
     Raises:

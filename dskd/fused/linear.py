@@ -31,7 +31,7 @@ from dskd.fused.arguments import (
     wide,
 )
 from dskd.fused.gradients import detached, refuse_second_order, scaled, wanted
-from dskd.fused.linear_visit import Loss, visit
+from dskd.fused.linear_visit import LossForm, visit
 from dskd.fused.per_token import TokenWeights, at_temperature, topk_of, weights_of
 
 LogitTeacher = LinearTeacher | DenseTeacher | TopKTeacher | None
@@ -249,7 +249,7 @@ def _linear(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     weights, (form, *kind), (dtype, chunk, needs) = arguments[:4], arguments[4:9], arguments[9:]
-    loss = Loss(form, teacher, TokenWeights(*weights), *kind)
+    loss = LossForm(form, teacher, TokenWeights(*weights), *kind)
     *losses, gradients = visit(
         hidden_ND, weight_VD, bias_V, loss, logits_dtype=dtype, chunk=chunk, needs=needs
     )

@@ -19,7 +19,7 @@ from dskd.fused.per_token import TokenWeights
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossForm:
     """Which loss: what of a teacher there is, the divergence, the weights of all tokens.
 
     ``teacher`` holds, by ``form``: ``dense``: logits; ``linear``: hidden states, weight and maybe
@@ -100,7 +100,7 @@ def visit(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    loss: Loss,
+    loss: LossForm,
     *,
     logits_dtype: torch.dtype,
     chunk: int,
@@ -139,7 +139,7 @@ def visit(
     return *loss.total(divergence_N, label_N), gradients
 
 
-def _chunk_loss(loss: Loss, size: int, logits_dtype: torch.dtype) -> ChunkLoss:
+def _chunk_loss(loss: LossForm, size: int, logits_dtype: torch.dtype) -> ChunkLoss:
     if loss.form == "label":
         return loss.label
     if loss.form == "topk":

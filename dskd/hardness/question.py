@@ -18,7 +18,7 @@ from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
 from dskd.errors import NonFiniteError
 from dskd.hardness.scoring import ScoringView
-from dskd.hardness.store import describe, encode, hardness_spec
+from dskd.hardness.store import describe_scores, encode, hardness_spec
 from dskd.models.families import positions_of
 from dskd.settings.data import HardTokens
 from dskd.stores.fill import Words, fill
@@ -80,7 +80,7 @@ def question(
         return lambda batch: token_scores(positions_of(scorer, batch.to(device)), vocabulary)
 
     def holds(folder: Path) -> str:
-        about = describe(folder)
+        about = describe_scores(folder)
         each = about["bytes_per_token"]
         return f"the NLL of {about['tokens']:,} tokens in {each:.2f} bytes each"
 

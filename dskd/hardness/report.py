@@ -31,7 +31,7 @@ from dskd.hardness.masks import HARD_LABELS, AnyHardView, HardCausalView, hard_v
 from dskd.hardness.row_masks import HardTokenMasks
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness
-from dskd.settings.checks import problems_of, refuse
+from dskd.settings.checks import problems_of, refuse_problems
 from dskd.settings.data import HardTokens
 from dskd.settings.folders import questions_folder
 from dskd.settings.recipe import read
@@ -100,11 +100,11 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--top", type=int, default=30, metavar="N", help="tokens to show (30)")
     parser.add_argument("--epoch", type=int, default=0, metavar="N", help="epoch to look at (0)")
     options = parser.parse_args(words)
-    show(options.path, options.overrides, options.plot, options.top, options.epoch)
+    show_hard_tokens(options.path, options.overrides, options.plot, options.top, options.epoch)
     return 0
 
 
-def show(
+def show_hard_tokens(
     path: Path,
     overrides: Iterable[str],
     plot: Path | None = None,
@@ -164,7 +164,9 @@ def run_at(path: Path, overrides: Iterable[str]) -> Run:
         )
     name, run = next(iter(hard.items()))
     masks = HardTokenMasks(run).problems(frozenset({HARD_LABELS}), cached=False)
-    refuse(chain(problems_of(run, world=1), masks), f"runs.{name}" if len(recipe.runs) > 1 else "")
+    refuse_problems(
+        chain(problems_of(run, world=1), masks), f"runs.{name}" if len(recipe.runs) > 1 else ""
+    )
     return run
 
 

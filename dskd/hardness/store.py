@@ -63,7 +63,7 @@ def identity(spec: StoreSpec) -> str:
     return replace(spec, rows_per_shard=1).fingerprint
 
 
-def describe(folder: Path) -> dict[str, float]:
+def describe_scores(folder: Path) -> dict[str, float]:
     """Of a complete store ``tokens``, the NLLs it holds, ``bytes`` of its shards, and their ratio
     ``bytes_per_token``; the shards are not read.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.methods.base import Method
-from dskd.settings.checks import Problems, problems_of, refuse
+from dskd.settings.checks import Problems, problems_of, refuse_problems
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, SelfTeacher, each_teacher, section_name
 
@@ -21,7 +21,7 @@ def validate(run: Run, method: Method, *, world: int, prefix: str = "") -> None:
     Raises:
         ConfigError: every contradiction, one a line.
     """
-    refuse(_problems(run, method, world), prefix)
+    refuse_problems(_problems(run, method, world), prefix)
 
 
 def _problems(run: Run, method: Method, world: int) -> Problems:

@@ -27,7 +27,7 @@ from dskd.data.tokenizers import check_same_vocabulary, vocabulary_size
 from dskd.engine.zero import sharded_construction
 from dskd.errors import ConfigError
 from dskd.models.families import (
-    Objective,
+    ObjectiveName,
     counts_past_padding,
     head_of,
     lm_head,
@@ -58,7 +58,7 @@ def build(
     settings: Model,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    objective: Objective,
+    objective: ObjectiveName,
     block_size: int,
     seed: int,
     ds: dict[str, Any] | None,
@@ -104,7 +104,7 @@ def build(
     return model
 
 
-def check_random(settings: Model, *, objective: Objective, block_size: int, where: str) -> None:
+def check_random(settings: Model, *, objective: ObjectiveName, block_size: int, where: str) -> None:
     """Refuse what is wrong with the settings of a random model, before there is a tokenizer.
 
     Raises:
@@ -130,7 +130,7 @@ def construct(
     ds: dict[str, Any] | None,
     dtype: torch.dtype,
     where: str,
-    objective: Objective | None = None,
+    objective: ObjectiveName | None = None,
 ) -> PreTrainedModel:
     """The model of a config, in train mode, with its weights still to come.
 
@@ -268,7 +268,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where: st
 
 
 def check_shape(
-    config: PreTrainedConfig, objective: Objective, block_size: int, where: str
+    config: PreTrainedConfig, objective: ObjectiveName, block_size: int, where: str
 ) -> None:
     """Refuse a family that does not fit the objective, and too few positions for the rows.
 

@@ -29,7 +29,7 @@ Transform = Callable[[Any, Tensor], Tensor]
 """(model, the body's hidden states [N, D]) -> those its last linear map takes, [N, D']."""
 
 
-Objective = Literal["masked", "causal"]
+ObjectiveName = Literal["masked", "causal"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Head:
         bias: the head's own copy of the projection's bias, as the module path of its owner.
     """
 
-    objective: Objective
+    objective: ObjectiveName
     projection: str
     transform: Transform = lambda model, hidden_ND: hidden_ND
     bias: str | None = None
@@ -83,7 +83,7 @@ _ELECTRA = Head(
 )
 _CAUSAL = Head("causal", "lm_head")
 
-HEADS: dict[tuple[str, Objective], Head] = {
+HEADS: dict[tuple[str, ObjectiveName], Head] = {
     ("bert", "masked"): _BERT,
     ("roberta", "masked"): _ROBERTA,
     ("xlm-roberta", "masked"): _ROBERTA,
@@ -119,7 +119,7 @@ def refuse_unknown(model_type: str, where: str) -> None:
         raise ConfigError(f"{where}: '{model_type}' is not one of {', '.join(MODEL_TYPES)}{hint}")
 
 
-def head_of(config: PreTrainedConfig, objective: Objective, where: str) -> Head:
+def head_of(config: PreTrainedConfig, objective: ObjectiveName, where: str) -> Head:
     """The head by which a model of this config serves an objective.
 
     Raises:

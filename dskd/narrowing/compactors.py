@@ -1,4 +1,4 @@
-"""Layers with compactors: a trainable matrix before and after, that start as identity. Spec 2, 5.
+"""Layers with compactors: a trainable matrix before and after, that start as identity.
 
     y = ((x CL^T) W^T + b) CR^T = x W'^T + b',   W' = CR W CL,   b' = CR b
 
@@ -8,7 +8,7 @@ A removed unit j is column j of CL = 0 or row j of CR = 0. Once removed units ar
 kept units only, parameters stay whole, and the removed entries' gradients are 0.
 
 Linear layers are merged (:class:`Merging`); the embedding's and the vocabulary projection's
-compactors are applied to the tokens instead, whose number is below V (spec 5.1).
+compactors are applied to the tokens instead, whose number is below V.
 
 Shape letters: N outputs, K inputs, n and k kept ones, P parts; B rows, T tokens, M = any axes.
 """

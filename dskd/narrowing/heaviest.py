@@ -1,4 +1,4 @@
-"""Slice-init: a small model of those units of a teacher whose weights are largest. Spec 8.
+"""Slice-init: a small model of those units of a teacher whose weights are largest.
 
 The control that Weight-Inherited Distillation is to be measured against: no compactors, nothing is
 trained. Units are ranked by the squared weights of everything in their group: the rows that write

@@ -1,4 +1,4 @@
-"""Compactors into a HuggingFace model, and the model narrowed to the units it keeps. Spec 2.
+"""Compactors into a HuggingFace model, and the model narrowed to the units it keeps.
 
 Inserted compactors are identity, so the model's logits stay what they were, bit for bit in fp32.
 The modules they go around are replaced in place; parameters stay the same objects, under the same
@@ -7,7 +7,7 @@ names but for the one module next to the sum of the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +38,11 @@ from dskd.narrowing.layouts import (
     widths_of,
 )
 from dskd.narrowing.masked_norm import MaskedLayerNorm, MaskedNorm, MaskedRMSNorm
-from dskd.narrowing.units import spread
+from dskd.narrowing.units import Whole, spread
 from dskd.narrowing.widths import Widths
 
 Keep = Mapping[str, Tensor]
 """For each group which of its units are kept, bool [U]; units are equal runs of entries."""
-Whole = Callable[[str], Tensor]
-"""The whole values of the student's parameter of a name (collective if they are sharded)."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Which units of a model go together: its groups, and what of every layer belongs to them. Spec 2.
+"""Which units of a model go together: its groups, and what of every layer belongs to them.
 
 * ``R``: the residual stream, of one mask for the whole model: the summed embedding writes it, and
   so does the last map of every attention and feed-forward part; all other maps and the norms read
@@ -44,7 +44,7 @@ _NOT_ROTARY = Family()
 
 
 @dataclass(frozen=True)
-class Layout:
+class UnitLayout:
     """Where a family keeps what has units. Paths of a layer's modules are relative to the layer.
 
     Attributes:
@@ -55,7 +55,7 @@ class Layout:
         norms: of a layer, all of the residual stream.
         outside: norms of the residual stream outside of the layers.
         transform: the head's map and its norm, which are of ``T``.
-        values: the map, and which of its parts, that the original ranks the stream by (spec 2).
+        values: the map, and which of its parts, that the original code ranks the stream by.
         attention: of a layer, the module that splits heads.
         sizes: attributes of it that change: how many heads, entries of a head, entries of all.
         demands: what the family demands of a student's widths.
@@ -85,9 +85,9 @@ class Layout:
         return f"{path}.{0 if path in self.tables else 1}"
 
 
-def _bert(body: str, transform: tuple[str, str]) -> Layout:
+def _bert(body: str, transform: tuple[str, str]) -> UnitLayout:
     embeddings = f"{body}.embeddings"
-    return Layout(
+    return UnitLayout(
         tables=(
             f"{embeddings}.word_embeddings",
             f"{embeddings}.position_embeddings",
@@ -112,8 +112,8 @@ def _bert(body: str, transform: tuple[str, str]) -> Layout:
     )
 
 
-def _rotary(*, divides: bool = False) -> Layout:
-    return Layout(
+def _rotary(*, divides: bool = False) -> UnitLayout:
+    return UnitLayout(
         tables=("model.embed_tokens",),
         summed="model.embed_tokens",
         layers="model.layers",
@@ -137,13 +137,13 @@ def _rotary(*, divides: bool = False) -> Layout:
 
 _ROBERTA = _bert("roberta", ("lm_head.dense", "lm_head.layer_norm"))
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, UnitLayout] = {
     "bert": _bert(
         "bert", ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm")
     ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
-    "gpt2": Layout(
+    "gpt2": UnitLayout(
         tables=("transformer.wte", "transformer.wpe"),
         summed="transformer.drop",
         layers="transformer.h",
@@ -185,7 +185,7 @@ class Group:
     vectors: tuple[Vector, ...]
 
 
-def layout_of(config: PreTrainedConfig) -> Layout:
+def layout_of(config: PreTrainedConfig) -> UnitLayout:
     """Where a model keeps its units.
 
     Raises:
@@ -276,8 +276,9 @@ def kept_entries(keep_U: Tensor, entries: int) -> Tensor:
     return spread(keep_U, entries).nonzero().flatten()
 
 
-def _ranking(layout: Layout, name: str, members: list[Member]) -> tuple[str, int]:
-    """The stream goes by the first layer's values, other groups by their only reader (spec 2)."""
+def _ranking(layout: UnitLayout, name: str, members: list[Member]) -> tuple[str, int]:
+    """What ranks a group, as in the original code: the first layer's values rank the stream, its
+    only reader any other group."""
     if name == "R":
         path, part = layout.values
         return f"{layout.layers}.0.{path}.left", part

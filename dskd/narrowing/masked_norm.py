@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm whose statistics come from the kept units only. Spec 2 "LayerNorm", 5.3 K4.
+"""LayerNorm and RMSNorm whose statistics come from the kept units only.
 
 While a mask is set all units are still normalised and emitted ("soft"): the removed ones are on
 their way to 0 and no consumer reads them in the end. After compaction only the kept ones arrive.

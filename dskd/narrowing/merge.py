@@ -1,6 +1,6 @@
 """A student with compactors as a dense HuggingFace model, and the proof that it is the same one.
 
-Spec 4. For a linear map from group ``in`` to group ``out``, with the kept units' indices i and o,
+For a linear map from group ``in`` to group ``out``, with the kept units' indices i and o,
 
     W_small = CR[o, :] W CL[:, i],   b_small = (CR b)[o],
 
@@ -26,10 +26,10 @@ from dskd.errors import DskdError
 from dskd.models.build import construct
 from dskd.models.families import tie_head_bias
 from dskd.narrowing.compactors import MergedLayer
-from dskd.narrowing.insert import Keep, Surgery, Whole, kept_widths, replica
+from dskd.narrowing.insert import Keep, Surgery, kept_widths, replica
 from dskd.narrowing.layouts import Map, kept_entries, layout_of
 from dskd.narrowing.narrow import narrow, narrowed_config
-from dskd.narrowing.units import spread
+from dskd.narrowing.units import Whole, spread
 from dskd.system import dist
 
 TOLERANCE = 1e-5
@@ -186,7 +186,7 @@ def _outline(surgery: Surgery, keep: Keep) -> PreTrainedModel:
 def check_exact(
     student: Surgery, merged: PreTrainedModel, keep: Keep, batch: Batch, *, soft: bool = True
 ) -> Exactness:
-    """Refuse a merged model that is not the student. Spec 6, R6.
+    """Refuse a merged model that is not the student.
 
     Args:
         student: of fp32 values, unsharded (``surgery.replica``); its removed entries are set to 0.

@@ -1,7 +1,7 @@
-"""A dense HuggingFace model of fewer units, filled from a larger one. Spec 4.
+"""A dense HuggingFace model of fewer units, filled from a larger one.
 
-What it is filled with is the business of a :class:`Source`: the larger model's own weights at the
-kept units (``slicing.py``), or their products with compactors (``merged.py``).
+What it is filled with is up to a :class:`UnitSource`: the larger model's own weights at the kept
+units (``heaviest.py``), or their products with compactors (``merge.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dskd.narrowing.layouts import Map, kept_entries, layout_of, maps_of, norms_
 from dskd.narrowing.widths import Widths
 
 
-class Source(Protocol):
+class UnitSource(Protocol):
     """A model with the units kept. Paths and names are those of the HuggingFace model.
 
     Shape letters: N outputs, K inputs, n and k kept ones, P parts, V vocabulary, H hidden.
@@ -45,7 +45,7 @@ class Source(Protocol):
         ...
 
 
-def narrow(source: Source, keep: Keep) -> PreTrainedModel:
+def narrow(source: UnitSource, keep: Keep) -> PreTrainedModel:
     """The model of the kept units, in the dtype of the source's values, in train mode.
 
     It has the input embedding and the vocabulary projection apart: they are of different spaces.
@@ -116,7 +116,7 @@ def _rescale(weight_Pnk: Tensor, bias_Pn: Tensor | None, ratio: float) -> None:
             bias_Pn[0] *= ratio
 
 
-def _fill(small: PreTrainedModel, values: dict[str, Tensor], source: Source) -> None:
+def _fill(small: PreTrainedModel, values: dict[str, Tensor], source: UnitSource) -> None:
     """Set every parameter; those without units (an output bias, norms within heads) stay whole."""
     with torch.no_grad():
         for name, parameter in small.named_parameters():

@@ -29,7 +29,7 @@ _MOMENTUM = 0.9  # of the original's injection, whatever the optimiser's betas
 
 
 class Annealed(Rule):
-    """The exact rule (spec, R8): removed entries follow a schedule instead of an optimiser.
+    """The exact rule: removed entries follow a schedule instead of an optimiser.
 
     At every ``every``-th step k grows by one, and ``k / ramp`` of each group's units are removed,
     chosen among the kept ones and never taken back. A removed entry has gradient 0 and first moment
@@ -133,7 +133,7 @@ class Original(Rule):
 
     @staticmethod
     def check_clipping(clip: float) -> None:
-        """Refuse ``train.clip``: the penalty is part of the gradient, and far larger (spec, R2).
+        """Refuse ``train.clip``: the penalty is part of the gradient, and far larger.
 
         Raises:
             ConfigError: gradients would be clipped.

@@ -1,7 +1,7 @@
 """A student that starts as a larger model cut to its heaviest units, written once as a folder.
 
 ``model.slice`` is the cheap relative of Weight-Inherited Distillation and the control it is to be
-measured against (spec 8): the units with the largest weights stay as they are, nothing is merged.
+measured against: the units with the largest weights stay as they are, nothing is merged.
 The folder is a HuggingFace model like any other, so whatever loads a ``path`` loads it.
 """
 

@@ -25,7 +25,7 @@ from dskd.settings.compare import differences
 from dskd.settings.folders import RunFolder, folder_of, source_settings
 from dskd.settings.model import Model
 from dskd.settings.parsing import line, nearest
-from dskd.settings.recipe import SINGLE, Recipe, dump, read
+from dskd.settings.recipe import SINGLE, Recipe, dump_run, read
 from dskd.settings.run import Run
 from dskd.settings.teachers import SelfTeacher, each_teacher, section_name
 from dskd.system import dist
@@ -218,7 +218,7 @@ def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:
 
 def _write_settings(recipe: Recipe) -> None:
     for run in recipe.runs.values():
-        write_atomic(folder_of(run).config, dump(run).encode())
+        write_atomic(folder_of(run).config, dump_run(run).encode())
 
 
 def _refuse_other_settings(run: Run, stages: Sequence[Stage]) -> None:

@@ -62,7 +62,7 @@ def cache(context: RunContext) -> None:
         free_memory()  # before the next domain's teacher
 
 
-def cut(context: RunContext) -> None:
+def slice_student(context: RunContext) -> None:
     """Write the folder that a sliced student starts from."""
     if context.run.model.slice is None:
         return
@@ -229,7 +229,7 @@ def _summarise(
 
 STAGES = (
     Stage("data", lambda context: context.view),  # which prepares the rows
-    Stage("slice", cut, leaves=("sliced",), whole="sliced", chosen=False),
+    Stage("slice", slice_student, leaves=("sliced",), whole="sliced", chosen=False),
     Stage("cache", cache, leaves=("cache",)),
     Stage("train", train, leaves=("train",), whole="train/summary.json"),
     Stage("export", export_best, leaves=("export",), whole="export"),

@@ -138,7 +138,7 @@ def _config(context: RunContext, saved: Saved | None) -> dict[str, Any]:
     if saved is None or _is_native(context, saved):
         return ds
     with dist.agreed():
-        reshard.check(saved, stage, precision_of(ds))
+        reshard.check_reshard(saved, stage, precision_of(ds))
     if stage == 0:  # DeepSpeed loads no universal checkpoint there; the engine does
         return ds
     return {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}

@@ -31,7 +31,7 @@ def problems_of(run: Run, world: int) -> Problems:
     yield from _teachers(run)
 
 
-def refuse(problems: Problems, prefix: str) -> None:
+def refuse_problems(problems: Problems, prefix: str) -> None:
     """Raise what was found, if anything.
 
     Args:

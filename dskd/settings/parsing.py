@@ -45,7 +45,7 @@ def parse(cls: type[S], tree: Any, prefix: str = "", *, where: str = "") -> S:
     Raises:
         ConfigError: one line for each unknown name, wrong type and value out of range.
     """
-    section, problems = build(cls, tree)
+    section, problems = build_section(cls, tree)
     if section is None:
         above = tuple(prefix.split(".")) if prefix else ()
         raise ConfigError(
@@ -54,7 +54,7 @@ def parse(cls: type[S], tree: Any, prefix: str = "", *, where: str = "") -> S:
     return section
 
 
-def build(cls: type[S], tree: Any) -> tuple[S | None, list[Problem]]:
+def build_section(cls: type[S], tree: Any) -> tuple[S | None, list[Problem]]:
     """The section, or None and everything that is wrong with the tree."""
     text = to_json(with_kinds(cls, tree), inf_nan_mode="constants")
     try:

@@ -33,7 +33,7 @@ from dskd.settings.data import HardTokens
 from dskd.settings.folders import RunFolder, cache_folder, questions_folder
 from dskd.settings.parsing import (
     Problem,
-    build,
+    build_section,
     line,
     member,
     nearest,
@@ -79,7 +79,7 @@ def read(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recip
     return Recipe(runs[SINGLE].out, runs)
 
 
-def dump(run: Run) -> str:
+def dump_run(run: Run) -> str:
     """The whole of a run's settings as YAML; :func:`read` gives the same run back."""
     return yaml_tree.dump(run.model_dump(mode="json"))
 
@@ -135,7 +135,7 @@ class _Reader:
         tree = yaml_tree.merge(_with_defaults(Run(), with_kinds(Run, tree), over), over)
         problems: list[Problem] = []
         resolved = self._resolve(Run, tree if out is None else tree | {"out": out}, (), problems)
-        run, more = build(Run, resolved)
+        run, more = build_section(Run, resolved)
         for place, text in problems + more:
             self.add(place, text, name, over)
         self.built[name] = run

@@ -15,7 +15,7 @@ from pydantic import Field
 from dskd.settings.base import FREE, RunPath, Section
 from dskd.settings.data import Data
 from dskd.settings.model import Model
-from dskd.settings.teachers import TINY, LiveTeacher, Precision, Teacher
+from dskd.settings.teachers import TINY, AnyTeacher, LiveTeacher, Precision
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Factor of a running average."""
@@ -89,7 +89,7 @@ class Run(Section):
     """The method's own settings; ``kind`` names it."""
     data: Data = Data()
     model: Model = Model(config=TINY)
-    teacher: Teacher | None = LiveTeacher()
+    teacher: AnyTeacher | None = LiveTeacher()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

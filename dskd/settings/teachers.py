@@ -84,12 +84,12 @@ class SelfTeacher(Section):
     """Of the frozen copy."""
 
 
-Teacher = Annotated[
+AnyTeacher = Annotated[
     LiveTeacher | CachedTeacher | RoutedTeacher | SelfTeacher, Field(discriminator="kind")
 ]
 
 
-def each_teacher(teacher: Teacher | None) -> dict[str | None, LiveTeacher | CachedTeacher]:
+def each_teacher(teacher: AnyTeacher | None) -> dict[str | None, LiveTeacher | CachedTeacher]:
     """The teachers that have a model of their own, by domain; a single one has the domain None."""
     if isinstance(teacher, RoutedTeacher):
         return dict(teacher.domains)

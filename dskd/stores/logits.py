@@ -55,7 +55,7 @@ _CHUNK = 1 << 24  # logits encoded at once: bounds the float32 copies to some 64
 
 
 @dataclass(frozen=True)
-class Layout:
+class LogitLayout:
     """What a cache keeps of each position, and of which rows; stored in its manifest.
 
     Attributes:
@@ -304,7 +304,7 @@ class CachedLogits:
         }
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe_cache(folder: Path) -> dict[str, Any]:
     """What a cache holds and what that costs; the shards are not read.
 
     Raises:
@@ -340,18 +340,18 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Read every byte of a cache and check it; what :func:`describe` says, if all is well.
+    """Read every byte of a cache and check it; what :func:`describe_cache` says, if all is well.
 
     Raises:
         StoreError: names what is missing, truncated, damaged or foreign.
     """
     LogitCache(folder, {})
-    return describe(folder)
+    return describe_cache(folder)
 
 
-def _layout(spec: StoreSpec) -> Layout:
+def _layout(spec: StoreSpec) -> LogitLayout:
     settings = spec.settings
-    return Layout(**{**settings, "temperatures": tuple(settings["temperatures"])})
+    return LogitLayout(**{**settings, "temperatures": tuple(settings["temperatures"])})
 
 
 def _split(name: str, ids: NDArray[np.int64], vocabulary: int) -> dict[str, np.ndarray]:

@@ -105,7 +105,7 @@ class StoreSpec:
         return StoreSpec(**{**tree, "columns": columns})
 
 
-def differences(there: StoreSpec, wanted: StoreSpec) -> list[str]:
+def spec_differences(there: StoreSpec, wanted: StoreSpec) -> list[str]:
     """One line for each thing in which the store at hand is not the one that is wanted."""
     flat_there, flat_wanted = _flat(there.tree()), _flat(wanted.tree())
     return [

@@ -24,9 +24,9 @@ from dskd.stores.shard import (
     ForeignShard,
     StoreSpec,
     check_shard,
-    differences,
     encode_shard,
     map_shard,
+    spec_differences,
 )
 from dskd.system.files import file_hash, read_manifest, write_atomic, write_manifest
 
@@ -263,7 +263,7 @@ def _manifest(spec: StoreSpec, records: list[ShardRecord] | None) -> dict[str, A
 
 
 def _refuse_other(folder: Path, there: StoreSpec, wanted: StoreSpec) -> None:
-    if found := differences(there, wanted):
+    if found := spec_differences(there, wanted):
         lines = "".join(f"\n  {line}" for line in found)
         raise StoreError(f"{folder}: holds another store; remove it or choose another path{lines}")
 

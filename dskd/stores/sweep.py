@@ -46,7 +46,7 @@ class Scored(NamedTuple):
     columns: Mapping[str, np.ndarray]
 
 
-Progress = Callable[[int, int], None]
+ProgressReport = Callable[[int, int], None]
 """``progress(done, total)``: row views kept so far by all ranks, and how many there are."""
 
 
@@ -59,7 +59,7 @@ def sweep(
     micro_batch: int,
     score: Callable[[Batch, Output], Scored],
     present_R: NDArray[np.bool_] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressReport | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> None:
     """Fill a store; collective, and called again after an interruption it goes on.

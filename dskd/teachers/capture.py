@@ -16,7 +16,7 @@ from dskd.data.views import CausalView, View
 from dskd.errors import ConfigError
 from dskd.settings.teachers import CachedTeacher
 from dskd.stores.fill import Words, fill
-from dskd.stores.logits import Layout, describe
+from dskd.stores.logits import LogitLayout, describe_cache
 from dskd.stores.sweep import Scored
 from dskd.teachers.teacher import FrozenTeacher
 
@@ -59,7 +59,7 @@ def capture(
                 f"teacher.domains.{prepared.domains[domain]}: no training row is of this domain"
             )
     assert view.draws is not None, "settings.checks asks for data.masking.draws"
-    layout = Layout(
+    layout = LogitLayout(
         k=cached.k,
         vocabulary=vocabulary_size(prepared.tokenizer),
         temperatures=tuple(float(t) for t in cached.temperatures),
@@ -84,7 +84,7 @@ def capture(
         return Scored(batch.counts_B.numpy(), layout.encode(batch, signal.logits_NV))
 
     def holds(folder: Path) -> str:
-        about = describe(folder)
+        about = describe_cache(folder)
         return (
             f"{about['positions']:,} positions, top {layout.k} of each in "
             f"{about['bytes_per_position']} bytes"

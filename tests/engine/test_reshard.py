@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dskd.engine.checkpoints import Saved
-from dskd.engine.reshard import check
+from dskd.engine.reshard import check_reshard
 from dskd.errors import CheckpointError
 from tests.launching import cut_back, forked, losses
 
@@ -90,7 +90,7 @@ def test_other_precision_is_refused(tmp_path):
     """`train.precision: auto` on another machine, say."""
     saved = Saved(tmp_path, step=2, world=2, stage=2, precision="bf16", score=None, state={})
     with pytest.raises(CheckpointError, match=r"train\.precision bf16, cannot go on in fp32"):
-        check(saved, stage=2, precision="fp32")
+        check_reshard(saved, stage=2, precision="fp32")
     with pytest.raises(CheckpointError, match="ZeRO-0 run cannot change"):
-        check(saved, stage=0, precision="bf16")
-    check(saved, stage=3, precision="bf16")
+        check_reshard(saved, stage=0, precision="bf16")
+    check_reshard(saved, stage=3, precision="bf16")

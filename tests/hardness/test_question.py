@@ -23,7 +23,7 @@ from dskd.errors import NonFiniteError, StoreError
 from dskd.hardness import question as question_module
 from dskd.hardness.question import question, token_scores
 from dskd.hardness.scoring import scoring_view
-from dskd.hardness.store import Hardness, describe
+from dskd.hardness.store import Hardness, describe_scores
 from dskd.methods.lm import LanguageModelling
 from dskd.models.build import build
 from dskd.settings.data import Data, HardTokens, Masking, TextSource, TrainedTokenizer
@@ -275,7 +275,7 @@ def test_store_holds_what_the_model_says(tmp_path, folders, objective, shown):
     assert 0 < (~wrong_BT & ~np.isnan(nll_BT)).sum() < wrong_BT.sum()
     asked = (~special_ids(prepared.tokenizer)[ids_BT]).sum() if shown == "mask" else lengths_B.sum()
     asked -= len(lengths_B) if objective == "causal" else 0
-    assert (~np.isnan(nll_BT)).sum() == describe(tmp_path / "s")["tokens"] == asked
+    assert (~np.isnan(nll_BT)).sum() == describe_scores(tmp_path / "s")["tokens"] == asked
 
 
 @pytest.mark.parametrize(("objective", "shown"), KINDS)

@@ -16,7 +16,7 @@ from dskd.hardness.masks import hard_view
 from dskd.hardness.report import EDGES, find, run_at
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness, encode, hardness_spec
-from dskd.settings.recipe import dump, read
+from dskd.settings.recipe import dump_run, read
 from dskd.stores.fingerprints import prints_of_rows
 from dskd.stores.store import Writer
 from tests.data.conftest import make_corpus
@@ -66,7 +66,7 @@ def make_run(folder: Path, *overrides: str):
     ]
     run = read(None, [*words, *overrides]).runs["run"]
     (folder / "run").mkdir()
-    (folder / "run" / "config.yaml").write_text(dump(run))
+    (folder / "run" / "config.yaml").write_text(dump_run(run))
     return run, *fill(run)
 
 

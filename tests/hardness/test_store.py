@@ -8,7 +8,7 @@ import pytest
 
 from dskd.errors import StoreError
 from dskd.hardness.scoring import ScoringPlan, ScoringView
-from dskd.hardness.store import Hardness, describe, encode, hardness_spec, identity
+from dskd.hardness.store import Hardness, describe_scores, encode, hardness_spec, identity
 from dskd.settings.data import HardTokens
 from dskd.stores.store import Writer, shard_path
 from tests.data.test_views import tokenizer_of
@@ -137,7 +137,7 @@ def test_two_bytes_a_token(tmp_path):
     """And a few for each row and shard: 8 + 1 a row, some 400 a shard."""
     rows = ToyRows(rows=600, block_size=512, equal=True)
     store_all(tmp_path / "s", PLANS["token"], rows, rows_per_shard=300)
-    about = describe(tmp_path / "s")
+    about = describe_scores(tmp_path / "s")
     assert about["tokens"] == 600 * 512
     files = sum(path.stat().st_size for path in (tmp_path / "s").glob("shard-*"))
     assert about["bytes"] == files < 2 * about["tokens"] + 600 * 9 + 2 * 500
@@ -197,7 +197,7 @@ def test_damage_and_interruption_are_told(tmp_path):
     with pytest.raises(StoreError, match="not complete"):
         Hardness(tmp_path / "t", PRINTS)
     with pytest.raises(StoreError, match="not complete"):
-        describe(tmp_path / "t")
+        describe_scores(tmp_path / "t")
 
 
 def test_its_identity_is_known_before_it_is_filled(tmp_path):

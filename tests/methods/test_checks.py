@@ -14,7 +14,7 @@ from dskd.methods.base import build_method
 from dskd.methods.checks import validate
 from dskd.settings.checks import problems_of
 from dskd.settings.folders import cache_folder
-from dskd.settings.recipe import dump, read
+from dskd.settings.recipe import dump_run, read
 
 CACHED = "teacher={kind: cached, model: {config: {model_type: bert}}}"
 ROUTED = "teacher={kind: routed, domains: {a: {kind: live}, b: {kind: live}}}"
@@ -110,7 +110,7 @@ def test_settings_of_masks_are_refused_of_a_causal_model(setting, value):
 def test_a_causal_run_can_be_read_back(tmp_path):
     """Its config.yaml names all settings, those that play no part included."""
     run = _run(*CAUSAL_HARD)
-    (tmp_path / "config.yaml").write_text(dump(run))
+    (tmp_path / "config.yaml").write_text(dump_run(run))
     validate(read(tmp_path / "config.yaml").runs["run"], _Method(weighs=True), world=1)
 
 

@@ -130,7 +130,7 @@ def test_every_compactor_and_norm_has_one_group(model_type):
 
 
 def test_the_originals_groups_and_ranking_tensors():
-    """Spec 2: what is masked together, and the one matrix that ranks it."""
+    """What is masked together, and the one matrix that ranks it."""
     groups = insert(make("bert")).groups
     layer = "bert.encoder.layer.1"
     ranking = {name: group.ranking for name, group in groups.items()}

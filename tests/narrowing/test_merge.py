@@ -78,7 +78,7 @@ def test_logits_of_the_originals_export(strategy):
 
 @pytest.mark.parametrize("strategy", ["dim", "head"])
 def test_the_attention_scale_is_folded_where_heads_narrow(strategy):
-    """Undone, logits differ by what the original's own convert.py is off (spec 4)."""
+    """Undone, logits differ by what the original's own convert.py is off."""
     surgery = student(MODEL["config"], identity=False, statistics="hf")
     merged = insert(merge(surgery, golden_keep(strategy)).eval()).model
     set_statistics(merged, "uer")  # of which the number is

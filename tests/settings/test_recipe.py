@@ -13,7 +13,7 @@ from dskd.settings.compare import differences
 from dskd.settings.data import HardTokens, Masking, PretrainedTokenizer
 from dskd.settings.folders import questions_folder
 from dskd.settings.parsing import parse
-from dskd.settings.recipe import SINGLE, dump, read
+from dskd.settings.recipe import SINGLE, dump_run, read
 from dskd.settings.run import Run, Train
 from dskd.settings.teachers import CachedTeacher, LiveTeacher
 
@@ -396,10 +396,10 @@ def test_mistakes_in_overrides_of_a_recipe(tmp_path):
 def test_dump_round_trips(tmp_path):
     for name, run in read(_write(tmp_path, RECIPE)).runs.items():
         path = tmp_path / f"{name}.yaml"
-        path.write_text(dump(run))
+        path.write_text(dump_run(run))
         assert read(path).runs == {SINGLE: run}
     own = ["data.masking={kind: hard_tokens, store: s, most: 0.3}", "teacher={kind: self}"]
-    path.write_text(dump(_single(*own)))
+    path.write_text(dump_run(_single(*own)))
     assert read(path).runs == {SINGLE: _single(*own)}
 
 

@@ -13,7 +13,7 @@ from dskd.data.loader import make_batch
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError, NonFiniteError, StoreError
 from dskd.stores import logits as logits_module
-from dskd.stores.logits import Layout, LogitCache, describe, verify
+from dskd.stores.logits import LogitCache, LogitLayout, describe_cache, verify
 from dskd.stores.store import Store, Writer, shard_path
 from tests.stores import caches
 from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher
@@ -23,7 +23,7 @@ PRINTS = {"teacher": "T", "tokenizer": "V", "data": "D", "masking": "M"}
 
 def layout_of(**changes):
     fields = {"k": 5, "vocabulary": 50, "temperatures": (1.0, 2.0), "values": "fp32"}
-    return Layout(**{**fields, "block_size": 16, "masked": True, **changes})
+    return LogitLayout(**{**fields, "block_size": 16, "masked": True, **changes})
 
 
 def whole_batch(rows, view, epoch=0):
@@ -294,7 +294,7 @@ def test_at_most_six_bytes_per_kept_entry(tmp_path, k, vocabulary, masked):
     writer.prepare()
     writer.write_shard(0, counts, np.ones(64, bool), columns)
     writer.finish(writer.records)
-    about = describe(tmp_path / "c")
+    about = describe_cache(tmp_path / "c")
     assert about["bytes_per_position"] == closed_form
     assert about["bytes_per_kept_entry"] == closed_form / k <= 6
     assert about["bytes"] == shard_path(tmp_path / "c", 0).stat().st_size
@@ -307,29 +307,29 @@ def test_describe_and_verify(tmp_path):
     folder = tmp_path / "c"
     store_all(folder, layout_of(), ToyRows(), ToyMasks(), teach)
     about = verify(folder)
-    assert about == describe(folder)
+    assert about == describe_cache(folder)
     assert about["complete"] and about["draws"] == 2 and about["temperatures"] == [1.0, 2.0]
     assert about["teacher fingerprint"] == "T"
     path = shard_path(folder, 1)
     path.write_bytes(path.read_bytes()[:-1])
-    describe(folder)
+    describe_cache(folder)
     with pytest.raises(StoreError, match=r"shard-00001.safetensors: truncated"):
         verify(folder)
     with pytest.raises(StoreError, match=r"manifest.json: no such file"):
-        describe(tmp_path)
+        describe_cache(tmp_path)
 
 
 def test_describe_interrupted_and_foreign_stores(tmp_path):
     spec = layout_of().spec(rows=5, draws=1, rows_per_shard=2, fingerprints=PRINTS)
     Writer(tmp_path / "c", spec).prepare()
-    about = describe(tmp_path / "c")
+    about = describe_cache(tmp_path / "c")
     assert not about["complete"] and "positions" not in about
     with pytest.raises(StoreError, match="not complete"):
         verify(tmp_path / "c")
     other = replace(spec, kind="x")
     Writer(tmp_path / "x", other).prepare()
     with pytest.raises(StoreError, match="holds 'x', not 'logits'"):
-        describe(tmp_path / "x")
+        describe_cache(tmp_path / "x")
 
 
 def test_reading_costs_a_loader_little(tmp_path):

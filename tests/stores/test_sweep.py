@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from dskd.errors import NonFiniteError, StoreError
-from dskd.stores.logits import Layout, LogitCache
+from dskd.stores.logits import LogitCache, LogitLayout
 from dskd.stores.store import Writer, shard_path
 from dskd.stores.sweep import Scored, Stopped, sweep
 from tests.ranks import run_ranks
 from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, read
 
 PRINTS = {"teacher": "T", "data": "D"}
-LAYOUT = Layout(
+LAYOUT = LogitLayout(
     k=5, vocabulary=50, temperatures=(1.0, 2.0), values="fp32", block_size=16, masked=True
 )
 

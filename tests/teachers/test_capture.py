@@ -17,7 +17,7 @@ from dskd.models.build import build
 from dskd.settings.data import Data, Masking, TextSource, TrainedTokenizer
 from dskd.settings.model import Model
 from dskd.settings.teachers import CachedTeacher
-from dskd.stores.logits import CachedLogits, CachedMasks, LogitCache, describe
+from dskd.stores.logits import CachedLogits, CachedMasks, LogitCache, describe_cache
 from dskd.stores.store import shard_path
 from dskd.teachers.capture import capture
 from dskd.teachers.teacher import FrozenTeacher, StoredTeacher
@@ -146,7 +146,7 @@ def test_one_domains_rows_only(tmp_path, folders):
     mine = row_ids[rows.domains_B(row_ids) == domain]
     assert 0 < len(mine) < len(rows)
     run_capture(tmp_path / "c", prepared, "masked", domain=domain)
-    assert describe(tmp_path / "c")["domain"] == "b"
+    assert describe_cache(tmp_path / "c")["domain"] == "b"
     cache = LogitCache(tmp_path / "c", PRINTS)
     read(cache, rows.rows(mine, mine * 0))
     other = np.setdiff1d(row_ids, mine)[-1:]

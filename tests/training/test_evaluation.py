@@ -12,12 +12,14 @@ from torch import Tensor
 
 from dskd.batch import IGNORE, Batch, Positions
 from dskd.data.loader import make_batch
+from dskd.data.views import Shown
 from dskd.errors import DataError
 from dskd.methods.lm import LanguageModelling
 from dskd.methods.metrics import LM_LOSS, Metric
 from dskd.models.families import positions_of
 from dskd.training.evaluation import EvaluationSet, by_key, evaluate
 from dskd.training.objective import Objective
+from tests.data.row_batches import row_batch
 from tests.models.tiny import BLOCK, make
 from tests.ranks import run_ranks
 
@@ -36,23 +38,20 @@ class Rowset:
     def __len__(self) -> int:
         return len(self.ids_RT)
 
-    def read(self, row_ids_B):
-        return self.ids_RT[row_ids_B], self.lengths_R[row_ids_B]
-
-    def domains_B(self, row_ids_B):
-        return np.zeros_like(row_ids_B)
+    def rows(self, row_ids_B, epochs_B):
+        return row_batch(row_ids_B, epochs_B, self.ids_RT[row_ids_B], self.lengths_R[row_ids_B])
 
 
-def third(row_ids_B, epochs_B, ids_BT, lengths_B):
+def third(rows):
     """Every third token is predicted."""
-    assert not epochs_B.any()
-    places_T = np.arange(BLOCK)
-    chosen_BT = (places_T < lengths_B[:, None]) & (places_T % 3 == 1)
-    return np.where(chosen_BT, 4, ids_BT), np.where(chosen_BT, ids_BT, IGNORE)
+    assert not rows.epochs_B.any()
+    ids_BT, places_T = rows.tokens_BT, np.arange(BLOCK)
+    chosen_BT = (places_T < rows.lengths_B[:, None]) & (places_T % 3 == 1)
+    return Shown(np.where(chosen_BT, 4, ids_BT), np.where(chosen_BT, ids_BT, IGNORE))
 
 
-def none(row_ids_B, epochs_B, ids_BT, lengths_B):
-    return ids_BT, np.full_like(ids_BT, IGNORE)
+def none(rows):
+    return Shown(rows.tokens_BT, np.full_like(rows.tokens_BT, IGNORE))
 
 
 def accuracy_sums(rows: Positions, batch: Batch) -> Tensor:
@@ -88,7 +87,7 @@ def plain(each: EvaluationSet, row_ids: list[int]) -> tuple[float, float, int]:
     """NLL, share of right tokens and number of tokens, by HuggingFace's forward."""
     model = make("bert").eval()
     ids = np.array(row_ids)
-    batch = make_batch(each.rows, each.view, ids, ids * 0, None)
+    batch = make_batch(each.rows, each.view, ids, ids * 0)
     with torch.no_grad():
         logits_NV = positions_of(model, batch).logits_NV
     nll = torch.nn.functional.cross_entropy(logits_NV, batch.labels_N)

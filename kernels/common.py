@@ -291,7 +291,7 @@ def launch(columns: int, dtype: torch.dtype) -> Launch:
 
 def fast() -> bool:
     """Whether the kernels may use NVIDIA's approximate instructions (not in the interpreter)."""
-    return torch.version.hip is None and not triton.knobs.runtime.interpret
+    return not triton.knobs.runtime.interpret
 
 
 def alignment(*tensors: Tensor, widths: tuple[int, ...]) -> tuple[int, int]:

@@ -1,0 +1,72 @@
+"""How often a step makes the host wait for a GPU, in dskd's own lines: once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dskd.batch import Batch
+from dskd.training.trainer import Trainer
+from tests.equivalence.small import LIVE, Runs, cached, causal, routed
+from tests.training.waits import HostWaits
+
+HARD = {"kind": "hard_tokens", "metric": "quantile"}
+RUNS = {
+    "plain": {"method": {"kind": "lm"}, "teacher": None},
+    "live": {"teacher": LIVE},
+    "cached": {"teacher": cached(LIVE)},
+    "causal": causal(),
+    "self": {
+        "method": {"kind": "self_evolution"},
+        "teacher": {"kind": "self"},
+        "data": {"masking": HARD},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("waits"))
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+    """Have every step append the waits in it, by line, to a file."""
+    step, move = Trainer.step, Batch.to
+
+    def watched_step(self: Trainer, stop: bool):
+        with HostWaits() as waits:
+            waits.put(self._engine.module.parameters())
+            monkeypatch.setattr(Batch, "to", lambda batch, device: moved(waits, batch, device))
+            result = step(self, stop)
+        with out.open("a") as stream:
+            stream.write(json.dumps(waits.lines) + "\n")
+        return result
+
+    def moved(waits: HostWaits, batch: Batch, device: object) -> Batch:
+        found = move(batch, device)
+        read_by_models = (found.ids_BT, found.mask_BT, found.labels_BT, found.positions_N)
+        waits.put([*read_by_models, found.labels_N, *found.columns.values()])
+        return found
+
+    monkeypatch.setattr(Trainer, "step", watched_step)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_of_two_micro_batches_waits_once(runs, tmp_path, monkeypatch, name, stage):
+    watched(monkeypatch, tmp_path / "waits.jsonl")
+    runs.run(f"{name}{stage}", 1, f"deepspeed=zero{stage}", **RUNS[name])
+    steps = [json.loads(line) for line in (tmp_path / "waits.jsonl").read_text().splitlines()]
+    assert len(steps) == 4
+    for waits in steps:
+        assert sum(waits.values()) == 1, waits
+        assert next(iter(waits)).startswith("training/trainer.py:")
+
+
+def test_a_routed_teacher_adds_no_wait(runs, tmp_path, monkeypatch):
+    watched(monkeypatch, tmp_path / "waits.jsonl")
+    runs.run("routed", 1, "deepspeed=zero0", teacher=routed(LIVE, LIVE))
+    steps = [json.loads(line) for line in (tmp_path / "waits.jsonl").read_text().splitlines()]
+    assert [sum(waits.values()) for waits in steps] == [1] * 4, steps

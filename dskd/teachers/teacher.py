@@ -46,8 +46,8 @@ class FrozenTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> ProjectedTeacher:
         """Run the model on the batch, up to its last linear map."""
-        rows = positions_of(self._model, batch)
-        return ProjectedTeacher(rows.hidden_ND, rows.projection, self._vocabulary)
+        positions = positions_of(self._model, batch)
+        return ProjectedTeacher(positions.hidden_ND, positions.projection, self._vocabulary)
 
 
 class StudentAsTeacher:
@@ -70,8 +70,8 @@ class StudentAsTeacher:
     def __call__(self, batch: Batch) -> ProjectedTeacher:
         """Run the student on the batch, up to its last linear map."""
         with evaluating(self._student):
-            rows = positions_of(self._student, batch)
-        return ProjectedTeacher(rows.hidden_ND, rows.projection, self._vocabulary)
+            positions = positions_of(self._student, batch)
+        return ProjectedTeacher(positions.hidden_ND, positions.projection, self._vocabulary)
 
 
 class ShownUnmasked:

@@ -338,9 +338,9 @@ def test_stores_that_no_checkpoint_needs_are_removed(runs, references):
     same(out, references["refreshed"])
 
 
-def test_a_signal_while_the_student_is_asked(runs, references, monkeypatch):
-    """On one rank: all stop after the round, and what was asked is kept."""
-    asked = refresh.ask
+def test_a_signal_while_the_student_scores(runs, references, monkeypatch):
+    """On one rank: all stop after the round, and what was scored is kept."""
+    question = refresh.question
 
     def interrupted(*args, stop=None, **more):
         def after_a_round():
@@ -348,12 +348,12 @@ def test_a_signal_while_the_student_is_asked(runs, references, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             return stop()
 
-        return asked(*args, stop=stop and after_a_round, **more)
+        return question(*args, stop=stop and after_a_round, **more)
 
     out = runs.folder / "signalled"
     recipe, words = str(runs.folder / "refreshed.yaml"), (f"out={out}", "train.micro_batch=2")
     with monkeypatch.context() as patch:
-        patch.setattr(refresh, "ask", interrupted)
+        patch.setattr(refresh, "question", interrupted)
         forked(2, recipe, *words, status=75)
     assert len(shards(out / STORES[1])) == 2  # of three: one round of two ranks
     assert json.loads((out / STORES[1] / MANIFEST).read_text())["shards"] is None

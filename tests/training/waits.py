@@ -23,7 +23,8 @@ SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "repeat
 
 
 class HostWaits(TorchDispatchMode):
-    """While active, counts waits by the line of dskd that caused them directly."""
+    """While active, counts waits by the line of dskd that caused them directly; not those of the
+    closed forms in ``fused/cpu``, in whose place a GPU has kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class HostWaits(TorchDispatchMode):
         while frame is not None and any(frame.f_code.co_filename.startswith(h) for h in here):
             frame = frame.f_back
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE):
+        if path.is_relative_to(PACKAGE) and not path.is_relative_to(PACKAGE / "fused/cpu"):
             self.lines[f"{path.relative_to(PACKAGE)}:{frame.f_lineno}"] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -36,8 +36,9 @@ class HostWaits(TorchDispatchMode):
         """Count these as on the device."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            self._kept.append(storage)
-            self._places.add(storage.data_ptr())
+            if storage.data_ptr():  # what is empty has no place
+                self._kept.append(storage)
+                self._places.add(storage.data_ptr())
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor counts as on the device."""

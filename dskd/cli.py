@@ -7,10 +7,8 @@ and runs N.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 
 from dskd import __version__
@@ -33,8 +31,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command (default: the process's own arguments); returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    brought = _brought(words[0]) if words else None
     try:
+        brought = _brought(words[0]) if words else None
         if brought is not None:
             return brought(words[1:])
         arguments = _parser().parse_args(words)
@@ -47,10 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _brought(name: str) -> Callable[[Sequence[str]], int] | None:
     """The function behind a command of ``COMMANDS``, or behind ``module:function``."""
     _, target = COMMANDS.get(name, ("", name))
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", target):
+    if ":" not in target:
         return None
-    module, _, function = target.partition(":")
-    return getattr(import_module(module), function)
+    from dskd.settings.parsing import named_object
+
+    found = named_object(target, "command line")
+    if not callable(found):
+        raise ConfigError(f"command line: {target} is no function")
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:

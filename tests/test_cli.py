@@ -132,3 +132,10 @@ def test_report_command(monkeypatch, capsys, tmp_path):
     }
     assert seen["control"] == "scratch"
     assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
+
+
+def test_a_command_from_elsewhere_that_is_not_there(capsys):
+    assert main(["no.such:main", "x"]) == 2
+    assert capsys.readouterr().err == "error: command line: no module 'no.such' on the path\n"
+    assert main(["dskd.cli:nothing"]) == 2
+    assert capsys.readouterr().err == "error: command line: 'dskd.cli' has no 'nothing'\n"

@@ -1,7 +1,7 @@
 """Building prepared rows: documents -> splits -> tokens -> rows -> files and a manifest.
 
 One stretch of text after the other is read, split, tokenized, packed and written, so memory does
-not grow with the corpus. ``blocks.py`` says what the files are and gives the folder its name.
+not grow with the corpus. ``prepared.py`` says what the files are and gives the folder its name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FILES = ("ids", "offsets", "domains")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class _RowBuild:
     """What all steps of one build share."""
 
     data: Data
@@ -89,7 +89,7 @@ def build_rows(
             ``sources.documents``.
     """
     tokenizer = _trained_tokenizer(data, bar) if tokenizer is None else tokenizer
-    job = _Job(
+    made = _RowBuild(
         data=data,
         key=key,
         folder=folder,
@@ -97,20 +97,20 @@ def build_rows(
         domains=list(dict.fromkeys(source.domain for source, _ in _parts(data))),
         dtype="uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32",
     )
-    writers = _write_rows(job, bar)
+    writers = _write_rows(made, bar)
     _refuse_small(data, writers)
     tokenizer.save_pretrained(str(folder / "tokenizer"))
-    _write_manifest(job, writers)
+    _write_manifest(made, writers)
 
 
-def _write_rows(job: _Job, bar: Progress) -> dict[str, _SplitWriter]:
-    data = job.data
-    encode = Encoder(data, job.tokenizer)
-    start = start_id(job.tokenizer, data.objective)
-    writers = {split: _SplitWriter(job.folder, split, job.dtype, start) for split in _SPLITS}
+def _write_rows(made: _RowBuild, bar: Progress) -> dict[str, _SplitWriter]:
+    data = made.data
+    encode = Encoder(data, made.tokenizer)
+    start = start_id(made.tokenizer, data.objective)
+    writers = {split: _SplitWriter(made.folder, split, made.dtype, start) for split in _SPLITS}
     for source, split in _parts(data):
         packers = {name: Packer(data.packing, encode.block) for name in _SPLITS}
-        domain = job.domains.index(source.domain)
+        domain = made.domains.index(source.domain)
         for chunk in _chunks(source, split, data.validation_fraction, bar):
             for name, texts in chunk.items():
                 writers[name].write(packers[name].add(encode(texts)), domain)
@@ -122,9 +122,9 @@ def _write_rows(job: _Job, bar: Progress) -> dict[str, _SplitWriter]:
 
 
 def _trained_tokenizer(data: Data, bar: Progress) -> PreTrainedTokenizerBase:
-    task = bar.add_task("Training the tokenizer", total=None)
+    made = bar.add_task("Training the tokenizer", total=None)
     tokenizer = load_tokenizer(data, _training_texts(data))
-    bar.remove_task(task)
+    bar.remove_task(made)
     return tokenizer
 
 
@@ -164,7 +164,7 @@ def _chunks(
     source: Source, split: str | None, fraction: float, bar: Progress
 ) -> Iterator[dict[str, list[str]]]:
     """The documents by split, about ``_CHUNK_CHARACTERS`` at a time."""
-    task = bar.add_task(f"Tokenizing {source.domain}", total=sources.size(source))
+    made = bar.add_task(f"Tokenizing {source.domain}", total=sources.size(source))
     chunk: dict[str, list[str]] = {name: [] for name in _SPLITS}
     held = read = 0
 
@@ -178,11 +178,11 @@ def _chunks(
         held += len(text)
         if held >= _CHUNK_CHARACTERS:
             yield chunk
-            bar.update(task, completed=read)
+            bar.update(made, completed=read)
             chunk = {name: [] for name in _SPLITS}
             held = 0
     yield chunk
-    bar.remove_task(task)
+    bar.remove_task(made)
 
 
 def _refuse_small(data: Data, writers: dict[str, _SplitWriter]) -> None:
@@ -199,20 +199,20 @@ def _refuse_small(data: Data, writers: dict[str, _SplitWriter]) -> None:
         )
 
 
-def _write_manifest(job: _Job, writers: dict[str, _SplitWriter]) -> None:
-    paths = sorted(path for path in job.folder.rglob("*") if path.is_file())
+def _write_manifest(made: _RowBuild, writers: dict[str, _SplitWriter]) -> None:
+    paths = sorted(path for path in made.folder.rglob("*") if path.is_file())
     files = {
-        path.relative_to(job.folder).as_posix(): {
+        path.relative_to(made.folder).as_posix(): {
             "bytes": path.stat().st_size,
             "xxh3": file_hash(path),
         }
         for path in paths
     }
     written_in = {
-        "block_size": job.data.block_size,
-        "dtype": job.dtype,
-        "domains": job.domains,
-        "tokenizer": tokenizer_fingerprint(job.tokenizer),
+        "block_size": made.data.block_size,
+        "dtype": made.dtype,
+        "domains": made.domains,
+        "tokenizer": tokenizer_fingerprint(made.tokenizer),
     }
     splits = {
         split: {
@@ -227,12 +227,12 @@ def _write_manifest(job: _Job, writers: dict[str, _SplitWriter]) -> None:
     content = {
         "kind": "rows",
         "format": FORMAT,
-        "key": job.key,
+        "key": made.key,
         "fingerprint": fingerprint(splits),
-        "settings": job.data.model_dump(mode="json", exclude={"folder", "masking"}),
-        "pad": job.tokenizer.pad_token_id,
+        "settings": made.data.model_dump(mode="json", exclude={"folder", "masking"}),
+        "pad": made.tokenizer.pad_token_id,
         **written_in,
         "splits": splits,
         "files": files,
     }
-    write_manifest(job.folder / MANIFEST, content)
+    write_manifest(made.folder / MANIFEST, content)

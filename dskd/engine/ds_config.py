@@ -23,7 +23,7 @@ Role = Literal["student", "teacher"]
 _ADAM = ("adam", "adamw")
 _FROZEN = ("optimizer", "gradient_clipping", "tensorboard", "wandb", "csv_monitor", "comet")
 """Words about training, dropped where a JSON made for a student shards a frozen teacher."""
-_QUIET = 1_000_000_000
+_NEVER_PRINT = 1_000_000_000
 _SMALLEST_BUCKET = 5_000_000
 """Elements of a ZeRO-3 bucket for small models, below which communication is all latency."""
 
@@ -197,7 +197,7 @@ class _Filling:
         )
         steps = train.batch // (train.micro_batch * world)
         self.settle(self.ds, "gradient_accumulation_steps", steps, "", sizes)
-        self.ds.setdefault("steps_per_print", _QUIET)
+        self.ds.setdefault("steps_per_print", _NEVER_PRINT)
 
     def precision(self, wanted: Precision, setting: str, bf16: bool) -> None:
         """Switch bf16 and fp16 on or off; "auto" is bf16 where the hardware has it, else fp32."""

@@ -7,7 +7,6 @@ the tokens) derives from :class:`RowMasks`; the core knows it by its line in :da
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from dskd.data.views import Reader, View, view_for
 from dskd.engine.hooks import StepHooks
 from dskd.engine.stage import Stage, StageContext
 from dskd.settings.model import Model
+from dskd.settings.parsing import named_object
 from dskd.settings.run import Run
 from dskd.system import dist
 
@@ -86,5 +86,4 @@ class RowMasks:
 
 def masks_of(run: Run) -> RowMasks:
     """The masks of a run's training rows, by the kind that its settings name."""
-    module, _, name = MASKS[run.data.masking.kind].partition(":")
-    return getattr(import_module(module), name)(run)
+    return named_object(MASKS[run.data.masking.kind], "data.masking.kind")(run)

@@ -311,7 +311,7 @@ class HardnessRefresh(StepHooks):
     def prepare(self, position: int, step: int, stop: Callable[[], bool]) -> None:
         """Score the training rows by the student; what an interrupted call left is gone on with."""
         if self._stores.renew(position, step, self._student, stop):
-            say(f"asked the student for the hard tokens of the coming epochs (batch {position})")
+            say(f"the student scored the rows for the epochs to come (batch {position})")
 
     def state(self) -> dict[str, Any]:
         """Which student made each later store."""

@@ -6,9 +6,7 @@ they go through :data:`METHODS`, so a new method is one file and one line here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,7 +19,7 @@ from dskd.engine.stage import Stage, StageContext
 from dskd.errors import ConfigError
 from dskd.methods.metrics import LM_LOSS, Metric
 from dskd.settings.base import Section
-from dskd.settings.parsing import nearest, parse
+from dskd.settings.parsing import named_object, nearest, parse
 from dskd.settings.run import Run
 
 METHODS: dict[str, str] = {
@@ -160,21 +158,10 @@ def build_method(section: dict[str, Any]) -> Method:
     known = ", ".join(METHODS)
     if not isinstance(kind, str):
         raise ConfigError(f"method.kind: must name a method ({known})")
-    target = METHODS.get(kind, kind)
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:\w+", target):
+    if kind not in METHODS and ":" not in kind:
         raise ConfigError(f"method.kind: {kind!r} is not one of {known}{nearest(kind, METHODS)}")
-    return parse(_load(target), section, prefix="method")
-
-
-def _load(target: str) -> type[Method]:
-    module_name, _, class_name = target.partition(":")
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as problem:
-        if problem.name is None or not f"{module_name}.".startswith(f"{problem.name}."):
-            raise  # the module is there, but something that it imports is not
-        raise ConfigError(f"method.kind: no module {module_name!r} on the path") from problem
-    found = vars(module).get(class_name)
+    target = METHODS.get(kind, kind)
+    found = named_object(target, "method.kind")
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise ConfigError(f"method.kind: {module_name!r} has no method {class_name!r}")
-    return found
+        raise ConfigError(f"method.kind: {target} is no method")
+    return parse(found, section, prefix="method")

@@ -41,7 +41,7 @@ from dskd.settings.model import Model
 from dskd.system.files import file_hash, fingerprint
 
 _AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
-_ELSEWHERE = {
+_SET_BY_OTHERS = {
     "vocab_size": "comes from the tokenizer (and vocab_multiple)",
     "pad_token_id": "comes from the tokenizer",
     "bos_token_id": "comes from the tokenizer",
@@ -247,8 +247,8 @@ def _check_fields(fields: dict[str, Any], cls: type[PreTrainedConfig], where: st
         known |= set(_ROPE)
     problems = []
     for name in fields:
-        if name in _ELSEWHERE:
-            problems.append(f"{where}.{name}: {_ELSEWHERE[name]}")
+        if name in _SET_BY_OTHERS:
+            problems.append(f"{where}.{name}: {_SET_BY_OTHERS[name]}")
         elif name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""

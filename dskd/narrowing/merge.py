@@ -42,7 +42,7 @@ at once (``rules.NEAR_ZERO``) make a difference of 0.006 in a random BERT of 12 
 """
 
 
-def merge(surgery: Surgery, keep: Keep, whole: Whole | None = None) -> PreTrainedModel:
+def merged_student(surgery: Surgery, keep: Keep, whole: Whole | None = None) -> PreTrainedModel:
     """The dense model of the kept units. Products are in float64.
 
     Args:
@@ -150,7 +150,7 @@ def checked_merge(
         The model, without values (on ``meta``) on the other ranks; and how exact it is.
 
     Raises:
-        DskdError: as :func:`merge` and :func:`check_exact` do; on every rank.
+        DskdError: as :func:`merged_student` and :func:`check_exact` do; on every rank.
     """
     first = dist.rank() == 0
     values: dict[str, Tensor] = {}
@@ -161,7 +161,7 @@ def checked_merge(
     merged: list[PreTrainedModel] = []  # not the result of rank 0's work, which would be sent
 
     def work() -> Exactness:
-        merged.append(merge(surgery, keep, values.__getitem__))
+        merged.append(merged_student(surgery, keep, values.__getitem__))
         merged[0].set_attn_implementation("eager")  # flash attention is not for CPUs
         twin = replica(surgery, values.__getitem__)
         return check_exact(twin, merged[0], keep, batch, soft=soft)
@@ -173,7 +173,7 @@ def checked_merge(
 
 
 def _outline(surgery: Surgery, keep: Keep) -> PreTrainedModel:
-    """What :func:`merge` makes, without values."""
+    """What :func:`merged_student` makes, without values."""
     config = surgery.model.config
     small = narrowed_config(config, kept_widths(config, keep))
     with torch.device("meta"):
@@ -190,7 +190,7 @@ def check_exact(
 
     Args:
         student: of fp32 values, unsharded (``surgery.replica``); its removed entries are set to 0.
-        merged: what :func:`merge` made of it, in fp32.
+        merged: what :func:`merged_student` made of it, in fp32.
         batch: what logits are compared on; padding does not count.
         soft: whether the student as it is must agree to ``TOLERANCE`` too, not only with removed
             entries at 0; else it must to ``GAP``.

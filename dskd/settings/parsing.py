@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -11,10 +13,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_json
 
 from dskd.errors import ConfigError
-from dskd.settings.yaml_tree import Place, Tree
+from dskd.settings.yaml_tree import SettingName, Tree
 
 S = TypeVar("S", bound=BaseModel)
-Problem = tuple[Place, str]
+Problem = tuple[SettingName, str]
 """Where in the tree, and what is wrong there."""
 
 _EXPECTED = {
@@ -92,7 +94,7 @@ def section_of(annotation: Any, tree: Tree) -> type[BaseModel] | None:
     return sections[0] if sections else None
 
 
-def line(where: str, place: Place, text: str) -> str:
+def line(where: str, place: SettingName, text: str) -> str:
     """One line of an error message."""
     return ": ".join(part for part in (where, ".".join(place), text) if part)
 
@@ -134,7 +136,7 @@ def _problem(root: type[BaseModel], error: ErrorDetails) -> Problem:
     return place, text
 
 
-def _suggest(place: Place, holder: Any, root: type[BaseModel]) -> str:
+def _suggest(place: SettingName, holder: Any, root: type[BaseModel]) -> str:
     """The nearest name of the section, else a setting of that name elsewhere, else all names."""
     name = place[-1]
     fields = [field for cls in _sections(holder) for field in cls.model_fields]
@@ -147,7 +149,7 @@ def _suggest(place: Place, holder: Any, root: type[BaseModel]) -> str:
     return f"; there are {', '.join(fields)}"
 
 
-def _walk(root: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[Place, Any, Any]:
+def _walk(root: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[SettingName, Any, Any]:
     """Dotted place of a pydantic location, the type that holds its last part, that part's type."""
     place: list[str] = []
     holder, here = None, root
@@ -202,3 +204,27 @@ def _options(annotation: Any) -> list[Any]:
     if origin in (Union, UnionType):
         return [o for arg in get_args(annotation) if arg is not NoneType for o in _options(arg)]
     return [annotation]
+
+
+def named_object(target: str, where: str) -> Any:
+    """What ``package.module:Name`` names, imported.
+
+    Args:
+        target: the name.
+        where: the setting that holds it, for messages.
+
+    Raises:
+        ConfigError: it is no such name, or there is no such module or object.
+    """
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:\w+", target):
+        raise ConfigError(f"{where}: {target!r} is not of the form package.module:Name")
+    module_name, _, name = target.partition(":")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as problem:
+        if problem.name is None or not f"{module_name}.".startswith(f"{problem.name}."):
+            raise  # the module is there, but something that it imports is not
+        raise ConfigError(f"{where}: no module {module_name!r} on the path") from problem
+    if name not in vars(module):
+        raise ConfigError(f"{where}: {module_name!r} has no {name!r}")
+    return vars(module)[name]

@@ -43,7 +43,7 @@ from dskd.settings.parsing import (
 )
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, RoutedTeacher
-from dskd.settings.yaml_tree import Place, Tree
+from dskd.settings.yaml_tree import SettingName, Tree
 
 SINGLE = "run"
 """Name of the only run of a file that is no recipe."""
@@ -121,10 +121,10 @@ class _Reader:
 
     where: str
     built: dict[str, Run | None] = field(default_factory=dict)
-    problems: dict[str, list[tuple[str, Place, str]]] = field(default_factory=dict)
+    problems: dict[str, list[tuple[str, SettingName, str]]] = field(default_factory=dict)
 
     def add(
-        self, place: Place, text: str, name: str = "", over: Mapping[str, Any] | None = None
+        self, place: SettingName, text: str, name: str = "", over: Mapping[str, Any] | None = None
     ) -> None:
         """Note a problem of the run ``name`` (none: of the file); ``over`` is its overlay."""
         origin = "command line" if _covers(over or {}, place) else self.where
@@ -153,7 +153,9 @@ class _Reader:
             raise ConfigError("\n".join(lines))
         return {name: run for name, run in self.built.items() if run is not None}
 
-    def _resolve(self, annotation: Any, tree: Any, place: Place, problems: list[Problem]) -> Any:
+    def _resolve(
+        self, annotation: Any, tree: Any, place: SettingName, problems: list[Problem]
+    ) -> Any:
         """``tree`` with ``~/`` and ``run:NAME`` replaced in the fields that are paths."""
         if isinstance(tree, list):
             entry = member(annotation, 0)
@@ -175,7 +177,9 @@ class _Reader:
                 resolved[name] = self._resolve(inner, value, here, problems)
         return resolved
 
-    def _folder(self, mark: RunPath, value: str, place: Place, problems: list[Problem]) -> str:
+    def _folder(
+        self, mark: RunPath, value: str, place: SettingName, problems: list[Problem]
+    ) -> str:
         if mark.output is not None and value.startswith("run:"):
             try:
                 return self._left_by(value.removeprefix("run:"), mark.output, place)
@@ -183,7 +187,7 @@ class _Reader:
                 problems.append((place, str(problem)))
         return os.path.expanduser(value) if value.startswith("~/") else value
 
-    def _left_by(self, name: str, output: str, place: Place) -> str:
+    def _left_by(self, name: str, output: str, place: SettingName) -> str:
         """The folder of what the run ``name`` leaves, for the setting at ``place``."""
         if name not in self.built:
             earlier = ", ".join(self.built) or "none"
@@ -226,7 +230,7 @@ def _with_defaults(default: BaseModel, tree: Tree, over: Tree) -> Tree:
     return filled
 
 
-def _covers(over: Mapping[str, Any], place: Place) -> bool:
+def _covers(over: Mapping[str, Any], place: SettingName) -> bool:
     """Whether what is at ``place`` comes from the overlay."""
     node: Any = over
     for part in place:

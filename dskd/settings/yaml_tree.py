@@ -17,7 +17,7 @@ import yaml
 from dskd.errors import ConfigError
 
 Tree = dict[str, Any]
-Place = tuple[str, ...]
+SettingName = tuple[str, ...]
 
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
@@ -93,7 +93,7 @@ def overlay(overrides: Iterable[str]) -> Tree:
     return tree
 
 
-def merge(base: Any, over: Any, place: Place = ()) -> Any:
+def merge(base: Any, over: Any, place: SettingName = ()) -> Any:
     """``over`` laid on ``base``: mappings merge, anything else is replaced; neither is changed.
 
     A mapping whose ``kind`` or ``model_type`` changes is replaced; ``{0: ...}`` laid on a list

@@ -4,7 +4,7 @@ A frozen sweep over the data fills it once (the top-k logits of a teacher), trai
 id, so it does not depend on ranks, batches or interruptions. A folder holds::
 
     manifest.json             what the store is (a StoreSpec) and, once complete, each shard's hash
-    shard-00000.safetensors   so many rows of one draw (see store_format), draw after draw
+    shard-00000.safetensors   so many rows of one draw (``shard.py``), draw after draw
 """
 
 from __future__ import annotations

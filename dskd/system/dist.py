@@ -15,7 +15,7 @@ from dskd.errors import DiskError, DskdError
 
 Value = TypeVar("Value")
 
-_ALONE = "dskd-rank0"
+_RANK0_THREAD = "dskd-rank0"
 """Name of the thread in which rank 0 works alone: a collective in it would wait for ever."""
 
 
@@ -35,7 +35,9 @@ def world() -> int:
 
 def _together() -> bool:
     """Whether there are others to take part in a collective."""
-    assert not threading.current_thread().name.startswith(_ALONE), "a collective inside on_rank0"
+    assert not threading.current_thread().name.startswith(_RANK0_THREAD), (
+        "a collective inside on_rank0"
+    )
     return _grouped()
 
 
@@ -102,7 +104,7 @@ def on_rank0(function: Callable[[], Value]) -> Value:
     """
     if world() == 1:
         return function()
-    with ThreadPoolExecutor(1, thread_name_prefix=_ALONE) as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix=_RANK0_THREAD) as pool:
         work = pool.submit(function) if rank() == 0 else None
         busy = True
         while busy:

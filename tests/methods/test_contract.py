@@ -212,10 +212,10 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(kind):
             {"kind": "kii"},
             r"method\.kind: 'kii' is not one of ki, lm, self_evolution, wid; did you mean 'ki'\?",
         ),
-        ({"kind": ":Class"}, r"method\.kind: ':Class' is not one of"),
+        ({"kind": ":Class"}, r"method\.kind: ':Class' is not of the form package\.module:Name"),
         ({"kind": "no.such:Class"}, r"method\.kind: no module 'no\.such'"),
-        ({"kind": "dskd.methods.ki:Nope"}, r"'dskd\.methods\.ki' has no method 'Nope'"),
-        ({"kind": "dskd.batch:Positions"}, r"'dskd\.batch' has no method 'Positions'"),
+        ({"kind": "dskd.methods.ki:Nope"}, r"method\.kind: 'dskd\.methods\.ki' has no 'Nope'"),
+        ({"kind": "dskd.batch:Positions"}, r"method\.kind: dskd\.batch:Positions is no method"),
     ],
 )
 def test_a_kind_that_names_nothing_is_refused(settings, message):

@@ -8,7 +8,7 @@ import torch
 from dskd.narrowing.heaviest import heaviest, slice_model, unit_weights
 from dskd.narrowing.insert import insert
 from dskd.narrowing.layouts import layout_of, widths_of
-from dskd.narrowing.merge import merge, zero_removed
+from dskd.narrowing.merge import merged_student, zero_removed
 from dskd.narrowing.widths import Target, student_widths
 from tests.models.tiny import make
 from tests.narrowing.wid_students import logits_of
@@ -31,7 +31,7 @@ def test_it_is_a_merge_with_identity_compactors(model_type, strategy):
     for name, parameter in teacher.named_parameters():
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=0)
     surgery = insert(teacher)
-    expected = merge(surgery, keep).state_dict()
+    expected = merged_student(surgery, keep).state_dict()
     for name, value in sliced.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
     zero_removed(surgery, keep)

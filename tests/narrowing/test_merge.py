@@ -12,7 +12,13 @@ from dskd.models.families import lm_head
 from dskd.models.writing import export
 from dskd.narrowing.insert import insert, kept_widths, replica
 from dskd.narrowing.layouts import widths_of
-from dskd.narrowing.merge import check_exact, checked_merge, largest_removed, merge, zero_removed
+from dskd.narrowing.merge import (
+    check_exact,
+    checked_merge,
+    largest_removed,
+    merged_student,
+    zero_removed,
+)
 from dskd.narrowing.narrow import narrowed_config
 from dskd.system.dist import sum_over_ranks
 from tests.models.tiny import batch, tokenizer, zero3
@@ -39,7 +45,7 @@ def plain_name(golden: str) -> str:
 def test_tensors_of_the_original(strategy):
     golden = MODEL["merge"][strategy]
     surgery = student(MODEL["config"], identity=False, statistics="hf")
-    merged = merge(surgery, golden_keep(strategy))
+    merged = merged_student(surgery, golden_keep(strategy))
     assert len(golden["tensors"]) == len(list(merged.parameters())) == 43
     for name, record in golden["tensors"].items():
         assert_matches(merged.get_parameter(plain_name(name)), record, 1e-9)
@@ -60,7 +66,7 @@ def test_tensors_of_the_original(strategy):
 def test_logits_of_the_originals_export(strategy):
     surgery = student(MODEL["config"], identity=False, statistics="hf")
     keep = golden_keep(strategy)
-    merged = merge(surgery, keep).eval()
+    merged = merged_student(surgery, keep).eval()
     logits = golden_logits(merged).detach()
     expected = MODEL["merge"][strategy]["hf_export"]["logits_1_3"]
     torch.testing.assert_close(
@@ -80,7 +86,7 @@ def test_logits_of_the_originals_export(strategy):
 def test_the_attention_scale_is_folded_where_heads_narrow(strategy):
     """Undone, logits differ by what the original's own convert.py is off."""
     surgery = student(MODEL["config"], identity=False, statistics="hf")
-    merged = insert(merge(surgery, golden_keep(strategy)).eval()).model
+    merged = insert(merged_student(surgery, golden_keep(strategy)).eval()).model
     set_statistics(merged, "uer")  # of which the number is
     logits = golden_logits(merged).detach()
     for layer in merged.bert.encoder.layer:
@@ -115,7 +121,7 @@ def test_exported_and_reloaded_logits_are_the_students(tmp_path, model_type, sha
     surgery.mask(keep)
     zero_removed(surgery, keep)
     soft = logits_of(surgery.model)
-    merged = merge(surgery, keep)
+    merged = merged_student(surgery, keep)
     assert merged.config.tie_word_embeddings is False
     export(merged, tokenizer(), tmp_path / "small", card={})
     auto = (
@@ -133,9 +139,9 @@ def test_exported_and_reloaded_logits_are_the_students(tmp_path, model_type, sha
 @pytest.mark.parametrize("model_type", ["bert", "gpt2", "qwen3"])
 def test_merging_a_compacted_student_is_the_same(model_type):
     surgery, keep = small_student(model_type, dict(SHAPES)[model_type])
-    before = merge(surgery, keep).state_dict()
+    before = merged_student(surgery, keep).state_dict()
     surgery.compact(keep)
-    after = merge(surgery, keep).state_dict()
+    after = merged_student(surgery, keep).state_dict()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=0)
 
@@ -143,16 +149,16 @@ def test_merging_a_compacted_student_is_the_same(model_type):
 def test_values_come_from_the_masters_where_there_are_some():
     """fp32 masters of a bf16 student: the merged model is that of the masters, in fp32."""
     surgery, keep = small_student("llama", (16, 24, 1, 8))
-    expected = merge(surgery, keep).state_dict()
+    expected = merged_student(surgery, keep).state_dict()
     masters = {n: p.detach().clone() for n, p in surgery.model.named_parameters()}
     surgery.model.to(torch.bfloat16)
     asked = []
-    merged = merge(surgery, keep, lambda name: asked.append(name) or masters[name])
+    merged = merged_student(surgery, keep, lambda name: asked.append(name) or masters[name])
     for name, value in expected.items():
         torch.testing.assert_close(merged.state_dict()[name], value, rtol=0, atol=0)
     # the tied table serves the embedding and the projection
     assert sorted(set(asked)) == sorted(masters)
-    assert next(merge(surgery, keep).parameters()).dtype == torch.bfloat16
+    assert next(merged_student(surgery, keep).parameters()).dtype == torch.bfloat16
 
 
 def _merged_from_shards(rank, model_type):
@@ -163,14 +169,14 @@ def _merged_from_shards(rank, model_type):
         with gathered([surgery.model.get_parameter(name)]):
             return surgery.model.get_parameter(name).detach().clone()
 
-    models = merge(surgery, keep), replica(surgery, whole).model
+    models = merged_student(surgery, keep), replica(surgery, whole).model
     return [{n: p.tolist() for n, p in model.named_parameters()} for model in models]
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama"])
 def test_sharded_students_are_merged_and_copied_whole(model_type):
     surgery, keep = small_student(model_type, dict(SHAPES)[model_type])
-    models = merge(surgery, keep), surgery.model
+    models = merged_student(surgery, keep), surgery.model
     expected = [{n: p.tolist() for n, p in model.named_parameters()} for model in models]
     for found in run_ranks(_merged_from_shards, model_type):
         assert found == expected
@@ -180,7 +186,7 @@ def test_sharded_students_are_merged_and_copied_whole(model_type):
 def test_the_gate_lets_a_finished_student_pass(model_type, shape):
     surgery, keep = small_student(model_type, shape)
     zero_removed(surgery, keep)
-    merged = merge(surgery, keep)
+    merged = merged_student(surgery, keep)
     found = check_exact(surgery, merged, keep, batch())
     assert found.removed == 0 and found.where == "none"
     assert 0 < found.soft < 1e-5 and found.soft == found.hard
@@ -198,7 +204,7 @@ def test_the_gate_names_the_largest_removed_norm():
         surgery.model.get_parameter("bert.encoder.layer.1.intermediate.dense.right")[unit, 0] = 0.1
     norm, where = largest_removed(surgery, keep)
     assert norm == pytest.approx(0.5) and where == name
-    merged = merge(surgery, keep)
+    merged = merged_student(surgery, keep)
     with pytest.raises(DskdError, match=rf"largest norm of a removed unit is 0\.5, in {name}"):
         check_exact(surgery, merged, keep, batch())
     # the gate set it to 0, and then it passes
@@ -208,7 +214,7 @@ def test_the_gate_names_the_largest_removed_norm():
 def test_the_gate_refuses_another_model():
     surgery, keep = small_student("gpt2", (16, 64, 2, 8))
     zero_removed(surgery, keep)
-    merged = merge(surgery, keep)
+    merged = merged_student(surgery, keep)
     with torch.no_grad():
         merged.transformer.h[1].mlp.c_fc.bias[0] += 0.01
     with pytest.raises(DskdError, match="the merged model is not the trained one"):
@@ -222,7 +228,7 @@ def test_the_gate_refuses_what_is_not_finite(value, soft):
     for both in (False, True):
         surgery, keep = small_student("bert", (16, 24, 4, 4))
         zero_removed(surgery, keep)
-        merged = merge(surgery, keep)
+        merged = merged_student(surgery, keep)
         with torch.no_grad():
             merged.bert.embeddings.word_embeddings.weight[:] = value
             if both:
@@ -243,7 +249,7 @@ def test_a_student_that_needs_its_removed_units_is_refused():
                     gone = parameter != as_is[name]
                     noise = torch.randn(gone.shape, generator=torch.Generator().manual_seed(1))
                     parameter[gone] += size * noise[gone]
-        merged = merge(surgery, keep)
+        merged = merged_student(surgery, keep)
         if refused:
             told = r"needs? longer .* raise train\.steps, method\.penalty .* lower method\.every"
             with pytest.raises(DskdError, match=rf"largest norm of a removed unit is .*{told}"):
@@ -288,4 +294,4 @@ def test_a_half_way_ramp_makes_no_model():
     surgery, keep = small_student("bert", (16, 24, 4, 4))
     keep["T"] = torch.ones(32, dtype=torch.bool)
     with pytest.raises(DskdError, match=r"no dense model .*R 16/32.* T 32/32"):
-        merge(surgery, keep)
+        merged_student(surgery, keep)

@@ -71,7 +71,7 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
             if teacher.deepspeed is not None:
                 ds, precision = teacher.deepspeed, teacher.precision
                 teacher_config(ds, precision, run, NOMINAL_HIDDEN, world=world)
-        _refuse_other_settings(run, stages_of(run, methods[name]))
+        _refuse_other_settings(run, stages_of(masks_of(run), methods[name]))
 
 
 def _prefix(recipe: Recipe, name: str) -> str:
@@ -133,8 +133,12 @@ def _refuse_later_export(recipe: Recipe, name: str, model: Model, where: str) ->
 
 def is_done(recipe: Recipe, methods: Mapping[str, Method]) -> bool:
     """Whether every run has left what its last stage leaves."""
-    last = [(run, _to_do(recipe, methods, name)[-1]) for name, run in recipe.runs.items()]
-    return all(stage.whole is not None and (run.out / stage.whole).exists() for run, stage in last)
+    known = _known(recipe, methods)
+    for name, run in recipe.runs.items():
+        last = _to_do(stages_of(masks_of(run), methods[name]), run.until, known)[-1]
+        if last.whole is None or not (run.out / last.whole).exists():
+            return False
+    return True
 
 
 def _refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
@@ -151,35 +155,35 @@ def _known(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, Stage]:
     brought = [
         stage
         for name, run in recipe.runs.items()
-        for stage in stages_of(run, methods[name])
+        for stage in stages_of(masks_of(run), methods[name])
         if stage.before is not None
     ]
     return {s.name: s for s in in_order(STAGES, list({s.name: s for s in brought}.values()))}
 
 
-def _to_do(recipe: Recipe, methods: Mapping[str, Method], name: str) -> tuple[Stage, ...]:
+def _to_do(stages: Sequence[Stage], until: str, known: Mapping[str, Stage]) -> tuple[Stage, ...]:
     """The stages of a run up to the last one that its settings want.
 
-    ``until`` may name a stage that only other runs of the recipe have: this one ends where the
-    stage would be.
+    Args:
+        stages: all of the run's.
+        until: the last one's name. It may be of a stage that only other runs of the recipe have:
+            this one ends where the stage would be.
+        known: the stages of all runs by name.
     """
-    run = recipe.runs[name]
-    stages = stages_of(run, methods[name])
     names = [stage.name for stage in stages]
-    if run.until in names:
-        return stages[: names.index(run.until) + 1]
-    return stages[: names.index(_known(recipe, methods)[run.until].before)]
+    end = names.index(until) + 1 if until in names else names.index(known[until].before)
+    return tuple(stages[:end])
 
 
 def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Carry out what is not done yet; then print the table and write ``report.html``."""
-    device = engine.start()
+    device, known = engine.start(), _known(recipe, methods)
     with alone(recipe.out):
         dist.on_rank0(lambda: _write_settings(recipe))
         for name, run in recipe.runs.items():
             say(f"== {name}: {run.method['kind']}, {run.out}")
             context = RunContext(run, methods[name], device)
-            for stage in _to_do(recipe, methods, name):
+            for stage in _to_do(stages_of(context.masks, context.method), run.until, known):
                 stage.run(context)
                 free_memory()
                 if stage.name == "data":
@@ -212,7 +216,9 @@ def report_folders(runs: Mapping[str, Path], folder: Path, control: str | None) 
 
 def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:
     """What the stages of the runs show, each stage once."""
-    stages = {stage.name: stage for run, method in runs for stage in stages_of(run, method)}
+    stages = {
+        stage.name: stage for run, method in runs for stage in stages_of(masks_of(run), method)
+    }
     return [stage.report for stage in stages.values() if stage.report is not None]
 
 
@@ -250,7 +256,7 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
     for name in recipe.runs:
         _check_student(recipe, methods, name)
     run = context.run
-    stages = stages_of(run, context.method)
+    stages = stages_of(context.masks, context.method)
     _refuse_other_inputs(run, now, settled=_left(run, [s for s in stages if s.chosen]))
 
 

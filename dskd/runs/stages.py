@@ -13,7 +13,7 @@ from dskd.data.loader import Loader, make_batch
 from dskd.engine.checkpoints import Saved
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import shard_teacher, stage_of
-from dskd.engine.row_masks import masks_of
+from dskd.engine.row_masks import RowMasks
 from dskd.engine.run_config import teacher_config
 from dskd.engine.stage import Stage, in_order
 from dskd.methods.base import Method
@@ -26,7 +26,6 @@ from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
 from dskd.settings.folders import cache_folder
 from dskd.settings.model import Model
-from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, each_teacher
 from dskd.stores.fingerprints import expected
 from dskd.system import dist
@@ -238,6 +237,12 @@ STAGES = (
 """The core's, in order."""
 
 
-def stages_of(run: Run, method: Method) -> tuple[Stage, ...]:
-    """All stages of a run, in order."""
-    return in_order(STAGES, (*masks_of(run).stages(), *method.stages()))
+def stages_of(masks: RowMasks, method: Method) -> tuple[Stage, ...]:
+    """All stages of a run, in order.
+
+    Args:
+        masks: the run's; those of its context where the stages are carried out, for what the masks'
+            own stage makes is kept there.
+        method: the run's.
+    """
+    return in_order(STAGES, (*masks.stages(), *method.stages()))

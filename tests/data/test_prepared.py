@@ -45,7 +45,7 @@ def test_second_call_only_reads(corpus: Path, monkeypatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("built again")
 
-    monkeypatch.setattr(prepared, "build", never)
+    monkeypatch.setattr(prepared, "build_rows", never)
     assert prepare(settings(corpus)) == folder
     # How the rows are masked does not change them.
     assert prepare(settings(corpus, masking=Masking(probability=0.5))) == folder

@@ -133,6 +133,7 @@ class _Reader:
     def run(self, name: str, tree: Tree, over: Tree, out: Any = None) -> None:
         """Build the run ``name``, written to the folder ``out`` if that is given."""
         tree = yaml_tree.merge(_with_defaults(Run(), with_kinds(Run, tree), over), over)
+        tree = with_kinds(Run, tree)  # again: which settings are paths depends on the kinds
         problems: list[Problem] = []
         resolved = self._resolve(Run, tree if out is None else tree | {"out": out}, (), problems)
         run, more = build_section(Run, resolved)
@@ -180,15 +181,17 @@ class _Reader:
     def _folder(
         self, mark: RunPath, value: str, place: SettingName, problems: list[Problem]
     ) -> str:
-        if mark.output is not None and value.startswith("run:"):
+        if value.startswith("run:"):
             try:
                 return self._left_by(value.removeprefix("run:"), mark.output, place)
             except ConfigError as problem:
                 problems.append((place, str(problem)))
         return os.path.expanduser(value) if value.startswith("~/") else value
 
-    def _left_by(self, name: str, output: str, place: SettingName) -> str:
+    def _left_by(self, name: str, output: str | None, place: SettingName) -> str:
         """The folder of what the run ``name`` leaves, for the setting at ``place``."""
+        if output is None:
+            raise ConfigError(f"'run:{name}' stands for nothing that a run leaves; give a path")
         if name not in self.built:
             earlier = ", ".join(self.built) or "none"
             near = nearest(name, self.built)

@@ -319,6 +319,21 @@ def test_a_run_can_use_the_hard_tokens_of_another(tmp_path):
     ]
 
 
+def test_paths_of_a_section_that_only_the_command_line_reaches_are_resolved(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    teacher = _single("teacher.deepspeed=~/zero3.json", "teacher.model.path=~/model").teacher
+    assert (teacher.deepspeed, teacher.model.path) == ("/home/me/zero3.json", "/home/me/model")
+
+
+@pytest.mark.parametrize("field", ["sources", "validation"])
+def test_a_run_leaves_no_text(tmp_path, field):
+    recipe = f"base: {{}}\nruns:\n  a:\n  b: {{data: {{{field}: [{{kind: text, path: 'run:a'}}]}}}}"
+    assert _refused(tmp_path, recipe) == [
+        f"FILE: runs.b.data.{field}.0.path: 'run:a' stands for nothing that a run leaves; give a"
+        " path"
+    ]
+
+
 def test_overrides_of_all_runs_and_of_one(tmp_path):
     overrides = ["out=/o", "train.steps=5", "runs.student.train.steps=6", "runs.teacher.seed=9"]
     runs = read(_write(tmp_path, RECIPE), overrides).runs

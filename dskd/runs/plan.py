@@ -53,7 +53,7 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         ConfigError: contradictions among the settings, with the DeepSpeed JSONs, or with the
             settings that a run in progress was started with.
     """
-    _refuse_unknown_stage(recipe, methods)
+    refuse_unknown_stage(recipe, methods)
     for name, run in recipe.runs.items():
         prefix = _prefix(recipe, name)
         validate(run, methods[name], world=world, prefix=prefix)
@@ -72,6 +72,24 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
                 ds, precision = teacher.deepspeed, teacher.precision
                 teacher_config(ds, precision, run, NOMINAL_HIDDEN, world=world)
         _refuse_other_settings(run, stages_of(masks_of(run), methods[name]))
+
+
+def refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
+    """Refuse an ``until`` that is no stage of any of the runs.
+
+    Args:
+        recipe: the runs.
+        methods: the method of each.
+
+    Raises:
+        ConfigError: names the setting and the stages that there are.
+    """
+    known = _known(recipe, methods)
+    for name, run in recipe.runs.items():
+        if run.until not in known:
+            text = f"{run.until!r} is not one of {', '.join(known)}{nearest(run.until, known)}"
+            prefix = _prefix(recipe, name)
+            raise ConfigError(line("", (prefix, "until") if prefix else ("until",), text))
 
 
 def _prefix(recipe: Recipe, name: str) -> str:
@@ -139,15 +157,6 @@ def is_done(recipe: Recipe, methods: Mapping[str, Method]) -> bool:
         if last.whole is None or not (run.out / last.whole).exists():
             return False
     return True
-
-
-def _refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
-    known = _known(recipe, methods)
-    for name, run in recipe.runs.items():
-        if run.until not in known:
-            text = f"{run.until!r} is not one of {', '.join(known)}{nearest(run.until, known)}"
-            prefix = _prefix(recipe, name)
-            raise ConfigError(line("", (prefix, "until") if prefix else ("until",), text))
 
 
 def _known(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, Stage]:
@@ -229,9 +238,13 @@ def _write_settings(recipe: Recipe) -> None:
 
 def _refuse_other_settings(run: Run, stages: Sequence[Stage]) -> None:
     path = folder_of(run).config
-    if not (_left(run, stages) and path.is_file()):
-        return  # nothing was made with the other settings yet
+    if not path.is_file():
+        return
     before = read(path).runs[SINGLE]
+    # With other masks, or by another method, it had stages whose files these know nothing of.
+    stages = (*stages, *stages_of(masks_of(before), build_method(before.method)))
+    if not _left(run, stages):
+        return  # nothing was made with the other settings yet
     changed = differences(before, run, chosen=_left(run, [s for s in stages if s.chosen]))
     if changed:
         listed = "\n  ".join(changed)

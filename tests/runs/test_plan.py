@@ -16,7 +16,7 @@ from dskd.methods.base import build_method
 from dskd.models import reading
 from dskd.runs.plan import check
 from dskd.runs.report import table
-from dskd.settings.recipe import read
+from dskd.settings.recipe import dump_run, read
 from dskd.settings.yaml_tree import dump, merge
 from tests.launching import forked
 
@@ -57,6 +57,18 @@ def checked(path: Path, *overrides: str) -> None:
     """The checks of a recipe before anything starts."""
     recipe = read(path, overrides)
     check(recipe, {name: build_method(run.method) for name, run in recipe.runs.items()}, world=1)
+
+
+def test_the_files_of_a_stage_that_the_other_settings_do_not_have_are_seen(tmp_path):
+    path = recipe_of(tmp_path, {"only": {"data": {"masking": {"kind": "hard_tokens"}}}})
+    run = read(path).runs["only"]
+    (run.out / "questions").mkdir(parents=True)
+    (run.out / "config.yaml").write_text(dump_run(run))
+    checked(path)
+    checked(path, "data.masking.threshold=0.3")  # it chooses among the scores, which are the same
+    changed = r"(?s)was started with other settings:.* data\.masking: 'hard_tokens', now 'random'"
+    with pytest.raises(ConfigError, match=changed):
+        checked(path, "data.masking.kind=random")
 
 
 # ---- exports that are not there yet --------------------------------------------------------------

@@ -154,6 +154,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
     runs = {folder.name: folder for folder in arguments.folders}
     if len(runs) < len(arguments.folders):
-        raise ConfigError("report: two folders have the same name; the report tells runs by it")
+        raise ConfigError("report: two folders have the same name; the report names runs by it")
     print(report_folders(runs, arguments.out, arguments.control))
     return 0

@@ -3,7 +3,7 @@
 Without arguments, a 20-step toy run. The same command goes on after an interruption, skips what is
 done, and refuses to go on if a setting that matters has changed.
 
-Exit status: 0 done; 2 something the user can mend, said in one message; 75 stopped by SIGTERM or
+Exit status: 0 done; 2 something the user can mend, in one message; 75 stopped by SIGTERM or
 SIGINT, in training with a checkpoint of that step on disk.
 """
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    # Imported here: they take seconds, and a mistyped setting should be told at once.
+    # Imported here: they take seconds, and a mistyped setting should be refused at once.
     from dskd.methods.base import build_method
     from dskd.settings.recipe import read
 

@@ -92,7 +92,7 @@ class Engine:
         groups: parameter groups, see :func:`decay_groups`; one may have an ``lr_scale``, by which
             the learning rate is multiplied for it.
         ds: a DeepSpeed config without any ``auto``.
-        monitor: whether :meth:`log` reaches the monitors that ``ds`` asks for.
+        monitor: whether :meth:`log` reaches the monitors that ``ds`` names.
     """
 
     def __init__(

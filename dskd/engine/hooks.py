@@ -260,6 +260,6 @@ class HookChain(StepHooks):
             each.load(folder / _FOLDER / name)
 
     def exported(self, weights: ParameterShards, batch: Batch) -> PreTrainedModel:
-        """The model by the one that defines it."""
+        """The model by those hooks that define it."""
         assert self._exporting is not None, "none of the hooks defines the exported model"
         return self._exporting.exported(weights, batch)

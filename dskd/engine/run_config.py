@@ -10,7 +10,7 @@ from dskd.errors import ConfigError
 from dskd.settings.run import Run
 from dskd.settings.teachers import Precision
 from dskd.system import dist
-from dskd.system.device import _has_bf16, on_gpu
+from dskd.system.device import has_bf16, on_gpu
 
 
 def student_config(run: Run, hidden: int, *, world: int | None = None) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def _fill(
         world,
         hidden,
         on_gpu(),
-        bf16=_has_bf16(),
+        bf16=has_bf16(),
         ranks_per_node=local,
         **options,
     )

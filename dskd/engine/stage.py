@@ -1,7 +1,7 @@
 """A stage of a run, and what it is given: so that any room can bring one.
 
-The stages of a run are those of the core (``runs/stages.py``) and those that its method, its masks
-or its model bring. Each leaves something in the run's folder that, whole, says that it is done, and
+The stages of a run are those of the core (``runs/stages.py``) and those that its method and its
+masks bring. Each leaves something in the run's folder that, whole, says that it is done, and
 reads only what earlier ones left.
 """
 

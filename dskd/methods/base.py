@@ -28,7 +28,7 @@ METHODS: dict[str, str] = {
     "self_evolution": "dskd.methods.self_evolution:SelfEvolution",
     "wid": "dskd.methods.wid:WeightInheritance",
 }
-"""Where each kind is found, ``module:Class``; imported when asked for, so that a broken one cannot
+"""Where each kind is found, ``module:Class``; imported when needed, so that a broken one cannot
 break the others."""
 
 
@@ -115,7 +115,8 @@ class Method(Section):
         return None
 
     def metrics(self) -> tuple[Metric, ...]:
-        """What the student is evaluated by, on every set of rows."""
+        """What the student is evaluated by, on every set of rows; with the result that
+        :meth:`selection` names, or, where that is None, the LM loss: every checkpoint keeps it."""
         return (LM_LOSS,)
 
     def selection(self) -> Selection | None:

@@ -97,7 +97,7 @@ class InheritanceLoss(Section):
         """Inheritance rate after ``step`` completed optimiser steps."""
         return inheritance_rate(self.schedule, step, self.steps, self.rate)
 
-    def term(self, rows: Positions, signal: Signal | None, step: int) -> Term:
+    def term(self, positions: Positions, signal: Signal | None, step: int) -> Term:
         """``(1 - alpha) CE + alpha T^2 KL``, summed over the supervised positions, in nats.
 
         Logged as ``ce`` and ``kl``, or the name of the divergence that stands in its place, with
@@ -105,13 +105,13 @@ class InheritanceLoss(Section):
         """
         alpha, heat = self.alpha(step), self._heat()
         if alpha == 0.0:
-            return labels_term(rows)
+            return labels_term(positions)
         assert signal is not None, f"step {step} needs the teacher"
         weight, reverse_weight = alpha * heat, None
         if self.divergence == "mixed":
             weight, reverse_weight = weight * self.beta, weight * (1.0 - self.beta)
         losses = positions_kd(
-            rows,
+            positions,
             signal,
             kind=self.divergence,
             beta=self.beta,
@@ -138,9 +138,9 @@ class InheritanceLoss(Section):
         return self.temperature if self.divergence == "total_variation" else self.temperature**2
 
 
-def labels_term(rows: Positions) -> Term:
+def labels_term(positions: Positions) -> Term:
     """The cross entropy summed over the supervised positions, in nats, logged as ``ce``."""
-    losses = positions_ce(rows)
+    losses = positions_ce(positions)
     return Term(losses.total, {"ce": losses.label_N.sum()})
 
 
@@ -149,19 +149,13 @@ def inheritance_rate(kind: RateSchedule, step: int, end: int, start: float = 1.0
 
     ``linear``: ``start * max(0, 1 - step / end)``; ``cosine``: half a cosine from ``start`` at 0 to
     0 at ``end``; ``switch``: ``start`` before ``end``, 0 from there on; ``constant``: ``start``.
-    It never rises with ``step``.
-
-    Raises:
-        ConfigError: ``linear`` or ``cosine`` without an ``end`` to fall towards.
+    It never rises with ``step``. ``linear`` and ``cosine`` have an ``end`` of at least 1.
     """
     if kind == "constant":
         return start
     if kind == "switch":
         return start if step < end else 0.0
-    if end < 1:
-        raise ConfigError(
-            f"a {kind} inheritance rate needs at least 1 step to fall to 0, not {end}"
-        )
+    assert end >= 1, f"a {kind} inheritance rate needs at least 1 step to fall to 0, not {end}"
     if step >= end:
         return 0.0
     if kind == "linear":

@@ -28,10 +28,10 @@ class Metric:
     results: Callable[[Sequence[float]], dict[str, float]]
 
 
-def _lm_sums(rows: Positions, batch: Batch) -> Tensor:
+def _lm_sums(positions: Positions, batch: Batch) -> Tensor:
     del batch
-    nll = positions_ce(rows).total.double()
-    return torch.stack([nll, nll.new_tensor(len(rows.labels_N))])
+    nll = positions_ce(positions).total.double()
+    return torch.stack([nll, nll.new_tensor(len(positions.labels_N))])
 
 
 def _lm_results(sums: Sequence[float]) -> dict[str, float]:

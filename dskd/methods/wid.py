@@ -83,7 +83,7 @@ class WeightInheritance(Method):
     @property
     def temperature(self) -> float:
         """Of the inherited distribution."""
-        assert self.inherit is not None, "asked of a method that wants no teacher"
+        assert self.inherit is not None, "the method wants no teacher"
         return self.inherit.temperature
 
     def wants_teacher(self) -> bool:

@@ -1,4 +1,4 @@
-"""One run being carried out: what its stages need, made when it is first asked for."""
+"""One run being carried out: what its stages need, made when it is first used."""
 
 from __future__ import annotations
 

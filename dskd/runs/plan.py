@@ -260,9 +260,9 @@ def _left(run: Run, stages: Sequence[Stage]) -> bool:
 
 
 def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunContext) -> None:
-    """What can be told only now, and must be before hours go into it: the run's models are here,
-    downloaded for their fingerprints if need be, and with them the sizes of every run's student
-    that starts as one of them."""
+    """Refuse, before hours go into it, what shows only when a run's rows and models are here: other
+    inputs than it was started with, and sizes of every run's student that starts as one of the
+    models, which are downloaded for their fingerprints if need be."""
     now = {"data": context.prepared.fingerprint, "masking": context.view.fingerprint}
     for name, model in _models(context.run).items():
         now[name] = model_fingerprint(model, seed=context.run.seed, where=name)

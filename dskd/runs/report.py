@@ -59,7 +59,7 @@ class History:
 
     @property
     def selection(self) -> Selection:
-        """Which result of the evaluation tells how good the student is."""
+        """Which result of the evaluation measures how good the student is."""
         return Selection(self.summary["metric"], self.summary["higher_is_better"])
 
     def evaluated(self, metric: str) -> Points:

@@ -1,4 +1,4 @@
-"""The base of all settings, and what can be said at a field of theirs besides its type."""
+"""The base of all settings, and what can be declared at one of their fields besides its type."""
 
 from __future__ import annotations
 

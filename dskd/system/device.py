@@ -22,10 +22,11 @@ def resolve(precision: Precision) -> Literal["fp32", "bf16", "fp16"]:
     """``auto`` is bf16 on a GPU that computes in it, else fp32."""
     if precision != "auto":
         return precision
-    return "bf16" if _has_bf16() else "fp32"
+    return "bf16" if has_bf16() else "fp32"
 
 
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
+    """Whether the ranks compute on GPUs that have bf16."""
     return on_gpu() and torch.cuda.is_bf16_supported()
 
 

@@ -55,10 +55,11 @@ class Objective(nn.Module):
         """
 
         def loss(
-            rows: Positions, signal: Signal | None, batch: Batch, step: int
+            positions: Positions, signal: Signal | None, batch: Batch, step: int
         ) -> dict[str, Term]:
             del signal, step
-            return {str(n): Term(metric.sums(rows, batch), {}) for n, metric in enumerate(metrics)}
+            sums = [metric.sums(positions, batch) for metric in metrics]
+            return {str(n): Term(each, {}) for n, each in enumerate(sums)}
 
         # By a call of the module, not of its parts: ZeRO-3 begins its record of which parameters
         # follow each other in a hook of the module that it wraps.

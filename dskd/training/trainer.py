@@ -258,7 +258,7 @@ class Trainer:
         if last or step % run.evaluation.every == 0:
             score = self._score()
         if due or stop:
-            # One that only a signal asked for is no candidate for the best: the undisturbed run,
+            # One that only a signal caused is no candidate for the best: the undisturbed run,
             # which exports the same weights, does not have it.
             self._save(score if due and self._hooks.complete(step) else None)
 
@@ -301,7 +301,7 @@ def _finite(step: int, name: str, value: float | None) -> None:
 
 @contextmanager
 def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM and SIGINT instead of dying of them; the loop asks between steps."""
+    """Note SIGTERM and SIGINT instead of dying of them; the loop looks between steps."""
     seen: list[int] = []
     before = {
         number: signal.signal(number, lambda number, frame: seen.append(number))
@@ -312,5 +312,5 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if seen:  # too late for the loop: for who handles signals outside it
+    if seen:  # too late for the loop: for the handlers outside it
         signal.raise_signal(seen[0])

@@ -14,7 +14,16 @@ from dskd.system.device import has_bf16, on_gpu
 
 
 def student_config(run: Run, hidden: int, *, world: int | None = None) -> dict[str, Any]:
-    """The run's DeepSpeed config without ``auto``; ``world`` is this group's unless given."""
+    """The run's DeepSpeed config without ``auto``.
+
+    Args:
+        run: the settings.
+        hidden: the student's hidden size, which the buckets of ZeRO-3 follow.
+        world: number of ranks; None: of this group.
+
+    Raises:
+        ConfigError: the JSON cannot be read, contradicts the settings or has no meaning here.
+    """
     ds = _fill(load_preset(run.deepspeed), run, world, hidden, where=run.deepspeed)
     for name in ("tensorboard", "csv_monitor"):
         if name in ds:  # else the runs of a recipe would write into one folder
@@ -26,7 +35,8 @@ def student_config(run: Run, hidden: int, *, world: int | None = None) -> dict[s
 def teacher_config(
     name: str, precision: Precision, run: Run, hidden: int, *, world: int | None = None
 ) -> dict[str, Any]:
-    """The config ``name`` (a preset or path), filled to shard a frozen model."""
+    """The config ``name`` (a preset or path), filled to shard a frozen model of that ``precision``;
+    else as :func:`student_config`."""
     ds = load_preset(name)
     return _fill(ds, run, world, hidden, role="teacher", precision=precision, where=name)
 
@@ -35,9 +45,11 @@ def _fill(
     ds: dict[str, Any], run: Run, world: int | None, hidden: int, **options: Any
 ) -> dict[str, Any]:
     world = dist.world() if world is None else world
-    wanted = options.get("precision", run.train.precision)
-    if wanted == "fp16" and not on_gpu():
-        raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or fp32")
+    frozen = "precision" in options
+    if (options["precision"] if frozen else run.train.precision) == "fp16" and not on_gpu():
+        setting = "the teacher's precision" if frozen else "train.precision"
+        raise ConfigError(f"{setting}: fp16 needs a GPU; use bf16 or fp32")
+    # The first is set by DeepSpeed's launcher, the second by torchrun.
     local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))
     return fill_auto(
         ds,

@@ -22,6 +22,7 @@ from torch import nn
 
 from dskd.engine.ds_config import fill_auto, load_preset, precision_of, presets
 from dskd.engine.ds_words import BROKEN, NESTED, TOP, UNUSED
+from dskd.engine.run_config import student_config, teacher_config
 from dskd.errors import ConfigError
 from dskd.settings.recipe import read
 from tests.ranks import run_ranks
@@ -454,6 +455,14 @@ def test_presets_train_alike(plain, preset):
 def test_zeropp_trains_alike_on_one_node(plain):
     """DeepSpeed 0.19.8 quantises gradients between nodes only, by an operator that no CPU has."""
     assert _train("zeropp") == pytest.approx(plain, abs=1e-5)
+
+
+def test_whose_fp16_needs_a_gpu_is_named():
+    run = read(None, ["train.precision=fp16"]).runs["run"]
+    with pytest.raises(ConfigError, match=r"^train\.precision: fp16 needs a GPU"):
+        student_config(run, 64, world=1)
+    with pytest.raises(ConfigError, match=r"^the teacher's precision: fp16 needs a GPU"):
+        teacher_config("zero3", "fp16", run, 64, world=1)
 
 
 @pytest.fixture(scope="module")

@@ -80,9 +80,15 @@ class Trainer:
     Args:
         run: the settings.
         precision: ``fp32``, ``bf16`` or ``fp16``, as resolved from them.
+        method: makes the loss.
         hooks: what is done around the steps, apart from the loss.
+        engine: holds the student.
+        loader: makes the batches, from ``progress.position`` on.
         evaluate: results of the student's evaluation.
         scored: which of them a checkpoint keeps, by key.
+        checkpoints: of the run.
+        metrics: the file that gets a line for each logged step and evaluation.
+        progress: where training begins or goes on; kept up to date.
     """
 
     def __init__(

@@ -109,6 +109,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _settings(arguments: argparse.Namespace) -> int:
     from dskd.methods.base import build_method
     from dskd.methods.checks import validate
+    from dskd.runs.plan import refuse_unknown_stage
     from dskd.settings.recipe import SINGLE, dump_run, read
 
     files = [word for word in arguments.words if "=" not in word]
@@ -116,8 +117,10 @@ def _settings(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"one settings file, not {len(files)}: {' '.join(files)}")
     overrides = [word for word in arguments.words if "=" in word]
     recipe = read(files[0] if files else None, overrides)
+    methods = {name: build_method(run.method) for name, run in recipe.runs.items()}
+    refuse_unknown_stage(recipe, methods)
     for name, run in recipe.runs.items():
-        method = build_method(run.method)
+        method = methods[name]
         validate(run, method, world=1, prefix="" if name == SINGLE else f"runs.{name}")
         whole = run.model_copy(update={"method": method.model_dump(mode="json")})
         heading = "" if name == SINGLE else f"--- # {name}\n"

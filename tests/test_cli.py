@@ -77,6 +77,7 @@ def test_settings_of_a_recipe(capsys, tmp_path):
         (["settings", "none.yaml"], "none.yaml: no such file"),
         (["settings", "a.yaml", "b.yaml"], "one settings file, not 2: a.yaml b.yaml"),
         (["settings", "method.kind=kii"], "method.kind: 'kii' is not one of ki, lm"),
+        (["settings", "until=trian"], "until: 'trian' is not one of data, slice, cache, train"),
         (["settings", "train.warmup=30"], "train.warmup: 30 is more than train.steps 20"),
         (["cache", "info", "nowhere"], "nowhere/manifest.json: no such file"),
         (["cache", "verify", "nowhere"], "nowhere/manifest.json: no such file"),

@@ -53,7 +53,7 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         ConfigError: contradictions among the settings, with the DeepSpeed JSONs, or with the
             settings that a run in progress was started with.
     """
-    _refuse_unknown_stage(recipe, methods)
+    refuse_unknown_stage(recipe, methods)
     for name, run in recipe.runs.items():
         prefix = _prefix(recipe, name)
         validate(run, methods[name], world=world, prefix=prefix)
@@ -141,7 +141,12 @@ def is_done(recipe: Recipe, methods: Mapping[str, Method]) -> bool:
     return True
 
 
-def _refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
+def refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
+    """Refuse an ``until`` that is no stage of any run of the recipe.
+
+    Raises:
+        ConfigError: names the setting, all stages and the nearest.
+    """
     known = _known(recipe, methods)
     for name, run in recipe.runs.items():
         if run.until not in known:
@@ -257,7 +262,9 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
         _check_student(recipe, methods, name)
     run = context.run
     stages = stages_of(context.masks, context.method)
-    _refuse_other_inputs(run, now, settled=_left(run, [s for s in stages if s.chosen]))
+    # Masks with a stage of their own choose from what it makes, until something depends on them.
+    settled = not context.masks.stages() or _left(run, [s for s in stages if s.chosen])
+    _refuse_other_inputs(run, now, settled=settled)
 
 
 def _refuse_other_inputs(run: Run, now: dict[str, str], *, settled: bool) -> None:
@@ -266,7 +273,7 @@ def _refuse_other_inputs(run: Run, now: dict[str, str], *, settled: bool) -> Non
     Args:
         run: the settings.
         now: the fingerprints, by name.
-        settled: whether something depends on the masks yet.
+        settled: whether the masks may not change any more.
     """
     path = folder_of(run).inputs
     if not path.exists():

@@ -438,6 +438,12 @@ def test_what_may_change_in_a_resume(override, lines):
     assert differences(Run(), Run()) == []
 
 
+def test_random_masks_are_not_chosen_later():
+    changed = _single("data.masking.probability=0.3")
+    line = "data.masking.probability: 0.15, now 0.3"
+    assert differences(Run(), changed, chosen=False) == [line]
+
+
 def test_geometry_of_cached_teachers_is_free():
     cached = "teacher={kind: routed, domains: {builtin: {kind: cached}}}"
     one = "teacher.domains.builtin"

@@ -133,6 +133,7 @@ class _Reader:
     def run(self, name: str, tree: Tree, over: Tree, out: Any = None) -> None:
         """Build the run ``name``, written to the folder ``out`` if that is given."""
         tree = yaml_tree.merge(_with_defaults(Run(), with_kinds(Run, tree), over), over)
+        tree = with_kinds(Run, tree)  # the overlay, too: which fields are paths, the kind says
         problems: list[Problem] = []
         resolved = self._resolve(Run, tree if out is None else tree | {"out": out}, (), problems)
         run, more = build_section(Run, resolved)

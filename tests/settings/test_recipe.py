@@ -130,6 +130,7 @@ def test_home_is_expanded(monkeypatch):
     assert source.path == "/home/u/t"
     assert (run.out, run.data.folder) == (Path("/home/u/runs"), Path("/home/u/data"))
     assert (run.model.path, run.deepspeed) == ("/home/u/m", "/home/u/d.json")
+    assert _single("teacher.deepspeed=~/t.json").teacher.deepspeed == "/home/u/t.json"
 
 
 # Mistakes

@@ -56,13 +56,13 @@ __all__ = [
 ]
 
 
-def positions_ce(rows: Positions, label_weight: TokenWeight = 1.0) -> Losses:
+def positions_ce(positions: Positions, label_weight: TokenWeight = 1.0) -> Losses:
     """Cross entropy of a student's supervised positions, through its head."""
-    return _through_head(rows, None, label_weight=label_weight)
+    return _through_head(positions, None, label_weight=label_weight)
 
 
 def positions_kd(
-    rows: Positions,
+    positions: Positions,
     signal: Signal,
     *,
     temperature: float,
@@ -79,10 +79,14 @@ def positions_kd(
     weights.
 
     Args:
+        positions: the student's.
+        signal: its teacher's at the same positions.
         kind, beta, reverse_weight: of a teacher with full logits. Kinds that are infinite where the
             teacher lacks a column (reverse KL, mixed) are of the shared vocabulary: what columns
             the student has beyond, of padding, are left out of its softmax, the label's too.
         mode: of a top-k teacher, whose divergence is the forward KL.
+
+    The other arguments are those of :func:`~dskd.fused.linear.linear_kd`.
 
     Raises:
         ConfigError: a top-k teacher cannot give this kind of divergence.
@@ -95,31 +99,33 @@ def positions_kd(
                 f"teacher: a cached teacher knows its largest logits only, and this method's "
                 f"divergence, {kind}, needs them all: use a live teacher"
             )
-        return _through_head(rows, signal, mode=mode, **options)
+        return _through_head(positions, signal, mode=mode, **options)
     options |= {"kind": kind, "beta": beta, "reverse_weight": reverse_weight}
     if isinstance(signal, DenseTeacher):
         shared = signal.logits_NV.shape[1] if kind in INFINITE else None
-        return _through_head(rows, signal, shared, **options)
-    return _through_heads(rows, signal, options)
+        return _through_head(positions, signal, shared, **options)
+    return _through_heads(positions, signal, options)
 
 
 def _through_head(
-    rows: Positions, teacher: LogitTeacher, shared: int | None = None, **options: object
+    positions: Positions, teacher: LogitTeacher, shared: int | None = None, **options: object
 ) -> Losses:
     """``shared``: how many columns of the student's head count; None: all."""
 
     def use(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, ...]:
-        labels_N = rows.labels_N
+        labels_N = positions.labels_N
         if shared is not None and shared < len(weight_VD):
             weight_VD, bias_V = weight_VD[:shared], None if bias_V is None else bias_V[:shared]
         return tuple(
             linear_kd(hidden_ND, weight_VD, bias_V, teacher=teacher, labels_N=labels_N, **options)
         )
 
-    return Losses(*rows.projection(rows.hidden_ND, use))
+    return Losses(*positions.projection(positions.hidden_ND, use))
 
 
-def _through_heads(rows: Positions, signal: ProjectedTeacher, options: dict[str, object]) -> Losses:
+def _through_heads(
+    positions: Positions, signal: ProjectedTeacher, options: dict[str, object]
+) -> Losses:
     found: list[Losses] = []
     with_gradient = torch.is_grad_enabled()
 
@@ -128,7 +134,9 @@ def _through_heads(rows: Positions, signal: ProjectedTeacher, options: dict[str,
         with torch.set_grad_enabled(with_gradient):
             vocabulary = signal.vocabulary
             shared = vocabulary if options["kind"] in INFINITE else None
-            found.append(_through_head(rows, teacher, shared, vocabulary=vocabulary, **options))
+            found.append(
+                _through_head(positions, teacher, shared, vocabulary=vocabulary, **options)
+            )
         return hidden_NE
 
     # The result leaves by the side: as the module's output it would take the hooks of the

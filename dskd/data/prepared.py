@@ -130,7 +130,7 @@ def prepare(data: Data, progress: bool = True) -> Path:
         progress: show a progress bar if the standard error is a terminal.
 
     Raises:
-        DataError, ConfigError: see ``sources.documents`` and ``vocabulary.load_tokenizer``; also
+        DataError, ConfigError: see ``sources.documents`` and ``tokenizers.load_tokenizer``; also
             when there is less text than one row, or no row to validate on.
     """
     tokenizer = (

@@ -42,9 +42,6 @@ class Shown(NamedTuple):
 class View(Protocol):
     """Turns rows into inputs and labels; the same for the same rows and epochs, always.
 
-    A view may some day return other rows than it got (some left out, or repeated), so what is made
-    of a batch goes by the rows that are shown and not by those that were read.
-
     ``draws`` is the number of different views of a row (epoch e shows number ``e % draws``), None
     for one per epoch; ``fingerprint`` covers everything else that the result depends on.
     """

@@ -66,7 +66,8 @@ class Stage:
         run: does it, on all ranks, unless it is done (collective).
         before: the stage of the core that it comes before; None: a stage of the core itself.
         leaves: patterns, in the run's folder, of all that it makes and that depends on settings.
-        whole: what is there when all of it is, below the run's folder; None: nothing says so.
+        whole: what is there when all of it is, below the run's folder; None: nothing says so (a
+            store's manifest does not: it comes first).
         chosen: whether what it leaves depends on settings that are marked ``CHOSEN_LATER``.
         report: HTML for ``report.html``, of the folders of a recipe's finished runs by name; empty
             where it has nothing to show.

@@ -14,7 +14,7 @@ which is all that the rules of ``dskd/narrowing/rules.py`` need. That of Wu et a
 1 - lr decay). Gate and fade 1 with pull and push 0, or a ratio of 1, leave an entry as it is, bit
 for bit; a ratio of 0 makes D exactly -I.
 
-On a GPU it is one launch for all pieces (``dskd/kernels/compactor_update.py``). In plain torch a
+On a GPU it is one launch for all pieces (``kernels/compactor_update.py``). In plain torch a
 piece is edited as rectangles of its matrix, of which rows, columns and the diagonal are views: the
 rest of a row, whole rows, the beginning of one.
 

@@ -46,7 +46,7 @@ def _shadow(model: PreTrainedModel) -> PreTrainedModel:
 def _draw(shadow: PreTrainedModel, path: str, seed: int) -> dict[str, Tensor]:
     """The fp32 initial values of the parameters the module at ``path`` itself owns.
 
-    The modules around it are asked too, inside out as in ``initialize_weights``, because they may
+    The modules around it are called, too, inside out as in ``initialize_weights``, because they may
     have the last word (GPT-2 scales its residual projections from the attention module). What else
     they set, and a tied twin of these parameters, is without memory here.
     """

@@ -77,14 +77,14 @@ class Merging:
         self._layers.append(layer)
 
     def forget(self) -> None:
-        """Merge anew when next asked."""
+        """Merge anew at the next use."""
         assert not any(layer.waiting for layer in self._layers), (
             "weights change while gradients of an unfinished optimizer step wait for its end"
         )
         self._merged.clear()
 
     def of(self, layer: MergedLayer) -> Merged:
-        """The layer's merged weight; all layers are merged as soon as one is asked for."""
+        """The layer's merged weight; all layers are merged as soon as one is needed."""
         if not self._merged:
             alike: dict[object, list[MergedLayer]] = {}
             for other in self._layers:

@@ -21,7 +21,7 @@ _FP32 = ("fp32", "float32", "float", "torch.float32")
 
 
 def check_preset(run: Run, rule: RuleName) -> None:
-    """Refuse what the run's JSON asks for and a rule cannot go with.
+    """Refuse what the run's JSON sets and a rule cannot go with.
 
     Raises:
         ConfigError: names the JSON and the setting in it, or ``train.precision``.

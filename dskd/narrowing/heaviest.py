@@ -24,7 +24,7 @@ def slice_model(teacher: PreTrainedModel, student: Widths, strategy: Strategy) -
 
     Args:
         teacher: whole, without compactors.
-        student: its sizes, of ``compaction.widths.student_widths``.
+        student: its sizes, of ``widths.student_widths``.
         strategy: which attention units go, ``dim`` or ``head``.
 
     Raises:

@@ -21,7 +21,7 @@ NEAR_ZERO = 0.01
 """Size (:meth:`Rule.largest_removed`) up to which the original rule's removed units count as gone.
 
 Once their second moments have decayed, removed entries stay near zero in bursts of up to 6 times
-the learning rate, 3e-4 with the paper's (spec, section 3.3): a column of 768 entries of a BERT, all
+the learning rate, 3e-4 with the paper's: a column of 768 entries of a BERT, all
 of them in a burst at once, has a norm of 0.008.
 """
 
@@ -63,7 +63,7 @@ class Annealed(Rule):
         return self.chosen() and (latest == 0 or steps - latest + 1 >= self.anneal)
 
     def complete(self, steps: int, weights: ParameterShards) -> bool:
-        """Where it is settled."""
+        """Whether removed entries are exactly 0, as :meth:`settled`; kept ones are the student."""
         return self.settled(steps)
 
     def _begun(self) -> list[str]:
@@ -95,7 +95,7 @@ class Annealed(Rule):
 
 
 class Original(Rule):
-    """The rule of the paper's code (spec, section 3), through an Adam without bias correction.
+    """The rule of the paper's code, through an Adam without bias correction.
 
     Masks are chosen anew at every ``every``-th step. Until the first: gradient + C for every entry
     of a compactor. After it, for the removed entries of compactors, norms and biases: gradient
@@ -156,7 +156,7 @@ class Original(Rule):
                 shard.weight.mul_(1 - lr * decay)
 
     def settled(self, steps: int) -> bool:
-        """Never: removed entries only come near zero."""
+        """False: this rule brings removed entries near zero, never to it."""
         return False
 
     def complete(self, steps: int, weights: ParameterShards) -> bool:

@@ -59,7 +59,7 @@ class Units:
 
 
 def original_count(cut: Cut, step: int, every: int) -> int:
-    """Units removed after the recomputation at step ``step``, from 1 (spec, section 3.2).
+    """Units removed after the recomputation at step ``step``, from 1, in the original code.
 
     ``sixteenths``: all gone after 16 recomputations; ``eighths``: a whole number for each of about
     8 recomputations; ``heads``: one more at every second.
@@ -131,7 +131,7 @@ def scores(units: Units, whole: Whole, ranking: Ranking) -> Tensor:
 
     ``original``: column norms of the one ranking compactor, summed over a unit's entries.
     ``group``: squared column norms of the left members plus squared row norms of the right ones,
-    summed over a unit's entries: everything that would be lost (spec, section 6 (13)).
+    summed over a unit's entries: everything that would be lost.
     """
     if ranking == "original":
         compactor_PKK = _compactor(whole(units.ranking))

@@ -21,7 +21,7 @@ from dskd.errors import ConfigError
 Strategy = Literal["dim", "head"]
 RuleName = Literal["annealed", "original"]
 Pace = Literal["sixteenths", "eighths", "heads"]
-"""How fast the original rule removes a group's units, see ``masks.original_count``."""
+"""How fast the original rule removes a group's units, see ``units.original_count``."""
 
 _STEPS_OF_A_CHUNK = 8
 
@@ -60,7 +60,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Target:
-    """The sizes a user asks for; None: in proportion to ``hidden_size``. Named as the settings."""
+    """The sizes that the settings of these names want; None: in proportion to ``hidden_size``."""
 
     hidden_size: int
     intermediate_size: int | None = None
@@ -69,7 +69,7 @@ class Target:
     strategy: Strategy = "dim"
     rule: RuleName = "annealed"
     section: str = "method"
-    """Dotted name of the section that asks, for messages."""
+    """Dotted name of that section, for messages."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def cuts(
 ) -> dict[str, Cut]:
     """What each kind of group loses, by its letter: ``R``, ``T``, ``A`` and ``F``.
 
-    The original rule cuts the residual stream like attention, in as many chunks as there are heads
-    (spec, section 3.2), though it has none; the default one ranks its entries as a whole.
+    The original code's rule cuts the residual stream like attention, in as many chunks as there are
+    heads, though it has none; the default one ranks its entries as a whole.
     """
     width, gone = teacher.hidden, teacher.hidden - student.hidden
     per_head = teacher.head_dim - student.head_dim

@@ -270,7 +270,9 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
         _check_student(recipe, methods, name)
     run = context.run
     stages = stages_of(context.masks, context.method)
-    _refuse_other_inputs(run, now, settled=_left(run, [s for s in stages if s.chosen]))
+    # Masks with a stage of their own choose from what it makes, until something depends on them.
+    settled = not context.masks.stages() or _left(run, [s for s in stages if s.chosen])
+    _refuse_other_inputs(run, now, settled=settled)
 
 
 def _refuse_other_inputs(run: Run, now: dict[str, str], *, settled: bool) -> None:
@@ -279,7 +281,7 @@ def _refuse_other_inputs(run: Run, now: dict[str, str], *, settled: bool) -> Non
     Args:
         run: the settings.
         now: the fingerprints, by name.
-        settled: whether something depends on the masks yet.
+        settled: whether the masks may not change any more.
     """
     path = folder_of(run).inputs
     if not path.exists():

@@ -112,6 +112,11 @@ class Masking(MaskShares):
     """``counter``: drawn from (seed, epoch, row) only, vectorised, specials excluded; ``fairseq``:
     bit for bit the sampling of the original Knowledge Inheritance code."""
 
+    def freedom(self, name: str) -> Freedom | None:
+        """None: random masks are chosen from no scores, so the first call settles them."""
+        del name
+        return None
+
 
 class HardTokens(MaskShares):
     """Masking of the tokens that a model finds hard (Self-Evolution).

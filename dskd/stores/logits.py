@@ -40,7 +40,7 @@ from dskd.stores.store import Store, read_spec
 
 KIND = "logits"
 
-# Columns of a batch, at its N supervised positions in row-major order; see dskd.batch.TopK.
+# Columns of a batch, at its N supervised positions in row-major order; see TopKTeacher.
 TOPK_IDS = "topk_ids"
 """int64 [N, K], token ids by falling probability."""
 TOPK_LOGPROBS = "topk_logprobs"

@@ -58,7 +58,7 @@ def capture(
             raise ConfigError(
                 f"teacher.domains.{prepared.domains[domain]}: no training row is of this domain"
             )
-    assert view.draws is not None, "settings.checks asks for data.masking.draws"
+    assert view.draws is not None, "RowMasks.problems refuses it by name"
     layout = LogitLayout(
         k=cached.k,
         vocabulary=vocabulary_size(prepared.tokenizer),

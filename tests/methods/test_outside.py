@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from dskd.cli import main
 from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
-from dskd.runs.plan import check
+from dskd.runs.plan import check, is_done
 from dskd.settings.recipe import read
 from dskd.stores.store import Store
 from dskd.system.files import read_manifest
@@ -165,3 +166,12 @@ def test_its_stage_is_known_to_until(mine, one):
     listed = "data, slice, cache, surprise, train, export, evaluate; did you mean 'surprise'"
     with pytest.raises(ConfigError, match=rf"^until: 'suprise' is not one of {listed}"):
         check(recipe, methods, world=1)
+
+
+def test_a_store_that_is_only_begun_is_not_done(mine, one, tmp_path):
+    (tmp_path / "surprise").mkdir()
+    shutil.copy(one / "surprise" / "manifest.json", tmp_path / "surprise")
+    recipe = read(mine.recipe, ["until=surprise", f"out={tmp_path}"])
+    assert not is_done(
+        recipe, {name: build_method(run.method) for name, run in recipe.runs.items()}
+    )

@@ -118,6 +118,21 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+# ---- a call with other settings ------------------------------------------------------------------
+
+
+def test_random_masks_are_settled_by_the_first_call(tmp_path, capfd):
+    """Even if it made no more than the rows; those of hard tokens are not."""
+    path = str(recipe_of(tmp_path, {"a": {"model": {"config": BERT}}}))
+    changed = "data.masking.probability=0.3"
+    forked(1, path, "until=data")
+    forked(1, path, "until=data", changed, status=2)
+    assert "masking changed since the run was started" in capfd.readouterr().err
+    hard = [f"out={tmp_path}/hard", "until=data", "data.masking.kind=hard_tokens"]
+    forked(1, path, *hard)
+    forked(1, path, *hard, changed)
+
+
 # ---- what is counted ---------------------------------------------------------------------------
 
 

@@ -130,6 +130,7 @@ def test_home_is_expanded(monkeypatch):
     assert source.path == "/home/u/t"
     assert (run.out, run.data.folder) == (Path("/home/u/runs"), Path("/home/u/data"))
     assert (run.model.path, run.deepspeed) == ("/home/u/m", "/home/u/d.json")
+    assert _single("teacher.deepspeed=~/t.json").teacher.deepspeed == "/home/u/t.json"
 
 
 # Mistakes
@@ -451,6 +452,12 @@ def test_dump_round_trips(tmp_path):
 def test_what_may_change_in_a_resume(override, lines):
     assert differences(Run(), _single(override)) == lines
     assert differences(Run(), Run()) == []
+
+
+def test_random_masks_are_not_chosen_later():
+    changed = _single("data.masking.probability=0.3")
+    line = "data.masking.probability: 0.15, now 0.3"
+    assert differences(Run(), changed, chosen=False) == [line]
 
 
 def test_geometry_of_cached_teachers_is_free():

@@ -5,7 +5,7 @@ is applied to, plus a matrix product that is 0 while D is. D_jj = -1 in an empty
 removes unit j exactly, in every dtype: x - x is 0.
 
 Every function takes lists, one entry a layer, and returns a list of new tensors; the same functions
-for many layers in one launch are in ``dskd/kernels/compactor.py``. Entries are batches of matrices:
+for many layers in one launch are in ``kernels/compactor.py``. Entries are batches of matrices:
 P parts of one layer, N outputs, K inputs, n and k those that are kept. A ``keep`` is the int64
 indices of the kept ones or None for all; a tensor's axis is then n or k long in the place of N or
 K.

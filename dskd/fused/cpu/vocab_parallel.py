@@ -1,6 +1,6 @@
 """What a rank computes of its shard of the vocabulary for `vocab_parallel_kd`, in plain torch.
 
-The same three functions as ``dskd/kernels/vocab_parallel.py``, with one meaning; the collectives
+The same three functions as ``kernels/vocab_parallel.py``, with one meaning; the collectives
 between them are in ``vocab_parallel.py``. Rows go by chunks, in fp32 (float64 for float64 logits).
 
 Statistics of a shard, [N, 8]; sums are over the shard's columns, relative to the shard's maximum:

@@ -98,17 +98,7 @@ class MyMethod(Method):
 
     def stages(self) -> Sequence[Stage]:
         """``surprise``: score the labels by the student as it starts."""
-        folder = "surprise"
-        return (
-            Stage(
-                KIND,
-                score,
-                before="train",
-                leaves=(folder,),
-                whole=f"{folder}/manifest.json",
-                report=section,
-            ),
-        )
+        return (Stage(KIND, score, before="train", leaves=(KIND,), report=section),)
 
     def readers(self, context: StageContext) -> Sequence[Reader]:
         """What adds the surprise, to the batches of training."""

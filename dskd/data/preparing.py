@@ -156,7 +156,7 @@ def _training_documents(source: Source, data: Data) -> Iterator[str]:
 
 
 def _held_out(text: str, fraction: float) -> bool:
-    """By a hash of the text: equal documents are on the same side, in every run."""
+    """Whether a document is held out, by a hash of its text: equal ones are on the same side."""
     return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
 
 

@@ -20,6 +20,8 @@ from dskd.system.files import file_hash, read_manifest, sync_folder, write_manif
 from dskd.system.log import say
 
 MANIFEST = "manifest.json"
+FORMAT = 2
+"""Of a checkpoint's manifest; 1 had a loss in the place of a score, and one state for all."""
 _TEMPORARY = ".saving-"
 
 
@@ -34,7 +36,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Selection:
-    """By which of a run's evaluation results one checkpoint is better than another.
+    """Which result of a run's evaluations compares its checkpoints, and in which direction.
 
     Attributes:
         metric: its key, ``<set>_<metric>``.
@@ -113,7 +115,8 @@ class Checkpoints:
         mine = {name: _seal(temporary / name) for name in names[dist.rank() :: dist.world()]}
         files = {k: v for part in dist.gather_objects(mine) for k, v in sorted(part.items())}
         if dist.rank() == 0:
-            write_manifest(temporary / MANIFEST, {"step": step, **about, "files": files})
+            content = {"format": FORMAT, "step": step, **about, "files": files}
+            write_manifest(temporary / MANIFEST, content)
             final = self._folder / _name(step)
             temporary.rename(final)
             sync_folder(self._folder)
@@ -163,7 +166,13 @@ class Checkpoints:
         return min(losses, key=losses.__getitem__) if losses else names[-1]
 
     def _manifest(self, name: str) -> dict[str, Any]:
-        return read_manifest(self._folder / name / MANIFEST, CheckpointError)
+        path = self._folder / name / MANIFEST
+        manifest = read_manifest(path, CheckpointError)
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path}: written by another version of dskd; train again in another `out`"
+            )
+        return manifest
 
     def _open(self, name: str) -> Saved:
         problem = manifest = None

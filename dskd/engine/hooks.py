@@ -207,22 +207,22 @@ class HookChain(StepHooks):
                 each.prepare(position, step, stop)
 
     def before_passes(self, probe: Probe, step: int) -> None:
-        """Each in turn."""
+        """Call each of the hooks in turn."""
         for each in self._hooks.values():
             each.before_passes(probe, step)
 
     def before_micro_batch(self, last: bool) -> None:
-        """Each in turn."""
+        """Call each of the hooks in turn."""
         for each in self._hooks.values():
             each.before_micro_batch(last)
 
     def before_step(self, weights: ParameterShards, step: int, lr: float) -> None:
-        """Each in turn, seeing the edits of those before it."""
+        """Call each of the hooks in turn, seeing the edits of those before it."""
         for each in self._hooks.values():
             each.before_step(weights, step, lr)
 
     def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
-        """Each in turn, seeing the edits of those before it."""
+        """Call each of the hooks in turn, seeing the edits of those before it."""
         for each in self._hooks.values():
             each.after_step(weights, step, lr)
 

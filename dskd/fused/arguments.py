@@ -137,7 +137,7 @@ def gradient_room(out: Tensor, student_NV: Tensor) -> None:
 
 
 def temperature_of(temperature: float) -> float:
-    """A usable temperature."""
+    """The temperature as a float; refused unless it is a positive, finite number."""
     # not math.isfinite, which torch.compile cannot trace for a number that changes
     good = 0 < temperature < torch.inf
     refuse(not good, lambda: f"temperature: must be positive and finite, not {temperature}")
@@ -145,7 +145,7 @@ def temperature_of(temperature: float) -> float:
 
 
 def map_of(name: str, value: LogitMap) -> LogitMap:
-    """A usable logit map."""
+    """The logit map as a tuple of floats; refused unless scale and cap are usable numbers."""
     refuse(
         not isinstance(value, LogitMap),
         lambda: f"{name}: must be a LogitMap, not {type(value).__name__}",

@@ -63,7 +63,7 @@ class Merged(NamedTuple):
 
 
 class FactorGradients(NamedTuple):
-    """Of the factors; None for a bias that is not there."""
+    """The gradients of the factors; None for a bias that is not there."""
 
     weight_PNK: Tensor
     bias_PN: Tensor | None

@@ -226,7 +226,7 @@ def _fingerprint(
     scores: str,
     unused: Sequence[str],
 ) -> str:
-    """Of all that the masks depend on; ``unused`` are settings that this view does not look at."""
+    """Fingerprint of all that the masks depend on, without the settings ``unused`` by the view."""
     of_metric = {"confidence": "threshold", "quantile": "quantile", "correctness": None}
     idle = {name for metric, name in of_metric.items() if name and metric != masking.metric}
     return fingerprint(

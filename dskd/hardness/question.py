@@ -28,7 +28,7 @@ _CHUNK = 1 << 24  # logits at once: bounds their float32 copies to some 64 MiB e
 
 
 class TokenScores(NamedTuple):
-    """How hard each place was.
+    """How hard the label of each scored place was to the model.
 
     Attributes:
         nll_N: float32, negative log-likelihood of the label, nats.

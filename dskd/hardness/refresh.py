@@ -85,7 +85,7 @@ class HardnessStores:
 
     @property
     def fingerprint(self) -> str:
-        """Of the first store, which need not be there yet; the later ones follow from the run."""
+        """Fingerprint of the first store, which need not exist yet; later ones follow from it."""
         spec = hardness_spec(self._masking, self._prepared.train, self._view, self._prints)
         return identity(spec)
 

@@ -50,7 +50,7 @@ class ScoringPlan:
     special: tuple[int, ...] = ()
 
     def tree(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The plan as a mapping of JSON values."""
         return {**asdict(self), "special": list(self.special)}
 
     @staticmethod

@@ -64,8 +64,8 @@ def identity(spec: StoreSpec) -> str:
 
 
 def describe_scores(folder: Path) -> dict[str, float]:
-    """Of a complete store ``tokens``, the NLLs it holds, ``bytes`` of its shards, and their ratio
-    ``bytes_per_token``; the shards are not read.
+    """Sizes of a complete store: ``tokens``, the NLLs it holds, ``bytes`` of its shards, and their
+    ratio ``bytes_per_token``; the shards are not read.
 
     Raises:
         StoreError: it is missing or not complete, or its manifest is damaged.

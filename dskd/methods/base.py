@@ -33,7 +33,7 @@ break the others."""
 
 
 class Method(Section):
-    """Base of the methods.
+    """Base of the training methods: settings, a pure loss, and what a run does for it besides.
 
     Attributes:
         terms: names of all terms that :meth:`loss` may return: one for each number that sums are
@@ -120,8 +120,8 @@ class Method(Section):
         return (LM_LOSS,)
 
     def selection(self) -> Selection | None:
-        """By which result of the evaluation a checkpoint is the best; None: the last one is, as it
-        is by any method where the masks of training say so (``RowMasks.selects``)."""
+        """Which result of the evaluation says that a checkpoint is the best; None: the last one is,
+        as it is by any method where the masks of training say so (``RowMasks.selects``)."""
         return Selection()
 
     def wants_teacher(self) -> bool:

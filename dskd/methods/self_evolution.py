@@ -57,7 +57,7 @@ class SelfEvolution(Method):
         return self.wants_teacher()
 
     def selection(self) -> None:
-        """None: the last checkpoint is exported."""
+        """No result selects a checkpoint: the last one is exported."""
         return
 
     def columns(self) -> frozenset[str]:
@@ -121,7 +121,7 @@ class SelfEvolution(Method):
         return super().counts(batch)
 
     def _weight(self, batch: Batch) -> TokenWeight:
-        """Of every supervised position: one number, or fp32 [N]."""
+        """The weight of every supervised position: one number, or fp32 [N]."""
         if not self.columns():
             return 1.0
         return 1.0 + (self.hard_weight - 1.0) * batch.columns[HARD_LABELS]

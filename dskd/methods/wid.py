@@ -82,7 +82,7 @@ class WeightInheritance(Method):
 
     @property
     def temperature(self) -> float:
-        """Of the inherited distribution."""
+        """The temperature of the inherited distribution."""
         assert self.inherit is not None, "the method wants no teacher"
         return self.inherit.temperature
 
@@ -173,7 +173,7 @@ class WeightInheritance(Method):
         return Narrowing(self, context.run, surgery, units)
 
     def exported_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The student's, narrowed."""
+        """The config of the narrowed student that is exported."""
         return narrowed_config(config, self._widths(config))
 
     def _widths(self, config: PreTrainedConfig) -> Widths:
@@ -327,7 +327,7 @@ class Narrowing(StepHooks):
         return {"rule": self._rule.state(), "compacted": self._compacted}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Masks as they were."""
+        """Put the masks, or the compaction, of a checkpoint back."""
         self._rule.restore(state["rule"])
         if state["compacted"]:
             self._compact()

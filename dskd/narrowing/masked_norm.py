@@ -20,7 +20,7 @@ Statistics = Literal["biased", "unbiased"]
 
 
 class MaskedNorm(nn.Module):
-    """What both norms share.
+    """Base of norms whose statistics come from the kept units only.
 
     Attributes:
         keep: bool [H], the units that statistics are computed over, or None for all; on the device

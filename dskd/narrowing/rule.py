@@ -56,11 +56,11 @@ class Rule(ABC):
 
     @property
     def keep(self) -> dict[str, Tensor]:
-        """By group: which units are kept, bool [U]."""
+        """Which units of each group are kept: bool [U] by group."""
         return {name: at_U == 0 for name, at_U in self.removed_at.items()}
 
     def kept(self) -> dict[str, int]:
-        """By group: how many units are kept."""
+        """How many units of each group are kept, by group."""
         return {name: int(keep_U.sum()) for name, keep_U in self.keep.items()}
 
     def before_step(self, weights: ParameterShards, step: int) -> list[str]:

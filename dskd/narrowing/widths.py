@@ -90,7 +90,7 @@ class Cut:
 
 
 def student_widths(teacher: Widths, target: Target, family: Family) -> Widths:
-    """The student's sizes.
+    """The sizes of the student, checked against what its family, strategy and rule allow.
 
     Raises:
         ConfigError: they cannot be reached; names the setting and the nearest values that can.

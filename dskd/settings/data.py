@@ -161,8 +161,8 @@ class HardTokens(MaskShares):
     rows_per_shard: Annotated[int, FREE] = Field(1024, ge=1)
 
     def freedom(self, name: str) -> Freedom | None:
-        """As marked; but with ``shown: mask`` the store depends on ``probability``, too, which then
-        says how many passes there are."""
+        """Until when a field may change: as marked, but with ``shown: mask`` the store depends on
+        ``probability``, too, which then says how many passes there are."""
         return None if (name, self.shown) == ("probability", "mask") else super().freedom(name)
 
 

@@ -95,7 +95,7 @@ class StoreSpec:
         return fingerprint(self.tree())
 
     def tree(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The spec as a mapping of JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
     @staticmethod

@@ -75,7 +75,7 @@ class StepResult:
 
 
 class Trainer:
-    """Trains one student.
+    """The step loop of one run: steps, logs, evaluates and saves until all steps are taken.
 
     Args:
         run: the settings.
@@ -123,7 +123,7 @@ class Trainer:
         """The step of the newest checkpoint (0: as the student begins)."""
 
     def train(self) -> Progress:
-        """Take the remaining steps.
+        """Take the steps that are left, from where ``progress`` is.
 
         Raises:
             NonFiniteError: a loss term, the gradient or the evaluation's score is NaN or infinite;

@@ -9,6 +9,7 @@ import pytest
 
 from dskd.engine.checkpoints import Checkpoints, Score, Selection
 from dskd.errors import CheckpointError
+from dskd.system.files import read_manifest, write_manifest
 from tests.ranks import run_ranks
 
 LOSS = Selection()
@@ -129,3 +130,11 @@ def test_what_one_rank_finds_is_raised_on_all(tmp_path):
     told = run_ranks(_damage_seen_by_one, tmp_path, world=3)
     assert told[0] == told[1] == told[2]
     assert told[0].startswith(f"{tmp_path}/step-00000001/b: damaged")
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    save(Checkpoints(tmp_path, 2, None), 1, None)
+    path = tmp_path / "step-00000001/manifest.json"
+    write_manifest(path, read_manifest(path, ValueError) | {"format": 1})
+    with pytest.raises(CheckpointError, match=r"manifest\.json: written by another version"):
+        Checkpoints(tmp_path, 2, None).latest()

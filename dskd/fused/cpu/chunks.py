@@ -64,7 +64,7 @@ class Chunk:
     steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def moderate(self) -> bool:
-        """Whether plain was right."""
+        """Whether the sums without a shift by the maximum neither overflowed nor vanished."""
         low, high = _MODERATE
         # on the host: the numbers are few, and a tensor operation costs more than all of them
         totals = [x for total in self.totals for x in total.flatten().tolist()]
@@ -225,7 +225,7 @@ def scratch(buffers: int, logits_NV: Tensor) -> Tensor:
 
 
 def filled(scratch_BCV: Tensor, rows: ChunkRows) -> tuple[Tensor, ...]:
-    """As much of the buffers as a chunk fills."""
+    """The part of the buffers that the rows of a chunk fill, one view a buffer."""
     count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
     return scratch_BCV[:, :count].unbind()
 

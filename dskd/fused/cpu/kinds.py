@@ -72,7 +72,7 @@ class Pair:
 
 
 def row_sum(matrix: Tensor) -> Tensor:
-    """[C, 1]."""
+    """The sum of each row, [C, 1]."""
     return matrix.sum(1, keepdim=True)
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from dskd.system.log import read_metrics
 from dskd.train import main
@@ -19,6 +20,15 @@ BINARY = Path(sys.executable).with_name("deepspeed")
 def environment() -> dict[str, str]:
     """What a rank of a test sees: one thread, no GPU, no network."""
     return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": ""}
+
+
+def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``python WORDS`` to its good end."""
+    options = {"env": environment(), "timeout": 280} | options
+    command = [sys.executable, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def deepspeed(ranks: int, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

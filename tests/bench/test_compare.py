@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from dskd.settings.parsing import parse
 from dskd.settings.recipe import read
 from dskd.settings.yaml_tree import load
 from launch.bench import compare
-from tests.launching import environment
+from tests.launching import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[2]
 WID = ROOT / "launch/wid/compare.yaml"
 EVOLUTION = ROOT / "launch/self_evolution/compare.yaml"
 RESULTS = ROOT / "launch/bench/results"
@@ -214,15 +212,7 @@ def test_a_comparison_from_the_command_line(tmp_path):
     recipe.with_suffix(".json").write_text(json.dumps(plan))
     script, results = str(ROOT / "launch/bench/compare.py"), tmp_path / "results"
     words = [str(recipe), "--seeds", "1,2", "--results", str(results)]
-    done = subprocess.run(
-        [sys.executable, script, *words, "train.clip=0.5"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = python(script, *words, "train.clip=0.5")
     (path,) = results.glob("*.json")
     result = json.loads(path.read_text())
     random, again = result["rows"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,8 +9,9 @@ from dskd.data.counter import below
 from dskd.data.packing import Encoder, Items, Packer, complete, complete_doc, contiguous, cut
 from dskd.data.prepared import Prepared
 from dskd.settings.data import Data
+from tests.goldens import golden
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())["blocking"]
+GOLDEN = golden("ki")["blocking"]
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])

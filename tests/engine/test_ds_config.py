@@ -27,7 +27,8 @@ from dskd.settings.recipe import read
 from tests.ranks import run_ranks
 
 PRESETS = sorted(path.stem for path in presets().glob("*.json"))
-EXACT = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+# DeepSpeed 0.19.8 quantises ZeRO++'s gradients between nodes only, by an operator that no CPU has
+EXACT = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zeropp"]
 WORLD = 2
 
 
@@ -57,16 +58,8 @@ def _refused(ds, *overrides, **options):
 
 
 def test_the_shipped_presets():
-    assert PRESETS == [
-        "zero0",
-        "zero1",
-        "zero2",
-        "zero2_offload",
-        "zero3",
-        "zero3_nvme",
-        "zero3_offload",
-        "zeropp",
-    ]
+    stages = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_nvme", "zero3_offload"]
+    assert [*stages, "zeropp"] == PRESETS
 
 
 @pytest.mark.parametrize("cuda", [False, True])
@@ -127,10 +120,8 @@ def test_whose_adam_runs(preset, cuda, torch_adam, fused):
 def test_nodes_share_weights_within_themselves():
     zero = _filled("zeropp", "train.batch=128", world=16, ranks_per_node=8)["zero_optimization"]
     assert zero["zero_hpz_partition_size"] == 8
-    assert (
-        _filled("zeropp", world=2, ranks_per_node=2)["zero_optimization"]["zero_hpz_partition_size"]
-        == 1
-    )
+    zero = _filled("zeropp", world=2, ranks_per_node=2)["zero_optimization"]
+    assert zero["zero_hpz_partition_size"] == 1
     lines = _refused({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}})
     assert lines == ["zero0: zero_optimization.zero_hpz_partition_size 4 does not divide 2 ranks"]
 
@@ -267,11 +258,8 @@ def test_a_wrong_word_is_named(ds, line):
 
 def test_all_problems_are_told_at_once():
     lines = _refused({"steps_per_prnt": 1, "scheduler": {}, "bf16": {"on": True}}, where="my.json")
-    assert [line.split(":")[1].strip() for line in lines] == [
-        "steps_per_prnt",
-        "scheduler",
-        "bf16.on",
-    ]
+    names = [line.split(":")[1].strip() for line in lines]
+    assert names == ["steps_per_prnt", "scheduler", "bf16.on"]
     lines = _refused({"train_batch_size": 1, "gradient_clipping": 3}, where="my.json")
     assert len(lines) == 2
     assert all(line.startswith("my.json: ") for line in lines)
@@ -449,11 +437,6 @@ def plain():
 @pytest.mark.parametrize("preset", EXACT)
 def test_presets_train_alike(plain, preset):
     assert _train(preset) == pytest.approx(plain, abs=1e-5)
-
-
-def test_zeropp_trains_alike_on_one_node(plain):
-    """DeepSpeed 0.19.8 quantises gradients between nodes only, by an operator that no CPU has."""
-    assert _train("zeropp") == pytest.approx(plain, abs=1e-5)
 
 
 @pytest.fixture(scope="module")

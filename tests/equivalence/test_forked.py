@@ -34,6 +34,7 @@ from tests.equivalence.small import (
     cached,
     causal,
     routed,
+    same,
     settings,
 )
 from tests.launching import evaluations, losses
@@ -57,11 +58,6 @@ def single(runs) -> Path:
 def mixed(runs) -> Path:
     """As ``single``, with another teacher for the second domain."""
     return runs.run("mixed", 1, teacher=routed(LIVE, LIVE_OTHER))
-
-
-def same(a: Path, b: Path) -> None:
-    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
-    assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
 
 
 def learns(out: Path) -> bool:

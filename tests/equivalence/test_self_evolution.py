@@ -32,8 +32,8 @@ from dskd.settings.recipe import read
 from dskd.stores.shard import map_shard
 from dskd.stores.store import shard_path
 from dskd.system.files import read_manifest, write_manifest
-from tests.equivalence.small import CAUSAL, LIVE, MASKED, STEPS, Runs, cached, source
-from tests.launching import cut_back, evaluations, forked, losses
+from tests.equivalence.small import CAUSAL, LIVE, MASKED, STEPS, Runs, cached, same, source
+from tests.launching import cut_back, forked, losses
 
 ROWS, BATCH = 44, 8
 # Far from uniform, so that it matters which tokens are hard.
@@ -89,11 +89,6 @@ def answers(folder: Path) -> np.ndarray:
 
 def stores(run: Path) -> list[str]:
     return sorted(path.name for path in run.glob("questions*"))
-
-
-def same(a: Path, b: Path) -> None:
-    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
-    assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
 
 
 def same_answers(a: Path, b: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dskd.system.log import read_metrics
+from tests.equivalence import small
 from tests.equivalence.small import STEPS, Runs, causal
 from tests.launching import cut_back, evaluations, losses
 
@@ -36,8 +37,7 @@ def references(runs) -> dict[str, Path]:
 
 
 def same(a: Path, b: Path) -> None:
-    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
-    assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
+    small.same(a, b)
     assert column(a, "kl") == pytest.approx(column(b, "kl"), abs=1e-5)
 
 

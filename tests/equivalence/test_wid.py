@@ -15,7 +15,7 @@ import pytest
 
 from dskd.settings.yaml_tree import merge
 from dskd.system.log import read_metrics
-from tests.equivalence.small import LIVE, MASKED, Runs, cached
+from tests.equivalence.small import LIVE, MASKED, Runs, cached, same
 from tests.launching import cut_back, evaluations, losses
 
 STEPS = 6
@@ -61,11 +61,6 @@ def runs(tmp_path_factory) -> Runs:
 def references(runs) -> dict[str, Path]:
     """One rank, ZeRO-0, two micro-batches a step."""
     return {rule: train(runs, rule, 1, rule=rule) for rule in SETTINGS}
-
-
-def same(a: Path, b: Path) -> None:
-    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
-    assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
 
 
 def score_of(checkpoint: Path) -> float | None:

@@ -15,13 +15,12 @@ from pathlib import Path
 
 # What the command imports when it needs it, once before the fork: a tenth of a second each.
 import matplotlib.backends.backend_agg  # noqa: F401
-import torch
 import transformers.models.roberta.modeling_roberta  # noqa: F401
 
 import dskd.methods.ki
 import dskd.methods.lm  # noqa: F401
 from dskd.train import main
-from tests.ranks import free_port
+from tests.ranks import be_rank, free_port
 
 LIMIT = 120
 """Seconds after which a run is taken to hang."""
@@ -164,15 +163,7 @@ def _command(
     words: tuple[str, ...],
     trap: Callable[[int], None] | None,
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
+    be_rank(rank, world, port)
     gc.freeze()  # else each collection goes through all that the parent holds
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

@@ -18,8 +18,8 @@ from dskd.hardness.masks import HARD_LABELS, HardCausalView, HardView, hard_view
 from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.data import Data, HardTokens
-from dskd.stores.store import Writer
 from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
+from tests.stores.caches import write_store
 
 ROWS, WIDTH = 400, 64
 
@@ -49,16 +49,14 @@ def store_of(folder, rows, nll_RT, wrong_RT=None, shown="token"):
     plan = ScoringPlan(shown)
     masking = HardTokens(kind="hard_tokens", rows_per_shard=150)
     spec = hardness_spec(masking, rows, ScoringView(plan, TOKENIZER), {"data": "rows"})
-    writer = Writer(folder, spec)
-    writer.prepare()
-    for shard in range(spec.shards):
-        _, begin, end = spec.span(shard)
-        row_ids = np.arange(begin, end)
-        asked_BT = plan.draw_of(rows.rows(row_ids, row_ids * 0)) == 0
+
+    def content(draw, row_ids):
+        asked_BT = plan.draw_of(rows.rows(row_ids, row_ids * 0)) == draw
         wrong_BT = np.zeros_like(asked_BT) if wrong_RT is None else wrong_RT[row_ids]
-        columns = encode(nll_RT[row_ids][asked_BT].astype(np.float32), wrong_BT[asked_BT])
-        writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
-    writer.finish(writer.records)
+        nll_N = nll_RT[row_ids][asked_BT].astype(np.float32)
+        return asked_BT.sum(1), encode(nll_N, wrong_BT[asked_BT])
+
+    write_store(folder, spec, content)
     return Hardness(folder, {"data": "rows"})
 
 

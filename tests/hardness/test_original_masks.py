@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -18,9 +15,10 @@ from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.data import Data, HardTokens
 from dskd.stores.store import Writer
 from tests.data.test_views import SIZE, TOKENIZER, tokenizer_of
+from tests.goldens import golden
 from tests.hardness.test_masks import ALL, NLL_RT, WIDTH, Rows, seen, store_of, view_of
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "self_evolution.json").read_text())
+GOLDEN = golden("self_evolution")
 
 
 @pytest.mark.parametrize(

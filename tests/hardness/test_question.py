@@ -1,12 +1,9 @@
 """Self-questioning: the original's scores, a real model's, and the same bytes whatever happens."""
 
-import json
 import multiprocessing
 import os
 import signal
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from dskd.batch import Positions
 from dskd.data.loader import make_batch
-from dskd.data.prepared import open_prepared, prepare
+from dskd.data.prepared import open_prepared
 from dskd.data.tokenizers import special_ids
 from dskd.data.views import view_for
 from dskd.engine.engine import Engine, decay_groups, shard_teacher
@@ -25,25 +22,17 @@ from dskd.hardness.question import question, token_scores
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness, describe_scores
 from dskd.methods.lm import LanguageModelling
-from dskd.models.build import build
-from dskd.settings.data import Data, HardTokens, Masking, TextSource, TrainedTokenizer
-from dskd.settings.model import Model
+from dskd.settings.data import Data, HardTokens, Masking, TextSource
 from dskd.stores.store import shard_path
 from dskd.training.objective import Objective
 from tests.data.conftest import make_corpus
 from tests.data.row_batches import row_batch
 from tests.data.test_views import tokenizer_of
+from tests.goldens import golden
 from tests.ranks import run_ranks
+from tests.stores.real import another_fills, no_model, prepared_folders, random_model
 
-STAGE1 = json.loads((Path(__file__).parents[1] / "golden/self_evolution.json").read_text())[
-    "stage1"
-]
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-SIZES["initializer_range"] = 0.3  # far from uniform
-MODELS = {
-    "masked": Model(config={"model_type": "roberta", "intermediate_size": 32, **SIZES}),
-    "causal": Model(config={"model_type": "llama", "intermediate_size": 32, **SIZES}),
-}
+STAGE1 = golden("self_evolution")["stage1"]
 KINDS = [("masked", "token"), ("masked", "mask"), ("causal", "token")]
 PRINTS = {"model": "M", "tokenizer": "V", "data": "D", "blocking": "B", "scoring": "S"}
 CPU = torch.device("cpu")
@@ -72,33 +61,12 @@ def folders(tmp_path_factory):
     """Prepared rows, by objective."""
     where = tmp_path_factory.mktemp("data")
     make_corpus(where / "a.txt", 60)
-    return {
-        objective: prepare(
-            Data(
-                objective=objective,
-                sources=[TextSource(kind="text", path=str(where / "a.txt"))],
-                tokenizer=TrainedTokenizer(vocab_size=300),
-                block_size=24,
-                folder=where / "rows",
-            )
-        )
-        for objective in MODELS
-    }
+    return prepared_folders(where, [TextSource(kind="text", path=str(where / "a.txt"))])
 
 
 def model_of(prepared, objective, ds=None):
-    """A random model with two columns of padding, in train mode and with dropout."""
-    settings = MODELS[objective].model_copy(update={"vocab_multiple": 7})
-    return build(
-        settings,
-        prepared.tokenizer,
-        objective=objective,
-        block_size=24,
-        seed=3,
-        ds=ds,
-        dtype=torch.float32,
-        where="model",
-    )
+    """A random model with a column of padding, far from uniform."""
+    return random_model(prepared, objective, ds, vocab_multiple=7, initializer_range=0.3)
 
 
 def run_question(folder, prepared, objective, *, ds=None, masking=None, **options):
@@ -371,43 +339,21 @@ def test_a_complete_store_needs_no_model(tmp_path, folders, monkeypatch):
     assert f"holds the NLL of {prepared.train.tokens:,} tokens in 3.74 bytes" in said[-1]
     before = files(tmp_path / "s")
 
-    def no_model():
-        raise AssertionError("the model was built")
-
     again = {"model": no_model}
     run_question(tmp_path / "s", prepared, "masked", masking=masking_of(rows_per_shard=7), **again)
     assert said[-1] == f"question: {tmp_path / 's'} is complete"
     assert files(tmp_path / "s") == before
 
 
-def _question_slowly(folder, prepared, begun):
-    def model():
-        built = model_of(prepared, "masked")
-
-        def hook(*_):
-            begun.set()
-            time.sleep(0.03)
-
-        built.base_model.register_forward_pre_hook(hook)
-        return built
-
-    run_question(folder, prepared, "masked", model=model)
-
-
 def test_while_another_job_asks_one_waits(tmp_path, folders):
     """Two runs that name one store: the second needs no model, and finds the store whole."""
-    prepared, fork = open_prepared(folders["masked"]), multiprocessing.get_context("fork")
-    begun = fork.Event()
-    other = fork.Process(target=_question_slowly, args=(tmp_path / "s", prepared, begun))
-    other.start()
-    assert begun.wait(60)
+    prepared = open_prepared(folders["masked"])
 
-    def no_model():
-        raise AssertionError("the model was built")
+    def fill(model):
+        run_question(tmp_path / "s", prepared, "masked", model=model)
 
-    run_question(tmp_path / "s", prepared, "masked", model=no_model)
-    other.join()
-    assert other.exitcode == 0
+    with another_fills(fill, lambda: model_of(prepared, "masked")):
+        fill(no_model)
     Hardness(tmp_path / "s", PRINTS)
 
 

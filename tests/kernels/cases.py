@@ -48,13 +48,6 @@ def surroundings(view: Tensor) -> Tensor:
     return whole[outside]
 
 
-def gradient_of(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
-    """Gradient, by autograd in float64, of a scalar of the student's logits."""
-    leaf = student.detach().double().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
-    return gradient
-
-
 def close(
     name: str, found: Tensor, wanted: Tensor, relative: float = 3e-5, absolute: float = 1e-6
 ) -> None:

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 
-from dskd.fused import reference
 from dskd.kernels import topk
-from tests.kernels.cases import GPU, ROUNDING, close, gradient_of, logits, surroundings
+from tests.fused.expected import PLAIN, topk_expected
+from tests.kernels.cases import GPU, ROUNDING, close, logits, surroundings
 
 MODES = ("tail", "renormalised", "truncated")
-PLAIN = (1.0, 0.0)
 COLUMNS = 16384 if GPU else 500
 
 
@@ -50,33 +49,6 @@ def awkward(columns, kept, temperature, device, dtype=torch.float32, padding=0):
     return student, (ids, logprobs, tail), labels, (weight, label_weight)
 
 
-def expected_by_reference(student, teacher, labels, weights, mode, temperature, logit_map):
-    """Divergence, label loss, and the gradient of their weighted sum; ignored rows are 0."""
-    weight, label_weight = weights
-    used = weight != 0 if label_weight is None else (weight != 0) | (label_weight != 0)
-    ids, logprobs, tail = (
-        part.where(used.view(-1, *[1] * (part.ndim - 1)), -1) for part in teacher
-    )
-    student = student.where(used[:, None], 0.0)
-
-    def both(leaf):
-        z = reference.mapped(leaf, *logit_map)
-        found = reference.topk_divergence(
-            z, ids, logprobs.double(), tail.double(), mode, temperature=temperature
-        )
-        return found * used, reference.cross_entropy(z, labels) if labels is not None else None
-
-    def total(leaf):
-        divergence, label_loss = both(leaf)
-        label_part = 0.0 if labels is None else label_weight.double() @ label_loss
-        return weight.double() @ divergence + label_part
-
-    divergence, label_loss = both(student.double())
-    if labels is not None:
-        label_loss = label_loss * (label_weight != 0)
-    return divergence, label_loss, gradient_of(total, student)
-
-
 def check(
     student,
     teacher,
@@ -90,28 +62,17 @@ def check(
     tolerance=3e-5,
 ):
     """Run the kernel into `grad` ("other", "in place", None, a tensor) and compare everything."""
-    weight, label_weight = weights if labels is not None else (weights[0], None)
-    weights = weight, label_weight
-    wanted = expected_by_reference(student, teacher, labels, weights, mode, temperature, logit_map)
+    weights = weights if labels is not None else (weights[0], None)
+    ids, logprobs, tail = teacher
+    teacher = ids, logprobs, tail if mode == "tail" else None
+    wanted = topk_expected(student, teacher, labels, *weights, mode, temperature, logit_map)
     outside = surroundings(student)
     if grad == "in place":
         grad = student
     elif grad == "other":
         grad = torch.empty_like(student)
-    ids, logprobs, tail = teacher
-    divergence, label_loss = topk.topk_rows(
-        student,
-        ids,
-        logprobs,
-        tail if mode == "tail" else None,
-        labels,
-        weight,
-        label_weight,
-        mode=mode,
-        temperature=temperature,
-        student_map=logit_map,
-        grad_NV=grad,
-    )
+    how = {"mode": mode, "temperature": temperature, "student_map": logit_map, "grad_NV": grad}
+    divergence, label_loss = topk.topk_rows(student, *teacher, labels, *weights, **how)
     close("divergence", divergence, wanted[0], tolerance, tolerance / 10)
     assert (label_loss is None) == (labels is None)
     if labels is not None:
@@ -285,7 +246,7 @@ def test_elements_beyond_int32(device, tmp_path):
     teacher = logits(3, columns, device=device)
     weight = torch.ones(3, device=device)
     kept = from_teacher(teacher, 5, 1.0)
-    wanted = expected_by_reference(student, kept, None, (weight, None), "tail", 1.0, PLAIN)
+    wanted = topk_expected(student, kept, None, weight, None, "tail")
     divergence, _ = topk.topk_rows(
         student, *kept, None, weight, None,
         mode="tail", temperature=1.0, student_map=PLAIN, grad_NV=student,

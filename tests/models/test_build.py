@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig
 
 from dskd.errors import ConfigError
 from dskd.models.build import build, hidden_size, model_fingerprint, parameter_count
 from dskd.models.families import lm_head, longest_row
 from dskd.settings.model import Model
-from tests.models.tiny import ALL, BLOCK, make, settings, tokenizer
+from tests.models.tiny import ALL, BLOCK, auto_of, make, settings, tokenizer
 
 
 def _stored(tmp_path, model_type, tok=None, **fields):
     """A HuggingFace folder written by transformers itself; returns settings that name it."""
     tok = tok or tokenizer()
     torch.manual_seed(5)
-    auto = AutoModelForMaskedLM if lm_head(model_type).objective == "masked" else None
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     own = settings(model_type).config | special | {"vocab_size": len(tok)} | fields
-    model = (auto or AutoModelForCausalLM).from_config(AutoConfig.for_model(**own))
+    model = auto_of(model_type).from_config(AutoConfig.for_model(**own))
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
     return Model(path=str(tmp_path))
@@ -112,10 +111,8 @@ def test_family_must_fit_the_objective():
 
 def test_positions_must_hold_a_row():
     assert longest_row(make("roberta", block=30).config) == 30  # two go to the padding id
-    with pytest.raises(
-        ConfigError,
-        match=r"max_position_embeddings: 32 are too few for data.block_size 31; 33 are ",
-    ):
+    few = r"max_position_embeddings: 32 are too few for data.block_size 31; 33 are "
+    with pytest.raises(ConfigError, match=few):
         make("roberta", block=31)
     make("bert", block=32)
     with pytest.raises(ConfigError, match=r"32 are too few for data\.block_size 33; 33 are needed"):

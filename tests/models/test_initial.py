@@ -6,12 +6,10 @@ import deepspeed
 import pytest
 import torch
 import xxhash
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dskd.engine.zero import full_shape, gathered, is_sharded
-from dskd.models.families import lm_head
 from dskd.system import dist
-from tests.models.tiny import ALL, SIX, make, tokenizer, zero3
+from tests.models.tiny import ALL, SIX, auto_of, count_gathered, make, tokenizer, zero3
 from tests.ranks import run_ranks
 
 
@@ -128,8 +126,7 @@ WIDE_OF = {
 def test_distribution_is_huggingfaces_own(model_type, tied):
     wide = WIDE_OF.get(model_type, WIDE)
     model = make(model_type, tok=tokenizer(600), tie_word_embeddings=tied, **wide)
-    auto = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
-    theirs = auto[lm_head(model_type).objective].from_config(model.config)
+    theirs = auto_of(model_type).from_config(model.config)
     theirs_by_name = dict(theirs.named_parameters())
     for name, parameter in model.named_parameters():
         mine, reference = parameter.detach(), theirs_by_name[name].detach()
@@ -170,22 +167,15 @@ def test_tied_weights_are_one_parameter():
 def _largest(rank, model_type):
     """Most elements of the model at full size at one time while it is built; its largest own."""
     del rank
-    seen = []
-
-    class Gathered(deepspeed.zero.GatheredParameters):
-        def __enter__(self):
-            super().__enter__()
-            assert all(p.numel() == full_shape(p).numel() for p in self.params)
-            seen.append(sum(p.numel() for p in self.params))
+    seen = count_gathered()
 
     def convert(self, module):
-        seen.append(
-            sum(p.numel() for p in module.parameters())
-        )  # those inside it are slices by now
+        # those inside it are slices by now
+        seen.append(sum(p.numel() for p in module.parameters()))
         original(self, module)
 
     original = deepspeed.zero.Init._post_init_method
-    deepspeed.zero.GatheredParameters, deepspeed.zero.Init._post_init_method = Gathered, convert
+    deepspeed.zero.Init._post_init_method = convert
     model = make(model_type, ds=zero3(2))
     own = [
         sum(full_shape(p).numel() for p in module.parameters(recurse=False))

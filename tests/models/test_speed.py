@@ -7,10 +7,9 @@ import shutil
 import deepspeed
 import pytest
 import torch
-from torch import nn
 
 from dskd.models.speed import blocks_of, checkpoint_activations, compile_layers
-from tests.models.tiny import ALL, batch, loss_of, make, without_dropout, zero3
+from tests.models.tiny import ALL, LossOf, batch, loss_of, make, without_dropout, zero3
 from tests.ranks import run_ranks
 
 
@@ -45,22 +44,13 @@ def test_checkpointed_activations_change_nothing_but_the_work(model_type):
         torch.testing.assert_close(grads[name], grad, rtol=1e-5, atol=1e-6)
 
 
-class _Loss(nn.Module):
-    def __init__(self, student):
-        super().__init__()
-        self.student = student
-
-    def forward(self, data):
-        return loss_of(self.student, data)
-
-
 def _zero3_losses(rank, checkpointed):
     ds = zero3(2)
     model = without_dropout(make("llama", ds=ds))
     if checkpointed:
         checkpoint_activations(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine, *_ = deepspeed.initialize(model=_Loss(model), optimizer=optimizer, config=ds)
+    engine, *_ = deepspeed.initialize(model=LossOf(model), optimizer=optimizer, config=ds)
     losses = []
     for step in range(2):
         loss = engine(batch(seed=2 * step + rank))

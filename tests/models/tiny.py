@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import deepspeed
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from dskd.batch import IGNORE, Batch
+from dskd.engine.zero import full_shape
 from dskd.models.build import build
 from dskd.models.families import MODEL_TYPES, lm_head, positions_of
 from dskd.settings.model import Model
+from tests.batches import batch_of
 
 BLOCK = 16
 SIX = ["bert", "roberta", "gpt2", "llama", "qwen2", "qwen3"]
 ALL = list(MODEL_TYPES)
+AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
 _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 _FIELDS = {
@@ -94,13 +98,8 @@ def batch(rows: int = 3, vocab: int = 43, supervised: bool = True, seed: int = 0
     mask_BT = (torch.arange(BLOCK) < lengths_B[:, None]).long()
     labels_BT = torch.randint(5, vocab, (rows, BLOCK), generator=generator)
     chosen_BT = (mask_BT == 1) & (torch.arange(BLOCK) % 3 == 1) & supervised
-    return Batch.of(
-        row_ids_B=torch.arange(rows),
-        domains_B=torch.zeros(rows, dtype=torch.int64),
-        ids_BT=ids_BT.where(mask_BT == 1, 1),
-        mask_BT=mask_BT,
-        labels_BT=labels_BT.where(chosen_BT, IGNORE),
-    )
+    ids_BT, labels_BT = ids_BT.where(mask_BT == 1, 1), labels_BT.where(chosen_BT, IGNORE)
+    return batch_of(labels_BT, ids_BT=ids_BT, mask_BT=mask_BT)
 
 
 def zero3(world: int, **more) -> dict:
@@ -120,6 +119,37 @@ def loss_of(model, data: Batch) -> torch.Tensor:
     """Summed cross entropy of the supervised positions."""
     rows = positions_of(model, data)
     return nn.functional.cross_entropy(rows.logits_NV, rows.labels_N, reduction="sum")
+
+
+class LossOf(nn.Module):
+    """An objective for a DeepSpeed engine: :func:`loss_of` of a student."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, data):
+        return loss_of(self.student, data)
+
+
+def auto_of(model_type: str) -> type:
+    """The class of transformers that loads a model type."""
+    return AUTO[lm_head(model_type).objective]
+
+
+def count_gathered() -> list[int]:
+    """A list that grows by the number of elements that ZeRO-3 makes whole at one time; for a
+    process of its own."""
+    seen = []
+
+    class Gathered(deepspeed.zero.GatheredParameters):
+        def __enter__(self):
+            super().__enter__()
+            assert all(p.numel() == full_shape(p).numel() for p in self.params)
+            seen.append(sum(p.numel() for p in self.params))
+
+    deepspeed.zero.GatheredParameters = Gathered
+    return seen
 
 
 def without_dropout(model):

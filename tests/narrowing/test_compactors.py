@@ -1,8 +1,6 @@
 """Layers with compactors: the original's numbers, and micro-batches that are taken apart once."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +18,9 @@ from dskd.narrowing.compactors import (
     CompactedProjection,
     Merging,
 )
+from tests import goldens
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())["linear"]
+GOLDEN = goldens.golden("wid")["linear"]
 INPUTS, OUTPUTS = 6, 8
 
 

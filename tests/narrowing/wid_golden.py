@@ -6,9 +6,7 @@ Golden names: ``emb``, ``L<layer>.{q,k,v,o,f1,f2}``, ``mlm1``, ``mlm2`` with ``W
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +15,9 @@ from transformers import BertConfig, BertForMaskedLM
 from dskd.models.families import tie_head_bias
 from dskd.narrowing.insert import Surgery, insert
 from dskd.narrowing.masked_norm import MaskedNorm
+from tests import goldens
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "wid.json").read_text())
+GOLDEN = goldens.golden("wid")
 
 _OUTSIDE = {
     "emb.word": "bert.embeddings.word_embeddings.weight",

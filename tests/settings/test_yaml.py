@@ -90,20 +90,8 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 NASTY = {
-    "words": [
-        "yes",
-        "no",
-        "1e-4",
-        "010",
-        "1:30",
-        "2026-01-31",
-        "null",
-        "",
-        "~",
-        "true",
-        "0x10",
-        "1_0",
-    ],
+    "words": ["yes", "no", "1e-4", "010", "1:30", "2026-01-31", "null", "", "~", "true"],
+    "more": ["0x10", "1_0"],
     "numbers": [1e-6, 1e-4, 3.0, 125000, -0.0, 1e22],
     "nothing": None,
     "truth": [True, False],

@@ -19,6 +19,7 @@ from dskd.settings.recipe import Recipe, read
 from dskd.teachers.average import Average
 from dskd.teachers.teacher import FrozenTeacher, ShownUnmasked, StudentAsTeacher
 from dskd.training.objective import Objective
+from tests.batches import batch_of, changed
 
 VOCABULARY, MASK = 23, 4
 
@@ -48,14 +49,10 @@ def masked_batch() -> tuple[Batch, Tensor]:
     ids_BT = torch.where(chosen_BT, MASK, rows_BT)
     labels_BT = torch.where(chosen_BT, rows_BT, IGNORE)
     assert 5 < chosen_BT.sum() < 30
-    rows_B = torch.arange(4)
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, 7:] = 0
     labels_BT[1, 7:] = IGNORE
-    batch = Batch.of(
-        row_ids_B=rows_B, domains_B=rows_B, ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT
-    )
-    return batch, rows_BT
+    return batch_of(labels_BT, ids_BT=ids_BT, mask_BT=mask_BT), rows_BT
 
 
 def plain_logits(model: torch.nn.Module, ids_BT: Tensor, batch: Batch) -> Tensor:
@@ -90,16 +87,10 @@ def test_a_causal_student_sees_its_row_as_it_is():
         initializer_range=0.5,
     )
     model = LlamaForCausalLM(config).double().train()
-    batch, rows_BT = masked_batch()
+    _, rows_BT = masked_batch()
     labels_BT = torch.full_like(rows_BT, IGNORE)
     labels_BT[:, :-1] = rows_BT[:, 1:]
-    batch = Batch.of(
-        row_ids_B=batch.row_ids_B,
-        domains_B=batch.domains_B,
-        ids_BT=rows_BT,
-        mask_BT=torch.ones_like(rows_BT),
-        labels_BT=labels_BT,
-    )
+    batch = batch_of(labels_BT, ids_BT=rows_BT)
     found_NV = StudentAsTeacher(model, VOCABULARY)(batch).logits_NV
     torch.testing.assert_close(found_NV, plain_logits(model, rows_BT, batch))
 
@@ -118,15 +109,8 @@ def test_modes_and_random_numbers_stay_as_they_were():
 def test_modes_are_put_back_after_an_error():
     model, (batch, _) = student(), masked_batch()
     beyond = torch.full_like(batch.ids_BT, VOCABULARY + 9)
-    broken = Batch.of(
-        row_ids_B=batch.row_ids_B,
-        domains_B=batch.domains_B,
-        ids_BT=beyond,
-        mask_BT=batch.mask_BT,
-        labels_BT=batch.labels_BT,
-    )
     with pytest.raises(IndexError):
-        StudentAsTeacher(model, VOCABULARY)(broken)
+        StudentAsTeacher(model, VOCABULARY)(changed(batch, ids_BT=beyond))
     assert all(module.training for module in model.modules())
 
 

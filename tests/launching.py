@@ -1,7 +1,5 @@
 """Start the user's own command, ``deepspeed dskd/train.py ...``, and read what it wrote."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

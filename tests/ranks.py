@@ -4,8 +4,6 @@ The parent imports torch, DeepSpeed and transformers once; each child sets its r
 group, runs the function and reports its value or traceback. Values must be picklable.
 """
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """The house's shape: floors, who may import what, names, and what the packages hold."""
 
-from __future__ import annotations
-
 import ast
 import importlib.metadata
 import os

@@ -1,7 +1,5 @@
 """The command: its words, its exit statuses, what it says."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """launch/bench/compare.py: its trials, its claims and its table, and one tiny comparison."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ A copy of the script runs in an empty folder. ``python`` and ``timeout`` are sta
 down how they were called; a test sets what each of them returns.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import stat

@@ -1,7 +1,5 @@
 """launch/bench/kernels.py: its cases, its gate and its table; no times are judged."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

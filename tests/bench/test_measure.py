@@ -1,7 +1,5 @@
 """launch/bench/measure.py: its arithmetic, its clocks and its truth; no times are judged."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """launch/bench/step.py runs on a tiny recipe and leaves what it promises; no times are judged."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

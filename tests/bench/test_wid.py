@@ -1,8 +1,6 @@
 """launch/bench/wid.py runs at a tiny size and leaves what it promises; no times are judged. And the
 arithmetic of its cost models."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

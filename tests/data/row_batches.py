@@ -1,7 +1,5 @@
 """Rows for a view, made of plain arrays."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from dskd.data.prepared import RowBatch

@@ -1,7 +1,5 @@
 """Packing: the original's slices, nothing lost, and pieces packed like the whole."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Prepared rows: made once, whole or absent, and refused when a byte changed."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Building: the rows hold the corpus, whatever it comes from, and unusable text is refused."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

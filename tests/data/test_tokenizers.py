@@ -1,7 +1,5 @@
 """Tokenizers: layout, fingerprints by content, and the comparison of vocabularies."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

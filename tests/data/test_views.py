@@ -1,7 +1,5 @@
 """Masking: the original's masks bit for bit, and ours by their numbers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers

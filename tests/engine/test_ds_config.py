@@ -1,7 +1,5 @@
 """The shipped DeepSpeed JSONs fill, start and train alike; contradictions are refused by name."""
 
-from __future__ import annotations
-
 import copy
 import json
 from typing import ClassVar

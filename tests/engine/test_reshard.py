@@ -1,7 +1,5 @@
 """A checkpoint goes on at any world size and ZeRO stage, with the same losses."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """An edit through the shards is the edit of a plain torch model, at every ZeRO stage."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

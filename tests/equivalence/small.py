@@ -1,7 +1,5 @@
 """Tiny runs on two domains of text, for tests that train through the user's command."""
 
-from __future__ import annotations
-
 from itertools import islice
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Each test trains a tiny student for a few steps with the user's command, on two 
 losses of runs that must be the same agree to 1e-5 (fp32, no dropout unless said).
 """
 
-from __future__ import annotations
-
 import math
 from importlib import import_module
 from pathlib import Path

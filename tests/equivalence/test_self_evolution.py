@@ -7,8 +7,6 @@ the first stores to the byte and later ones to float16's rounding.
 before) and 12 on, so the student is asked again after steps 5 and 11.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Runs of students that teach themselves: alike in any geometry, resumed, exported."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -5,8 +5,6 @@ world sizes, ZeRO stages, teachers and interruptions; the losses must agree to 1
 started by the user's own command, the others in ranks forked from the test process.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

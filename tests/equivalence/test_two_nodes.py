@@ -1,7 +1,5 @@
 """Two nodes for real on one machine: a launcher each, as where no node can ssh to another."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -3,8 +3,6 @@
 Tiny students in forked ranks, by the user's command; losses and evaluations agree to 1e-5 (fp32).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Ranks of the user's own command, forked from the test process, that a test may kill."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

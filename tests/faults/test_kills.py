@@ -1,7 +1,5 @@
 """kill -9 at any moment, SIGTERM, SIGINT: the next call goes on and ends where it would have."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -1,7 +1,5 @@
 """Masks of hard tokens by their numbers, from real stores."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

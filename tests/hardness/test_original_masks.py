@@ -1,7 +1,5 @@
 """The masks of the original Self-Evolution code, bit for bit, from real stores."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """``dskd hard-tokens``: the counts are those of a plain loop, and what it refuses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the kernel tests share: logits of awkward shapes, and comparison with float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

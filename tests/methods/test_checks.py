@@ -1,7 +1,5 @@
 """Contradictions across settings, all told at once and by name."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A method from outside dskd uses every seam: stage, store, reader, hook, probe, score, command."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

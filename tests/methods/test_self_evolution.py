@@ -1,7 +1,5 @@
 """Self-Evolution against the original criterion: losses, gradients, edges, normalisation."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Weight-Inherited Distillation: the original's trajectory, the loss, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

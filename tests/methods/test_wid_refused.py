@@ -1,7 +1,5 @@
 """What Weight-Inherited Distillation refuses before a run, by the name of the setting."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

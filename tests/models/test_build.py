@@ -1,7 +1,5 @@
 """Models from settings: what is refused, and what the config and vocabulary become."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoConfig

@@ -1,7 +1,5 @@
 """The one forward pass: positions_of against HuggingFace's own logits."""
 
-from __future__ import annotations
-
 import deepspeed
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Random weights: the model's own kind, and the same however the model is held."""
 
-from __future__ import annotations
-
 import deepspeed
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Loading: bit for bit what from_pretrained gives, whole or sharded, and never a part."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

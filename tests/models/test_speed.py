@@ -1,7 +1,5 @@
 """Activation checkpointing and compilation change no result."""
 
-from __future__ import annotations
-
 import shutil
 
 import deepspeed

@@ -1,7 +1,5 @@
 """Exported folders: equal logits, whole or absent."""
 
-from __future__ import annotations
-
 import json
 import os
 

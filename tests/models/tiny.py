@@ -1,7 +1,5 @@
 """Tiny tokenizers, models and batches of every family."""
 
-from __future__ import annotations
-
 import deepspeed
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers

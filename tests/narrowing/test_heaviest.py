@@ -1,7 +1,5 @@
 """Slice-init: the heaviest units of a teacher, and nothing but selected."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

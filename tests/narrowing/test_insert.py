@@ -1,7 +1,5 @@
 """Compactors in models of every family: the original's numbers, and teachers left as they were."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

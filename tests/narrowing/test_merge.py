@@ -1,7 +1,5 @@
 """Dense models of students with compactors: the original's tensors, and the same logits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertModel

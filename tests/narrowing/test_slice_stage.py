@@ -1,7 +1,5 @@
 """``model.slice``: a student that starts as the heaviest units of its teacher, end to end."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -4,8 +4,6 @@ Golden names: ``emb``, ``L<layer>.{q,k,v,o,f1,f2}``, ``mlm1``, ``mlm2`` with ``W
 ``CR``, and norms with ``g``, ``b``.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Tiny students of every family with compactors that are not identity, and units to remove."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

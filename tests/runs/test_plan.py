@@ -1,7 +1,5 @@
 """What is refused before a recipe's runs start, and what as soon as their models are there."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """The report: steps to the control's loss, the table's numbers, the HTML, damaged files."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

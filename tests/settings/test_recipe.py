@@ -1,7 +1,5 @@
 """Settings files: errors by name, recipes, overrides, round trips, what may change in a resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """YAML scalars, duplicate keys, overrides and merging."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

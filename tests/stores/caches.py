@@ -1,7 +1,5 @@
 """Small rows, masks and a teacher for the tests of the store, the cache and the sweep."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """Teachers by domain: each row's logits are those of its own domain's teacher."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """A student that teaches itself: as it is, as it started, or at the average of its weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -1,7 +1,5 @@
 """Metrics on named sets: the numbers of a plain model, for any number of ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """How often a step makes the host wait for a GPU, in dskd's own lines: once."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

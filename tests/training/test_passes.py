@@ -1,7 +1,5 @@
 """Gradients that no step follows: those of a plain model, and no trace of them in the training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

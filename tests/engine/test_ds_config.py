@@ -185,29 +185,19 @@ ROUND_ROBIN = "zero_optimization.round_robin_gradients"
     ("ds", "line"),
     [
         ({"train_batch_size": 32}, "train_batch_size is 32, but train.batch is 16"),
-        (
-            {"train_micro_batch_size_per_gpu": 4},
-            "train_micro_batch_size_per_gpu is 4, but train.micro_batch is 8",
-        ),
-        (
-            {"gradient_accumulation_steps": 3},
-            "gradient_accumulation_steps is 3, but train.batch / (train.micro_batch x ranks) is 1",
-        ),
+        ({"train_micro_batch_size_per_gpu": 4},
+         "train_micro_batch_size_per_gpu is 4, but train.micro_batch is 8"),
+        ({"gradient_accumulation_steps": 3},
+         "gradient_accumulation_steps is 3, but train.batch / (train.micro_batch x ranks) is 1"),
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, but train.clip is 1.0"),
-        (
-            {"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}},
-            "optimizer.params.lr is 1.0, but train.lr is 0.001",
-        ),
-        (
-            {"optimizer": {"type": "adam", "params": {"betas": [0.9, 0.999]}}},
-            "optimizer.params.betas is [0.9, 0.999], but train.betas is [0.9, 0.98]",
-        ),
-        (
-            {"optimizer": {"type": "AdamW", "params": {"weight_decay": 0}}},
-            "optimizer.params.weight_decay is 0, but train.weight_decay is 0.01",
-        ),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}},
+         "optimizer.params.lr is 1.0, but train.lr is 0.001"),
+        ({"optimizer": {"type": "adam", "params": {"betas": [0.9, 0.999]}}},
+         "optimizer.params.betas is [0.9, 0.999], but train.betas is [0.9, 0.98]"),
+        ({"optimizer": {"type": "AdamW", "params": {"weight_decay": 0}}},
+         "optimizer.params.weight_decay is 0, but train.weight_decay is 0.01"),
     ],
-)
+)  # fmt: skip
 def test_a_contradiction_names_both(ds, line):
     assert _refused(ds) == [f'zero0: {line}; write "auto" to follow the setting']
 
@@ -215,41 +205,27 @@ def test_a_contradiction_names_both(ds, line):
 @pytest.mark.parametrize(
     ("ds", "line"),
     [
-        (
-            {"zero_optimisation": {}},
-            "zero_optimisation: DeepSpeed has no such setting; did you mean 'zero_optimization'?",
-        ),
-        (
-            {"zero_optimization": {"stge": 2}},
-            "zero_optimization.stge: DeepSpeed has no such setting; did you mean 'stage'?",
-        ),
-        (
-            {"zero_optimization": {"offload_param": {"devise": "cpu"}}},
-            "zero_optimization.offload_param.devise: DeepSpeed has no such setting; did you mean"
-            " 'device'?",
-        ),
-        (
-            {"bf16": {"enable": True}},
-            "bf16.enable: DeepSpeed has no such setting; did you mean 'enabled'?",
-        ),
-        (
-            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
-            f"zero_optimization.round_robin_gradients: {BROKEN[ROUND_ROBIN]}",
-        ),
+        ({"zero_optimisation": {}},
+         "zero_optimisation: DeepSpeed has no such setting; did you mean 'zero_optimization'?"),
+        ({"zero_optimization": {"stge": 2}},
+         "zero_optimization.stge: DeepSpeed has no such setting; did you mean 'stage'?"),
+        ({"zero_optimization": {"offload_param": {"devise": "cpu"}}},
+         "zero_optimization.offload_param.devise: DeepSpeed has no such setting; did you mean"
+         " 'device'?"),
+        ({"bf16": {"enable": True}},
+         "bf16.enable: DeepSpeed has no such setting; did you mean 'enabled'?"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+         f"zero_optimization.round_robin_gradients: {BROKEN[ROUND_ROBIN]}"),
         ({"zero_optimization": True}, "zero_optimization: expected an object, found true"),
         ({"scheduler": {}}, f"scheduler: {UNUSED['scheduler']}"),
-        (
-            {"gradient_allreduce_op": "sum"},
-            f"gradient_allreduce_op: {UNUSED['managed_gradient_accumulation']}",
-        ),
-        (
-            {"zero_optimization": {"stage": 1, "reduce_scatter": "auto"}},
-            'zero_optimization.reduce_scatter: dskd fills no "auto" here; write a value or leave it'
-            " out",
-        ),
+        ({"gradient_allreduce_op": "sum"},
+         f"gradient_allreduce_op: {UNUSED['managed_gradient_accumulation']}"),
+        ({"zero_optimization": {"stage": 1, "reduce_scatter": "auto"}},
+         'zero_optimization.reduce_scatter: dskd fills no "auto" here; write a value or leave it'
+         " out"),
         ({"optimizer": {"params": {}}}, 'optimizer: expected {"type": "AdamW", "params": {...}}'),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_word_is_named(ds, line):
     assert _refused(ds) == [f"zero0: {line}"]
 
@@ -301,29 +277,17 @@ def test_precision(setting, ds, hardware, expected):
     ("setting", "ds", "line"),
     [
         ("fp32", {"bf16": {"enabled": True}}, "bf16.enabled is true, but train.precision is fp32"),
-        (
-            "bf16",
-            {"bf16": {"enabled": False}},
-            "bf16.enabled is false, but train.precision is bf16",
-        ),
+        ("bf16", {"bf16": {"enabled": False}},
+         "bf16.enabled is false, but train.precision is bf16"),
         ("bf16", {"fp16": {"enabled": True}}, "fp16.enabled is true, but train.precision is bf16"),
-        (
-            "fp16",
-            {"zero_optimization": {"stage": 0}},
-            "fp16 needs ZeRO-1, 2 or 3: at stage 0 DeepSpeed does not scale the loss",
-        ),
-        (
-            "auto",
-            {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
-            "bf16.enabled and fp16.enabled are both true; choose one",
-        ),
-        (
-            "auto",
-            {"bf16": {"enabled": "yes"}},
-            "bf16.enabled: 'yes' is not true, false or \"auto\"",
-        ),
+        ("fp16", {"zero_optimization": {"stage": 0}},
+         "fp16 needs ZeRO-1, 2 or 3: at stage 0 DeepSpeed does not scale the loss"),
+        ("auto", {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
+         "bf16.enabled and fp16.enabled are both true; choose one"),
+        ("auto", {"bf16": {"enabled": "yes"}},
+         "bf16.enabled: 'yes' is not true, false or \"auto\""),
     ],
-)
+)  # fmt: skip
 def test_precision_contradictions(setting, ds, line):
     assert _refused(ds, f"train.precision={setting}") == [f"zero0: {line}"]
 

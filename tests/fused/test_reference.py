@@ -21,13 +21,8 @@ GOLDEN = golden("ki")
 PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-5)]
 TEMPERATURES = [0.7, 1.0, 2.0]
 KINDS = [
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-]
+    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
+]  # fmt: skip
 
 
 def make(n=5, v=9, w=None):

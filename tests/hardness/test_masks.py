@@ -289,21 +289,11 @@ def test_fingerprint_covers_what_masks_depend_on():
     ):
         assert of(**same) == base, same
     different = [
-        {"scores": "T"},
-        {"seed": 2},
-        {"threshold": 0.2},
-        {"metric": "correctness"},
-        {"metric": "quantile"},
-        {"metric": "quantile", "quantile": 0.5},
-        {"least": 0.1},
-        {"most": 0.5},
-        {"probability": 0.2},
-        {"keep": 0.2},
-        {"replacement": "all_mask"},
-        {"sampler": "original"},
-        {"refresh": 1},
-        {"objective": "causal"},
-    ]
+        {"scores": "T"}, {"seed": 2}, {"threshold": 0.2}, {"metric": "correctness"},
+        {"metric": "quantile"}, {"metric": "quantile", "quantile": 0.5}, {"least": 0.1},
+        {"most": 0.5}, {"probability": 0.2}, {"keep": 0.2}, {"replacement": "all_mask"},
+        {"sampler": "original"}, {"refresh": 1}, {"objective": "causal"},
+    ]  # fmt: skip
     assert len({base, *(of(**settings) for settings in different)}) == len(different) + 1
     assert of(replacement="all_mask", keep=0.2) == of(replacement="all_mask")
     assert of(objective="causal", keep=0.2) == of(objective="causal")

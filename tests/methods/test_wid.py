@@ -115,14 +115,9 @@ def test_the_originals_trajectory(monkeypatch, case):
         "lr": options["clr"],
     }
     train = {
-        "steps": options["total"],
-        "warmup": round(options["warmup"] * options["total"]),
-        "lr": options["lr"],
-        "weight_decay": 0.01,
-        "betas": (0.9, 0.999),
-        "eps": 1e-6,
-        "clip": 0.0,
-    }
+        "steps": options["total"], "warmup": round(options["warmup"] * options["total"]),
+        "lr": options["lr"], "weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "clip": 0.0,
+    }  # fmt: skip
     hooks, run = narrowing(monkeypatch, surgery, method, train)
     loop = Loop(hooks, surgery, run)
     for step, expected in enumerate(case["losses"]):

@@ -28,15 +28,10 @@ _OUTSIDE = {
     "mlm2": "cls.predictions.decoder",
 }
 _IN_LAYER = {
-    "q": "attention.self.query",
-    "k": "attention.self.key",
-    "v": "attention.self.value",
-    "o": "attention.output.dense",
-    "f1": "intermediate.dense",
-    "f2": "output.dense",
-    "ln1": "attention.output.LayerNorm",
-    "ln2": "output.LayerNorm",
-}
+    "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+    "o": "attention.output.dense", "f1": "intermediate.dense", "f2": "output.dense",
+    "ln1": "attention.output.LayerNorm", "ln2": "output.LayerNorm",
+}  # fmt: skip
 _LAST = {"W": "weight", "g": "weight", "b": "bias", "CL": "left", "CR": "right"}
 
 

@@ -18,33 +18,13 @@ def _load(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4),
-        ("-3E6", -3e6),
-        ("+1.5e+2", 150.0),
-        (".5", 0.5),
-        ("2.", 2.0),
-        ("125_000", 125000),
-        ("-7", -7),
-        ("0", 0),
-        ("true", True),
-        ("False", False),
-        ("null", None),
-        ("~", None),
-        ("", None),
-        ("yes", "yes"),
-        ("off", "off"),
-        ("no", "no"),
-        ("010", "010"),
-        ("1:30", "1:30"),
-        ("2026-01-31", "2026-01-31"),
-        ("0x10", "0x10"),
-        ("1e", "1e"),
-        ("e5", "e5"),
-        (".", "."),
-        ("'1e-4'", "1e-4"),
-        ("run:teacher", "run:teacher"),
+        ("1e-4", 1e-4), ("-3E6", -3e6), ("+1.5e+2", 150.0), (".5", 0.5), ("2.", 2.0),
+        ("125_000", 125000), ("-7", -7), ("0", 0), ("true", True), ("False", False), ("null", None),
+        ("~", None), ("", None), ("yes", "yes"), ("off", "off"), ("no", "no"), ("010", "010"),
+        ("1:30", "1:30"), ("2026-01-31", "2026-01-31"), ("0x10", "0x10"), ("1e", "1e"),
+        ("e5", "e5"), (".", "."), ("'1e-4'", "1e-4"), ("run:teacher", "run:teacher"),
     ],
-)
+)  # fmt: skip
 def test_scalars(tmp_path, text, value):
     loaded = _load(tmp_path, f"a: {text}\n")["a"]
     assert loaded == value

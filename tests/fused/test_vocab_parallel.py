@@ -56,18 +56,10 @@ def on_rank(rank, widths, teacher_columns, cases, dtype, triton):
         student = logits(0)[:, first:beyond].to(dtype).requires_grad_()
         teacher = logits(1)[:, first : max(first, min(beyond, teacher_columns))].to(dtype)
         with triton_everywhere() if triton else nullcontext():
-            result = vocab_parallel_kd(
-                student,
-                teacher,
-                LABELS,
-                group=dist.group.WORLD,
-                kind=kind,
-                beta=BETA,
-                temperature=temperature,
-                weight=WEIGHT,
-                reverse_weight=REVERSE if kind == "mixed" else None,
-                label_weight=LABEL_WEIGHT if labelled else 0.0,
-            )
+            how = {"kind": kind, "beta": BETA, "temperature": temperature, "weight": WEIGHT}
+            how["reverse_weight"] = REVERSE if kind == "mixed" else None
+            how["label_weight"] = LABEL_WEIGHT if labelled else 0.0
+            result = vocab_parallel_kd(student, teacher, LABELS, group=dist.group.WORLD, **how)
             (result.total * 3).backward()
         assert not result.divergence_N.requires_grad
         assert not result.label_N.requires_grad
@@ -154,15 +146,9 @@ def _calls(rank, kinds):
     for kind in kinds:
         for label_weight in (0.0, 1.0):
             seen.clear()
-            vocab_parallel_kd(
-                student,
-                student + 1,
-                torch.arange(6),
-                group=dist.group.WORLD,
-                kind=kind,
-                reverse_weight=1.0 if kind == "mixed" else None,
-                label_weight=label_weight,
-            )
+            how = {"kind": kind, "label_weight": label_weight, "group": dist.group.WORLD}
+            how["reverse_weight"] = 1.0 if kind == "mixed" else None
+            vocab_parallel_kd(student, student + 1, torch.arange(6), **how)
             found[kind, label_weight] = list(seen)
     return found
 

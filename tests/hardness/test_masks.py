@@ -7,7 +7,6 @@ import pytest
 
 from dskd.batch import IGNORE
 from dskd.data.loader import Loader
-from dskd.data.prepared import RowBatch
 from dskd.data.tokenizers import special_ids
 from dskd.data.views import MaskedView, at_random
 from dskd.errors import ConfigError
@@ -16,30 +15,11 @@ from dskd.hardness.masks import HARD_LABELS, HardCausalView, HardView, hard_view
 from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.data import Data, HardTokens
+from tests.data.row_batches import PlainRows
 from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
 from tests.stores.caches import write_store
 
 ROWS, WIDTH = 400, 64
-
-
-class Rows:
-    """Rows in memory, read as those of a prepared folder are."""
-
-    fingerprint = "rows"
-    block_size = WIDTH
-
-    def __init__(self, ids_RT, lengths_R):
-        self.ids_RT, self.lengths_R = ids_RT, lengths_R
-
-    def __len__(self):
-        return len(self.ids_RT)
-
-    def rows(self, row_ids_B, epochs_B):
-        tokens_BT, lengths_B = self.ids_RT[row_ids_B], self.lengths_R[row_ids_B]
-        return RowBatch(row_ids_B, epochs_B, self.domains_B(row_ids_B), tokens_BT, lengths_B)
-
-    def domains_B(self, row_ids_B):
-        return row_ids_B % 2
 
 
 def store_of(folder, rows, nll_RT, wrong_RT=None, shown="token"):
@@ -58,7 +38,7 @@ def store_of(folder, rows, nll_RT, wrong_RT=None, shown="token"):
     return Hardness(folder, {"data": "rows"})
 
 
-ALL = Rows(*rows_of(ROWS, WIDTH, seed=1))
+ALL = PlainRows(*rows_of(ROWS, WIDTH, seed=1))
 NLL_RT = np.random.default_rng(2).exponential(0.2, (ROWS, WIDTH))
 NLL_RT = NLL_RT.astype(np.float16).astype(np.float64)  # what a store can hold
 WRONG_RT = np.random.default_rng(3).random((ROWS, WIDTH)) < 0.25
@@ -105,7 +85,7 @@ def test_select_against_a_loop():
 
 
 def test_equally_hard_tokens_are_chosen_evenly(tmp_path):
-    rows = Rows(*(np.repeat(array[:1], ROWS, axis=0) for array in rows_of(1, WIDTH)))
+    rows = PlainRows(*(np.repeat(array[:1], ROWS, axis=0) for array in rows_of(1, WIDTH)))
     answers = store_of(tmp_path / "s", rows, np.full((ROWS, WIDTH), 3.0))
     masking = HardTokens(kind="hard_tokens", least=0.25, most=0.25)
     criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))

@@ -26,7 +26,7 @@ from dskd.settings.data import Data, HardTokens, Masking, TextSource
 from dskd.stores.store import shard_path
 from dskd.training.objective import Objective
 from tests.data.conftest import make_corpus
-from tests.data.row_batches import row_batch
+from tests.data.row_batches import PlainRows
 from tests.data.test_views import tokenizer_of
 from tests.goldens import golden
 from tests.ranks import run_ranks
@@ -94,23 +94,6 @@ def files(folder):
 # ---- the original's numbers ----------------------------------------------------------------------
 
 
-class GoldenRows:
-    """The rows of the golden file."""
-
-    block_size = 8
-    fingerprint = "golden"
-
-    def __len__(self):
-        return len(STAGE1["tokens"])
-
-    def rows(self, row_ids_B, epochs_B):
-        ids_BT = np.array(STAGE1["tokens"])[row_ids_B]
-        return row_batch(row_ids_B, epochs_B, ids_BT, (ids_BT != STAGE1["pad"]).sum(1))
-
-    def domains_B(self, row_ids_B):
-        return np.zeros_like(row_ids_B)
-
-
 def golden_forward(batch):
     logits_RTV = torch.tensor(STAGE1["logits"])
     return logits_RTV[batch.row_ids_B][batch.supervised_BT]
@@ -138,7 +121,9 @@ def score_golden(monkeypatch):
 
 
 def _score_golden(folder, prepared):
-    prepared = replace(prepared, train=GoldenRows(), tokenizer=tokenizer_of(8))
+    ids_RT = np.array(STAGE1["tokens"])
+    rows = PlainRows(ids_RT, (ids_RT != STAGE1["pad"]).sum(1), "golden")
+    prepared = replace(prepared, train=rows, tokenizer=tokenizer_of(8))
     masking = masking_of(rows_per_shard=3, micro_batch=2)
     view = scoring_view(Data(masking=masking), prepared.tokenizer, 1)
     prints = {"fingerprints": PRINTS, "device": CPU}

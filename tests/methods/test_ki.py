@@ -25,14 +25,9 @@ PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
 
 def method_of(inputs):
     """The settings that stand for the original's options."""
-    return build_method(
-        {
-            "kind": "ki",
-            "schedule": SCHEDULES[inputs.get("mode", "linear")],
-            "steps": inputs["max_update_distil"],
-            "temperature": inputs["temperature"],
-        }
-    )
+    section = {"kind": "ki", "schedule": SCHEDULES[inputs.get("mode", "linear")]}
+    section |= {"steps": inputs["max_update_distil"], "temperature": inputs["temperature"]}
+    return build_method(section)
 
 
 def batch_of(inputs, pad):

@@ -1,11 +1,12 @@
 """Loading: bit for bit what from_pretrained gives, whole or sharded, and never a part."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, BertForPreTraining
+from transformers import BertForPreTraining
 
 from dskd.engine.zero import full_shape
 from dskd.errors import ConfigError
@@ -13,25 +14,10 @@ from dskd.models.families import lm_head
 from dskd.settings.model import Model
 from dskd.system import dist
 from tests.models.test_initial import fingerprints
-from tests.models.tiny import ALL, SIX, auto_of, count_gathered, make, settings, tokenizer, zero3
+from tests.models.tiny import ALL, SIX, auto_of, count_gathered, make, stored, tokenizer, zero3
 from tests.ranks import run_ranks
 
-
-def _config(model_type, **fields):
-    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "vocab_size": 43}
-    return AutoConfig.for_model(**settings(model_type).config, **special, **fields)
-
-
-def _store(folder, model_type, shard="5GB", **fields):
-    """A random model written by transformers, every parameter random; its settings."""
-    torch.manual_seed(5)
-    model = auto_of(model_type).from_config(_config(model_type, **fields))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    model.save_pretrained(folder, max_shard_size=shard)
-    tokenizer().save_pretrained(folder)
-    return Model(path=str(folder))
+_store = partial(stored, drift=True)
 
 
 def _load(chosen, model_type, **more):
@@ -76,8 +62,9 @@ def test_untied_in_several_files(tmp_path, model_type):
 
 
 def test_a_pickled_file_with_old_names_and_extra_weights(tmp_path, capsys):
+    config = make("bert").config
     torch.manual_seed(5)
-    whole = BertForPreTraining(_config("bert"))  # with pooler and next-sentence head
+    whole = BertForPreTraining(config)  # with pooler and next-sentence head
     with torch.no_grad():
         for parameter in whole.parameters():
             parameter.add_(torch.randn_like(parameter))

@@ -4,7 +4,12 @@ import deepspeed
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
 from dskd.batch import IGNORE, Batch
 from dskd.engine.zero import full_shape
@@ -49,16 +54,9 @@ def tokenizer(size: int = 43, swap: tuple[int, int] | None = None) -> PreTrained
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        cls_token="<s>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        sep_token="</s>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-    )
+    own = {"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    ends = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **own, **ends)
 
 
 def settings(model_type: str, **fields) -> Model:
@@ -76,16 +74,24 @@ def make(what: Model | str, *, tok=None, ds=None, seed=7, dtype=torch.float32, b
     """Build from settings, or a tiny random model of a ``model_type``."""
     chosen = settings(what, **kw) if isinstance(what, str) else what
     model_type = chosen.config.get("model_type") or kw["model_type"]
-    return build(
-        chosen,
-        tok or tokenizer(),
-        objective=lm_head(model_type).objective,
-        block_size=block,
-        seed=seed,
-        ds=ds,
-        dtype=dtype,
-        where="model",
-    )
+    how = {"block_size": block, "seed": seed, "ds": ds, "dtype": dtype, "where": "model"}
+    return build(chosen, tok or tokenizer(), objective=lm_head(model_type).objective, **how)
+
+
+def stored(folder, model_type: str, *, tok=None, drift=False, shard="5GB", **fields) -> Model:
+    """A random model in a folder, written by transformers itself, ``drift``: every parameter
+    random; settings that name it."""
+    tok = tok or tokenizer()
+    torch.manual_seed(5)
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "vocab_size": len(tok)}
+    config = AutoConfig.for_model(**(settings(model_type).config | special | fields))
+    model = auto_of(model_type).from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters() if drift else ():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(folder, max_shard_size=shard)
+    tok.save_pretrained(folder)
+    return Model(path=str(folder))
 
 
 def batch(rows: int = 3, vocab: int = 43, supervised: bool = True, seed: int = 0) -> Batch:
@@ -100,16 +106,32 @@ def batch(rows: int = 3, vocab: int = 43, supervised: bool = True, seed: int = 0
     return batch_of(labels_BT, ids_BT=ids_BT, mask_BT=mask_BT)
 
 
+def geometry(world: int, micro: int = 1, rows: int | None = None) -> dict:
+    """DeepSpeed's sizes of steps of ``micro`` micro-batches of ``rows``, by default one a rank."""
+    rows = rows or world
+    steps = {"gradient_accumulation_steps": micro, "steps_per_print": 10**9}
+    return steps | {
+        "train_batch_size": micro * rows,
+        "train_micro_batch_size_per_gpu": rows // world,
+    }
+
+
 def zero3(world: int, **more) -> dict:
     """A DeepSpeed ZeRO-3 config without ``auto``."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    zero = {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    return {**geometry(world), **zero, **more}
+
+
+def adamw(zero: dict, offload: bool, bf16: bool, **params) -> dict:
+    """A DeepSpeed config of torch's AdamW at a ZeRO stage, on the CPU or offloaded to it."""
+    optimizer = {"betas": [0.9, 0.99], "weight_decay": 0.0, "torch_adam": True, **params}
+    place = {"offload_optimizer": {"device": "cpu" if offload else "none"}}
     return {
-        "train_batch_size": world,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        **more,
+        "zero_optimization": zero | place,
+        "zero_force_ds_cpu_optimizer": False,
+        "optimizer": {"type": "AdamW", "params": optimizer},
+        "bf16": {"enabled": bf16},
     }
 
 

@@ -32,6 +32,10 @@ _IN_LAYER = {
     "o": "attention.output.dense", "f1": "intermediate.dense", "f2": "output.dense",
     "ln1": "attention.output.LayerNorm", "ln2": "output.LayerNorm",
 }  # fmt: skip
+_FIELDS = {
+    "V": "vocab_size", "H": "hidden_size", "FF": "intermediate_size", "L": "num_hidden_layers",
+    "heads": "num_attention_heads", "P": "max_position_embeddings",
+}  # fmt: skip
 _LAST = {"W": "weight", "g": "weight", "b": "bias", "CL": "left", "CR": "right"}
 
 
@@ -79,18 +83,9 @@ def student(config: dict[str, int], *, identity: bool, statistics: str) -> Surge
         identity: compactors are identity, as at the start of the trajectory; else hashed.
         statistics: ``uer`` or ``hf`` norms.
     """
-    hf = BertConfig(
-        vocab_size=config["V"],
-        hidden_size=config["H"],
-        intermediate_size=config["FF"],
-        num_hidden_layers=config["L"],
-        num_attention_heads=config["heads"],
-        max_position_embeddings=config["P"],
-        type_vocab_size=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        tie_word_embeddings=False,
-    )
+    sizes = {field: config[name] for name, field in _FIELDS.items()}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    hf = BertConfig(**sizes, **still, type_vocab_size=3, tie_word_embeddings=False)
     model = BertForMaskedLM(hf).double().train()
     tie_head_bias(model)
     surgery = insert(model)

@@ -20,21 +20,15 @@ from dskd.training.objective import Objective
 from tests.batches import batch_of, changed
 
 VOCABULARY, MASK = 23, 4
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+SIZES["initializer_range"] = 0.5
 
 
 def student(dropout: float = 0.5, dtype: torch.dtype = torch.float64) -> BertForMaskedLM:
     """A BERT of two layers with three columns of padding, in train mode."""
-    config = BertConfig(
-        vocab_size=VOCABULARY + 3,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=12,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        initializer_range=0.5,
-    )
+    own = {"num_hidden_layers": 2, "max_position_embeddings": 12}
+    own |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = BertConfig(vocab_size=VOCABULARY + 3, **SIZES, **own)
     torch.manual_seed(1)
     return BertForMaskedLM(config).to(dtype).train()
 
@@ -76,14 +70,7 @@ def test_it_sees_what_the_masks_hide():
 
 def test_a_causal_student_sees_its_row_as_it_is():
     """Its labels are the next tokens, which are no input in the place of the last."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        initializer_range=0.5,
-    )
+    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=1, **SIZES)
     model = LlamaForCausalLM(config).double().train()
     _, rows_BT = masked_batch()
     labels_BT = torch.full_like(rows_BT, IGNORE)

@@ -84,14 +84,10 @@ def test_a_claim_needs_every_seed_to_be_certain():
         return {"way": way, "scores": {"loss": losses}, "longer": longer}
 
     rows = [
-        line("wid-dim", [2.0, 2.2]),
-        line("wid-head", [2.5, 2.6]),
-        line("slice", [2.1, 2.4]),
-        line("kd", [2.3, 2.4]),
-        line("scratch", [3.0, 3.0]),
-        line("slice", [1.0, 1.0], longer=True),
+        line("wid-dim", [2.0, 2.2]), line("wid-head", [2.5, 2.6]), line("slice", [2.1, 2.4]),
+        line("kd", [2.3, 2.4]), line("scratch", [3.0, 3.0]), line("slice", [1.0, 1.0], longer=True),
         line("scratch", [2.2, 2.9], longer=True),
-    ]
+    ]  # fmt: skip
     found = {claim["text"]: claim for claim in compare.claims(plan_of(WID), rows)}
     assert len(found) == 10
     for text, gap, on in (
@@ -199,14 +195,11 @@ def test_a_comparison_from_the_command_line(tmp_path):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY.format(folder=tmp_path))
     plan = {
-        "about": "nothing",
-        "origin": "origin",
-        "continued": True,
+        "about": "nothing", "origin": "origin", "continued": True,
         "hard": {"kind": "hard_tokens", "metric": "quantile", "replacement": "all_mask"},
-        "rates": {"random": [0.01, 0.001], "again": [0.01]},
-        "better": ["again"],
+        "rates": {"random": [0.01, 0.001], "again": [0.01]}, "better": ["again"],
         "than": ["random"],
-    }
+    }  # fmt: skip
     recipe.with_suffix(".json").write_text(json.dumps(plan))
     script, results = str(ROOT / "launch/bench/compare.py"), tmp_path / "results"
     words = [str(recipe), "--seeds", "1,2", "--results", str(results)]

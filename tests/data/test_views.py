@@ -215,13 +215,9 @@ def test_fingerprint_covers_what_masks_depend_on() -> None:
     base = view().fingerprint
     assert base == view(draws=4).fingerprint
     others = [
-        view(seed=2),
-        view(size=SIZE + 1),
-        view(probability=0.2),
-        view(keep=0.2),
-        FairseqView(Masking(sampler="fairseq"), TOKENIZER, 1),
-        CausalView(),
-    ]
+        view(seed=2), view(size=SIZE + 1), view(probability=0.2), view(keep=0.2),
+        FairseqView(Masking(sampler="fairseq"), TOKENIZER, 1), CausalView(),
+    ]  # fmt: skip
     assert len({base, *(other.fingerprint for other in others)}) == 7
 
 

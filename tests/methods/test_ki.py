@@ -132,14 +132,10 @@ def test_a_decay_without_length_is_refused():
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("temperature", 0.0),
-        ("temperature", math.inf),
-        ("rate", 1.5),
-        ("rate", -0.1),
-        ("steps", -1),
-        ("divergence", "kl"),
+        ("temperature", 0.0), ("temperature", math.inf), ("rate", 1.5), ("rate", -0.1),
+        ("steps", -1), ("divergence", "kl"),
     ],
-)
+)  # fmt: skip
 def test_values_out_of_range_are_refused(setting, value):
     section = {"kind": "ki", "schedule": "constant", setting: value}
     with pytest.raises(ConfigError, match=rf"method\.{setting}"):

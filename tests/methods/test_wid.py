@@ -106,14 +106,10 @@ def test_the_originals_trajectory(monkeypatch, case):
     options, config = case["options"], TRAJECTORY["config"]
     surgery = student(config, identity=True, statistics=TRAJECTORY["ln"])
     method = {
-        "kind": "wid",
-        "rule": "original",
-        "strategy": case["strategy"],
-        "hidden_size": config["target"],
-        "every": options["w_step"],
-        "penalty": options["lam"],
+        "kind": "wid", "rule": "original", "strategy": case["strategy"],
+        "hidden_size": config["target"], "every": options["w_step"], "penalty": options["lam"],
         "lr": options["clr"],
-    }
+    }  # fmt: skip
     train = {
         "steps": options["total"], "warmup": round(options["warmup"] * options["total"]),
         "lr": options["lr"], "weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "clip": 0.0,

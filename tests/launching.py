@@ -1,5 +1,6 @@
 """Start the user's own command, ``deepspeed dskd/train.py ...``, and read what it wrote."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -67,6 +68,11 @@ def evaluations(run: Path) -> list[float]:
         for line in read_metrics(run / "train" / "metrics.jsonl")
         if "eval_nll" in line
     ]
+
+
+def exported_nll(run: Path) -> float:
+    """The evaluation loss of a run's exported model."""
+    return json.loads((run / "scores.json").read_text())["eval_nll"]
 
 
 def cut_back(run: Path, step: int) -> None:

@@ -34,15 +34,9 @@ def deepspeed(ranks: int, *words: str, cwd: Path = ROOT) -> subprocess.Completed
     """Run ``deepspeed --num_gpus RANKS dskd/train.py WORDS`` to its end."""
     script = str(ROOT / "dskd" / "train.py")
     port = ["--master_port", str(free_port())]
-    return subprocess.run(
-        [str(BINARY), "--num_gpus", str(ranks), *port, script, *words],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    command = [str(BINARY), "--num_gpus", str(ranks), *port, script, *words]
+    options = {"env": environment(), "capture_output": True, "text": True, "timeout": 240}
+    return subprocess.run(command, cwd=cwd, check=False, **options)
 
 
 def _main(rank: int, words: tuple[str, ...]) -> int:

@@ -117,14 +117,10 @@ def recorded_evolution() -> dict[str, Any]:
     """The same of Self-Evolution."""
     old = json.loads((RESULTS / "2026-11-21-self-evolution.json").read_text())
     names = {"hard": compare.HARD, "random": compare.RANDOM}
-    rows = [
-        {
-            "way": way,
-            "longer": False,
-            "scores": {names[key]: [score[key] for score in scores] for key in names},
-        }
-        for way, scores in old["ways"].items()
-    ]
+    rows = []
+    for way, scores in old["ways"].items():
+        found = {names[key]: [score[key] for score in scores] for key in names}
+        rows.append({"way": way, "longer": False, "scores": found})
     origin = {names[key]: loss for key, loss in old["base"].items()}
     return old | {"origin": origin, "rows": rows, "grid": {}}
 

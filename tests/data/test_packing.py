@@ -23,9 +23,6 @@ def test_contiguous() -> None:
     assert contiguous(10, 4) == [(0, 4), (4, 8), (8, 10)]
     assert contiguous(8, 4) == [(0, 4), (4, 8)]
     assert contiguous(0, 4) == []
-
-
-def test_empty() -> None:
     assert complete([], 10) == complete_doc([], 10) == []
 
 

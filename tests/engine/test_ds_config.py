@@ -5,9 +5,6 @@ import json
 from typing import ClassVar
 
 import deepspeed
-import deepspeed.compile.backend
-import deepspeed.module_inject.auto_ep_layer
-import deepspeed.runtime.zero.muon.muon_optimizer
 import pytest
 import torch
 from deepspeed.comm.config import CommsLoggerConfig

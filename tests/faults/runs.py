@@ -20,6 +20,7 @@ import dskd.methods.lm  # noqa: F401
 from dskd.train import main
 from tests.ranks import be_rank, free_port
 
+Trap = Callable[[int], None]
 LIMIT = 120
 """Seconds after which a run is taken to hang."""
 
@@ -75,13 +76,7 @@ class Ranks:
         trap: called with the rank in each of them before the command.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *words: str,
-        world: int = 2,
-        trap: Callable[[int], None] | None = None,
-    ):
+    def __init__(self, folder: Path, *words: str, world: int = 2, trap: Trap | None = None):
         self._logs = [folder / f"rank{rank}.log" for rank in range(world)]
         self._began = time.monotonic()
         port = free_port()
@@ -154,12 +149,7 @@ def die() -> None:
 
 
 def _command(
-    rank: int,
-    world: int,
-    port: int,
-    log: Path,
-    words: tuple[str, ...],
-    trap: Callable[[int], None] | None,
+    rank: int, world: int, port: int, log: Path, words: tuple[str, ...], trap: Trap | None
 ) -> None:
     be_rank(rank, world, port)
     gc.freeze()  # else each collection goes through all that the parent holds

@@ -59,6 +59,14 @@ def dense_expected(
     return everywhere(divergence), everywhere(loss[0]) if loss else None, everywhere(gradient)
 
 
+def kept(teacher_NV, k, temperature=1.0, dtype=torch.float32):
+    """Ids, log-probabilities and tail as a cache gives them, computed in float64."""
+    logprobs_NV = (teacher_NV.double() / temperature).log_softmax(1)
+    logprobs_NK, ids_NK = logprobs_NV.topk(k, 1)
+    tail_N = logprobs_NV.scatter(1, ids_NK, -math.inf).logsumexp(1)
+    return ids_NK, logprobs_NK.to(dtype), tail_N.to(dtype)
+
+
 def topk_expected(
     student, signal, labels, weight, label_weight, mode, temperature=1.0, student_map=PLAIN
 ):

@@ -49,16 +49,9 @@ def awkward(columns, ranges, device, dtype=torch.float32, padding=0, offset=0, p
 
 
 def check(
-    student,
-    teachers,
-    firsts,
-    weight,
-    *,
-    temperature=1.0,
-    logit_map=PLAIN,
-    grad="other",
+    student, teachers, firsts, weight, *, temperature=1.0, logit_map=PLAIN, grad="other",
     tolerance=3e-5,
-):
+):  # fmt: skip
     """Run the kernel into `grad` ("other", "in place", None, a tensor) and compare everything."""
     wanted = mixture_expected(student, teachers, firsts, weight, temperature, logit_map)
     read = [teacher.clone() for teacher in teachers]

@@ -13,19 +13,14 @@ from tests.fused.plain_losses import top_k
 
 VOCABULARY, WIDTH = 13, 6
 
+CONSTANT = {"kind": "ki", "schedule": "constant", "rate": 0.5}
 # Settings of each kind, at least one; a new method adds a line.
 SETTINGS = {
     "ki": [
         {"kind": "ki", "steps": 10},
         {"kind": "ki", "schedule": "switch", "steps": 10, "rate": 0.7, "temperature": 1.0},
         {"kind": "ki", "schedule": "cosine", "steps": 10, "topk": "renormalised"},
-        {
-            "kind": "ki",
-            "schedule": "constant",
-            "rate": 0.5,
-            "temperature": 3.0,
-            "topk": "truncated",
-        },
+        CONSTANT | {"temperature": 3.0, "topk": "truncated"},
     ],
     "lm": [{"kind": "lm"}],
     "self_evolution": [

@@ -121,9 +121,8 @@ def test_no_masked_position_is_exactly_zero():
 
 def test_a_decay_without_length_is_refused():
     for schedule in ("linear", "cosine", "switch"):
-        with pytest.raises(
-            ConfigError, match=rf"method\.steps: the {schedule} schedule.*at least 1"
-        ):
+        told = rf"method\.steps: the {schedule} schedule.*at least 1"
+        with pytest.raises(ConfigError, match=told):
             build_method({"kind": "ki", "schedule": schedule, "steps": 0})
     with pytest.raises(ConfigError, match=r"method\.steps"):
         build_method({"kind": "ki"})
@@ -212,12 +211,8 @@ def test_each_divergence_is_the_references(divergence, temperature):
     assert parts[name].item() == pytest.approx(part.item(), rel=1e-9)
     assert parts["ce"].item() == pytest.approx(labels.item(), rel=1e-9)
     assert total.item() == pytest.approx(expected.item(), rel=1e-9)
-    torch.testing.assert_close(
-        torch.autograd.grad(total, student_BTV),
-        torch.autograd.grad(expected, student_BTV),
-        rtol=1e-9,
-        atol=1e-12,
-    )
+    found, wanted = (torch.autograd.grad(loss, student_BTV) for loss in (total, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("divergence", KINDS)

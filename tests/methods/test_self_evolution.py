@@ -39,14 +39,9 @@ def batch_of(inputs: dict[str, Any]) -> Batch:
 
 
 def forward(
-    method: Method,
-    inputs: dict[str, Any],
-    *,
-    dtype: torch.dtype = torch.float64,
-    projected: bool = False,
-    reference: Tensor | None = None,
-    **columns: Tensor,
-) -> tuple[Term, Tensor, Batch]:
+    method: Method, inputs: dict[str, Any], *, dtype: torch.dtype = torch.float64,
+    projected: bool = False, reference: Tensor | None = None, **columns: Tensor,
+) -> tuple[Term, Tensor, Batch]:  # fmt: skip
     """The term, the whole student logits (a leaf) and the batch, as the objective makes them."""
     batch = replace(batch_of(inputs), columns=columns)
     student_BTV = torch.tensor(inputs["logits"], dtype=dtype).requires_grad_()

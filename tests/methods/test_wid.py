@@ -64,12 +64,9 @@ class Loop:
 
 
 def narrowing(
-    monkeypatch: pytest.MonkeyPatch,
-    surgery: Surgery,
-    method: dict[str, Any],
-    train: dict[str, Any],
-    deepspeed: str = "zero0",
-) -> tuple[Narrowing, Train]:
+    monkeypatch: pytest.MonkeyPatch, surgery: Surgery, method: dict[str, Any],
+    train: dict[str, Any], deepspeed: str = "zero0",
+) -> tuple[Narrowing, Train]:  # fmt: skip
     """The hooks of a student that has its compactors already."""
     monkeypatch.setattr(dskd.methods.wid, "insert", lambda model: surgery)
     run = Run(model={"path": "teacher"}, method=method, train=Train(**train), deepspeed=deepspeed)

@@ -13,13 +13,10 @@ from tests.methods.test_wid import ORIGINAL, TEACHER, WID
 
 
 def check(
-    method: dict[str, Any],
-    train: dict[str, Any],
-    deepspeed: str = "zero0",
-    config: PreTrainedConfig | None = TEACHER,
-    path: str | None = "teacher",
+    method: dict[str, Any], train: dict[str, Any], deepspeed: str = "zero0",
+    config: PreTrainedConfig | None = TEACHER, path: str | None = "teacher",
     teacher: dict[str, Any] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """What is checked before a run, with the config of its student."""
     steps = Train(**{"steps": 20, "clip": 0.0, "precision": "fp32"} | train)
     run = Run(model={"path": path}, train=steps, deepspeed=deepspeed, teacher=teacher)

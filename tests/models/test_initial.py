@@ -67,18 +67,17 @@ def test_half_precision_rounds_the_same_numbers():
     assert rounded.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 16
+
+
 def _rope(rank, stage3):
     found = {}
     for kind, more in {
         "linear": {"factor": 2.0},
         "dynamic": {"factor": 2.0},
         "yarn": {"factor": 4.0},
-        "llama3": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
+        "llama3": LLAMA3,
     }.items():
         ds = zero3(2, bf16={"enabled": True}) if stage3 else None
         rope = {"rope_type": kind, "rope_theta": 1e4, **more}

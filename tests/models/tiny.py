@@ -24,25 +24,15 @@ ALL = list(MODEL_TYPES)
 AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
 _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
+_POSITIONS = {"max_position_embeddings": 32}
 _FIELDS = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
-    "distilbert": {
-        "dim": 32,
-        "hidden_dim": 48,
-        "n_layers": 2,
-        "n_heads": 4,
-        "max_position_embeddings": 32,
-    },
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, **_POSITIONS},
     "electra": {"embedding_size": 24},
     "modernbert": {"local_attention": 8},
 }
-_COMMON = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
+_COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **_POSITIONS}
+_COMMON["num_attention_heads"] = 4
 
 
 def tokenizer(size: int = 43, swap: tuple[int, int] | None = None) -> PreTrainedTokenizerFast:

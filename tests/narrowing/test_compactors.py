@@ -106,10 +106,8 @@ def test_the_original_s_layer():
 def test_the_original_s_removed_units():
     """Hard masks; and the student's own small layer, which compaction computes with."""
     layer = golden_layer()
-    keep_in, keep_out = (
-        golden(name, torch.bool).nonzero()[:, 0] for name in ("keep_in", "keep_out")
-    )
-    layer.keep_in, layer.keep_out = keep_in, keep_out
+    masks = (golden(name, torch.bool) for name in ("keep_in", "keep_out"))
+    keep_in, keep_out = layer.keep_in, layer.keep_out = [mask.nonzero()[:, 0] for mask in masks]
     y = layer(golden("x")[:, keep_in])
     wanted = {"y": golden("y_hard_masked")[:, keep_out]}
     merged = layer.merging.of(layer)

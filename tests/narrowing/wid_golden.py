@@ -119,9 +119,5 @@ def assert_matches(found: Tensor, golden: dict, tolerance: float) -> None:
     flat = found.detach().double().flatten()
     numbers = [flat.sum(), flat.norm(), *flat[:4], *flat[-2:]]
     expected = [golden["sum"], golden["l2"], *golden["first"], *golden["last"]]
-    torch.testing.assert_close(
-        torch.stack(numbers),
-        torch.tensor(expected, dtype=torch.float64),
-        rtol=tolerance,
-        atol=tolerance,
-    )
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(numbers), wanted, rtol=tolerance, atol=tolerance)

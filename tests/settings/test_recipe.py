@@ -366,6 +366,12 @@ def test_dump_round_trips(tmp_path):
     assert read(path).runs == {SINGLE: _single(*own)}
 
 
+FREE = ["out=elsewhere", "until=data", "deepspeed=zero3", "teacher.deepspeed=zero3", "log_every=3"]
+FREE += ["train.micro_batch=2", "train.compile=true", "train.activation_checkpointing=true"]
+FREE += ["checkpoint.every=3", "checkpoint.keep=9", "evaluation.every=3", "data.folder=x"]
+FREE += ["evaluation.micro_batch=3"]
+
+
 @pytest.mark.parametrize(
     ("override", "lines"),
     [
@@ -381,19 +387,7 @@ def test_dump_round_trips(tmp_path):
         ("data.masking.draws=2", ["data.masking.draws: null, now 2"]),
         ("data.masking.kind=hard_tokens", ["data.masking: 'random', now 'hard_tokens'"]),
         ("teacher.kind=self", ["teacher: 'live', now 'self'"]),
-        ("out=elsewhere", []),
-        ("until=data", []),
-        ("deepspeed=zero3", []),
-        ("train.micro_batch=2", []),
-        ("train.compile=true", []),
-        ("train.activation_checkpointing=true", []),
-        ("checkpoint.every=3", []),
-        ("checkpoint.keep=9", []),
-        ("evaluation.every=3", []),
-        ("evaluation.micro_batch=3", []),
-        ("log_every=3", []),
-        ("data.folder=x", []),
-        ("teacher.deepspeed=zero3", []),
+        *((free, []) for free in FREE),
     ],
 )
 def test_what_may_change_in_a_resume(override, lines):

@@ -11,18 +11,14 @@ from dskd.training.trainer import Trainer
 from tests.equivalence.small import LIVE, Runs, cached, causal, routed
 from tests.training.waits import HostWaits
 
-HARD = {"kind": "hard_tokens", "metric": "quantile"}
+HARD = {"masking": {"kind": "hard_tokens", "metric": "quantile"}}
 RUNS = {
     "plain": {"method": {"kind": "lm"}, "teacher": None},
     "live": {"teacher": LIVE},
     "routed": {"teacher": routed(LIVE, LIVE)},
     "cached": {"teacher": cached(LIVE)},
     "causal": causal(),
-    "self": {
-        "method": {"kind": "self_evolution"},
-        "teacher": {"kind": "self"},
-        "data": {"masking": HARD},
-    },
+    "self": {"method": {"kind": "self_evolution"}, "teacher": {"kind": "self"}, "data": HARD},
 }
 
 

@@ -118,14 +118,9 @@ def trainer_of(
 
 
 def trained(
-    rank: int,
-    stage: int,
-    world: int,
-    precision: str,
-    hooks: LooksBack | None,
-    dropout: bool,
+    rank: int, stage: int, world: int, precision: str, hooks: LooksBack | None, dropout: bool,
     offload: bool = False,
-) -> tuple[list[float], dict[str, list[float]], list[float]]:
+) -> tuple[list[float], dict[str, list[float]], list[float]]:  # fmt: skip
     """Losses and norms of a few steps, the weights at the end, and the largest differences."""
     del rank
     ds = settings(stage, precision, world, offload)

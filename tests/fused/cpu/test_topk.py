@@ -10,6 +10,7 @@ from dskd.fused.cpu.topk import topk_rows
 from dskd.fused.reference import divergence
 from tests.fused.expected import PLAIN as SAME
 from tests.fused.expected import agree, poisoned
+from tests.fused.expected import kept as kept_of
 from tests.fused.expected import topk_expected as expected
 from tests.fused.plain_losses import MODES
 
@@ -18,11 +19,9 @@ FP64, FP32 = (torch.float64, 1e-10), (torch.float32, 1e-5)
 
 def kept(teacher, k, temperature, mode="tail"):
     """What a teacher's K largest logits say at a temperature: ids, log-probabilities, tail."""
-    logprobs = (teacher.double() / temperature).log_softmax(1)
-    values, ids = logprobs.topk(k, 1)
-    tail = logprobs.scatter(1, ids, -math.inf).logsumexp(1)
     wide = torch.float64 if teacher.dtype == torch.float64 else torch.float32
-    return [ids, values.to(wide), tail.to(wide) if mode == "tail" else None]
+    ids, values, tail = kept_of(teacher, k, temperature, wide)
+    return [ids, values, tail if mode == "tail" else None]
 
 
 def ours(s, signal, labels, w, lw, mode, temperature, student_map=SAME, grad=None):

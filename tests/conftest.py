@@ -1,7 +1,5 @@
 """Set-up of every test: CPU, one thread, no network, seeded."""
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,12 +1,12 @@
 """Start the user's own command, ``deepspeed dskd/train.py ...``, and read what it wrote."""
 
-from __future__ import annotations
-
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from dskd.system.log import read_metrics
 from dskd.train import main
@@ -21,19 +21,22 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": ""}
 
 
+def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``python WORDS`` to its good end."""
+    options = {"env": environment(), "timeout": 280} | options
+    command = [sys.executable, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def deepspeed(ranks: int, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run ``deepspeed --num_gpus RANKS dskd/train.py WORDS`` to its end."""
     script = str(ROOT / "dskd" / "train.py")
     port = ["--master_port", str(free_port())]
-    return subprocess.run(
-        [str(BINARY), "--num_gpus", str(ranks), *port, script, *words],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    command = [str(BINARY), "--num_gpus", str(ranks), *port, script, *words]
+    options = {"env": environment(), "capture_output": True, "text": True, "timeout": 240}
+    return subprocess.run(command, cwd=cwd, check=False, **options)
 
 
 def _main(rank: int, words: tuple[str, ...]) -> int:
@@ -59,6 +62,11 @@ def evaluations(run: Path) -> list[float]:
         for line in read_metrics(run / "train" / "metrics.jsonl")
         if "eval_nll" in line
     ]
+
+
+def exported_nll(run: Path) -> float:
+    """The evaluation loss of a run's exported model."""
+    return json.loads((run / "scores.json").read_text())["eval_nll"]
 
 
 def cut_back(run: Path, step: int) -> None:

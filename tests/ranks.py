@@ -4,8 +4,6 @@ The parent imports torch, DeepSpeed and transformers once; each child sets its r
 group, runs the function and reports its value or traceback. Values must be picklable.
 """
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os
@@ -78,18 +76,18 @@ def run_ranks(
     return [values[rank] for rank in range(world)]
 
 
+def be_rank(rank: int, world: int, port: int) -> None:
+    """Set this process up as a launcher does a rank."""
+    same = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    same |= dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE"), str(world))
+    os.environ |= same | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+
 def _child(
     rank: int, world: int, port: int, function: Callable[..., Any], args: tuple, results: Any
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
+    be_rank(rank, world, port)
     try:
         deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
         results.put((rank, False, function(rank, *args)))

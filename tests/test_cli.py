@@ -1,7 +1,5 @@
 """The ``dskd`` command: instant help, plain errors, commands that reach their modules."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

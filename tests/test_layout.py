@@ -1,7 +1,5 @@
 """The house's shape: floors, who may import what, names, and what the packages hold."""
 
-from __future__ import annotations
-
 import ast
 import importlib.metadata
 import os
@@ -142,6 +140,14 @@ def test_no_name_hides_another_package():
     assert own & taken <= {"kernels"}  # a namespace portion only, see below
 
 
+def python(cwd: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python WORDS`` in a folder, to its good end."""
+    options = {"cwd": cwd, "env": os.environ | variables, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, *words], check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 HF_KERNELS = """
 __version__ = "0.18.2"
 def __getattr__(name):
@@ -167,16 +173,7 @@ def test_the_checkout_on_the_path_does_not_break_transformers(tmp_path, installe
         "origin = importlib.util.find_spec('kernels').origin\n"
         "print(u.is_kernels_available(), origin, list(dskd.kernels.__path__)[-1])"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python(tmp_path, "-c", program, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     hugging_face = tmp_path / "kernels/__init__.py" if installed else None
     assert done.stdout.split() == [str(installed), str(hugging_face), str(ROOT / "kernels")]
 
@@ -192,11 +189,8 @@ def packages(tmp_path_factory) -> tuple[Path, Path]:
         shutil.copy(ROOT / name, copy)
     build = "import sys; from setuptools import build_meta as b; b.build_sdist(sys.argv[1])"
     pip = ["-m", "pip", "wheel", "--no-index", "--no-build-isolation", "--no-deps", "-w", str(work)]
-    for command in (["-c", build, str(work)], [*pip, "."]):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=copy, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+    python(copy, "-c", build, str(work))
+    python(copy, *pip, ".")
     (wheel,), (sdist,) = work.glob("*.whl"), work.glob("*.tar.gz")
     return wheel, sdist
 
@@ -227,14 +221,7 @@ def test_an_installed_wheel_works_elsewhere(packages, tmp_path):
         "import dskd, dskd.cli; from dskd.engine.ds_config import load_preset; "
         "print(dskd.__file__, load_preset('zero1')['zero_optimization']['stage'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(tmp_path, "-c", program, PYTHONPATH=str(tmp_path / "site"))
     assert done.stdout.split() == [str(tmp_path / "site/dskd/__init__.py"), "1"], done.stderr
     (entry,) = tmp_path.glob("site/*.dist-info/entry_points.txt")
     assert "dskd = dskd.cli:main" in entry.read_text()

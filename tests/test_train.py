@@ -1,15 +1,11 @@
 """The command: its words, its exit statuses, what it says."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 
 import pytest
 
 from dskd.train import main
-from tests.launching import ROOT, environment, evaluations, losses
+from tests.launching import ROOT, environment, evaluations, losses, python
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
@@ -68,16 +64,7 @@ def test_every_mistake_is_told_by_one_rank(tmp_path, capsys, monkeypatch):
 @pytest.mark.launch
 def test_the_toy_from_anywhere(tmp_path):
     """Without arguments: 20 steps, with all that a run leaves."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dskd.train"],
-        cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "dskd.train", cwd=tmp_path, env=environment() | {"PYTHONPATH": str(ROOT)})
     out = tmp_path / "runs" / "toy"
     assert len(losses(out)) == 20
     assert evaluations(out)[1] < evaluations(out)[0] - 0.1

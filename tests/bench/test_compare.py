@@ -1,9 +1,6 @@
 """launch/bench/compare.py: its trials, its claims and its table, and one tiny comparison."""
 
-from __future__ import annotations
-
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,8 @@ from dskd.settings.parsing import parse
 from dskd.settings.recipe import read
 from dskd.settings.yaml_tree import load
 from launch.bench import compare
-from tests.launching import environment
+from tests.launching import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[2]
 WID = ROOT / "launch/wid/compare.yaml"
 EVOLUTION = ROOT / "launch/self_evolution/compare.yaml"
 RESULTS = ROOT / "launch/bench/results"
@@ -88,14 +84,10 @@ def test_a_claim_needs_every_seed_to_be_certain():
         return {"way": way, "scores": {"loss": losses}, "longer": longer}
 
     rows = [
-        line("wid-dim", [2.0, 2.2]),
-        line("wid-head", [2.5, 2.6]),
-        line("slice", [2.1, 2.4]),
-        line("kd", [2.3, 2.4]),
-        line("scratch", [3.0, 3.0]),
-        line("slice", [1.0, 1.0], longer=True),
+        line("wid-dim", [2.0, 2.2]), line("wid-head", [2.5, 2.6]), line("slice", [2.1, 2.4]),
+        line("kd", [2.3, 2.4]), line("scratch", [3.0, 3.0]), line("slice", [1.0, 1.0], longer=True),
         line("scratch", [2.2, 2.9], longer=True),
-    ]
+    ]  # fmt: skip
     found = {claim["text"]: claim for claim in compare.claims(plan_of(WID), rows)}
     assert len(found) == 10
     for text, gap, on in (
@@ -125,14 +117,10 @@ def recorded_evolution() -> dict[str, Any]:
     """The same of Self-Evolution."""
     old = json.loads((RESULTS / "2026-11-21-self-evolution.json").read_text())
     names = {"hard": compare.HARD, "random": compare.RANDOM}
-    rows = [
-        {
-            "way": way,
-            "longer": False,
-            "scores": {names[key]: [score[key] for score in scores] for key in names},
-        }
-        for way, scores in old["ways"].items()
-    ]
+    rows = []
+    for way, scores in old["ways"].items():
+        found = {names[key]: [score[key] for score in scores] for key in names}
+        rows.append({"way": way, "longer": False, "scores": found})
     origin = {names[key]: loss for key, loss in old["base"].items()}
     return old | {"origin": origin, "rows": rows, "grid": {}}
 
@@ -203,26 +191,15 @@ def test_a_comparison_from_the_command_line(tmp_path):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY.format(folder=tmp_path))
     plan = {
-        "about": "nothing",
-        "origin": "origin",
-        "continued": True,
+        "about": "nothing", "origin": "origin", "continued": True,
         "hard": {"kind": "hard_tokens", "metric": "quantile", "replacement": "all_mask"},
-        "rates": {"random": [0.01, 0.001], "again": [0.01]},
-        "better": ["again"],
+        "rates": {"random": [0.01, 0.001], "again": [0.01]}, "better": ["again"],
         "than": ["random"],
-    }
+    }  # fmt: skip
     recipe.with_suffix(".json").write_text(json.dumps(plan))
     script, results = str(ROOT / "launch/bench/compare.py"), tmp_path / "results"
     words = [str(recipe), "--seeds", "1,2", "--results", str(results)]
-    done = subprocess.run(
-        [sys.executable, script, *words, "train.clip=0.5"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = python(script, *words, "train.clip=0.5")
     (path,) = results.glob("*.json")
     result = json.loads(path.read_text())
     random, again = result["rows"]

@@ -4,8 +4,6 @@ A copy of the script runs in an empty folder. ``python`` and ``timeout`` are sta
 down how they were called; a test sets what each of them returns.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import stat
@@ -54,21 +52,13 @@ class Check:
             path = self.folder / "bin" / name
             path.write_text(text.format(**values))
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        environment = dict(os.environ) | {
-            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
-            "PYTHON": "python",
-            "CUDA_VISIBLE_DEVICES": "3",
-        }
+        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        env = os.environ | {"PATH": path, "PYTHON": "python", "CUDA_VISIBLE_DEVICES": "3"}
         for name in ("OUT", "PYTHONPATH"):  # a checkout on the path would lend its own tests
-            environment.pop(name, None)
-        self.done = subprocess.run(
-            ["bash", str(self.folder / "launch/bench/gpu_check.sh"), *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+            env.pop(name, None)
+        command = ["bash", str(self.folder / "launch/bench/gpu_check.sh"), *words]
+        options = {"env": env, "capture_output": True, "text": True, "timeout": 60}
+        self.done = subprocess.run(command, check=False, **options)
         return self._log.read_text().splitlines()
 
 

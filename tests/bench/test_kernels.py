@@ -1,10 +1,7 @@
 """launch/bench/kernels.py: its cases, its gate and its table; no times are judged."""
 
-from __future__ import annotations
-
 import argparse
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,9 +12,8 @@ import torch
 from dskd.fused import reference
 from launch.bench import cases, kernels, measure, peers
 from launch.bench.cases import FLOOR, OURS
-from tests.launching import environment
+from tests.launching import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 MADE = dict(cases.cases(kernels.OPS, cases.SMALL, CPU))
 
@@ -98,17 +94,8 @@ def test_the_cpu_table_refuses_what_it_does_not_take(words, monkeypatch, capsys)
 
 
 def test_the_cpu_table_from_the_command_line(tmp_path):
-    script = str(ROOT / "launch/bench/kernels.py")
     words = ["--device", "cpu", "--small", "--rounds", "2", "--results", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, script, *words],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = python(str(ROOT / "launch/bench/kernels.py"), *words, timeout=120)
     (data,) = tmp_path.glob("*.json")
     result = json.loads(data.read_text())
     (only,) = result["rows"]

@@ -1,7 +1,5 @@
 """launch/bench/measure.py: its arithmetic, its clocks and its truth; no times are judged."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from types import SimpleNamespace
@@ -44,13 +42,8 @@ class CountingClock:
 
 def test_rounds_are_interleaved_after_one_that_does_not_count():
     clock, restored = CountingClock(), []
-    samples = measure.interleave(
-        dict.fromkeys("abc", lambda: None),
-        clock,
-        before=lambda: restored.append(clock.ticks),
-        rounds=4,
-        seconds=0.0,
-    )
+    calls, before = dict.fromkeys("abc", lambda: None), lambda: restored.append(clock.ticks)
+    samples = measure.interleave(calls, clock, before=before, rounds=4, seconds=0.0)
     assert clock.orders == ["abc", *map("".join, measure.orders("abc", 4))]
     assert restored == list(range(15))  # before every sample, of whatever variant
     assert samples["wall_ms"]["a"] == [6.0, 9.0, 12.0, 15.0]

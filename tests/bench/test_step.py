@@ -1,17 +1,12 @@
 """launch/bench/step.py runs on a tiny recipe and leaves what it promises; no times are judged."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launching import environment
+from tests.launching import ROOT, environment, python
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 base:
   out: {folder}/runs
@@ -45,17 +40,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     recipe = folder / "tiny.yaml"
     recipe.write_text(RECIPE.format(folder=folder))
-    script = str(ROOT / "launch/bench/step.py")
     words = ["--rounds", "2", "--settings", str(recipe), "--results", str(folder / "results")]
-    done = subprocess.run(
-        [sys.executable, script, *words, "train.lr=0.01"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    python(str(ROOT / "launch/bench/step.py"), *words, "train.lr=0.01")
     return folder / "results"
 
 
@@ -69,13 +55,8 @@ def test_the_scripts_folder_is_off_the_path_and_the_checkout_on_it(tmp_path, scr
     (real / "launch/bench").mkdir(parents=True)
     link.symlink_to(real)
     (real / "launch/bench/head.py").write_text(f"{head}print(*sys.path, sep='\\n')\n")
-    done = subprocess.run(
-        [sys.executable, str(link / "launch/bench/head.py")],
-        env=environment() | {"PYTHONSAFEPATH": safe},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    safely = environment() | {"PYTHONSAFEPATH": safe}
+    done = python(str(link / "launch/bench/head.py"), env=safely)
     places = done.stdout.splitlines()
     assert places[0] == str(real)
     assert not [place for place in places if place.endswith("bench")]

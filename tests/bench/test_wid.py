@@ -1,11 +1,7 @@
 """launch/bench/wid.py runs at a tiny size and leaves what it promises; no times are judged. And the
 arithmetic of its cost models."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,26 +9,15 @@ import torch
 
 from dskd.settings.recipe import read
 from launch.bench import wid
-from tests.launching import environment
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launching import ROOT, python
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The results of two rounds of the script."""
     folder = tmp_path_factory.mktemp("bench")
-    script = str(ROOT / "launch/bench/wid.py")
     words = ["--tokens", "128,1024", "--width", "16", "--rounds", "2", "--results", str(folder)]
-    done = subprocess.run(
-        [sys.executable, script, *words],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    python(str(ROOT / "launch/bench/wid.py"), *words)
     return folder
 
 

@@ -1,7 +1,5 @@
 """A small corpus with known sentences, and its prepared rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Counter-based random numbers: against plain Python integers, and as a distribution."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

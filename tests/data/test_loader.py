@@ -1,7 +1,5 @@
 """The loader: the same rows for every geometry and restart, each once an epoch."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,10 +1,5 @@
 """Packing: the original's slices, nothing lost, and pieces packed like the whole."""
 
-from __future__ import annotations
-
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,8 +7,9 @@ from dskd.data.counter import below
 from dskd.data.packing import Encoder, Items, Packer, complete, complete_doc, contiguous, cut
 from dskd.data.prepared import Prepared
 from dskd.settings.data import Data
+from tests.goldens import golden
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())["blocking"]
+GOLDEN = golden("ki")["blocking"]
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
@@ -27,9 +23,6 @@ def test_contiguous() -> None:
     assert contiguous(10, 4) == [(0, 4), (4, 8), (8, 10)]
     assert contiguous(8, 4) == [(0, 4), (4, 8)]
     assert contiguous(0, 4) == []
-
-
-def test_empty() -> None:
     assert complete([], 10) == complete_doc([], 10) == []
 
 

@@ -1,7 +1,5 @@
 """Prepared rows: made once, whole or absent, and refused when a byte changed."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil
@@ -53,16 +51,12 @@ def test_second_call_only_reads(corpus: Path, monkeypatch) -> None:
 
 def test_every_setting_of_the_rows_names_another_folder(corpus: Path, tmp_path: Path) -> None:
     changes = [
-        {},
-        {"objective": "causal"},
-        {"block_size": 40},
-        {"packing": "complete_doc"},
-        {"validation_fraction": 0.3},
-        {"tokenizer": TrainedTokenizer(vocab_size=310)},
+        {}, {"objective": "causal"}, {"block_size": 40}, {"packing": "complete_doc"},
+        {"validation_fraction": 0.3}, {"tokenizer": TrainedTokenizer(vocab_size=310)},
         {"sources": [TextSource(kind="text", path=str(corpus / "corpus.txt"), documents=100)]},
         {"sources": [TextSource(kind="text", path=str(corpus / "corpus.txt"), domain="x")]},
         {"validation": [TextSource(kind="text", path=str(corpus / "corpus.txt"), documents=5)]},
-    ]
+    ]  # fmt: skip
     folders = [prepare(settings(corpus, folder=tmp_path, **change)) for change in changes]
     assert len(set(folders)) == len(changes)
     opened = [open_prepared(folder) for folder in folders]

@@ -1,7 +1,5 @@
 """Building: the rows hold the corpus, whatever it comes from, and unusable text is refused."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 
@@ -113,14 +111,8 @@ def test_table_source_streamed_or_not(tmp_path: Path, monkeypatch) -> None:
         "id,body\n" + "".join(f'{i},"{t}"\n' for i, t in enumerate(texts))
     )
     for streaming in (False, True):
-        source = HubSource(
-            kind="datasets",
-            path="csv",
-            data_files=[str(tmp_path / "a.csv")],
-            field="body",
-            streaming=streaming,
-            domain="text",
-        )
+        about = {"path": "csv", "data_files": [str(tmp_path / "a.csv")], "field": "body"}
+        source = HubSource(kind="datasets", **about, streaming=streaming, domain="text")
         prepared = open_prepared(prepare(settings(tmp_path, sources=[source])))
         assert prepared.folder != plain.folder
         assert prepared.fingerprint == plain.fingerprint
@@ -143,25 +135,21 @@ def test_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "changes", "problem"),
+    ("text", "problem"),
     [
-        ("the cat\n\n" * 2, {}, "shorter than one row .data.block_size: 32"),
-        ("the cat sat on a mat by the wall " * 40, {}, "no document was held out"),
-        ("", {}, r"corpus.txt: no text in it"),
+        (b"the cat\n\n" * 2, "shorter than one row .data.block_size: 32"),
+        (b"the cat sat on a mat by the wall " * 40, "no document was held out"),
+        (b"", r"corpus.txt: no text in it"),
+        (
+            b"the cat sat\n\n" * 40 + b"na\xefve\n",
+            r"corpus.txt: not UTF-8 at byte \d+ \(line \d+\)",
+        ),
     ],
 )
-def test_unusable_corpus(tmp_path: Path, text: str, changes: dict, problem: str) -> None:
-    (tmp_path / "corpus.txt").write_text(text)
+def test_unusable_corpus(tmp_path: Path, text: bytes, problem: str) -> None:
+    """It is refused, and leaves nothing."""
+    (tmp_path / "corpus.txt").write_bytes(text)
     with pytest.raises(DataError, match=problem):
-        prepare(settings(tmp_path, **changes))
-    assert [p for p in (tmp_path / "rows").iterdir()] == []
-
-
-def test_not_utf8_leaves_nothing(tmp_path: Path) -> None:
-    make_corpus(tmp_path / "corpus.txt")
-    with (tmp_path / "corpus.txt").open("ab") as stream:
-        stream.write(b"\n\nna\xefve\n")
-    with pytest.raises(DataError, match=r"corpus.txt: not UTF-8 at byte \d+ \(line \d+\)"):
         prepare(settings(tmp_path))
     assert list((tmp_path / "rows").iterdir()) == []
 

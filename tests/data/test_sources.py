@@ -1,7 +1,5 @@
 """Sources: what they read, in which order, and what they refuse."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json

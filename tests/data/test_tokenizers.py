@@ -1,7 +1,5 @@
 """Tokenizers: layout, fingerprints by content, and the comparison of vocabularies."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -54,13 +52,8 @@ def saved(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
 def test_trained_layout_is_robertas() -> None:
     tokenizer = trained()
     assert len(tokenizer) == 300
-    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 299]) == [
-        "<s>",
-        "<pad>",
-        "</s>",
-        "<unk>",
-        "<mask>",
-    ]
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 299]) == special
     assert np.flatnonzero(special_ids(tokenizer)).tolist() == [0, 1, 2, 3, 299]
     assert start_id(tokenizer, "masked") == 0 and end_id(tokenizer, "masked") == 2
     text = "caf\u00e9  \u4f60 the cat\n"

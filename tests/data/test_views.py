@@ -1,10 +1,5 @@
 """Masking: the original's masks bit for bit, and ours by their numbers."""
 
-from __future__ import annotations
-
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,8 +13,9 @@ from dskd.errors import ConfigError
 from dskd.settings.data import Data, HardTokens, Masking
 from dskd.system.files import fingerprint
 from tests.data.row_batches import row_batch
+from tests.goldens import golden
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ki.json").read_text())["masking"]
+GOLDEN = golden("ki")["masking"]
 
 
 def tokenizer_of(size: int, pieces: bool = False) -> PreTrainedTokenizerFast:
@@ -142,14 +138,8 @@ def test_a_mask_depends_on_its_own_row_only(masking: dict) -> None:
     assert (again[:, :40] == inputs_BT[order]).all() and (again[:, 40:] == 1).all()
     assert (labels_again[:, :40] == labels_BT[order]).all() and (labels_again[:, 40:] < 0).all()
     for b in range(20):
-        alone = masker(
-            row_batch(
-                rows_B[b : b + 1],
-                epochs_B[b],
-                ids_BT[b : b + 1, : lengths_B[b]],
-                lengths_B[b : b + 1],
-            )
-        )
+        here, short_BT = slice(b, b + 1), ids_BT[b : b + 1, : lengths_B[b]]
+        alone = masker(row_batch(rows_B[here], epochs_B[b], short_BT, lengths_B[here]))
         assert (alone[0][0] == inputs_BT[b, : lengths_B[b]]).all()
 
 
@@ -218,35 +208,25 @@ def test_causal_labels() -> None:
     ids_BT = np.array([[5, 6, 7, 8], [5, 6, 0, 0], [9, 0, 0, 0]])
     inputs_BT, labels_BT = CausalView()(row_batch(np.arange(3), 0, ids_BT, [4, 2, 1]))
     assert (inputs_BT == ids_BT).all()
-    assert labels_BT.tolist() == [
-        [6, 7, 8, IGNORE],
-        [6, IGNORE, IGNORE, IGNORE],
-        [IGNORE] * 4,
-    ]
+    assert labels_BT.tolist() == [[6, 7, 8, IGNORE], [6, *[IGNORE] * 3], [IGNORE] * 4]
 
 
 def test_fingerprint_covers_what_masks_depend_on() -> None:
     base = view().fingerprint
     assert base == view(draws=4).fingerprint
     others = [
-        view(seed=2),
-        view(size=SIZE + 1),
-        view(probability=0.2),
-        view(keep=0.2),
-        FairseqView(Masking(sampler="fairseq"), TOKENIZER, 1),
-        CausalView(),
-    ]
+        view(seed=2), view(size=SIZE + 1), view(probability=0.2), view(keep=0.2),
+        FairseqView(Masking(sampler="fairseq"), TOKENIZER, 1), CausalView(),
+    ]  # fmt: skip
     assert len({base, *(other.fingerprint for other in others)}) == 7
 
 
 def test_fingerprints_of_caches_already_made_still_hold() -> None:
     # As computed before there were kinds of masking: caches are bound to it.
     masking = {"probability": 0.15, "keep": 0.1, "random": 0.1, "whole_word": False}
-    told = {
-        "masking": masking | {"sampler": "counter"},
-        "tokenizer": tokenizer_fingerprint(TOKENIZER),
-    }
-    assert view(seed=5).fingerprint == fingerprint({"view": "masked", "seed": 5, **told})
+    told = {"view": "masked", "seed": 5, "tokenizer": tokenizer_fingerprint(TOKENIZER)}
+    told["masking"] = masking | {"sampler": "counter"}
+    assert view(seed=5).fingerprint == fingerprint(told)
 
 
 def test_at_random_keeps_the_shares() -> None:

@@ -1,7 +1,5 @@
 """Which checkpoints are kept and chosen, and that one is whole or refused by name."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Several hooks as one: order, state by name, files, what is exported."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A checkpoint goes on at any world size and ZeRO stage, with the same losses."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -10,53 +8,34 @@ import pytest
 from dskd.engine.checkpoints import Saved
 from dskd.engine.reshard import check_reshard
 from dskd.errors import CheckpointError
-from tests.launching import cut_back, forked, losses
+from tests.equivalence.small import MASKED, Runs
+from tests.launching import cut_back, losses
 
-RECIPE = """
-seed: 3
-data:
-  folder: {folder}/data
-  sources: [{{kind: builtin, documents: 60}}]
-  tokenizer: {{vocab_size: 320}}
-  block_size: 32
-model:
-  config:
-    model_type: roberta
-    hidden_size: 32
-    num_hidden_layers: 1
-    num_attention_heads: 2
-    intermediate_size: 64
-    hidden_dropout_prob: 0.0
-    attention_probs_dropout_prob: 0.0
-teacher: null
-method: {{kind: lm}}
-train: {{steps: 4, batch: 8, micro_batch: 2, lr: 0.01, warmup: 1, weight_decay: 0.5}}
-evaluation: {{every: 2, rows: 4}}
-checkpoint: {{every: 2}}
-until: train
-"""
+SETTINGS = {
+    "model": {"config": MASKED | {"num_hidden_layers": 1}},
+    "method": {"kind": "lm"},
+    "teacher": None,
+    "train": {"micro_batch": 2, "weight_decay": 0.5},
+}
 GEOMETRIES = [(0, 1), (0, 2), (1, 2), (3, 2), (2, 1), (3, 1)]  # (ZeRO stage, ranks)
 
 
-def train(folder: Path, name: str, geometry: tuple[int, int], *words: str) -> Path:
+def train(runs: Runs, name: str, geometry: tuple[int, int]) -> Path:
     stage, ranks = geometry
-    recipe = folder / "run.yaml"
-    recipe.write_text(RECIPE.format(folder=folder))
-    forked(ranks, str(recipe), f"out={folder / name}", f"deepspeed=zero{stage}", *words)
-    return folder / name
+    return runs.run(name, ranks, f"deepspeed=zero{stage}", **SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory) -> Path:
+def halves(tmp_path_factory) -> Runs:
     """A run of each geometry, cut back to half its steps."""
-    folder = tmp_path_factory.mktemp("universal")
-    reference = losses(train(folder, "reference", (0, 1)))
+    runs = Runs(tmp_path_factory.mktemp("universal"))
+    reference = losses(train(runs, "reference", (0, 1)))
     for geometry in GEOMETRIES:
-        out = train(folder, f"half-{geometry}", geometry)
+        out = train(runs, f"half-{geometry}", geometry)
         assert losses(out) == pytest.approx(reference, abs=1e-5)
-        shutil.copytree(out, folder / f"whole-{geometry}")
+        shutil.copytree(out, runs.folder / f"whole-{geometry}")
         cut_back(out, step=2)
-    return folder
+    return runs
 
 
 PAIRS = [  # saved, loaded: every geometry is saved and loaded
@@ -76,13 +55,13 @@ PAIRS = [  # saved, loaded: every geometry is saved and loaded
 
 @pytest.mark.parametrize(("saved", "loaded"), PAIRS, ids=str)
 def test_goes_on_in_any_geometry(halves, saved, loaded):
-    out = halves / f"{saved}-{loaded}"
-    shutil.copytree(halves / f"half-{saved}", out)
+    out = halves.folder / f"{saved}-{loaded}"
+    shutil.copytree(halves.folder / f"half-{saved}", out)
     train(halves, out.name, loaded)
-    reference = losses(halves / "reference")
+    reference = losses(halves.folder / "reference")
     assert losses(out) == pytest.approx(reference, abs=1e-5)
     if saved == loaded:
-        assert losses(out) == losses(halves / f"whole-{saved}")  # bit for bit
+        assert losses(out) == losses(halves.folder / f"whole-{saved}")  # bit for bit
     assert not list((out / "train" / "checkpoints").glob(".*"))
 
 

@@ -1,7 +1,5 @@
 """An edit through the shards is the edit of a plain torch model, at every ZeRO stage."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from dskd.engine.shards import ParameterShards
 from dskd.engine.zero import gathered
 from dskd.errors import ConfigError
 from dskd.system import dist
+from tests.models.tiny import adamw, geometry
 from tests.ranks import run_ranks
 
 STEPS, MICRO, ROWS, WIDTH = 4, 2, 4, 7
@@ -100,23 +99,10 @@ def settings(stage: int, precision: str, world: int, offload: bool, robin: bool)
 
     An offloaded optimizer measures the gradient before the edits, so it does not clip.
     """
-    optimizer = {"lr": LR, "betas": [0.9, 0.99], "eps": EPS, "weight_decay": 0.0}
-    return {
-        "train_batch_size": MICRO * ROWS,
-        "train_micro_batch_size_per_gpu": ROWS // world,
-        "gradient_accumulation_steps": MICRO,
-        "gradient_clipping": 0.0 if offload else CLIP,
-        "steps_per_print": 10**9,
-        "zero_optimization": {
-            "stage": stage,
-            "round_robin_gradients": robin,
-            "stage3_param_persistence_threshold": 20,
-            "offload_optimizer": {"device": "cpu" if offload else "none"},
-        },
-        "zero_force_ds_cpu_optimizer": False,
-        "optimizer": {"type": "AdamW", "params": optimizer | {"torch_adam": True}},
-        "bf16": {"enabled": precision == "bf16"},
-    }
+    zero = {"stage": stage, "round_robin_gradients": robin}
+    zero["stage3_param_persistence_threshold"] = 20
+    ds = geometry(world, MICRO, ROWS) | adamw(zero, offload, precision == "bf16", lr=LR, eps=EPS)
+    return ds | {"gradient_clipping": 0.0 if offload else CLIP}
 
 
 def trained(

@@ -1,15 +1,15 @@
 """Tiny runs on two domains of text, for tests that train through the user's command."""
 
-from __future__ import annotations
-
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dskd.data.sources import documents
 from dskd.settings.data import BuiltinSource
 from dskd.settings.yaml_tree import dump, merge
-from tests.launching import forked
+from tests.launching import evaluations, forked, losses
 
 STEPS = 4
 MASKED = {
@@ -97,6 +97,12 @@ def causal(student: dict[str, Any] = CAUSAL) -> dict[str, Any]:
         "model": {"config": student},
         "teacher": {"kind": "live", "model": {"config": CAUSAL | TEACHER}},
     }
+
+
+def same(a: Path, b: Path) -> None:
+    """Two runs have the same losses and evaluations."""
+    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
+    assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
 
 
 class Runs:

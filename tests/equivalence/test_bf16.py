@@ -1,7 +1,5 @@
 """Training in bf16: close to fp32, the same at every ZeRO stage, and resumed bit for bit."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

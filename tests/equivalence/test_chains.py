@@ -1,8 +1,6 @@
 """The shipped recipes whose runs build on each other, made tiny: each teacher is what the run
 before has exported, and a second call has nothing to do."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Each test trains a tiny student for a few steps with the user's command, on two 
 losses of runs that must be the same agree to 1e-5 (fp32, no dropout unless said).
 """
 
-from __future__ import annotations
-
 import math
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +32,7 @@ from tests.equivalence.small import (
     cached,
     causal,
     routed,
+    same,
     settings,
 )
 from tests.launching import evaluations, losses
@@ -57,11 +56,6 @@ def single(runs) -> Path:
 def mixed(runs) -> Path:
     """As ``single``, with another teacher for the second domain."""
     return runs.run("mixed", 1, teacher=routed(LIVE, LIVE_OTHER))
-
-
-def same(a: Path, b: Path) -> None:
-    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
-    assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
 
 
 def learns(out: Path) -> bool:

@@ -1,7 +1,5 @@
 """Runs of students that teach themselves: alike in any geometry, resumed, exported."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +8,9 @@ from typing import Any
 import pytest
 
 from dskd.system.log import read_metrics
+from tests.equivalence import small
 from tests.equivalence.small import STEPS, Runs, causal
-from tests.launching import cut_back, evaluations, losses
+from tests.launching import cut_back, evaluations, exported_nll, losses
 
 WEIGHTS = ("current", "frozen", "average")
 STEEP = {"kind": "self_evolution", "smoothing": 0.5}
@@ -36,8 +35,7 @@ def references(runs) -> dict[str, Path]:
 
 
 def same(a: Path, b: Path) -> None:
-    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
-    assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
+    small.same(a, b)
     assert column(a, "kl") == pytest.approx(column(b, "kl"), abs=1e-5)
 
 
@@ -134,16 +132,14 @@ def test_the_last_checkpoint_is_exported_whatever_its_loss(runs, references):
     assert summary["best_eval_nll"] == summary["eval_nll"] == scores[-1]
     kept = [path.name for path in (out / "train" / "checkpoints").iterdir()]
     assert kept == [f"step-{STEPS:08d}"]
-    exported = json.loads((out / "scores.json").read_text())["eval_nll"]
-    assert exported == pytest.approx(scores[-1], abs=1e-5)
+    assert exported_nll(out) == pytest.approx(scores[-1], abs=1e-5)
 
 
 def test_the_student_is_exported_and_not_its_average(runs, references):
     out = runs.folder / "exported"
     shutil.copytree(references["average"], out)
     train(runs, out.name, 2, "deepspeed=zero3", "until=evaluate", weights="average")
-    scores = json.loads((out / "scores.json").read_text())
-    assert scores["eval_nll"] == pytest.approx(evaluations(out)[-1], abs=1e-5)
+    assert exported_nll(out) == pytest.approx(evaluations(out)[-1], abs=1e-5)
 
 
 def test_without_smoothing_it_is_language_modelling(runs):

@@ -5,13 +5,12 @@ world sizes, ZeRO stages, teachers and interruptions; the losses must agree to 1
 started by the user's own command, the others in ranks forked from the test process.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
-from tests.launching import cut_back, deepspeed, evaluations, forked, losses
+from tests.equivalence.small import same
+from tests.launching import cut_back, deepspeed, forked, losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 
@@ -93,8 +92,7 @@ def reference(runner) -> Path:
 def test_same_trajectory(runner, reference, name, ranks, words):
     teacher = CACHED if name.startswith("cached") else LIVE
     out = runner.run(name, ranks, *words, teacher=teacher)
-    assert losses(out) == pytest.approx(losses(reference), abs=1e-5)
-    assert evaluations(out) == pytest.approx(evaluations(reference), abs=1e-5)
+    same(out, reference)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 Tiny students in forked ranks, by the user's command; losses and evaluations agree to 1e-5 (fp32).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -15,8 +13,8 @@ import pytest
 
 from dskd.settings.yaml_tree import merge
 from dskd.system.log import read_metrics
-from tests.equivalence.small import LIVE, MASKED, Runs, cached
-from tests.launching import cut_back, evaluations, losses
+from tests.equivalence.small import LIVE, MASKED, Runs, cached, same
+from tests.launching import cut_back, evaluations, exported_nll, losses
 
 STEPS = 6
 STUDENT = {"config": MASKED | {"num_hidden_layers": 1}}
@@ -61,11 +59,6 @@ def runs(tmp_path_factory) -> Runs:
 def references(runs) -> dict[str, Path]:
     """One rank, ZeRO-0, two micro-batches a step."""
     return {rule: train(runs, rule, 1, rule=rule) for rule in SETTINGS}
-
-
-def same(a: Path, b: Path) -> None:
-    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
-    assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
 
 
 def score_of(checkpoint: Path) -> float | None:
@@ -196,8 +189,7 @@ def test_bf16_ends_at_exact_zeros(runs, references, stage, ranks):
     assert column(out, "removed")[3:] == [0.0] * 3
     assert column(out, "hidden") == column(references["annealed"], "hidden")
     assert losses(out) == pytest.approx(losses(references["annealed"]), rel=0.02)
-    scores = json.loads((out / "scores.json").read_text())
-    assert scores["eval_nll"] == pytest.approx(evaluations(out)[-1], rel=0.01)
+    assert exported_nll(out) == pytest.approx(evaluations(out)[-1], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +219,7 @@ def test_the_original_is_exported_once_removed_units_are_near_zero(runs):
     nlls = evaluations(out)
     assert told == [None, None, None, nlls[-1]]
     assert min(nlls) == nlls[0] < nlls[-1] - 0.1
-    scores = json.loads((out / "scores.json").read_text())
-    assert scores["eval_nll"] == pytest.approx(nlls[-1], abs=1e-4)
+    assert exported_nll(out) == pytest.approx(nlls[-1], abs=1e-4)
 
 
 def test_the_original_is_refused_while_removed_units_are_large(runs, references, capfd):
@@ -250,8 +241,7 @@ def test_the_export_is_the_student(runs, references, stage, ranks):
     out = runs.folder / f"exported-{stage}"
     shutil.copytree(references["annealed"], out)
     train(runs, out.name, ranks, f"deepspeed=zero{stage}", "until=evaluate")
-    scores = json.loads((out / "scores.json").read_text())
-    assert scores["eval_nll"] == pytest.approx(evaluations(out)[-1], abs=1e-5)
+    assert exported_nll(out) == pytest.approx(evaluations(out)[-1], abs=1e-5)
     config = json.loads((out / "export" / "config.json").read_text())
     assert (config["hidden_size"], config["intermediate_size"]) == (16, 24)
 
@@ -267,8 +257,7 @@ def test_momentum_does_not_bring_removed_units_back(runs, stage, ranks):
     words = [f"deepspeed={preset}", "until=evaluate"]
     out = train(runs, f"sgd-{stage}", ranks, *words, method=method, train=rates)
     assert column(out, "removed")[3:] == [0.0] * 9
-    scores = json.loads((out / "scores.json").read_text())
-    assert scores["eval_nll"] == pytest.approx(evaluations(out)[-1], abs=1e-5)
+    assert exported_nll(out) == pytest.approx(evaluations(out)[-1], abs=1e-5)
 
 
 def test_inherits_a_distribution_as_well(runs):

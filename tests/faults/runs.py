@@ -1,7 +1,5 @@
 """Ranks of the user's own command, forked from the test process, that a test may kill."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os
@@ -15,14 +13,14 @@ from pathlib import Path
 
 # What the command imports when it needs it, once before the fork: a tenth of a second each.
 import matplotlib.backends.backend_agg  # noqa: F401
-import torch
 import transformers.models.roberta.modeling_roberta  # noqa: F401
 
 import dskd.methods.ki
 import dskd.methods.lm  # noqa: F401
 from dskd.train import main
-from tests.ranks import free_port
+from tests.ranks import be_rank, free_port
 
+Trap = Callable[[int], None]
 LIMIT = 120
 """Seconds after which a run is taken to hang."""
 
@@ -78,13 +76,7 @@ class Ranks:
         trap: called with the rank in each of them before the command.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *words: str,
-        world: int = 2,
-        trap: Callable[[int], None] | None = None,
-    ):
+    def __init__(self, folder: Path, *words: str, world: int = 2, trap: Trap | None = None):
         self._logs = [folder / f"rank{rank}.log" for rank in range(world)]
         self._began = time.monotonic()
         port = free_port()
@@ -157,22 +149,9 @@ def die() -> None:
 
 
 def _command(
-    rank: int,
-    world: int,
-    port: int,
-    log: Path,
-    words: tuple[str, ...],
-    trap: Callable[[int], None] | None,
+    rank: int, world: int, port: int, log: Path, words: tuple[str, ...], trap: Trap | None
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
+    be_rank(rank, world, port)
     gc.freeze()  # else each collection goes through all that the parent holds
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

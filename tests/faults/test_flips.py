@@ -1,7 +1,5 @@
 """Damage, changed inputs and settings, losses out of range: named, and nothing trained on them."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

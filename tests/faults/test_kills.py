@@ -1,7 +1,5 @@
 """kill -9 at any moment, SIGTERM, SIGINT: the next call goes on and ends where it would have."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil
@@ -23,11 +21,10 @@ from dskd.runs import stages
 from dskd.stores import store
 from dskd.system.log import Metrics, read_metrics
 from dskd.training import trainer
-from tests.faults.runs import STEPS, Ranks, die, train, write_recipe
+from tests.faults.runs import STEPS, Ranks, Trap, die, train, write_recipe
 from tests.launching import evaluations, losses
 
 KILLS = 10
-Trap = Callable[[int], None]
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,8 @@ def test_torch_compile_takes_the_whole_function(form):
 
     def total(*inputs):
         hidden_ND, *rest = inputs
-        return (
-            2
-            * ops.linear_kd(
-                hidden_ND * 1.5, *rest, teacher=teacher, temperature=2.0, **COMMON
-            ).total
-        )
+        how = {"teacher": teacher, "temperature": 2.0, **COMMON}
+        return 2 * ops.linear_kd(hidden_ND * 1.5, *rest, **how).total
 
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     expected, found = total(*inputs), compiled(*inputs)
@@ -92,14 +88,9 @@ def test_a_weight_that_falls_is_compiled_twice_at_most():
     hidden_ND, weight_VD, teacher = normal(N, D).requires_grad_(), normal(V, D), normal(N, V)
 
     def total(hidden_ND, alpha):
-        return ops.linear_kd(
-            hidden_ND,
-            weight_VD,
-            teacher=DenseTeacher(teacher),
-            labels_N=LABELS,
-            weight=alpha * 4.0,
-            label_weight=1.0 - alpha,
-        ).total
+        how = {"teacher": DenseTeacher(teacher), "labels_N": LABELS}
+        how |= {"weight": alpha * 4.0, "label_weight": 1.0 - alpha}
+        return ops.linear_kd(hidden_ND, weight_VD, **how).total
 
     assert compilations(total, [(hidden_ND, 0.9 - step / 20) for step in range(12)]) <= 2
 

@@ -7,6 +7,7 @@ import torch
 
 from dskd import ops
 from dskd.fused import reference
+from tests.fused.expected import kept
 
 N, V = 4, 40
 LABELS = torch.tensor([3, 1, 2, 5])
@@ -22,13 +23,6 @@ def implementation(request):
 
 def logits(seed):
     return torch.randn(N, V, generator=torch.Generator().manual_seed(seed))
-
-
-def topk(teacher_NV):
-    logprobs_NV = teacher_NV.log_softmax(1)
-    logprobs_NK, ids_NK = logprobs_NV.topk(4, 1)
-    tail_N = logprobs_NV.scatter(1, ids_NK, -INF).logsumexp(1)
-    return ids_NK, logprobs_NK, tail_N
 
 
 def with_gradient(student_NV, loss):
@@ -65,7 +59,7 @@ def test_where_only_the_label_counts_the_teacher_may_be_anything(
 
 @pytest.mark.parametrize("mode", ops.MODES)
 def test_where_only_the_label_counts_a_top_k_teacher_may_be_anything(implementation, mode):
-    student_NV, (ids_NK, logprobs_NK, tail_N) = logits(0), topk(logits(1))
+    student_NV, (ids_NK, logprobs_NK, tail_N) = logits(0), kept(logits(1), 4)
     logprobs_NK[1], tail_N[1] = NAN, NAN
     options = {"mode": mode, "weight": torch.tensor([1.0, 0.0, 1.0, 2.0]), "label_weight": 0.7}
     tail_N = tail_N if mode == "tail" else None
@@ -116,7 +110,7 @@ def test_infinite_and_undefined_dense_losses(implementation, kind):
 @pytest.mark.parametrize("mode", ops.MODES)
 def test_infinite_and_undefined_top_k_losses(implementation, mode):
     student_NV, teacher_NV = masked()
-    ids_NK, logprobs_NK, tail_N = topk(teacher_NV)
+    ids_NK, logprobs_NK, tail_N = kept(teacher_NV, 4)
     tail_N = tail_N if mode == "tail" else None
     found = ops.topk_kd(
         student_NV.clone(), ids_NK, logprobs_NK, tail_N, LABELS, mode=mode, label_weight=1.0

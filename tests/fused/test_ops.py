@@ -44,12 +44,8 @@ def plain(logits_NV, teacher, *, kind="forward_kl", temperature=1.0, mode="tail"
     labelled = LABELS >= 0
     total = (WEIGHT * found)[labelled].sum()
     if reverse is not None:
-        total = (
-            total
-            + (reverse * reference.divergence(logits_NV, teacher, "reverse_kl", **heat))[
-                labelled
-            ].sum()
-        )
+        backward = reference.divergence(logits_NV, teacher, "reverse_kl", **heat)
+        total = total + (reverse * backward)[labelled].sum()
     return total + 0.7 * reference.cross_entropy(logits_NV, LABELS)[labelled].sum()
 
 
@@ -61,15 +57,8 @@ def test_dense_kd_is_the_reference_and_passes_gradcheck(kind, temperature):
     reverse = REVERSE if kind == "mixed" else None
 
     def total(student_NV):
-        return ops.dense_kd(
-            student_NV,
-            teacher_NW,
-            kind=kind,
-            beta=0.3,
-            temperature=temperature,
-            reverse_weight=reverse,
-            **COMMON,
-        ).total
+        how = {"kind": kind, "beta": 0.3, "temperature": temperature, "reverse_weight": reverse}
+        return ops.dense_kd(student_NV, teacher_NW, **how, **COMMON).total
 
     expected = plain(student_NV, teacher_NW, kind=kind, temperature=temperature, reverse=reverse)
     torch.testing.assert_close(total(student_NV), expected, rtol=1e-10, atol=1e-12)

@@ -27,13 +27,9 @@ def leaves(rows):
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_reverse_kl_of_a_padded_student_is_of_the_shared_vocabulary(dense):
     rows, signal = student_and_teacher(W)
-    found = ops.positions_kd(
-        rows,
-        DenseTeacher(signal.logits_NV) if dense else signal,
-        kind="reverse_kl",
-        temperature=2.0,
-        label_weight=0.5,
-    )
+    teacher = DenseTeacher(signal.logits_NV) if dense else signal
+    how = {"kind": "reverse_kl", "temperature": 2.0, "label_weight": 0.5}
+    found = ops.positions_kd(rows, teacher, **how)
     shared_NW = rows.logits_NV[:, :W]
     divergence_N = reference.divergence(shared_NW, signal.logits_NV, "reverse_kl", temperature=2.0)
     expected = divergence_N.sum() + 0.5 * reference.cross_entropy(shared_NW, LABELS).sum()

@@ -1,17 +1,12 @@
 """The entries of compactors around a step: any piece of any one, against whole matrices."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from dskd.fused.update import Piece, update
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())["penalty_adamw"][
-    "cases"
-]
 SHAPES = {
     "left": ((7, 7), "left"),
     "right": ((7, 7), "right"),
@@ -133,38 +128,6 @@ def test_the_annealing_rule_in_two_calls():
         (squares,) = update([piece._replace(ratio_K=ratio)])
         torch.testing.assert_close(squares[3], (start * (1 - (step - 1) / 5)).square().sum())
     assert update([piece])[0][3] == 0
-
-
-@pytest.mark.parametrize("case", GOLDEN)
-def test_the_original_s_penalty(case):
-    """The edited gradient; and the first moment, which Adam then mixes with it."""
-    double = {"dtype": torch.float64}
-    compactor, gradient, moment = (
-        torch.tensor(case[n], **double) for n in ("p", "grad", "exp_avg")
-    )
-    weight = (
-        compactor.view(1, -1) if case["side"] == "vector" else compactor - torch.eye(len(compactor))
-    )
-    keep = torch.tensor(case["keep"], **double)
-    masked, removed = case["phase"] == "mask", 1 - keep
-    strong = max(case["lam"] - 1, 0.0) if masked else 0.0
-    piece = Piece(
-        weight.view(-1),
-        0,
-        weight.shape,
-        case["side"],
-        gradient.view(-1),
-        moment.view(-1),
-        gate_K=keep if masked else torch.ones_like(keep),
-        pull_K=min(case["lam"], 1.0) * removed if masked else torch.ones_like(keep),
-        fade_K=torch.full_like(keep, 0.9 if strong else 1.0),
-        push_K=0.1 * strong * removed,
-    )
-    update([piece])
-    wanted = {name: torch.tensor(case[name], **double) for name in ("grad_edited", "exp_avg_new")}
-    torch.testing.assert_close(gradient, wanted["grad_edited"], rtol=1e-12, atol=1e-12)
-    mixed = case["beta1"] * moment + (1 - case["beta1"]) * gradient
-    torch.testing.assert_close(mixed, wanted["exp_avg_new"], rtol=1e-9, atol=1e-9)
 
 
 def test_refused():

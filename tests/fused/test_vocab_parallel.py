@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dskd.fused import reference
 from dskd.fused.arguments import KINDS
 from dskd.fused.backend import triton_everywhere
 from dskd.fused.vocab_parallel import vocab_parallel_kd
+from tests.fused.expected import dense_expected
 from tests.ranks import run_ranks
 
 N, BETA = 5, 0.3
@@ -34,25 +34,16 @@ def logits(seed, columns=70):
 
 
 def whole(student, teacher, kind, temperature, labelled):
-    """Divergence, label loss and gradient from the references; rows of weight 0 left out."""
-    x, heat = student.double().clone().requires_grad_(), {"temperature": temperature}
-    rows = [0, 3, 4]
-    if kind == "mixed":
-        forward = reference.divergence(x[rows], teacher[rows].double(), "forward_kl", **heat)
-        reverse = reference.divergence(x[rows], teacher[rows].double(), "reverse_kl", **heat)
-        divergence = WEIGHT[rows] * forward + REVERSE[rows] * reverse
-        total = divergence.sum()
-    else:
-        divergence = reference.divergence(x[rows], teacher[rows].double(), kind, beta=BETA, **heat)
-        total = (WEIGHT[rows] * divergence).sum()
-    label_N = torch.empty(0, dtype=torch.float64)
-    if labelled:
-        label_N = torch.zeros(N, dtype=torch.float64)
-        label = reference.cross_entropy(x[[0, 2, 4]], LABELS[[0, 2, 4]])
-        total = total + (LABEL_WEIGHT[[0, 2, 4]] * label).sum()
-        label_N[[0, 2, 4]] = label.detach()
-    total.backward()
-    return total.detach(), divergence.detach(), label_N, x.grad.nan_to_num(0.0)
+    """Total, divergence, label loss and gradient from the references; rows of weight 0 left out."""
+    weight, reverse, label_weight = (w * (LABELS >= 0) for w in (WEIGHT, REVERSE, LABEL_WEIGHT))
+    vectors = weight, reverse if kind == "mixed" else None, label_weight
+    labels = LABELS if labelled else None
+    found = dense_expected(student, teacher, labels, *vectors, kind, BETA, temperature)
+    divergence_N, label_N, grad_NV = found
+    total = divergence_N.sum() if kind == "mixed" else weight @ divergence_N
+    total = total + label_weight @ label_N if labelled else total
+    label_N = label_N if labelled else torch.empty(0, dtype=torch.float64)
+    return total, divergence_N[[0, 3, 4]], label_N, grad_NV
 
 
 def on_rank(rank, widths, teacher_columns, cases, dtype, triton):
@@ -65,18 +56,10 @@ def on_rank(rank, widths, teacher_columns, cases, dtype, triton):
         student = logits(0)[:, first:beyond].to(dtype).requires_grad_()
         teacher = logits(1)[:, first : max(first, min(beyond, teacher_columns))].to(dtype)
         with triton_everywhere() if triton else nullcontext():
-            result = vocab_parallel_kd(
-                student,
-                teacher,
-                LABELS,
-                group=dist.group.WORLD,
-                kind=kind,
-                beta=BETA,
-                temperature=temperature,
-                weight=WEIGHT,
-                reverse_weight=REVERSE if kind == "mixed" else None,
-                label_weight=LABEL_WEIGHT if labelled else 0.0,
-            )
+            how = {"kind": kind, "beta": BETA, "temperature": temperature, "weight": WEIGHT}
+            how["reverse_weight"] = REVERSE if kind == "mixed" else None
+            how["label_weight"] = LABEL_WEIGHT if labelled else 0.0
+            result = vocab_parallel_kd(student, teacher, LABELS, group=dist.group.WORLD, **how)
             (result.total * 3).backward()
         assert not result.divergence_N.requires_grad
         assert not result.label_N.requires_grad
@@ -163,15 +146,9 @@ def _calls(rank, kinds):
     for kind in kinds:
         for label_weight in (0.0, 1.0):
             seen.clear()
-            vocab_parallel_kd(
-                student,
-                student + 1,
-                torch.arange(6),
-                group=dist.group.WORLD,
-                kind=kind,
-                reverse_weight=1.0 if kind == "mixed" else None,
-                label_weight=label_weight,
-            )
+            how = {"kind": kind, "label_weight": label_weight, "group": dist.group.WORLD}
+            how["reverse_weight"] = 1.0 if kind == "mixed" else None
+            vocab_parallel_kd(student, student + 1, torch.arange(6), **how)
             found[kind, label_weight] = list(seen)
     return found
 

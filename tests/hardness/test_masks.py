@@ -1,7 +1,5 @@
 """Masks of hard tokens by their numbers, from real stores."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 
 from dskd.batch import IGNORE
 from dskd.data.loader import Loader
-from dskd.data.prepared import RowBatch
 from dskd.data.tokenizers import special_ids
 from dskd.data.views import MaskedView, at_random
 from dskd.errors import ConfigError
@@ -18,30 +15,11 @@ from dskd.hardness.masks import HARD_LABELS, HardCausalView, HardView, hard_view
 from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.data import Data, HardTokens
-from dskd.stores.store import Writer
+from tests.data.row_batches import PlainRows
 from tests.data.test_views import SIZE, SPECIAL, TOKENIZER, rows_of, tokenizer_of
+from tests.stores.caches import write_store
 
 ROWS, WIDTH = 400, 64
-
-
-class Rows:
-    """Rows in memory, read as those of a prepared folder are."""
-
-    fingerprint = "rows"
-    block_size = WIDTH
-
-    def __init__(self, ids_RT, lengths_R):
-        self.ids_RT, self.lengths_R = ids_RT, lengths_R
-
-    def __len__(self):
-        return len(self.ids_RT)
-
-    def rows(self, row_ids_B, epochs_B):
-        tokens_BT, lengths_B = self.ids_RT[row_ids_B], self.lengths_R[row_ids_B]
-        return RowBatch(row_ids_B, epochs_B, self.domains_B(row_ids_B), tokens_BT, lengths_B)
-
-    def domains_B(self, row_ids_B):
-        return row_ids_B % 2
 
 
 def store_of(folder, rows, nll_RT, wrong_RT=None, shown="token"):
@@ -49,20 +27,18 @@ def store_of(folder, rows, nll_RT, wrong_RT=None, shown="token"):
     plan = ScoringPlan(shown)
     masking = HardTokens(kind="hard_tokens", rows_per_shard=150)
     spec = hardness_spec(masking, rows, ScoringView(plan, TOKENIZER), {"data": "rows"})
-    writer = Writer(folder, spec)
-    writer.prepare()
-    for shard in range(spec.shards):
-        _, begin, end = spec.span(shard)
-        row_ids = np.arange(begin, end)
-        asked_BT = plan.draw_of(rows.rows(row_ids, row_ids * 0)) == 0
+
+    def content(draw, row_ids):
+        asked_BT = plan.draw_of(rows.rows(row_ids, row_ids * 0)) == draw
         wrong_BT = np.zeros_like(asked_BT) if wrong_RT is None else wrong_RT[row_ids]
-        columns = encode(nll_RT[row_ids][asked_BT].astype(np.float32), wrong_BT[asked_BT])
-        writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
-    writer.finish(writer.records)
+        nll_N = nll_RT[row_ids][asked_BT].astype(np.float32)
+        return asked_BT.sum(1), encode(nll_N, wrong_BT[asked_BT])
+
+    write_store(folder, spec, content)
     return Hardness(folder, {"data": "rows"})
 
 
-ALL = Rows(*rows_of(ROWS, WIDTH, seed=1))
+ALL = PlainRows(*rows_of(ROWS, WIDTH, seed=1))
 NLL_RT = np.random.default_rng(2).exponential(0.2, (ROWS, WIDTH))
 NLL_RT = NLL_RT.astype(np.float16).astype(np.float64)  # what a store can hold
 WRONG_RT = np.random.default_rng(3).random((ROWS, WIDTH)) < 0.25
@@ -109,7 +85,7 @@ def test_select_against_a_loop():
 
 
 def test_equally_hard_tokens_are_chosen_evenly(tmp_path):
-    rows = Rows(*(np.repeat(array[:1], ROWS, axis=0) for array in rows_of(1, WIDTH)))
+    rows = PlainRows(*(np.repeat(array[:1], ROWS, axis=0) for array in rows_of(1, WIDTH)))
     answers = store_of(tmp_path / "s", rows, np.full((ROWS, WIDTH), 3.0))
     masking = HardTokens(kind="hard_tokens", least=0.25, most=0.25)
     criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))
@@ -293,21 +269,11 @@ def test_fingerprint_covers_what_masks_depend_on():
     ):
         assert of(**same) == base, same
     different = [
-        {"scores": "T"},
-        {"seed": 2},
-        {"threshold": 0.2},
-        {"metric": "correctness"},
-        {"metric": "quantile"},
-        {"metric": "quantile", "quantile": 0.5},
-        {"least": 0.1},
-        {"most": 0.5},
-        {"probability": 0.2},
-        {"keep": 0.2},
-        {"replacement": "all_mask"},
-        {"sampler": "original"},
-        {"refresh": 1},
-        {"objective": "causal"},
-    ]
+        {"scores": "T"}, {"seed": 2}, {"threshold": 0.2}, {"metric": "correctness"},
+        {"metric": "quantile"}, {"metric": "quantile", "quantile": 0.5}, {"least": 0.1},
+        {"most": 0.5}, {"probability": 0.2}, {"keep": 0.2}, {"replacement": "all_mask"},
+        {"sampler": "original"}, {"refresh": 1}, {"objective": "causal"},
+    ]  # fmt: skip
     assert len({base, *(of(**settings) for settings in different)}) == len(different) + 1
     assert of(replacement="all_mask", keep=0.2) == of(replacement="all_mask")
     assert of(objective="causal", keep=0.2) == of(objective="causal")

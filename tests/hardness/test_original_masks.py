@@ -1,10 +1,5 @@
 """The masks of the original Self-Evolution code, bit for bit, from real stores."""
 
-from __future__ import annotations
-
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -17,10 +12,12 @@ from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.data import Data, HardTokens
 from dskd.stores.store import Writer
+from tests.data.row_batches import PlainRows
 from tests.data.test_views import SIZE, TOKENIZER, tokenizer_of
-from tests.hardness.test_masks import ALL, NLL_RT, WIDTH, Rows, seen, store_of, view_of
+from tests.goldens import golden
+from tests.hardness.test_masks import ALL, NLL_RT, WIDTH, seen, store_of, view_of
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "self_evolution.json").read_text())
+GOLDEN = golden("self_evolution")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +26,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "self_evolution.json
 def test_golden_masks_of_the_original(tmp_path, case):
     golden = GOLDEN["stage2_masks"]
     ids_RT = np.array(golden["items"])
-    rows = Rows(ids_RT, np.full(len(ids_RT), ids_RT.shape[1]))
+    rows = PlainRows(ids_RT, np.full(len(ids_RT), ids_RT.shape[1]))
     nll_RT = np.full(ids_RT.shape, 0.05)
     stored = case["stored"] or []
     # A place beyond the row makes the original forget all of the row's places; a store keyed by row
@@ -67,7 +64,7 @@ def test_what_several_ranks_found_is_merged(tmp_path, rows_per_shard):
     as after an interruption, and a row is found in whatever shard it lies."""
     golden = GOLDEN["merge"]
     hard = [{int(row): places for row, places in part.items()} for part in golden["shards"]]
-    rows, plan = Rows(ALL.ids_RT[:4], np.full(4, WIDTH)), ScoringPlan("token")
+    rows, plan = PlainRows(ALL.ids_RT[:4], np.full(4, WIDTH)), ScoringPlan("token")
     masking = HardTokens(kind="hard_tokens", rows_per_shard=rows_per_shard)
     spec = hardness_spec(masking, rows, ScoringView(plan, TOKENIZER), {"data": "rows"})
     writers = [Writer(tmp_path / "s", spec) for _ in hard]
@@ -102,7 +99,7 @@ def test_the_original_needs_its_vocabulary():
 
 def test_the_store_rounds_across_the_threshold(tmp_path):
     """0.100005 nats are more than 0.1, but not in float16; the original keeps float32."""
-    rows = Rows(ALL.ids_RT[:1], np.array([WIDTH]))
+    rows = PlainRows(ALL.ids_RT[:1], np.array([WIDTH]))
     nll_RT = np.full((1, WIDTH), 0.05)
     nll_RT[0, [3, 7, 9, 20]] = 0.100005, 0.10001, 0.2, 0.09999
     masking = HardTokens(kind="hard_tokens", sampler="original")

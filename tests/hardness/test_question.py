@@ -1,12 +1,6 @@
 """Self-questioning: the original's scores, a real model's, and the same bytes whatever happens."""
 
-import json
-import multiprocessing
-import os
-import signal
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,35 +9,25 @@ from torch.nn.functional import cross_entropy
 
 from dskd.batch import Positions
 from dskd.data.loader import make_batch
-from dskd.data.prepared import open_prepared, prepare
+from dskd.data.prepared import open_prepared
 from dskd.data.tokenizers import special_ids
-from dskd.data.views import view_for
-from dskd.engine.engine import Engine, decay_groups, shard_teacher
+from dskd.engine.engine import shard_teacher
 from dskd.errors import NonFiniteError, StoreError
 from dskd.hardness import question as question_module
 from dskd.hardness.question import question, token_scores
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness, describe_scores
-from dskd.methods.lm import LanguageModelling
-from dskd.models.build import build
-from dskd.settings.data import Data, HardTokens, Masking, TextSource, TrainedTokenizer
-from dskd.settings.model import Model
+from dskd.settings.data import Data, HardTokens, TextSource
 from dskd.stores.store import shard_path
-from dskd.training.objective import Objective
 from tests.data.conftest import make_corpus
-from tests.data.row_batches import row_batch
+from tests.data.row_batches import PlainRows
 from tests.data.test_views import tokenizer_of
+from tests.goldens import golden
+from tests.models.tiny import zero3
 from tests.ranks import run_ranks
+from tests.stores.real import another_fills, no_model, prepared_folders, random_model
 
-STAGE1 = json.loads((Path(__file__).parents[1] / "golden/self_evolution.json").read_text())[
-    "stage1"
-]
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-SIZES["initializer_range"] = 0.3  # far from uniform
-MODELS = {
-    "masked": Model(config={"model_type": "roberta", "intermediate_size": 32, **SIZES}),
-    "causal": Model(config={"model_type": "llama", "intermediate_size": 32, **SIZES}),
-}
+STAGE1 = golden("self_evolution")["stage1"]
 KINDS = [("masked", "token"), ("masked", "mask"), ("causal", "token")]
 PRINTS = {"model": "M", "tokenizer": "V", "data": "D", "blocking": "B", "scoring": "S"}
 CPU = torch.device("cpu")
@@ -56,49 +40,17 @@ def masking_of(**changes):
     )
 
 
-def ds_of(stage, micro_batch=4):
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,
-        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Prepared rows, by objective."""
     where = tmp_path_factory.mktemp("data")
     make_corpus(where / "a.txt", 60)
-    return {
-        objective: prepare(
-            Data(
-                objective=objective,
-                sources=[TextSource(kind="text", path=str(where / "a.txt"))],
-                tokenizer=TrainedTokenizer(vocab_size=300),
-                block_size=24,
-                folder=where / "rows",
-            )
-        )
-        for objective in MODELS
-    }
+    return prepared_folders(where, [TextSource(kind="text", path=str(where / "a.txt"))])
 
 
 def model_of(prepared, objective, ds=None):
-    """A random model with two columns of padding, in train mode and with dropout."""
-    settings = MODELS[objective].model_copy(update={"vocab_multiple": 7})
-    return build(
-        settings,
-        prepared.tokenizer,
-        objective=objective,
-        block_size=24,
-        seed=3,
-        ds=ds,
-        dtype=torch.float32,
-        where="model",
-    )
+    """A random model with a column of padding, far from uniform."""
+    return random_model(prepared, objective, ds, vocab_multiple=7, initializer_range=0.3)
 
 
 def run_question(folder, prepared, objective, *, ds=None, masking=None, **options):
@@ -124,23 +76,6 @@ def files(folder):
 
 
 # ---- the original's numbers ----------------------------------------------------------------------
-
-
-class GoldenRows:
-    """The rows of the golden file."""
-
-    block_size = 8
-    fingerprint = "golden"
-
-    def __len__(self):
-        return len(STAGE1["tokens"])
-
-    def rows(self, row_ids_B, epochs_B):
-        ids_BT = np.array(STAGE1["tokens"])[row_ids_B]
-        return row_batch(row_ids_B, epochs_B, ids_BT, (ids_BT != STAGE1["pad"]).sum(1))
-
-    def domains_B(self, row_ids_B):
-        return np.zeros_like(row_ids_B)
 
 
 def golden_forward(batch):
@@ -170,7 +105,9 @@ def score_golden(monkeypatch):
 
 
 def _score_golden(folder, prepared):
-    prepared = replace(prepared, train=GoldenRows(), tokenizer=tokenizer_of(8))
+    ids_RT = np.array(STAGE1["tokens"])
+    rows = PlainRows(ids_RT, (ids_RT != STAGE1["pad"]).sum(1), "golden")
+    prepared = replace(prepared, train=rows, tokenizer=tokenizer_of(8))
     masking = masking_of(rows_per_shard=3, micro_batch=2)
     view = scoring_view(Data(masking=masking), prepared.tokenizer, 1)
     prints = {"fingerprints": PRINTS, "device": CPU}
@@ -307,60 +244,16 @@ def _question_rank(rank, folder, prepared_folder, objective, ds, masking):
     run_question(folder, open_prepared(prepared_folder), objective, masking=masking, ds=ds)
 
 
-@pytest.mark.parametrize(("objective", "shown"), KINDS)
-def test_two_ranks_write_the_bytes_of_one(tmp_path, folders, objective, shown):
-    masking = masking_of(shown=shown)
-    run_question(tmp_path / "one", open_prepared(folders[objective]), objective, masking=masking)
-    run_ranks(_question_rank, tmp_path / "two", folders[objective], objective, None, masking)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-
-
 def test_a_sharded_model_says_the_same(tmp_path, folders):
     """Of two ranks of ZeRO-3, whose shards in a round differ: 60 rows are 3 passes, 23 are one."""
     prepared = open_prepared(folders["masked"])
     assert len(prepared.train) == 143
     masking = masking_of(shown="mask", probability=0.5, rows_per_shard=60, micro_batch=25)
     run_question(tmp_path / "one", prepared, "masked", masking=masking)
-    ds = {key: value for key, value in ds_of(3).items() if "optimizer" not in key}
-    run_ranks(_question_rank, tmp_path / "two", folders["masked"], "masked", ds, masking)
+    run_ranks(_question_rank, tmp_path / "two", folders["masked"], "masked", zero3(2), masking)
     one, two = (everything(tmp_path / name, prepared) for name in ("one", "two"))
     np.testing.assert_allclose(two[0], one[0], **NEAR)
     np.testing.assert_array_equal(two[1], one[1])
-
-
-def _question_until(folder, prepared, calls):
-    """Die by kill -9 in forward pass number ``calls``."""
-    left = iter(range(calls, 0, -1))
-
-    def model():
-        built = model_of(prepared, "masked")
-
-        def hook(*_):
-            if next(left) == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        built.base_model.register_forward_pre_hook(hook)
-        return built
-
-    run_question(folder, prepared, "masked", model=model)
-
-
-def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path, folders):
-    prepared = open_prepared(folders["masked"])
-    run_question(tmp_path / "whole", prepared, "masked")
-    folder = tmp_path / "s"
-    for calls, shards in ((2, 0), (6, 1), (9, 3)):  # 4 passes a shard; what is whole is kept
-        child = multiprocessing.get_context("fork").Process(
-            target=_question_until, args=(folder, prepared, calls)
-        )
-        child.start()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
-        assert len(list(folder.glob("shard-*"))) == shards
-        with pytest.raises(StoreError, match="not complete"):
-            Hardness(folder, PRINTS)
-    run_question(folder, prepared, "masked")
-    assert files(folder) == files(tmp_path / "whole")
 
 
 def test_a_complete_store_needs_no_model(tmp_path, folders, monkeypatch):
@@ -371,43 +264,21 @@ def test_a_complete_store_needs_no_model(tmp_path, folders, monkeypatch):
     assert f"holds the NLL of {prepared.train.tokens:,} tokens in 3.74 bytes" in said[-1]
     before = files(tmp_path / "s")
 
-    def no_model():
-        raise AssertionError("the model was built")
-
     again = {"model": no_model}
     run_question(tmp_path / "s", prepared, "masked", masking=masking_of(rows_per_shard=7), **again)
     assert said[-1] == f"question: {tmp_path / 's'} is complete"
     assert files(tmp_path / "s") == before
 
 
-def _question_slowly(folder, prepared, begun):
-    def model():
-        built = model_of(prepared, "masked")
-
-        def hook(*_):
-            begun.set()
-            time.sleep(0.03)
-
-        built.base_model.register_forward_pre_hook(hook)
-        return built
-
-    run_question(folder, prepared, "masked", model=model)
-
-
 def test_while_another_job_asks_one_waits(tmp_path, folders):
     """Two runs that name one store: the second needs no model, and finds the store whole."""
-    prepared, fork = open_prepared(folders["masked"]), multiprocessing.get_context("fork")
-    begun = fork.Event()
-    other = fork.Process(target=_question_slowly, args=(tmp_path / "s", prepared, begun))
-    other.start()
-    assert begun.wait(60)
+    prepared = open_prepared(folders["masked"])
 
-    def no_model():
-        raise AssertionError("the model was built")
+    def fill(model):
+        run_question(tmp_path / "s", prepared, "masked", model=model)
 
-    run_question(tmp_path / "s", prepared, "masked", model=no_model)
-    other.join()
-    assert other.exitcode == 0
+    with another_fills(fill, lambda: model_of(prepared, "masked")):
+        fill(no_model)
     Hardness(tmp_path / "s", PRINTS)
 
 
@@ -421,54 +292,3 @@ def test_a_foreign_store_is_refused_by_name(tmp_path, folders):
             run_question(tmp_path / "s", prepared, "masked", fingerprints=other)
     with pytest.raises(StoreError, match=r"settings.shown is 'token' there and 'mask' here"):
         run_question(tmp_path / "s", prepared, "masked", masking=masking_of(shown="mask"))
-
-
-# ---- a student in training -----------------------------------------------------------------------
-
-
-def _train_and_ask(rank, folder, prepared_folder, stage, asking, world):
-    """Three steps of a student; between the second and the third it is asked, or not."""
-    prepared = open_prepared(prepared_folder)
-    ds = ds_of(stage, 4 // world)
-    student = model_of(prepared, "masked", ds)
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # its numbers depend on the number of ranks
-    objective = Objective(student, LanguageModelling(), None)
-    engine = Engine(objective, decay_groups(objective, 0.01, False), ds, monitor=False)
-    view = view_for(Data(masking=Masking()), prepared.tokenizer, 1)
-    masking = masking_of(rows_per_shard=60, micro_batch=25)
-    scoring = scoring_view(Data(masking=masking), prepared.tokenizer, 1)
-    losses = []
-    for step in range(3):
-        if step == 2 and asking:
-            engine.module.eval()
-            made = {"fingerprints": PRINTS, "device": CPU}
-            question(masking, lambda: engine.module.student, prepared, scoring, folder, **made)
-            engine.module.train()
-        row_ids = np.arange(4) + 4 * step
-        row_ids = row_ids[rank * 4 // world : (rank + 1) * 4 // world]
-        batch = make_batch(prepared.train, view, row_ids, row_ids * 0)
-        term = engine.forward(batch, step)["tokens"]
-        losses.append(float(term.total))
-        engine.backward(term.total / 30, last=True)
-        engine.set_rate(0.01)
-        engine.step()
-    return losses
-
-
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_student_in_training_is_asked(tmp_path, folders, stage):
-    """At every stage it says what it says alone, and goes on as if it had not been asked."""
-    arguments = folders["masked"], stage
-    asked = run_ranks(_train_and_ask, tmp_path / "two", *arguments, True, 2)
-    plain = run_ranks(_train_and_ask, tmp_path / "none", *arguments, False, 2)
-    assert asked == plain
-    (alone,) = run_ranks(_train_and_ask, tmp_path / "one", folders["masked"], 0, True, 1, world=1)
-    np.testing.assert_allclose(np.sum(asked, 0), alone, rtol=1e-5)
-    prepared = open_prepared(folders["masked"])
-    one, two = (everything(tmp_path / name, prepared) for name in ("one", "two"))
-    np.testing.assert_allclose(two[0], one[0], **NEAR)
-    run_question(tmp_path / "start", prepared, "masked")
-    start = everything(tmp_path / "start", prepared)
-    assert np.nanmean(two[0]) < np.nanmean(start[0]) - 0.1  # it has learnt something meanwhile

@@ -1,7 +1,5 @@
 """``dskd hard-tokens``: the counts are those of a plain loop, and what it refuses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,8 @@ from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness, encode, hardness_spec
 from dskd.settings.recipe import dump_run, read
 from dskd.stores.fingerprints import prints_of_rows
-from dskd.stores.store import Writer
 from tests.data.conftest import make_corpus
+from tests.stores.caches import write_store
 
 BAR = "\u2502"  # between the cells of rich's tables
 
@@ -36,18 +34,15 @@ def fill(run, name="questions", model="M", more=0.0):
     view = scoring_view(run.data, prepared.tokenizer, run.seed)
     prints = {**prints_of_rows(run, prepared), "scoring": view.fingerprint}
     spec = hardness_spec(run.data.masking, prepared.train, view, {**prints, "model": model})
-    writer = Writer(run.out / name, spec)
-    writer.prepare()
-    for shard in range(spec.shards):
-        draw, begin, end = spec.span(shard)
-        row_ids = np.arange(begin, end)
+
+    def content(draw, row_ids):
         labels_BT = view(prepared.train.rows(row_ids, np.full_like(row_ids, draw))).labels_BT
         asked_BT = labels_BT != IGNORE
         places_BT = np.broadcast_to(np.arange(labels_BT.shape[1]), labels_BT.shape)
         nll_N, wrong_N = answer(labels_BT[asked_BT], places_BT[asked_BT])
-        columns = encode(nll_N + np.float32(more), wrong_N)
-        writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
-    writer.finish(writer.records)
+        return asked_BT.sum(1), encode(nll_N + np.float32(more), wrong_N)
+
+    write_store(run.out / name, spec, content)
     return prepared, Hardness(run.out / name, prints)
 
 

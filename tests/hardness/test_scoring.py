@@ -1,7 +1,5 @@
 """Where a model is asked: every token once, and what it sees there."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

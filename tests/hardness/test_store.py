@@ -12,7 +12,7 @@ from dskd.hardness.store import Hardness, describe_scores, encode, hardness_spec
 from dskd.settings.data import HardTokens
 from dskd.stores.store import Writer, shard_path
 from tests.data.test_views import tokenizer_of
-from tests.stores.caches import ToyRows
+from tests.stores.caches import ToyRows, write_store
 
 PRINTS = {"model": "M", "tokenizer": "V", "data": "D", "blocking": "B", "scoring": "S"}
 SPECIAL = (5, 6, 7)
@@ -47,16 +47,13 @@ def truth(plan, rows, row_ids, seed=3):
 def store_all(folder, plan, rows, rows_per_shard=10, change=lambda nll_N: nll_N):
     """Write a store without a model."""
     spec = spec_of(plan, rows, rows_per_shard)
-    writer = Writer(folder, spec)
-    writer.prepare()
-    for shard in range(spec.shards):
-        draw, begin, end = spec.span(shard)
-        row_ids = np.arange(begin, end)
+
+    def content(draw, row_ids):
         nll_BT, wrong_BT, _ = truth(plan, rows, row_ids)
         asked_BT = plan.draw_of(rows.rows(row_ids, row_ids * 0)) == draw
-        columns = encode(change(nll_BT[asked_BT]), wrong_BT[asked_BT])
-        writer.write_shard(shard, asked_BT.sum(1), np.ones(end - begin, bool), columns)
-    writer.finish(writer.records)
+        return asked_BT.sum(1), encode(change(nll_BT[asked_BT]), wrong_BT[asked_BT])
+
+    write_store(folder, spec, content)
     return Hardness(folder, PRINTS)
 
 
@@ -194,10 +191,9 @@ def test_damage_and_interruption_are_told(tmp_path):
         Hardness(tmp_path / "s", PRINTS)
     writer = Writer(tmp_path / "t", spec_of(PLANS["token"], rows))
     writer.prepare()
-    with pytest.raises(StoreError, match="not complete"):
-        Hardness(tmp_path / "t", PRINTS)
-    with pytest.raises(StoreError, match="not complete"):
-        describe_scores(tmp_path / "t")
+    for look in (lambda: Hardness(tmp_path / "t", PRINTS), lambda: describe_scores(tmp_path / "t")):
+        with pytest.raises(StoreError, match="not complete"):
+            look()
 
 
 def test_its_identity_is_known_before_it_is_filled(tmp_path):

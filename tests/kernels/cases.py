@@ -1,7 +1,5 @@
 """What the kernel tests share: logits of awkward shapes, and comparison with float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -46,13 +44,6 @@ def surroundings(view: Tensor) -> Tensor:
     outside = torch.ones_like(whole, dtype=torch.bool)
     outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
     return whole[outside]
-
-
-def gradient_of(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
-    """Gradient, by autograd in float64, of a scalar of the student's logits."""
-    leaf = student.detach().double().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
-    return gradient
 
 
 def close(

@@ -1,7 +1,5 @@
 """Kernel tests: Triton's interpreter where there is no GPU, and NaN in whatever is not written."""
 
-from __future__ import annotations
-
 import os
 import sys
 

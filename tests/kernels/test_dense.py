@@ -6,16 +6,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dskd.fused import reference
 from dskd.kernels.common import EVEN, LOOSE, RAGGED, alignment, launch, map_kind
 from dskd.kernels.dense import dense_rows
 from dskd.kernels.divergence import KINDS
+from tests.fused.expected import PLAIN, dense_expected
 
-from .cases import ROUNDING, close, gradient_of, logits, needs_gpu, surroundings
+from .cases import ROUNDING, close, logits, needs_gpu, surroundings
 
 TILED = 601
 """Columns that are two full tiles of fp32 and a rest, and start a row anywhere."""
-PLAIN = (1.0, 0.0)
 
 # numpy computes for the interpreter, and tells of every inf and NaN
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -24,9 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 class Weights(NamedTuple):
     """Per token; `labels` and `label` are None together."""
 
+    labels: torch.Tensor | None
     divergence: torch.Tensor
     reverse: torch.Tensor | None
-    labels: torch.Tensor | None
     label: torch.Tensor | None
 
     def counted(self):
@@ -48,58 +47,14 @@ def weights(rows, columns, device, *, kind="forward_kl", labelled=True):
         label[2:3] = divergence[3:4] = 0
         labels[1:3] = -100
         labels[2:3] = 2**40
-    return Weights(divergence, reverse, labels, label)
-
-
-def expected_by_reference(student, teacher, w, kind, beta, temperature, maps):
-    """Divergence, label loss and gradient in float64 of rows that count, 0 for the others."""
-    rows = w.counted()
-    teacher = reference.mapped(teacher[rows].double(), *maps[1])
-    weight, reverse, labels, label_weight = (v if v is None else v[rows] for v in w)
-
-    def parts(leaf):
-        z = reference.mapped(leaf, *maps[0])
-
-        def one(kind):
-            return reference.divergence(z, teacher, kind, beta=beta, temperature=temperature)
-
-        if kind == "mixed":
-            total = divergence = weight * one("forward_kl") + reverse * one("reverse_kl")
-        else:
-            divergence = one(kind)
-            total = weight * divergence
-            divergence = divergence * (weight != 0)
-        if labels is None:
-            return total.sum(), divergence
-        loss = reference.cross_entropy(z, labels.where(label_weight != 0, -1))
-        return (total + label_weight * loss).sum(), divergence, loss
-
-    def everywhere(of_rows):
-        whole = of_rows.new_zeros(len(rows), *of_rows.shape[1:])
-        whole[rows] = of_rows
-        return whole
-
-    _, divergence, *loss = parts(student[rows].double())
-    gradient = gradient_of(lambda leaf: parts(leaf)[0], student[rows])
-    return everywhere(divergence), everywhere(loss[0]) if loss else None, everywhere(gradient)
+    return Weights(labels, divergence, reverse, label)
 
 
 def run(student, teacher, w, kind, beta=0.3, temperature=1.0, maps=(PLAIN, PLAIN), grad=None):
     """Divergence and label loss; the gradient goes to `grad`, if any."""
-    return dense_rows(
-        student,
-        teacher,
-        w.labels,
-        w.divergence,
-        w.reverse,
-        w.label,
-        kind=kind,
-        beta=beta,
-        temperature=temperature,
-        student_map=maps[0],
-        teacher_map=maps[1],
-        grad_NV=grad,
-    )
+    heat = {"kind": kind, "beta": beta, "temperature": temperature}
+    both = {"student_map": maps[0], "teacher_map": maps[1]}
+    return dense_rows(student, teacher, *w, **heat, **both, grad_NV=grad)
 
 
 def check(  # the arguments of `run` and tolerances
@@ -107,7 +62,7 @@ def check(  # the arguments of `run` and tolerances
     relative=3e-5, absolute=3e-7,
 ):  # fmt: skip
     """Losses and gradient are the reference's; returns the losses."""
-    wanted = expected_by_reference(student, teacher, w, kind, 0.3, temperature, maps)
+    wanted = dense_expected(student, teacher, *w, kind, 0.3, temperature, maps)
     grad = torch.empty_like(student) if grad is None else grad
     divergence, label_loss = run(student, teacher, w, kind, 0.3, temperature, maps, grad)
     assert divergence.dtype == torch.float32
@@ -182,7 +137,7 @@ def test_types(device, kind, dtypes):
     grad = student if in_place else logits(4, 301, dtypes[2], padding=8, device=device)
     before = student.clone()
     w = weights(4, 301, device, kind=kind)
-    wanted = expected_by_reference(before, teacher, w, kind, 0.3, 2.0, (PLAIN, PLAIN))
+    wanted = dense_expected(before, teacher, *w, kind, temperature=2.0)
     check(student, teacher, w, kind, 2.0, grad=grad)
     # the label's column, which is written twice
     at = (torch.tensor((0, 3), device=device), w.labels[[0, 3]])
@@ -327,9 +282,8 @@ def test_more_than_two_to_the_31_elements():
         tensor[-4:] = logits(4, columns, BF16, device="cuda")
     w = weights(rows, columns, "cuda", labelled=False)
     w.divergence[:-4] = 0
-    last = Weights(w.divergence[-4:], None, None, None)
-    maps = (PLAIN, PLAIN)
-    wanted = expected_by_reference(student[-4:], teacher[-4:], last, "forward_kl", 0.3, 1.0, maps)
+    last = Weights(None, w.divergence[-4:], None, None)
+    wanted = dense_expected(student[-4:], teacher[-4:], *last, "forward_kl")
     divergence, _ = run(student, teacher, w, "forward_kl", grad=student)
     close("divergence", divergence[-4:], wanted[0], 3e-5, 3e-6)
     close("gradient", student[-4:], wanted[2], ROUNDING[BF16] + 3e-5, 3e-7)

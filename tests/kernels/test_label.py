@@ -7,10 +7,9 @@ import torch
 
 from dskd.fused import reference
 from dskd.kernels.label import label_rows
+from tests.fused.expected import PLAIN, gradient_of
 
-from .cases import ROUNDING, close, gradient_of, logits, needs_gpu, surroundings
-
-PLAIN = (1.0, 0.0)
+from .cases import ROUNDING, close, logits, needs_gpu, surroundings
 
 # numpy computes for the interpreter, and tells of every inf and NaN
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -7,9 +7,9 @@ import torch
 
 from dskd.fused import reference
 from dskd.kernels import mixture
-from tests.kernels.cases import GPU, ROUNDING, close, gradient_of, logits, surroundings
+from tests.fused.expected import PLAIN, mixture_expected
+from tests.kernels.cases import GPU, ROUNDING, close, logits, surroundings
 
-PLAIN = (1.0, 0.0)
 COLUMNS = 16384 if GPU else 504
 
 
@@ -48,48 +48,19 @@ def awkward(columns, ranges, device, dtype=torch.float32, padding=0, offset=0, p
     return student, teachers, [first for first, _ in ranges], weight
 
 
-def expected_by_reference(student, teachers, firsts, weight, temperature, logit_map):
-    """Divergence and the gradient of its sum over rows, each times its weights' sum."""
-    read = weight != 0
-    student = student.where(read.any(1, keepdim=True), 0.0).double()
-    teachers = [t.where(read[:, k : k + 1], 0.0).double() for k, t in enumerate(teachers)]
-    weight = weight.double()
-
-    def divergence(leaf):
-        z = reference.mapped(leaf, *logit_map)
-        return reference.mixture_divergence(z, teachers, firsts, weight, temperature=temperature)
-
-    gradient = gradient_of(lambda leaf: weight.sum(1) @ divergence(leaf), student)
-    return divergence(student), gradient
-
-
 def check(
-    student,
-    teachers,
-    firsts,
-    weight,
-    *,
-    temperature=1.0,
-    logit_map=PLAIN,
-    grad="other",
+    student, teachers, firsts, weight, *, temperature=1.0, logit_map=PLAIN, grad="other",
     tolerance=3e-5,
-):
+):  # fmt: skip
     """Run the kernel into `grad` ("other", "in place", None, a tensor) and compare everything."""
-    wanted = expected_by_reference(student, teachers, firsts, weight, temperature, logit_map)
+    wanted = mixture_expected(student, teachers, firsts, weight, temperature, logit_map)
     read = [teacher.clone() for teacher in teachers]
     if grad == "in place":
         grad = student
     elif grad == "other":
         grad = torch.empty_like(student)
-    divergence = mixture.mixture_rows(
-        student,
-        teachers,
-        firsts,
-        weight,
-        temperature=temperature,
-        student_map=logit_map,
-        grad_NV=grad,
-    )
+    how = {"temperature": temperature, "student_map": logit_map, "grad_NV": grad}
+    divergence = mixture.mixture_rows(student, teachers, firsts, weight, **how)
     close("divergence", divergence, wanted[0], tolerance, tolerance / 10)
     assert (divergence == 0).tolist() == (weight == 0).all(1).tolist()
     if grad is not None:
@@ -237,7 +208,7 @@ def test_elements_beyond_int32(device, tmp_path):
         rows.append(memory.as_strided((3, columns), (stride, 1)).copy_(logits(3, columns)))
     student, *teachers = *rows, logits(3, columns, torch.float16, device=device)
     weight = torch.rand(3, 2, device=device)
-    wanted = expected_by_reference(student, teachers, [0, 0], weight, 1.0, PLAIN)
+    wanted = mixture_expected(student, teachers, [0, 0], weight)
     divergence = mixture.mixture_rows(
         student, teachers, [0, 0], weight, temperature=1.0, student_map=PLAIN, grad_NV=student
     )

@@ -5,21 +5,13 @@ import math
 import pytest
 import torch
 
-from dskd.fused import reference
 from dskd.kernels import topk
-from tests.kernels.cases import GPU, ROUNDING, close, gradient_of, logits, surroundings
+from tests.fused.expected import PLAIN, topk_expected
+from tests.fused.expected import kept as kept_of
+from tests.kernels.cases import GPU, ROUNDING, close, logits, surroundings
 
 MODES = ("tail", "renormalised", "truncated")
-PLAIN = (1.0, 0.0)
 COLUMNS = 16384 if GPU else 500
-
-
-def from_teacher(teacher_NV, kept, temperature):
-    """Ids, log-probabilities and tail as a cache gives them, from a full teacher in float64."""
-    logprobs_NV = (teacher_NV.double() / temperature).log_softmax(1)
-    logprobs_NK, ids_NK = logprobs_NV.topk(kept, 1)
-    tail_N = logprobs_NV.scatter(1, ids_NK, -math.inf).logsumexp(1)
-    return ids_NK, logprobs_NK.float(), tail_N.float()
 
 
 def awkward(columns, kept, temperature, device, dtype=torch.float32, padding=0):
@@ -30,7 +22,7 @@ def awkward(columns, kept, temperature, device, dtype=torch.float32, padding=0):
     """
     student = logits(6, columns, dtype, padding=padding, device=device)
     teacher = logits(6, columns, device=device)
-    ids, logprobs, tail = from_teacher(teacher, kept, temperature)
+    ids, logprobs, tail = kept_of(teacher, kept, temperature)
     student[1] = math.nan
     ids[1] = 1 << 30
     logprobs[2, -2:] = -math.inf
@@ -50,68 +42,22 @@ def awkward(columns, kept, temperature, device, dtype=torch.float32, padding=0):
     return student, (ids, logprobs, tail), labels, (weight, label_weight)
 
 
-def expected_by_reference(student, teacher, labels, weights, mode, temperature, logit_map):
-    """Divergence, label loss, and the gradient of their weighted sum; ignored rows are 0."""
-    weight, label_weight = weights
-    used = weight != 0 if label_weight is None else (weight != 0) | (label_weight != 0)
-    ids, logprobs, tail = (
-        part.where(used.view(-1, *[1] * (part.ndim - 1)), -1) for part in teacher
-    )
-    student = student.where(used[:, None], 0.0)
-
-    def both(leaf):
-        z = reference.mapped(leaf, *logit_map)
-        found = reference.topk_divergence(
-            z, ids, logprobs.double(), tail.double(), mode, temperature=temperature
-        )
-        return found * used, reference.cross_entropy(z, labels) if labels is not None else None
-
-    def total(leaf):
-        divergence, label_loss = both(leaf)
-        label_part = 0.0 if labels is None else label_weight.double() @ label_loss
-        return weight.double() @ divergence + label_part
-
-    divergence, label_loss = both(student.double())
-    if labels is not None:
-        label_loss = label_loss * (label_weight != 0)
-    return divergence, label_loss, gradient_of(total, student)
-
-
 def check(
-    student,
-    teacher,
-    labels,
-    weights,
-    mode,
-    *,
-    temperature=1.0,
-    logit_map=PLAIN,
-    grad="other",
+    student, teacher, labels, weights, mode, *, temperature=1.0, logit_map=PLAIN, grad="other",
     tolerance=3e-5,
-):
+):  # fmt: skip
     """Run the kernel into `grad` ("other", "in place", None, a tensor) and compare everything."""
-    weight, label_weight = weights if labels is not None else (weights[0], None)
-    weights = weight, label_weight
-    wanted = expected_by_reference(student, teacher, labels, weights, mode, temperature, logit_map)
+    weights = weights if labels is not None else (weights[0], None)
+    ids, logprobs, tail = teacher
+    teacher = ids, logprobs, tail if mode == "tail" else None
+    wanted = topk_expected(student, teacher, labels, *weights, mode, temperature, logit_map)
     outside = surroundings(student)
     if grad == "in place":
         grad = student
     elif grad == "other":
         grad = torch.empty_like(student)
-    ids, logprobs, tail = teacher
-    divergence, label_loss = topk.topk_rows(
-        student,
-        ids,
-        logprobs,
-        tail if mode == "tail" else None,
-        labels,
-        weight,
-        label_weight,
-        mode=mode,
-        temperature=temperature,
-        student_map=logit_map,
-        grad_NV=grad,
-    )
+    how = {"mode": mode, "temperature": temperature, "student_map": logit_map, "grad_NV": grad}
+    divergence, label_loss = topk.topk_rows(student, *teacher, labels, *weights, **how)
     close("divergence", divergence, wanted[0], tolerance, tolerance / 10)
     assert (label_loss is None) == (labels is None)
     if labels is not None:
@@ -182,7 +128,7 @@ def test_types(dtype, grad_dtype, columns, mode, device):
 def test_numbers_of_kept_tokens(kept, mode, device):
     """Up to all of them: p_rest and q_rest are exactly 0, and the row has no rest to read."""
     student, teacher = logits(2, 1024, device=device), logits(2, 1024, device=device)
-    ids, logprobs, tail = from_teacher(teacher, kept, 1.0)
+    ids, logprobs, tail = kept_of(teacher, kept, 1.0)
     ids = ids.flip(1).int()
     labels = torch.tensor([5, 1023], device=device)
     weight = torch.tensor([0.7, 1.3], device=device)
@@ -194,7 +140,7 @@ def test_numbers_of_kept_tokens(kept, mode, device):
 def test_confident_student(device):
     """q_rest down to 1e-300 keeps its digits: 1 - sum q would have none."""
     student, teacher = logits(4, COLUMNS, device=device), logits(4, COLUMNS, device=device)
-    ids, logprobs, tail = from_teacher(teacher, 4, 1.0)
+    ids, logprobs, tail = kept_of(teacher, 4, 1.0)
     for row, lead in enumerate((20.0, 50.0, 100.0, 690.0)):
         student[row, ids[row, 0]] += lead
     weight = torch.ones(4, device=device)
@@ -204,7 +150,7 @@ def test_confident_student(device):
 def test_extreme_logits(device):
     """|logit| up to 1e4, as far as fp32 goes: 1e4 has three digits behind the point."""
     student, teacher = logits(3, COLUMNS, device=device), logits(3, COLUMNS, device=device)
-    ids, logprobs, tail = from_teacher(teacher, 9, 1.0)
+    ids, logprobs, tail = kept_of(teacher, 9, 1.0)
     student[0] += 1e4
     student[1] *= 2e3
     student[2] -= 1e4
@@ -219,7 +165,7 @@ def test_extreme_logits(device):
 def test_impossible_tokens(mode, device):
     """A token or a rest which the student rules out: a loss without bound, a finite gradient."""
     student, teacher = logits(3, COLUMNS, device=device), logits(3, COLUMNS, device=device)
-    ids, logprobs, tail = from_teacher(teacher, 9, 1.0)
+    ids, logprobs, tail = kept_of(teacher, 9, 1.0)
     student[0, ids[0, 2]] = -math.inf
     kept = torch.zeros_like(student, dtype=torch.bool).scatter_(1, ids, True)
     student[1] = student[1].masked_fill(~kept[1], -math.inf)
@@ -284,8 +230,8 @@ def test_elements_beyond_int32(device, tmp_path):
     student.copy_(logits(3, columns))
     teacher = logits(3, columns, device=device)
     weight = torch.ones(3, device=device)
-    kept = from_teacher(teacher, 5, 1.0)
-    wanted = expected_by_reference(student, kept, None, (weight, None), "tail", 1.0, PLAIN)
+    kept = kept_of(teacher, 5, 1.0)
+    wanted = topk_expected(student, kept, None, weight, None, "tail")
     divergence, _ = topk.topk_rows(
         student, *kept, None, weight, None,
         mode="tail", temperature=1.0, student_map=PLAIN, grad_NV=student,

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dskd.fused import reference
 from dskd.kernels import vocab_parallel
+from tests.fused.expected import dense_expected
 
 BETA = 0.3
 CUTS = (0, 300, 300, 1003)
@@ -84,32 +84,7 @@ def sharded(student, teacher, labels, vectors, kind, temperature, *, gradient=Tr
 
 
 def whole(student, teacher, labels, vectors, kind, temperature):
-    """The same from the references; a row of weight 0 is left out."""
-    counted = vectors[0] != 0
-    weight, reverse, label_weight = (v if v is None else v[counted].double() for v in vectors)
-    x = student[counted].double().requires_grad_()
-    t = teacher[counted].double()
-    heat = {"temperature": temperature}
-    if kind == "mixed":
-        divergence = weight * reference.divergence(x, t, "forward_kl", **heat)
-        divergence = divergence + reverse * reference.divergence(x, t, "reverse_kl", **heat)
-        total = divergence.sum()
-    else:
-        divergence = reference.divergence(x, t, kind, beta=BETA, **heat)
-        total = (weight * divergence).sum()
-        divergence = divergence * (weight != 0)
-    label = None
-    if labels is not None:
-        label = reference.cross_entropy(x, labels[counted])
-        total = total + (label_weight * label).sum()
-    total.backward()
-    found = [divergence.new_zeros(len(counted)), None, torch.zeros_like(student).double()]
-    found[0][counted] = divergence.detach()
-    found[2][counted] = x.grad
-    if label is not None:
-        found[1] = torch.zeros_like(found[0])
-        found[1][counted] = label.detach()
-    return found
+    return dense_expected(student, teacher, labels, *vectors, kind, BETA, temperature)
 
 
 def check(student, teacher, labels, vectors, kind, temperature):

@@ -1,7 +1,5 @@
 """Contradictions across settings, all told at once and by name."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,15 +89,10 @@ def test_a_causal_model_needs_a_method_that_weighs_hard_tokens():
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("shown", "mask"),
-        ("sampler", "original"),
-        ("replacement", "all_mask"),
-        ("least", "0.0"),
-        ("probability", "0.2"),
-        ("keep", "0.0"),
-        ("random", "0.2"),
+        ("shown", "mask"), ("sampler", "original"), ("replacement", "all_mask"), ("least", "0.0"),
+        ("probability", "0.2"), ("keep", "0.0"), ("random", "0.2"),
     ],
-)
+)  # fmt: skip
 def test_settings_of_masks_are_refused_of_a_causal_model(setting, value):
     masking = f"data.masking.{setting}={value}"
     assert _problems(*CAUSAL_HARD, masking, method=_Method(weighs=True)) == [
@@ -155,45 +148,27 @@ def test_checkpoints_without_evaluation_where_it_does_not_select():
     [
         (["train.warmup=21"], "train.warmup: 21 is more than train.steps 20"),
         (["train.end_lr=1"], "train.end_lr: 1.0 is more than train.lr 0.001"),
-        (
-            ["data.masking.keep=0.6", "data.masking.random=0.5"],
-            "data.masking.keep: 0.6 and data.masking.random 0.5 together exceed 1",
-        ),
-        (
-            ["data.masking.whole_word=true", "data.masking.sampler=fairseq"],
-            "data.masking.whole_word: the fairseq sampler selects tokens, not words",
-        ),
-        (
-            ["data.masking={kind: hard_tokens, least: 0.3}"],
-            "data.masking.least: 0.3 is more than data.masking.most 0.15 (data.masking.probability,"
-            " for want of data.masking.most)",
-        ),
-        (
-            ["data.masking={kind: hard_tokens, least: 0.3, most: 0.2}"],
-            "data.masking.least: 0.3 is more than data.masking.most 0.2",
-        ),
-        (
-            ["data.masking={kind: hard_tokens, refresh: 1, draws: 2}"],
-            "data.masking.draws: data.masking.refresh changes the masks, so they cannot repeat",
-        ),
-        (
-            ["data.masking={kind: hard_tokens, sampler: original, metric: correctness}"],
-            "data.masking.metric: correctness, but data.masking.sampler original knows only"
-            " confidence",
-        ),
-        (
-            ["data.masking={kind: hard_tokens, sampler: original, shown: mask}"],
-            "data.masking.shown: mask, but data.masking.sampler original knows only token",
-        ),
-        (
-            ["data.masking={kind: hard_tokens, sampler: original, most: 0.2}"],
-            "data.masking.most: data.masking.sampler original has no bounds; leave it null",
-        ),
-        (
-            ["data.masking={kind: hard_tokens, sampler: original, replacement: all_mask}"],
-            "data.masking.replacement: all_mask, but data.masking.sampler original replaces in its"
-            " own way",
-        ),
+        (["data.masking.keep=0.6", "data.masking.random=0.5"],
+         "data.masking.keep: 0.6 and data.masking.random 0.5 together exceed 1"),
+        (["data.masking.whole_word=true", "data.masking.sampler=fairseq"],
+         "data.masking.whole_word: the fairseq sampler selects tokens, not words"),
+        (["data.masking={kind: hard_tokens, least: 0.3}"],
+         "data.masking.least: 0.3 is more than data.masking.most 0.15 (data.masking.probability,"
+         " for want of data.masking.most)"),
+        (["data.masking={kind: hard_tokens, least: 0.3, most: 0.2}"],
+         "data.masking.least: 0.3 is more than data.masking.most 0.2"),
+        (["data.masking={kind: hard_tokens, refresh: 1, draws: 2}"],
+         "data.masking.draws: data.masking.refresh changes the masks, so they cannot repeat"),
+        (["data.masking={kind: hard_tokens, sampler: original, metric: correctness}"],
+         "data.masking.metric: correctness, but data.masking.sampler original knows only"
+         " confidence"),
+        (["data.masking={kind: hard_tokens, sampler: original, shown: mask}"],
+         "data.masking.shown: mask, but data.masking.sampler original knows only token"),
+        (["data.masking={kind: hard_tokens, sampler: original, most: 0.2}"],
+         "data.masking.most: data.masking.sampler original has no bounds; leave it null"),
+        (["data.masking={kind: hard_tokens, sampler: original, replacement: all_mask}"],
+         "data.masking.replacement: all_mask, but data.masking.sampler original replaces in its"
+         " own way"),
         (
             [
                 "data.masking={kind: hard_tokens, refresh: 2}",
@@ -202,52 +177,31 @@ def test_checkpoints_without_evaluation_where_it_does_not_select():
             "data.masking.refresh: 2, but a cached teacher holds all masks beforehand; use a live"
             " one, or leave it null",
         ),
-        (
-            ["data.masking={kind: hard_tokens, model: {}}"],
-            "data.masking.model.config.model_type: missing; name a model type to build at random,"
-            " or set data.masking.model.path",
-        ),
-        (
-            ["data.masking={kind: hard_tokens, keep: 0.6, random: 0.5}"],
-            "data.masking.keep: 0.6 and data.masking.random 0.5 together exceed 1",
-        ),
-        (
-            ["model={}"],
-            "model.config.model_type: missing; name a model type to build at random, or set"
-            " model.path",
-        ),
-        (
-            ["teacher.model={}"],
-            "teacher.model.config.model_type: missing; name a model type to build at random, or"
-            " set teacher.model.path",
-        ),
+        (["data.masking={kind: hard_tokens, model: {}}"],
+         "data.masking.model.config.model_type: missing; name a model type to build at random,"
+         " or set data.masking.model.path"),
+        (["data.masking={kind: hard_tokens, keep: 0.6, random: 0.5}"],
+         "data.masking.keep: 0.6 and data.masking.random 0.5 together exceed 1"),
+        (["model={}"],
+         "model.config.model_type: missing; name a model type to build at random, or set"
+         " model.path"),
+        (["teacher.model={}"],
+         "teacher.model.config.model_type: missing; name a model type to build at random, or"
+         " set teacher.model.path"),
         (["teacher=null"], "teacher: the method ki needs one"),
-        (
-            [CACHED],
-            "data.masking.draws: missing; a cached teacher holds so many masks of each row"
-            " (epoch e uses e % draws)",
-        ),
-        (
-            [CACHED, "teacher.temperatures=[1, 4]", "data.objective=causal"],
-            "method.temperature: 2.0 is not in teacher.temperatures: 1.0, 4.0",
-        ),
-        (
-            [CACHED, "teacher.temperatures=[2, 2]", "data.masking.draws=3"],
-            "teacher.temperatures: [2.0, 2.0] has one twice",
-        ),
-        (
-            ["teacher={kind: cached}", "data.masking.draws=3"],
-            "teacher.model: missing; name a model to capture from, or teacher.path",
-        ),
-        (
-            ["evaluation.every=4", "checkpoint.every=10"],
-            "checkpoint.every: 10 is not a multiple of evaluation.every 4; the best checkpoint is"
-            " chosen by its evaluation",
-        ),
-        (
-            [CACHED, "teacher.k=8", "teacher.use_k=9", "data.masking.draws=3"],
-            "teacher.use_k: 9 is more than teacher.k 8",
-        ),
+        ([CACHED], "data.masking.draws: missing; a cached teacher holds so many masks of each row"
+         " (epoch e uses e % draws)"),
+        ([CACHED, "teacher.temperatures=[1, 4]", "data.objective=causal"],
+         "method.temperature: 2.0 is not in teacher.temperatures: 1.0, 4.0"),
+        ([CACHED, "teacher.temperatures=[2, 2]", "data.masking.draws=3"],
+         "teacher.temperatures: [2.0, 2.0] has one twice"),
+        (["teacher={kind: cached}", "data.masking.draws=3"],
+         "teacher.model: missing; name a model to capture from, or teacher.path"),
+        (["evaluation.every=4", "checkpoint.every=10"],
+         "checkpoint.every: 10 is not a multiple of evaluation.every 4; the best checkpoint is"
+         " chosen by its evaluation"),
+        ([CACHED, "teacher.k=8", "teacher.use_k=9", "data.masking.draws=3"],
+         "teacher.use_k: 9 is more than teacher.k 8"),
         (
             [
                 ROUTED,
@@ -268,7 +222,7 @@ def test_checkpoints_without_evaluation_where_it_does_not_select():
             "teacher.domains.b.path: the same folder as that of 'a'",
         ),
     ],
-)
+)  # fmt: skip
 def test_a_contradiction(overrides, line):
     assert _problems(*overrides) == [line]
 
@@ -276,21 +230,12 @@ def test_a_contradiction(overrides, line):
 @pytest.mark.parametrize(
     ("batch", "micro", "world", "line"),
     [
-        (
-            16,
-            8,
-            3,
-            "16 is not a multiple of train.micro_batch 8 x 3 ranks = 24; the nearest that are: 24",
-        ),
-        (
-            20,
-            8,
-            1,
-            "20 is not a multiple of train.micro_batch 8 x 1 rank = 8; the nearest"
-            " that are: 16 or 24",
-        ),
+        (16, 8, 3,
+         "16 is not a multiple of train.micro_batch 8 x 3 ranks = 24; the nearest that are: 24"),
+        (20, 8, 1, "20 is not a multiple of train.micro_batch 8 x 1 rank = 8; the nearest"
+         " that are: 16 or 24"),
     ],
-)
+)  # fmt: skip
 def test_batch_geometry(batch, micro, world, line):
     overrides = [f"train.batch={batch}", f"train.micro_batch={micro}"]
     assert _problems(*overrides, world=world) == [f"train.batch: {line}"]

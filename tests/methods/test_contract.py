@@ -4,27 +4,23 @@ import pytest
 import torch
 from torch import nn
 
-from dskd.batch import IGNORE, Batch, DenseTeacher, Positions, ProjectedTeacher
+from dskd.batch import IGNORE, DenseTeacher, Positions, ProjectedTeacher
 from dskd.errors import ConfigError
 from dskd.methods.base import METHODS, Method, build_method
 from dskd.models.families import LinearProjection
+from tests.batches import batch_of, changed
 from tests.fused.plain_losses import top_k
 
 VOCABULARY, WIDTH = 13, 6
 
+CONSTANT = {"kind": "ki", "schedule": "constant", "rate": 0.5}
 # Settings of each kind, at least one; a new method adds a line.
 SETTINGS = {
     "ki": [
         {"kind": "ki", "steps": 10},
         {"kind": "ki", "schedule": "switch", "steps": 10, "rate": 0.7, "temperature": 1.0},
         {"kind": "ki", "schedule": "cosine", "steps": 10, "topk": "renormalised"},
-        {
-            "kind": "ki",
-            "schedule": "constant",
-            "rate": 0.5,
-            "temperature": 3.0,
-            "topk": "truncated",
-        },
+        CONSTANT | {"temperature": 3.0, "topk": "truncated"},
     ],
     "lm": [{"kind": "lm"}],
     "self_evolution": [
@@ -83,24 +79,16 @@ def make_batch(rows=6, tokens=7):
     ids_BT = torch.randint(0, VOCABULARY, (rows, tokens), generator=generator)
     labels_BT = torch.randint(0, VOCABULARY, (rows, tokens), generator=generator)
     labels_BT[torch.rand(rows, tokens, generator=generator) < 0.6] = IGNORE
-    return Batch.of(
-        row_ids_B=torch.arange(rows),
-        domains_B=torch.zeros(rows, dtype=torch.int64),
-        ids_BT=ids_BT,
-        mask_BT=torch.ones_like(ids_BT),
-        labels_BT=labels_BT,
-    )
+    return batch_of(labels_BT, ids_BT=ids_BT)
 
 
 def padded(batch, columns=5):
-    widen = nn.functional.pad
-    return Batch.of(
-        row_ids_B=batch.row_ids_B,
-        domains_B=batch.domains_B,
-        ids_BT=widen(batch.ids_BT, (0, columns)),
-        mask_BT=widen(batch.mask_BT, (0, columns)),
-        labels_BT=widen(batch.labels_BT, (0, columns), value=IGNORE),
-    )
+    values = {"ids_BT": 0, "mask_BT": 0, "labels_BT": IGNORE}
+    wider = {
+        name: nn.functional.pad(getattr(batch, name), (0, columns), value=value)
+        for name, value in values.items()
+    }
+    return changed(batch, **wider)
 
 
 def numbers(terms):
@@ -141,9 +129,9 @@ def test_a_batch_is_the_sum_of_its_parts(settings, signal, step):
         assert value == pytest.approx(sum(numbers(terms)[name] for terms in split), rel=1e-5)
     for name, count in method.counts(batch).items():
         assert count == sum(method.counts(part)[name] for part in parts)
-    gradients = zip(*(toy.gradients(terms) for terms in split), strict=True)
-    for expected, pieces in zip(toy.gradients(whole), gradients, strict=True):
-        torch.testing.assert_close(sum(pieces), expected, rtol=1e-5, atol=1e-5)
+    pieces = zip(*(toy.gradients(terms) for terms in split), strict=True)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close([*map(sum, pieces)], [*toy.gradients(whole)], **close)
 
 
 @pytest.mark.parametrize(("settings", "signal", "step"), CASES)
@@ -158,13 +146,7 @@ def test_padding_does_not_count(settings, signal, step):
 @pytest.mark.parametrize(("settings", "signal", "step"), CASES)
 def test_no_supervised_position_gives_zero_with_a_graph(settings, signal, step):
     method, toy, batch = build_method(settings), Toy(signal), make_batch()
-    nothing = Batch.of(
-        row_ids_B=batch.row_ids_B,
-        domains_B=batch.domains_B,
-        ids_BT=batch.ids_BT,
-        mask_BT=batch.mask_BT,
-        labels_BT=torch.full_like(batch.labels_BT, IGNORE),
-    )
+    nothing = changed(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE))
     terms = toy.terms(method, nothing, step)
     assert set(terms) == set(toy.terms(method, batch, step))  # every rank has the same terms
     assert all(number == 0.0 for number in numbers(terms).values())

@@ -1,7 +1,5 @@
 """Weight-Inherited Distillation: the original's trajectory, the loss, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -12,7 +10,6 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig
 
 import dskd.methods.wid
-from dskd.batch import Batch
 from dskd.engine.engine import decay_groups
 from dskd.engine.shards import ParameterShards
 from dskd.methods.base import build_method
@@ -22,6 +19,7 @@ from dskd.narrowing.merge import Exactness
 from dskd.runs.context import RunContext
 from dskd.settings.run import Run, Train
 from dskd.training.learning_rate import learning_rate
+from tests.batches import batch_of
 from tests.narrowing.wid_golden import (
     GOLDEN,
     assert_matches,
@@ -66,12 +64,9 @@ class Loop:
 
 
 def narrowing(
-    monkeypatch: pytest.MonkeyPatch,
-    surgery: Surgery,
-    method: dict[str, Any],
-    train: dict[str, Any],
-    deepspeed: str = "zero0",
-) -> tuple[Narrowing, Train]:
+    monkeypatch: pytest.MonkeyPatch, surgery: Surgery, method: dict[str, Any],
+    train: dict[str, Any], deepspeed: str = "zero0",
+) -> tuple[Narrowing, Train]:  # fmt: skip
     """The hooks of a student that has its compactors already."""
     monkeypatch.setattr(dskd.methods.wid, "insert", lambda model: surgery)
     run = Run(model={"path": "teacher"}, method=method, train=Train(**train), deepspeed=deepspeed)
@@ -108,23 +103,14 @@ def test_the_originals_trajectory(monkeypatch, case):
     options, config = case["options"], TRAJECTORY["config"]
     surgery = student(config, identity=True, statistics=TRAJECTORY["ln"])
     method = {
-        "kind": "wid",
-        "rule": "original",
-        "strategy": case["strategy"],
-        "hidden_size": config["target"],
-        "every": options["w_step"],
-        "penalty": options["lam"],
+        "kind": "wid", "rule": "original", "strategy": case["strategy"],
+        "hidden_size": config["target"], "every": options["w_step"], "penalty": options["lam"],
         "lr": options["clr"],
-    }
+    }  # fmt: skip
     train = {
-        "steps": options["total"],
-        "warmup": round(options["warmup"] * options["total"]),
-        "lr": options["lr"],
-        "weight_decay": 0.01,
-        "betas": (0.9, 0.999),
-        "eps": 1e-6,
-        "clip": 0.0,
-    }
+        "steps": options["total"], "warmup": round(options["warmup"] * options["total"]),
+        "lr": options["lr"], "weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "clip": 0.0,
+    }  # fmt: skip
     hooks, run = narrowing(monkeypatch, surgery, method, train)
     loop = Loop(hooks, surgery, run)
     for step, expected in enumerate(case["losses"]):
@@ -179,36 +165,6 @@ def test_groups_and_rates(monkeypatch):
         assert sum(len(group["params"]) for group in groups) == len(names)
 
 
-def test_a_restored_change_goes_on_the_same(monkeypatch):
-    """State through JSON in the middle of the ramp; weights and moments as they are."""
-    config = GOLDEN["model"]["config"] | {"P": 8}
-
-    def loss(model, batch):
-        return model(input_ids=batch, labels=batch).loss
-
-    batches = [integer(step, [2, 8], 1, config["V"]) for step in range(11)]
-    train = {"steps": 20, "lr": 0.01, "warmup": 1, "clip": 0.0}
-    surgery = student(config, identity=True, statistics="hf")
-    hooks, run = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
-    loop = Loop(hooks, surgery, run)
-    found = [loop.step(step, [batch], loss) for step, batch in enumerate(batches)]
-    assert hooks.state()["compacted"] and hooks.complete(11) and not hooks.complete(9)
-
-    surgery = student(config, identity=True, statistics="hf")
-    hooks, _ = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
-    loop = Loop(hooks, surgery, run)
-    first = [loop.step(step, [batch], loss) for step, batch in enumerate(batches[:5])]
-    other = student(config, identity=True, statistics="hf")
-    copy, _ = narrowing(monkeypatch, other, WID | {"hidden_size": 8}, train)
-    again = Loop(copy, other, run)
-    copy.restore(json.loads(json.dumps(hooks.state())))
-    other.model.load_state_dict(surgery.model.state_dict())
-    again.optimizer.load_state_dict(loop.optimizer.state_dict())
-    rest = [again.step(step, [batch], loss) for step, batch in enumerate(batches) if step >= 5]
-    assert first + rest == found
-    assert copy.rates() == {"hidden": 8, "kept": 0.5, "removed": 0.0}
-
-
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 def test_zero_stays_zero_by_any_optimiser(monkeypatch, tmp_path, kind):
     """SGD's momentum goes on pushing after the gradient is gone."""
@@ -248,36 +204,9 @@ def test_an_export_is_tried_on_few_tokens(monkeypatch, tokens, rows):
 
     monkeypatch.setattr(dskd.methods.wid, "checked_merge", tried)
     ids_BT = torch.arange(300)[:, None].expand(300, tokens)
-    batch = Batch.of(
-        row_ids_B=ids_BT[:, 0],
-        domains_B=ids_BT[:, 0],
-        ids_BT=ids_BT,
-        mask_BT=torch.ones_like(ids_BT),
-        labels_BT=ids_BT,
-    )
+    batch = batch_of(ids_BT, ids_BT=ids_BT)
     weights = ParameterShards(dict(surgery.model.named_parameters()), None, gradients=False)
     hooks.exported(weights, batch)
     ((tried_BT, soft),) = found
     assert torch.equal(tried_BT, ids_BT[:rows])
     assert soft
-
-
-def test_micro_batches_add_up(monkeypatch):
-    """Merged gradients wait for the last micro-batch: two halves are the whole."""
-    config = GOLDEN["model"]["config"]
-    batch = integer(7, [4, 8], 1, config["V"])
-
-    def loss(model, rows):
-        return model(input_ids=rows, labels=rows).loss * len(rows) / len(batch)
-
-    ends = []
-    for parts in ([batch], [batch[:1], batch[1:]]):
-        surgery = student(config, identity=True, statistics="hf")
-        train = {"steps": 20, "lr": 0.01, "warmup": 0, "clip": 0.0}
-        hooks, run = narrowing(monkeypatch, surgery, WID | {"hidden_size": 8}, train)
-        loop = Loop(hooks, surgery, run)
-        for step in range(4):
-            loop.step(step, parts, loss)
-        ends.append({n: p.detach().clone() for n, p in surgery.model.named_parameters()})
-    for name, value in ends[0].items():
-        torch.testing.assert_close(ends[1][name], value, rtol=1e-9, atol=1e-12)

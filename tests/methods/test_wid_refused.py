@@ -1,7 +1,5 @@
 """What Weight-Inherited Distillation refuses before a run, by the name of the setting."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -15,13 +13,10 @@ from tests.methods.test_wid import ORIGINAL, TEACHER, WID
 
 
 def check(
-    method: dict[str, Any],
-    train: dict[str, Any],
-    deepspeed: str = "zero0",
-    config: PreTrainedConfig | None = TEACHER,
-    path: str | None = "teacher",
+    method: dict[str, Any], train: dict[str, Any], deepspeed: str = "zero0",
+    config: PreTrainedConfig | None = TEACHER, path: str | None = "teacher",
     teacher: dict[str, Any] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """What is checked before a run, with the config of its student."""
     steps = Train(**{"steps": 20, "clip": 0.0, "precision": "fp32"} | train)
     run = Run(model={"path": path}, train=steps, deepspeed=deepspeed, teacher=teacher)
@@ -102,24 +97,12 @@ ZERO = "zero_optimization"
 PRESETS = {
     "fp16": ({"fp16": {"enabled": True}}, {}, True, r"fp16\.enabled: true, but rule original"),
     "lion": ({"optimizer": {"type": "Lion"}}, {}, True, r"optimizer\.type: Lion, but .* AdamW"),
-    "bias": (
-        {"optimizer": {"type": "AdamW", "params": {"bias_correction": False}}},
-        {},
-        True,
-        r"optimizer\.params\.bias_correction: false, but rule original",
-    ),
-    "amsgrad": (
-        {"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}},
-        {},
-        True,
-        r"optimizer\.params\.amsgrad: true, but rule original",
-    ),
-    "sums": (
-        {ZERO: {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
-        {"precision": "bf16"},
-        False,
-        r"data_types\.grad_accum_dtype: fp32 with ZeRO-1 and bf16",
-    ),
+    "bias": ({"optimizer": {"type": "AdamW", "params": {"bias_correction": False}}}, {}, True,
+        r"optimizer\.params\.bias_correction: false, but rule original"),
+    "amsgrad": ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}}, {}, True,
+        r"optimizer\.params\.amsgrad: true, but rule original"),
+    "sums": ({ZERO: {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+        {"precision": "bf16"}, False, r"data_types\.grad_accum_dtype: fp32 with ZeRO-1 and bf16"),
     "sums-auto": (
         {
             ZERO: {"stage": 1},
@@ -130,31 +113,15 @@ PRESETS = {
         False,
         r"data_types\.grad_accum_dtype: float with ZeRO-1 and bf16",
     ),
-    "ratio": (
-        {ZERO: {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
-        {},
-        False,
-        r"zero_optimization\.offload_optimizer\.ratio: 0\.5 is not tested",
-    ),
-    "super": (
-        {ZERO: {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
-        {},
-        False,
-        r"zero_optimization\.offload_optimizer\.super_offload: it is not tested",
-    ),
-    "zenflow": (
-        {ZERO: {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
-        {},
-        False,
-        r"zero_optimization\.zenflow: it is not tested",
-    ),
-    "swapped": (
-        {ZERO: {"stage": 3, "offload_param": {"device": "nvme"}}},
-        {},
-        False,
-        r"zero_optimization\.offload_param\.device: nvme is not tested",
-    ),
-}
+    "ratio": ({ZERO: {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, {}, False,
+        r"zero_optimization\.offload_optimizer\.ratio: 0\.5 is not tested"),
+    "super": ({ZERO: {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+        {}, False, r"zero_optimization\.offload_optimizer\.super_offload: it is not tested"),
+    "zenflow": ({ZERO: {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, {}, False,
+        r"zero_optimization\.zenflow: it is not tested"),
+    "swapped": ({ZERO: {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, False,
+        r"zero_optimization\.offload_param\.device: nvme is not tested"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PRESETS)

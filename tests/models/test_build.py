@@ -1,41 +1,19 @@
 """Models from settings: what is refused, and what the config and vocabulary become."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dskd.errors import ConfigError
 from dskd.models.build import build, hidden_size, model_fingerprint, parameter_count
 from dskd.models.families import lm_head, longest_row
 from dskd.settings.model import Model
-from tests.models.tiny import ALL, BLOCK, make, settings, tokenizer
-
-
-def _stored(tmp_path, model_type, tok=None, **fields):
-    """A HuggingFace folder written by transformers itself; returns settings that name it."""
-    tok = tok or tokenizer()
-    torch.manual_seed(5)
-    auto = AutoModelForMaskedLM if lm_head(model_type).objective == "masked" else None
-    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    own = settings(model_type).config | special | {"vocab_size": len(tok)} | fields
-    model = (auto or AutoModelForCausalLM).from_config(AutoConfig.for_model(**own))
-    model.save_pretrained(tmp_path)
-    tok.save_pretrained(tmp_path)
-    return Model(path=str(tmp_path))
+from tests.models.tiny import ALL, BLOCK, make, settings, stored, tokenizer
 
 
 def _load(chosen, model_type, **more):
-    arguments = {
-        "objective": lm_head(model_type).objective,
-        "block_size": BLOCK,
-        "seed": 1,
-        "ds": None,
-        "dtype": torch.float32,
-        "where": "teacher.model",
-    }
-    return build(chosen, more.pop("tok", None) or tokenizer(), **(arguments | more))
+    how = {"block_size": BLOCK, "seed": 1, "ds": None, "dtype": torch.float32}
+    how |= {"objective": lm_head(model_type).objective, "where": "teacher.model"}
+    return build(chosen, more.pop("tok", None) or tokenizer(), **(how | more))
 
 
 @pytest.mark.parametrize("model_type", ALL)
@@ -112,10 +90,8 @@ def test_family_must_fit_the_objective():
 
 def test_positions_must_hold_a_row():
     assert longest_row(make("roberta", block=30).config) == 30  # two go to the padding id
-    with pytest.raises(
-        ConfigError,
-        match=r"max_position_embeddings: 32 are too few for data.block_size 31; 33 are ",
-    ):
+    few = r"max_position_embeddings: 32 are too few for data.block_size 31; 33 are "
+    with pytest.raises(ConfigError, match=few):
         make("roberta", block=31)
     make("bert", block=32)
     with pytest.raises(ConfigError, match=r"32 are too few for data\.block_size 33; 33 are needed"):
@@ -123,7 +99,7 @@ def test_positions_must_hold_a_row():
 
 
 def test_another_tokenizer_is_refused_with_the_first_different_entries(tmp_path):
-    chosen = _stored(tmp_path, "bert", tok=tokenizer(swap=(7, 9)))
+    chosen = stored(tmp_path, "bert", tok=tokenizer(swap=(7, 9)))
     with pytest.raises(ConfigError) as error:
         _load(chosen, "bert")
     text = str(error.value)
@@ -131,11 +107,11 @@ def test_another_tokenizer_is_refused_with_the_first_different_entries(tmp_path)
     assert "2 of 43 entries" in text
     assert text.index("id 7: 't2' in the data's tokenizer, 't4' in") < text.index("id 9: 't4'")
     with pytest.raises(ConfigError, match="id 43: 't38' in the data's tokenizer, no token in"):
-        _load(_stored(tmp_path / "short", "bert"), "bert", tok=tokenizer(44))
+        _load(stored(tmp_path / "short", "bert"), "bert", tok=tokenizer(44))
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
-    chosen = _stored(tmp_path, "llama")
+    chosen = stored(tmp_path, "llama")
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ConfigError, match=r"teacher\.model\.path"):
@@ -143,14 +119,14 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
 
 
 def test_a_padded_vocabulary_is_loaded_a_smaller_one_refused(tmp_path):
-    model = _load(_stored(tmp_path / "padded", "qwen2", vocab_size=48), "qwen2")
+    model = _load(stored(tmp_path / "padded", "qwen2", vocab_size=48), "qwen2")
     assert model.lm_head.weight.shape == (48, 32)
     with pytest.raises(ConfigError, match=r"vocabulary of 40 is smaller than the tokenizer's 43"):
-        _load(_stored(tmp_path / "small", "qwen2", vocab_size=40), "qwen2")
+        _load(stored(tmp_path / "small", "qwen2", vocab_size=40), "qwen2")
 
 
 def test_a_stored_config_can_be_overridden(tmp_path):
-    chosen = _stored(tmp_path, "gpt2")
+    chosen = stored(tmp_path, "gpt2")
     model = _load(Model(path=chosen.path, config={"resid_pdrop": 0.25}), "gpt2")
     assert model.transformer.h[0].mlp.dropout.p == 0.25
     assert model.training
@@ -163,7 +139,7 @@ def test_a_stored_config_can_be_overridden(tmp_path):
 
 
 def test_padding_ids_must_agree_where_positions_are_counted_by_them(tmp_path):
-    chosen = _stored(tmp_path, "roberta", pad_token_id=3)
+    chosen = stored(tmp_path, "roberta", pad_token_id=3)
     with pytest.raises(ConfigError, match=r"pad_token_id is 3, the tokenizer's 1; roberta counts"):
         _load(chosen, "roberta")
 
@@ -184,7 +160,7 @@ def test_attention_is_chosen():
 
 
 def test_generation_settings_come_along(tmp_path):
-    chosen = _stored(tmp_path, "llama")
+    chosen = stored(tmp_path, "llama")
     path = tmp_path / "generation_config.json"
     path.write_text('{"max_new_tokens": 17, "eos_token_id": 2}')
     assert _load(chosen, "llama").generation_config.max_new_tokens == 17
@@ -192,7 +168,7 @@ def test_generation_settings_come_along(tmp_path):
 
 def test_hidden_size_needs_no_model(tmp_path):
     assert hidden_size(settings("gpt2"), where="model") == 32
-    assert hidden_size(_stored(tmp_path, "distilbert"), where="model") == 32
+    assert hidden_size(stored(tmp_path, "distilbert"), where="model") == 32
     with pytest.raises(ConfigError, match=r"teacher\.config\.hiden: "):
         hidden_size(settings("bert", hiden=3), where="teacher")
 
@@ -211,8 +187,8 @@ def test_fingerprint_is_of_the_content(tmp_path):
 
     assert of(settings("bert")) == of(settings("bert"))
     assert len({of(settings("bert")), of(settings("gpt2")), of(settings("bert"), seed=2)}) == 3
-    here = _stored(tmp_path / "a", "bert")
-    there = _stored(tmp_path / "b", "bert")
+    here = stored(tmp_path / "a", "bert")
+    there = stored(tmp_path / "b", "bert")
     assert of(here) == of(there) == of(here, seed=2)
     weights = bytearray((tmp_path / "b" / "model.safetensors").read_bytes())
     weights[-1] ^= 1

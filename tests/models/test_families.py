@@ -1,7 +1,5 @@
 """The one forward pass: positions_of against HuggingFace's own logits."""
 
-from __future__ import annotations
-
 import deepspeed
 import pytest
 import torch
@@ -9,16 +7,9 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
 from dskd.errors import ConfigError
-from dskd.models.families import (
-    HEADS,
-    head_in,
-    head_of,
-    longest_row,
-    positions_of,
-    refuse_unknown,
-)
+from dskd.models.families import HEADS, head_in, head_of, longest_row, positions_of, refuse_unknown
 from dskd.ops import positions_ce
-from tests.models.tiny import ALL, SIX, batch, loss_of, make, without_dropout, zero3
+from tests.models.tiny import ALL, SIX, LossOf, batch, loss_of, make, without_dropout, zero3
 from tests.ranks import run_ranks
 
 
@@ -74,11 +65,7 @@ def test_every_parameter_is_in_the_graph_without_supervised_positions(model_type
         assert not parameter.grad.any(), name
 
 
-class _Wrapper(nn.Module):
-    def __init__(self, student):
-        super().__init__()
-        self.student = student
-
+class _Fused(LossOf):
     def forward(self, data):
         return positions_ce(positions_of(self.student, data)).total
 
@@ -88,7 +75,7 @@ def _zero3_gradients(rank, model_type, tied, supervised_ranks, memory_efficient)
     ds["zero_optimization"]["memory_efficient_linear"] = memory_efficient
     model = make(model_type, ds=ds, tie_word_embeddings=tied)
     engine, *_ = deepspeed.initialize(
-        model=_Wrapper(model), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=ds
+        model=_Fused(model), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=ds
     )
     engine.train()
     without_dropout(model)
@@ -107,16 +94,10 @@ def test_zero3_with_nothing_supervised_on_one_rank(model_type, tied, memory_effi
     model = make(model_type, tie_word_embeddings=tied).eval()
     loss_of(model, batch(seed=0)).backward()
     loss_of(model, batch(seed=1)).backward()
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
     for grads in run_ranks(_zero3_gradients, model_type, tied, {0}, memory_efficient):
-        assert grads.keys() == dict(model.named_parameters()).keys()
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(
-                torch.from_numpy(grads[name]),
-                parameter.grad,
-                rtol=1e-4,
-                atol=1e-5,
-                msg=lambda m, n=name: f"{n}: {m}",
-            )
+        found = {name: torch.from_numpy(grad) for name, grad in grads.items()}
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_family():

@@ -1,17 +1,13 @@
 """Random weights: the model's own kind, and the same however the model is held."""
 
-from __future__ import annotations
-
 import deepspeed
 import pytest
 import torch
 import xxhash
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dskd.engine.zero import full_shape, gathered, is_sharded
-from dskd.models.families import lm_head
 from dskd.system import dist
-from tests.models.tiny import ALL, SIX, make, tokenizer, zero3
+from tests.models.tiny import ALL, SIX, auto_of, count_gathered, make, tokenizer, zero3
 from tests.ranks import run_ranks
 
 
@@ -71,18 +67,17 @@ def test_half_precision_rounds_the_same_numbers():
     assert rounded.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 16
+
+
 def _rope(rank, stage3):
     found = {}
     for kind, more in {
         "linear": {"factor": 2.0},
         "dynamic": {"factor": 2.0},
         "yarn": {"factor": 4.0},
-        "llama3": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
+        "llama3": LLAMA3,
     }.items():
         ds = zero3(2, bf16={"enabled": True}) if stage3 else None
         rope = {"rope_type": kind, "rope_theta": 1e4, **more}
@@ -128,8 +123,7 @@ WIDE_OF = {
 def test_distribution_is_huggingfaces_own(model_type, tied):
     wide = WIDE_OF.get(model_type, WIDE)
     model = make(model_type, tok=tokenizer(600), tie_word_embeddings=tied, **wide)
-    auto = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
-    theirs = auto[lm_head(model_type).objective].from_config(model.config)
+    theirs = auto_of(model_type).from_config(model.config)
     theirs_by_name = dict(theirs.named_parameters())
     for name, parameter in model.named_parameters():
         mine, reference = parameter.detach(), theirs_by_name[name].detach()
@@ -170,22 +164,15 @@ def test_tied_weights_are_one_parameter():
 def _largest(rank, model_type):
     """Most elements of the model at full size at one time while it is built; its largest own."""
     del rank
-    seen = []
-
-    class Gathered(deepspeed.zero.GatheredParameters):
-        def __enter__(self):
-            super().__enter__()
-            assert all(p.numel() == full_shape(p).numel() for p in self.params)
-            seen.append(sum(p.numel() for p in self.params))
+    seen = count_gathered()
 
     def convert(self, module):
-        seen.append(
-            sum(p.numel() for p in module.parameters())
-        )  # those inside it are slices by now
+        # those inside it are slices by now
+        seen.append(sum(p.numel() for p in module.parameters()))
         original(self, module)
 
     original = deepspeed.zero.Init._post_init_method
-    deepspeed.zero.GatheredParameters, deepspeed.zero.Init._post_init_method = Gathered, convert
+    deepspeed.zero.Init._post_init_method = convert
     model = make(model_type, ds=zero3(2))
     own = [
         sum(full_shape(p).numel() for p in module.parameters(recurse=False))

@@ -1,14 +1,12 @@
 """Loading: bit for bit what from_pretrained gives, whole or sharded, and never a part."""
 
-from __future__ import annotations
-
 import json
+from functools import partial
 
-import deepspeed
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertForPreTraining
+from transformers import BertForPreTraining
 
 from dskd.engine.zero import full_shape
 from dskd.errors import ConfigError
@@ -16,27 +14,10 @@ from dskd.models.families import lm_head
 from dskd.settings.model import Model
 from dskd.system import dist
 from tests.models.test_initial import fingerprints
-from tests.models.tiny import ALL, SIX, make, settings, tokenizer, zero3
+from tests.models.tiny import ALL, SIX, auto_of, count_gathered, make, stored, tokenizer, zero3
 from tests.ranks import run_ranks
 
-AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
-
-
-def _config(model_type, **fields):
-    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "vocab_size": 43}
-    return AutoConfig.for_model(**settings(model_type).config, **special, **fields)
-
-
-def _store(folder, model_type, shard="5GB", **fields):
-    """A random model written by transformers, every parameter random; its settings."""
-    torch.manual_seed(5)
-    model = AUTO[lm_head(model_type).objective].from_config(_config(model_type, **fields))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    model.save_pretrained(folder, max_shard_size=shard)
-    tokenizer().save_pretrained(folder)
-    return Model(path=str(folder))
+_store = partial(stored, drift=True)
 
 
 def _load(chosen, model_type, **more):
@@ -57,8 +38,7 @@ def test_weights_are_those_of_from_pretrained(tmp_path, dtype):
     chosen = {model_type: _store(tmp_path / model_type, model_type) for model_type in ALL}
     expected = {}
     for model_type, one in chosen.items():
-        auto = AUTO[lm_head(model_type).objective]
-        theirs = auto.from_pretrained(one.path, dtype=dtype)
+        theirs = auto_of(model_type).from_pretrained(one.path, dtype=dtype)
         expected[model_type] = fingerprints(theirs)
         mine = _load(one, model_type, dtype=dtype)
         assert fingerprints(mine) == expected[model_type]
@@ -71,7 +51,7 @@ def test_weights_are_those_of_from_pretrained(tmp_path, dtype):
 def test_untied_in_several_files(tmp_path, model_type):
     chosen = _store(tmp_path, model_type, shard="20KB", tie_word_embeddings=False)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    theirs = AUTO[lm_head(model_type).objective].from_pretrained(tmp_path)
+    theirs = auto_of(model_type).from_pretrained(tmp_path)
     expected = fingerprints(theirs)
     if bias := lm_head(model_type).bias:  # its own copy has no part in the logits; ours is tied
         del expected[f"{lm_head(model_type).projection}.bias"]
@@ -82,8 +62,9 @@ def test_untied_in_several_files(tmp_path, model_type):
 
 
 def test_a_pickled_file_with_old_names_and_extra_weights(tmp_path, capsys):
+    config = make("bert").config
     torch.manual_seed(5)
-    whole = BertForPreTraining(_config("bert"))  # with pooler and next-sentence head
+    whole = BertForPreTraining(config)  # with pooler and next-sentence head
     with torch.no_grad():
         for parameter in whole.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -97,7 +78,7 @@ def test_a_pickled_file_with_old_names_and_extra_weights(tmp_path, capsys):
     torch.save(old, tmp_path / "pytorch_model.bin")
     whole.config.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    expected = fingerprints(AutoModelForMaskedLM.from_pretrained(tmp_path))
+    expected = fingerprints(auto_of("bert").from_pretrained(tmp_path))
     assert fingerprints(_load(Model(path=str(tmp_path)), "bert")) == expected
     said = capsys.readouterr().out
     assert (
@@ -113,7 +94,7 @@ def test_a_body_saved_without_its_prefix(tmp_path):
     bare = {name.removeprefix("transformer."): value for name, value in stored.items()}
     bare["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # the old causal mask, as on the hub
     save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = auto_of("gpt2").from_pretrained(tmp_path)
     assert fingerprints(_load(chosen, "gpt2")) == fingerprints(theirs)
     assert torch.equal(theirs.transformer.wte.weight, stored["transformer.wte.weight"])
 
@@ -134,7 +115,7 @@ def test_only_the_head_of_a_tied_model_is_stored(tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    expected = fingerprints(AutoModelForCausalLM.from_pretrained(tmp_path))
+    expected = fingerprints(auto_of("llama").from_pretrained(tmp_path))
     assert fingerprints(_load(chosen, "llama")) == expected
 
 
@@ -194,14 +175,7 @@ def test_tied_weights_that_differ_are_refused(tmp_path):
 def _largest(rank, chosen, model_type):
     """Most elements at full size at one time while loading; the largest parameter."""
     del rank
-    seen = []
-
-    class Gathered(deepspeed.zero.GatheredParameters):
-        def __enter__(self):
-            super().__enter__()
-            seen.append(sum(p.numel() for p in self.params))
-
-    deepspeed.zero.GatheredParameters = Gathered
+    seen = count_gathered()
     model = _load(chosen, model_type, ds=zero3(2))
     assert sum(p.numel() for p in model.parameters()) == 0
     return max(seen), len(seen), [full_shape(p).numel() for p in model.parameters()]

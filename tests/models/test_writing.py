@@ -1,7 +1,5 @@
 """Exported folders: equal logits, whole or absent."""
 
-from __future__ import annotations
-
 import json
 import os
 
@@ -9,26 +7,29 @@ import deepspeed
 import pytest
 import torch
 import yaml
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dskd.data.tokenizers import tokenizer_fingerprint
 from dskd.engine.zero import full_shape
 from dskd.errors import DskdError
 from dskd.models import writing as exporting
-from dskd.models.families import lm_head, positions_of
+from dskd.models.families import positions_of
 from dskd.models.writing import export
 from dskd.settings.model import Model
 from tests.models.test_initial import fingerprints
-from tests.models.tiny import ALL, SIX, batch, loss_of, make, tokenizer, zero3
+from tests.models.tiny import (
+    ALL,
+    SIX,
+    LossOf,
+    auto_of,
+    batch,
+    count_gathered,
+    make,
+    tokenizer,
+    zero3,
+)
 from tests.ranks import run_ranks
 
-AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
 CARD = {
     "title": "A small one",
     "recipe": {"method": {"kind": "ki"}, "lr": 1e-4},
@@ -58,9 +59,7 @@ def test_reloaded_logits_are_equal(tmp_path, model_type, tied):
     model = _trained(make(model_type, tie_word_embeddings=tied))
     folder = tmp_path / "export"
     export(model, tokenizer(), folder, card=CARD)
-    theirs, report = AUTO[lm_head(model_type).objective].from_pretrained(
-        folder, output_loading_info=True
-    )
+    theirs, report = auto_of(model_type).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     assert type(theirs) is type(model)
     assert torch.equal(_logits(theirs), _logits(model))
@@ -72,15 +71,7 @@ def test_reloaded_logits_are_equal(tmp_path, model_type, tied):
 def _sharded(rank, root):
     """Export two sharded models of every type; fingerprints of the gathered weights, by folder."""
     del rank
-    seen = []
-
-    class Gathered(deepspeed.zero.GatheredParameters):
-        def __enter__(self):
-            super().__enter__()
-            seen.append(sum(p.numel() for p in self.params))
-
-    deepspeed.zero.GatheredParameters = Gathered
-    found = {}
+    seen, found = count_gathered(), {}
     for model_type in SIX:
         for tied in (True, False):
             model = make(model_type, ds=zero3(2), tie_word_embeddings=tied)
@@ -102,17 +93,8 @@ def test_two_zero3_ranks_export_whole_models(tmp_path):
         model_type, tied = folder.split("-")
         whole = make(model_type, tie_word_embeddings=tied == "True")
         assert fingerprints(whole) == expected
-        theirs = AUTO[lm_head(model_type).objective].from_pretrained(tmp_path / folder)
+        theirs = auto_of(model_type).from_pretrained(tmp_path / folder)
         assert torch.equal(_logits(theirs), _logits(whole))
-
-
-class _Loss(nn.Module):
-    def __init__(self, student):
-        super().__init__()
-        self.student = student
-
-    def forward(self, data):
-        return loss_of(self.student, data)
 
 
 def _stepped(rank, folder):
@@ -120,7 +102,7 @@ def _stepped(rank, folder):
     ds = zero3(2)
     model = make("roberta", ds=ds)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine, *_ = deepspeed.initialize(model=_Loss(model), optimizer=optimizer, config=ds)
+    engine, *_ = deepspeed.initialize(model=LossOf(model), optimizer=optimizer, config=ds)
     engine.backward(engine(batch(seed=rank)))
     engine.step()
     export(engine.module.student, tokenizer(), folder, card=CARD)
@@ -129,11 +111,9 @@ def _stepped(rank, folder):
 
 def test_the_weights_after_a_zero3_step_are_exported(tmp_path):
     for found in run_ranks(_stepped, tmp_path / "export"):
-        theirs = AutoModelForMaskedLM.from_pretrained(tmp_path / "export")
-        assert fingerprints(theirs) == found
-        assert (
-            found["lm_head.dense.weight"] != fingerprints(make("roberta"))["lm_head.dense.weight"]
-        )
+        assert fingerprints(auto_of("roberta").from_pretrained(tmp_path / "export")) == found
+        name = "lm_head.dense.weight"
+        assert found[name] != fingerprints(make("roberta"))[name]
 
 
 def test_large_models_are_stored_in_several_files(tmp_path, monkeypatch):
@@ -165,16 +145,13 @@ def test_what_lies_beside_the_weights(tmp_path):
         export(make(model_type), tokenizer(), tmp_path / model_type, card=CARD)
     read = AutoTokenizer.from_pretrained(tmp_path / "bert")
     assert tokenizer_fingerprint(read) == tokenizer_fingerprint(tokenizer())
-    assert json.loads((tmp_path / "bert/config.json").read_text())["architectures"] == [
-        "BertForMaskedLM"
-    ]
+    config = json.loads((tmp_path / "bert/config.json").read_text())
+    assert config["architectures"] == ["BertForMaskedLM"]
     assert not (tmp_path / "bert/generation_config.json").exists()
     assert GenerationConfig.from_pretrained(tmp_path / "gpt2").eos_token_id == 2
     card = (tmp_path / "gpt2/README.md").read_text()
-    assert yaml.safe_load(card.split("---\n")[1]) == {
-        "library_name": "transformers",
-        "tags": ["dskd"],
-    }
+    head = {"library_name": "transformers", "tags": ["dskd"]}
+    assert yaml.safe_load(card.split("---\n")[1]) == head
     assert "\n# A small one\n" in card
     assert "\n## note\n\nWords.\n" in card
     assert card.endswith("\n## nll\n\n3.25\n")
@@ -220,7 +197,7 @@ def test_a_killed_export_leaves_no_folder_and_does_not_hinder_the_next(tmp_path,
     assert list(tmp_path.iterdir()) != []
     export(model, tokenizer(), folder, card={})
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
-    assert torch.equal(_logits(AutoModelForMaskedLM.from_pretrained(folder)), _logits(model))
+    assert torch.equal(_logits(auto_of("bert").from_pretrained(folder)), _logits(model))
 
 
 def _full_disk(rank, folder):

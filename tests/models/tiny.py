@@ -1,41 +1,38 @@
 """Tiny tokenizers, models and batches of every family."""
 
-from __future__ import annotations
-
+import deepspeed
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
 from dskd.batch import IGNORE, Batch
+from dskd.engine.zero import full_shape
 from dskd.models.build import build
 from dskd.models.families import MODEL_TYPES, lm_head, positions_of
 from dskd.settings.model import Model
+from tests.batches import batch_of
 
 BLOCK = 16
 SIX = ["bert", "roberta", "gpt2", "llama", "qwen2", "qwen3"]
 ALL = list(MODEL_TYPES)
+AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
 _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
+_POSITIONS = {"max_position_embeddings": 32}
 _FIELDS = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
-    "distilbert": {
-        "dim": 32,
-        "hidden_dim": 48,
-        "n_layers": 2,
-        "n_heads": 4,
-        "max_position_embeddings": 32,
-    },
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, **_POSITIONS},
     "electra": {"embedding_size": 24},
     "modernbert": {"local_attention": 8},
 }
-_COMMON = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
+_COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **_POSITIONS}
+_COMMON["num_attention_heads"] = 4
 
 
 def tokenizer(size: int = 43, swap: tuple[int, int] | None = None) -> PreTrainedTokenizerFast:
@@ -47,16 +44,9 @@ def tokenizer(size: int = 43, swap: tuple[int, int] | None = None) -> PreTrained
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        cls_token="<s>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        sep_token="</s>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-    )
+    own = {"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    ends = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **own, **ends)
 
 
 def settings(model_type: str, **fields) -> Model:
@@ -74,16 +64,24 @@ def make(what: Model | str, *, tok=None, ds=None, seed=7, dtype=torch.float32, b
     """Build from settings, or a tiny random model of a ``model_type``."""
     chosen = settings(what, **kw) if isinstance(what, str) else what
     model_type = chosen.config.get("model_type") or kw["model_type"]
-    return build(
-        chosen,
-        tok or tokenizer(),
-        objective=lm_head(model_type).objective,
-        block_size=block,
-        seed=seed,
-        ds=ds,
-        dtype=dtype,
-        where="model",
-    )
+    how = {"block_size": block, "seed": seed, "ds": ds, "dtype": dtype, "where": "model"}
+    return build(chosen, tok or tokenizer(), objective=lm_head(model_type).objective, **how)
+
+
+def stored(folder, model_type: str, *, tok=None, drift=False, shard="5GB", **fields) -> Model:
+    """A random model in a folder, written by transformers itself, ``drift``: every parameter
+    random; settings that name it."""
+    tok = tok or tokenizer()
+    torch.manual_seed(5)
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "vocab_size": len(tok)}
+    config = AutoConfig.for_model(**(settings(model_type).config | special | fields))
+    model = auto_of(model_type).from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters() if drift else ():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(folder, max_shard_size=shard)
+    tok.save_pretrained(folder)
+    return Model(path=str(folder))
 
 
 def batch(rows: int = 3, vocab: int = 43, supervised: bool = True, seed: int = 0) -> Batch:
@@ -94,25 +92,36 @@ def batch(rows: int = 3, vocab: int = 43, supervised: bool = True, seed: int = 0
     mask_BT = (torch.arange(BLOCK) < lengths_B[:, None]).long()
     labels_BT = torch.randint(5, vocab, (rows, BLOCK), generator=generator)
     chosen_BT = (mask_BT == 1) & (torch.arange(BLOCK) % 3 == 1) & supervised
-    return Batch.of(
-        row_ids_B=torch.arange(rows),
-        domains_B=torch.zeros(rows, dtype=torch.int64),
-        ids_BT=ids_BT.where(mask_BT == 1, 1),
-        mask_BT=mask_BT,
-        labels_BT=labels_BT.where(chosen_BT, IGNORE),
-    )
+    ids_BT, labels_BT = ids_BT.where(mask_BT == 1, 1), labels_BT.where(chosen_BT, IGNORE)
+    return batch_of(labels_BT, ids_BT=ids_BT, mask_BT=mask_BT)
+
+
+def geometry(world: int, micro: int = 1, rows: int | None = None) -> dict:
+    """DeepSpeed's sizes of steps of ``micro`` micro-batches of ``rows``, by default one a rank."""
+    rows = rows or world
+    steps = {"gradient_accumulation_steps": micro, "steps_per_print": 10**9}
+    return steps | {
+        "train_batch_size": micro * rows,
+        "train_micro_batch_size_per_gpu": rows // world,
+    }
 
 
 def zero3(world: int, **more) -> dict:
     """A DeepSpeed ZeRO-3 config without ``auto``."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    zero = {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    return {**geometry(world), **zero, **more}
+
+
+def adamw(zero: dict, offload: bool, bf16: bool, **params) -> dict:
+    """A DeepSpeed config of torch's AdamW at a ZeRO stage, on the CPU or offloaded to it."""
+    optimizer = {"betas": [0.9, 0.99], "weight_decay": 0.0, "torch_adam": True, **params}
+    place = {"offload_optimizer": {"device": "cpu" if offload else "none"}}
     return {
-        "train_batch_size": world,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        **more,
+        "zero_optimization": zero | place,
+        "zero_force_ds_cpu_optimizer": False,
+        "optimizer": {"type": "AdamW", "params": optimizer},
+        "bf16": {"enabled": bf16},
     }
 
 
@@ -120,6 +129,37 @@ def loss_of(model, data: Batch) -> torch.Tensor:
     """Summed cross entropy of the supervised positions."""
     rows = positions_of(model, data)
     return nn.functional.cross_entropy(rows.logits_NV, rows.labels_N, reduction="sum")
+
+
+class LossOf(nn.Module):
+    """An objective for a DeepSpeed engine: :func:`loss_of` of a student."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, data):
+        return loss_of(self.student, data)
+
+
+def auto_of(model_type: str) -> type:
+    """The class of transformers that loads a model type."""
+    return AUTO[lm_head(model_type).objective]
+
+
+def count_gathered() -> list[int]:
+    """A list that grows by the number of elements that ZeRO-3 makes whole at one time; for a
+    process of its own."""
+    seen = []
+
+    class Gathered(deepspeed.zero.GatheredParameters):
+        def __enter__(self):
+            super().__enter__()
+            assert all(p.numel() == full_shape(p).numel() for p in self.params)
+            seen.append(sum(p.numel() for p in self.params))
+
+    deepspeed.zero.GatheredParameters = Gathered
+    return seen
 
 
 def without_dropout(model):

@@ -1,8 +1,6 @@
 """Layers with compactors: the original's numbers, and micro-batches that are taken apart once."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +18,9 @@ from dskd.narrowing.compactors import (
     CompactedProjection,
     Merging,
 )
+from tests import goldens
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())["linear"]
+GOLDEN = goldens.golden("wid")["linear"]
 INPUTS, OUTPUTS = 6, 8
 
 
@@ -86,11 +85,7 @@ def gradients(layer, y, *inputs):
 
 
 def assert_close(found, wanted, tolerance=1e-12):
-    assert found.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(
-            found[name], wanted[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: n + m
-        )
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_the_original_s_layer():
@@ -111,10 +106,8 @@ def test_the_original_s_layer():
 def test_the_original_s_removed_units():
     """Hard masks; and the student's own small layer, which compaction computes with."""
     layer = golden_layer()
-    keep_in, keep_out = (
-        golden(name, torch.bool).nonzero()[:, 0] for name in ("keep_in", "keep_out")
-    )
-    layer.keep_in, layer.keep_out = keep_in, keep_out
+    masks = (golden(name, torch.bool) for name in ("keep_in", "keep_out"))
+    keep_in, keep_out = layer.keep_in, layer.keep_out = [mask.nonzero()[:, 0] for mask in masks]
     y = layer(golden("x")[:, keep_in])
     wanted = {"y": golden("y_hard_masked")[:, keep_out]}
     merged = layer.merging.of(layer)

@@ -1,7 +1,5 @@
 """Compactors in models of every family: the original's numbers, and teachers left as they were."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -106,7 +104,7 @@ def test_insertion_leaves_the_teachers_gradients(model_type):
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_every_compactor_and_norm_has_one_group(model_type):
     surgery = insert(make(model_type))
-    members = [member.name for group in surgery.groups.values() for member in group.members]
+    members = [member for group in surgery.groups.values() for member in group.members]
     compactors = [
         f"{path}.{side}"
         for path, module in surgery.model.named_modules()
@@ -114,13 +112,8 @@ def test_every_compactor_and_norm_has_one_group(model_type):
         for side in ("left", "right")
         if getattr(module, side) is not None
     ]
-    assert sorted(members) == sorted(compactors)
-    assert all(
-        name.endswith(member.side)
-        for group in surgery.groups.values()
-        for member in group.members
-        for name in [member.name]
-    )
+    assert sorted(member.name for member in members) == sorted(compactors)
+    assert all(member.name.endswith(member.side) for member in members)
     norms = [path for group in surgery.groups.values() for path in group.norms]
     masked = [p for p, module in surgery.model.named_modules() if isinstance(module, MaskedNorm)]
     assert sorted(norms) == sorted(masked)

@@ -1,16 +1,14 @@
 """Norms over kept units: the original's numbers, and HuggingFace's without a mask."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dskd.narrowing.masked_norm import MaskedLayerNorm, MaskedRMSNorm
+from tests import goldens
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())["layernorm"]
+GOLDEN = goldens.golden("wid")["layernorm"]
 CASES = ["uer_full", "uer_keep_soft", "uer_keep_hard", "hf_full", "hf_keep_hard"]
 
 

@@ -1,14 +1,11 @@
 """Dense models of students with compactors: the original's tensors, and the same logits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from dskd.engine.zero import gathered, is_sharded
 from dskd.errors import DskdError
-from dskd.models.families import lm_head
 from dskd.models.writing import export
 from dskd.narrowing.insert import insert, kept_widths, replica
 from dskd.narrowing.layouts import widths_of
@@ -21,7 +18,7 @@ from dskd.narrowing.merge import (
 )
 from dskd.narrowing.narrow import narrowed_config
 from dskd.system.dist import sum_over_ranks
-from tests.models.tiny import batch, tokenizer, zero3
+from tests.models.tiny import auto_of, batch, tokenizer, zero3
 from tests.narrowing.test_insert import golden_keep, golden_logits
 from tests.narrowing.wid_golden import (
     GOLDEN,
@@ -124,10 +121,7 @@ def test_exported_and_reloaded_logits_are_the_students(tmp_path, model_type, sha
     merged = merged_student(surgery, keep)
     assert merged.config.tie_word_embeddings is False
     export(merged, tokenizer(), tmp_path / "small", card={})
-    auto = (
-        AutoModelForMaskedLM if lm_head(model_type).objective == "masked" else AutoModelForCausalLM
-    )
-    small = auto.from_pretrained(tmp_path / "small")
+    small = auto_of(model_type).from_pretrained(tmp_path / "small")
     widths = widths_of(small.config)
     assert widths == kept_widths(surgery.model.config, keep)
     assert (widths.hidden, widths.intermediate, widths.kv_heads, widths.head_dim) == shape
@@ -182,11 +176,16 @@ def test_sharded_students_are_merged_and_copied_whole(model_type):
         assert found == expected
 
 
-@pytest.mark.parametrize("model_type, shape", SHAPES)
-def test_the_gate_lets_a_finished_student_pass(model_type, shape):
+def finished(model_type, shape):
+    """A student whose removed units are 0, what it keeps, and its merged model."""
     surgery, keep = small_student(model_type, shape)
     zero_removed(surgery, keep)
-    merged = merged_student(surgery, keep)
+    return surgery, keep, merged_student(surgery, keep)
+
+
+@pytest.mark.parametrize("model_type, shape", SHAPES)
+def test_the_gate_lets_a_finished_student_pass(model_type, shape):
+    surgery, keep, merged = finished(model_type, shape)
     found = check_exact(surgery, merged, keep, batch())
     assert found.removed == 0 and found.where == "none"
     assert 0 < found.soft < 1e-5 and found.soft == found.hard
@@ -212,9 +211,7 @@ def test_the_gate_names_the_largest_removed_norm():
 
 
 def test_the_gate_refuses_another_model():
-    surgery, keep = small_student("gpt2", (16, 64, 2, 8))
-    zero_removed(surgery, keep)
-    merged = merged_student(surgery, keep)
+    surgery, keep, merged = finished("gpt2", (16, 64, 2, 8))
     with torch.no_grad():
         merged.transformer.h[1].mlp.c_fc.bias[0] += 0.01
     with pytest.raises(DskdError, match="the merged model is not the trained one"):
@@ -226,9 +223,7 @@ def test_the_gate_refuses_another_model():
 def test_the_gate_refuses_what_is_not_finite(value, soft):
     """In the merged model, or in both."""
     for both in (False, True):
-        surgery, keep = small_student("bert", (16, 24, 4, 4))
-        zero_removed(surgery, keep)
-        merged = merged_student(surgery, keep)
+        surgery, keep, merged = finished("bert", (16, 24, 4, 4))
         with torch.no_grad():
             merged.bert.embeddings.word_embeddings.weight[:] = value
             if both:

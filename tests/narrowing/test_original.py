@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from dskd.narrowing.rule import Held
 from dskd.narrowing.rules import Original
 from dskd.narrowing.units import Member, Units, Vector
 from dskd.narrowing.widths import Cut
+from tests.goldens import golden
 from tests.narrowing.toy import (
     COMPACTORS,
     GROUPS,
@@ -25,7 +25,7 @@ from tests.narrowing.toy import (
     of_units,
 )
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())["penalty_adamw"]
+GOLDEN = golden("wid")["penalty_adamw"]
 SHARES = {"whole": ((0.0, 1.0),), "two": ((0.0, 0.31), (0.31, 1.0))}
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 

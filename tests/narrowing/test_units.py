@@ -1,8 +1,5 @@
 """Counts and selections against the original's arithmetic, and scores against closed forms."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -20,8 +17,9 @@ from dskd.narrowing.units import (
     spread,
 )
 from dskd.narrowing.widths import Cut
+from tests.goldens import golden
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/wid.json").read_text())
+GOLDEN = golden("wid")
 
 
 def original_cuts(case):

@@ -36,24 +36,16 @@ ORIGINAL = {"rule": "original"}
 @pytest.mark.parametrize(
     ("teacher", "target", "family", "message"),
     [
-        (
-            BERT,
-            Target(200),
-            JOINED,
-            "method.hidden_size: 200 is not a multiple of the 12 heads that strategy dim keeps;"
-            " nearest possible: 192 or 204",
-        ),
+        (BERT, Target(200), JOINED,
+         "method.hidden_size: 200 is not a multiple of the 12 heads that strategy dim keeps;"
+         " nearest possible: 192 or 204"),
         (BERT, Target(516, strategy="head"), JOINED, "strategy head keeps; nearest possible: 512"),
         (BERT, Target(1024), JOINED, "1024 is not within the teacher's 768; nearest possible: 768"),
         (BERT, Target(0), JOINED, "0 is not within the teacher's 768; nearest possible: 12"),
         (BERT, Target(128, **ORIGINAL), JOINED, "the 12 heads .* possible: 120 or 132"),
-        (
-            BERT,
-            Target(756, **ORIGINAL),
-            JOINED,
-            "removes 1 of each of 12 chunks; rule original removes at least 8;"
-            " nearest possible: 672 or 768",
-        ),
+        (BERT, Target(756, **ORIGINAL), JOINED,
+         "removes 1 of each of 12 chunks; rule original removes at least 8;"
+         " nearest possible: 672 or 768"),
         (BERT, Target(192, heads=3), JOINED, "method.heads: 3 does not go .* possible: 12"),
         (BERT, Target(192, kv_heads=1), JOINED, "method.kv_heads: 1 does not go"),
         (BERT, Target(192, 4000), JOINED, "method.intermediate_size: 4000 .* possible: 3072"),
@@ -63,20 +55,12 @@ ORIGINAL = {"rule": "original"}
         (LLAMA, Target(256, kv_heads=5), DIVIDING, "method.kv_heads: 5 .* nearest possible: 4"),
         (LLAMA, Target(256, heads=8, kv_heads=1), DIVIDING, "kv_heads: 1 .* heads 8; .*: 2"),
         (LLAMA, Target(200, **ORIGINAL), ROTARY, "200 does not remove as many of each of 16"),
-        (
-            LLAMA,
-            Target(200, strategy="head", **ORIGINAL),
-            ROTARY,
-            "200 does not remove whole chunks of 64 .* possible: 192 or 256",
-        ),
-        (
-            Widths(100, 300, 16, 4, 8),
-            Target(50, **ORIGINAL),
-            ROTARY,
-            "needs rule annealed: .* nearest possible: none",
-        ),
+        (LLAMA, Target(200, strategy="head", **ORIGINAL), ROTARY,
+         "200 does not remove whole chunks of 64 .* possible: 192 or 256"),
+        (Widths(100, 300, 16, 4, 8), Target(50, **ORIGINAL), ROTARY,
+         "needs rule annealed: .* nearest possible: none"),
     ],
-)
+)  # fmt: skip
 def test_impossible_sizes_are_refused_with_the_nearest(teacher, target, family, message):
     with pytest.raises(ConfigError, match=message):
         student_widths(teacher, target, family)

@@ -13,16 +13,10 @@ from dskd.narrowing.units import Member, Units, Vector
 from dskd.narrowing.widths import Cut
 
 SHAPES = {
-    "stream.left": (6, 6),
-    "stream.right": (6, 6),
-    "stack.left": (2, 6, 6),
-    "heads.left": (4, 4),
-    "heads.right": (4, 4),
-    "wide.left": (8, 8),
-    "norm": (6,),
-    "bias": (8,),
-    "base": (4, 6),
-}
+    "stream.left": (6, 6), "stream.right": (6, 6), "stack.left": (2, 6, 6),
+    "heads.left": (4, 4), "heads.right": (4, 4), "wide.left": (8, 8),
+    "norm": (6,), "bias": (8,), "base": (4, 6),
+}  # fmt: skip
 SIDES = {
     "R": {"stream.left": "left", "stream.right": "right", "stack.left": "left"},
     "A": {"heads.left": "left", "heads.right": "right", "wide.left": "left"},

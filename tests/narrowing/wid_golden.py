@@ -4,11 +4,7 @@ Golden names: ``emb``, ``L<layer>.{q,k,v,o,f1,f2}``, ``mlm1``, ``mlm2`` with ``W
 ``CR``, and norms with ``g``, ``b``.
 """
 
-from __future__ import annotations
-
-import json
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +13,9 @@ from transformers import BertConfig, BertForMaskedLM
 from dskd.models.families import tie_head_bias
 from dskd.narrowing.insert import Surgery, insert
 from dskd.narrowing.masked_norm import MaskedNorm
+from tests import goldens
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "wid.json").read_text())
+GOLDEN = goldens.golden("wid")
 
 _OUTSIDE = {
     "emb.word": "bert.embeddings.word_embeddings.weight",
@@ -31,15 +28,14 @@ _OUTSIDE = {
     "mlm2": "cls.predictions.decoder",
 }
 _IN_LAYER = {
-    "q": "attention.self.query",
-    "k": "attention.self.key",
-    "v": "attention.self.value",
-    "o": "attention.output.dense",
-    "f1": "intermediate.dense",
-    "f2": "output.dense",
-    "ln1": "attention.output.LayerNorm",
-    "ln2": "output.LayerNorm",
-}
+    "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+    "o": "attention.output.dense", "f1": "intermediate.dense", "f2": "output.dense",
+    "ln1": "attention.output.LayerNorm", "ln2": "output.LayerNorm",
+}  # fmt: skip
+_FIELDS = {
+    "V": "vocab_size", "H": "hidden_size", "FF": "intermediate_size", "L": "num_hidden_layers",
+    "heads": "num_attention_heads", "P": "max_position_embeddings",
+}  # fmt: skip
 _LAST = {"W": "weight", "g": "weight", "b": "bias", "CL": "left", "CR": "right"}
 
 
@@ -87,18 +83,9 @@ def student(config: dict[str, int], *, identity: bool, statistics: str) -> Surge
         identity: compactors are identity, as at the start of the trajectory; else hashed.
         statistics: ``uer`` or ``hf`` norms.
     """
-    hf = BertConfig(
-        vocab_size=config["V"],
-        hidden_size=config["H"],
-        intermediate_size=config["FF"],
-        num_hidden_layers=config["L"],
-        num_attention_heads=config["heads"],
-        max_position_embeddings=config["P"],
-        type_vocab_size=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        tie_word_embeddings=False,
-    )
+    sizes = {field: config[name] for name, field in _FIELDS.items()}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    hf = BertConfig(**sizes, **still, type_vocab_size=3, tie_word_embeddings=False)
     model = BertForMaskedLM(hf).double().train()
     tie_head_bias(model)
     surgery = insert(model)
@@ -132,9 +119,5 @@ def assert_matches(found: Tensor, golden: dict, tolerance: float) -> None:
     flat = found.detach().double().flatten()
     numbers = [flat.sum(), flat.norm(), *flat[:4], *flat[-2:]]
     expected = [golden["sum"], golden["l2"], *golden["first"], *golden["last"]]
-    torch.testing.assert_close(
-        torch.stack(numbers),
-        torch.tensor(expected, dtype=torch.float64),
-        rtol=tolerance,
-        atol=tolerance,
-    )
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(numbers), wanted, rtol=tolerance, atol=tolerance)

@@ -1,7 +1,5 @@
 """Tiny students of every family with compactors that are not identity, and units to remove."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -46,14 +44,12 @@ def small_student(
     keep = {}
     for name in surgery.groups:
         if name[0] == "A":
-            keep[name] = _attention(
-                full, layout_of(surgery.model.config), heads, head_dim, generator
-            )
+            layout = layout_of(surgery.model.config)
+            keep[name] = _attention(full, layout, heads, head_dim, generator)
+        elif name[0] == "F":
+            keep[name] = _some(full.intermediate, intermediate, generator)
         else:
-            size, kept = (
-                (full.intermediate, intermediate) if name[0] == "F" else (full.hidden, hidden)
-            )
-            keep[name] = _some(size, kept, generator)
+            keep[name] = _some(full.hidden, hidden, generator)
     return surgery, keep
 
 

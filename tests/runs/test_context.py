@@ -1,7 +1,5 @@
 """What a run's stages share: which checkpoint is exported."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What is refused before a recipe's runs start, and what as soon as their models are there."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -20,13 +18,8 @@ from dskd.settings.recipe import dump_run, read
 from dskd.settings.yaml_tree import dump, merge
 from tests.launching import forked
 
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-}
+BERT = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+BERT["num_attention_heads"] = 4
 REPOSITORY = "somebody/teacher"
 WID = {"kind": "wid", "hidden_size": 16, "every": 1, "ramp": 1, "anneal": 1}
 

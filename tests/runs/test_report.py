@@ -1,7 +1,5 @@
 """The report: steps to the control's loss, the table's numbers, the HTML, damaged files."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re
@@ -32,16 +30,10 @@ def make_run(
         lines.append({**line, **({"alpha": 1 / index} if alpha else {})})
         lines.append({"step": step, "eval_nll": nll, "eval_bits": nll * 1.4427, "eval_ppl": 2**nll})
     summary = {
-        "steps": every * len(nlls),
-        "metric": "eval_nll",
-        "higher_is_better": False,
-        "eval_nll": nlls[-1],
-        "tokens_per_second": 12345.6,
-        "peak_memory_bytes": 3 * 2**29,
-        "wall_seconds": 125.0,
-        "parameters": 1234567,
-        "trained_parameters": 7654321,
-    }
+        "steps": every * len(nlls), "metric": "eval_nll", "higher_is_better": False,
+        "eval_nll": nlls[-1], "tokens_per_second": 12345.6, "peak_memory_bytes": 3 * 2**29,
+        "wall_seconds": 125.0, "parameters": 1234567, "trained_parameters": 7654321,
+    }  # fmt: skip
     (folder / "train").mkdir(parents=True)
     (folder / "train/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (folder / "train/summary.json").write_text(json.dumps(summary))
@@ -67,15 +59,10 @@ def cells(made, row: int) -> list[str]:
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        (3.2, 280.0),
-        (4.0, 200.0),
-        (3.5, 250.0),
-        (5.0, 100.0),
-        (9.0, 100.0),
-        (2.5, 400.0),
+        (3.2, 280.0), (4.0, 200.0), (3.5, 250.0), (5.0, 100.0), (9.0, 100.0), (2.5, 400.0),
         (2.4, None),
     ],
-)
+)  # fmt: skip
 def test_steps_are_linear_between_evaluations(target, expected):
     points = [(100, 5.0), (200, 4.0), (300, 3.0), (400, 2.5)]
     assert steps_to(points, target) == (None if expected is None else pytest.approx(expected))

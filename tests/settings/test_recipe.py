@@ -1,7 +1,5 @@
 """Settings files: errors by name, recipes, overrides, round trips, what may change in a resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -142,62 +140,35 @@ def test_home_is_expanded(monkeypatch):
         ("train: {step: 5}", "train.step: no such setting; did you mean 'steps'?"),
         ("tran: {}", "tran: no such setting; did you mean 'train'?"),
         ("lr: 1", "lr: no such setting; did you mean 'train.lr'?"),
-        (
-            "whole_word: true",
-            "whole_word: no such setting; did you mean 'data.masking.whole_word'?",
-        ),
-        (
-            "checkpoint: {xyz: 1}",
-            "checkpoint.xyz: no such setting; there are every, keep",
-        ),
+        ("whole_word: true",
+         "whole_word: no such setting; did you mean 'data.masking.whole_word'?"),
+        ("checkpoint: {xyz: 1}", "checkpoint.xyz: no such setting; there are every, keep"),
         ("teacher: {kind: liv}", "teacher.kind: 'liv' is not one of live, cached, routed, self"),
-        (
-            "teacher: {kind: routed, domains: {x: {model: {}}}}",
-            "teacher.domains.x.kind: missing; one of live, cached",
-        ),
-        (
-            "teacher: {kind: routed, domains: {x: {kind: live, modle: {}}}}",
-            "teacher.domains.x.modle: no such setting; did you mean 'model'?",
-        ),
-        (
-            "data: {sources: [{path: x}]}",
-            "data.sources.0.kind: missing; one of builtin, text, jsonl, datasets",
-        ),
+        ("teacher: {kind: routed, domains: {x: {model: {}}}}",
+         "teacher.domains.x.kind: missing; one of live, cached"),
+        ("teacher: {kind: routed, domains: {x: {kind: live, modle: {}}}}",
+         "teacher.domains.x.modle: no such setting; did you mean 'model'?"),
+        ("data: {sources: [{path: x}]}",
+         "data.sources.0.kind: missing; one of builtin, text, jsonl, datasets"),
         ("data: {sources: [{kind: text}]}", "data.sources.0.path: missing"),
-        (
-            "data: {masking: {kind: hard}}",
-            "data.masking.kind: 'hard' is not one of random, hard_tokens",
-        ),
-        (
-            "data: {masking: {probabilty: 0.2}}",
-            "data.masking.probabilty: no such setting; did you mean 'probability'?",
-        ),
-        (
-            "data: {masking: {kind: hard_tokens, treshold: 0.2}}",
-            "data.masking.treshold: no such setting; did you mean 'threshold'?",
-        ),
-        (
-            "data: {masking: {kind: hard_tokens, most: 0}}",
-            "data.masking.most: 0 should be greater than 0",
-        ),
-        (
-            "data: {masking: {threshold: 0.2}}",
-            "data.masking.threshold: no such setting; there are probability, keep, random, draws,"
-            " kind, whole_word, sampler",
-        ),
-        (
-            "data: {masking: {kind: hard_tokens, model: {pth: x}}}",
-            "data.masking.model.pth: no such setting; did you mean 'path'?",
-        ),
-        (
-            "data: {sources: []}",
-            "data.sources: List should have at least 1 item after validation, not 0",
-        ),
+        ("data: {masking: {kind: hard}}",
+         "data.masking.kind: 'hard' is not one of random, hard_tokens"),
+        ("data: {masking: {probabilty: 0.2}}",
+         "data.masking.probabilty: no such setting; did you mean 'probability'?"),
+        ("data: {masking: {kind: hard_tokens, treshold: 0.2}}",
+         "data.masking.treshold: no such setting; did you mean 'threshold'?"),
+        ("data: {masking: {kind: hard_tokens, most: 0}}",
+         "data.masking.most: 0 should be greater than 0"),
+        ("data: {masking: {threshold: 0.2}}",
+         "data.masking.threshold: no such setting; there are probability, keep, random, draws,"
+         " kind, whole_word, sampler"),
+        ("data: {masking: {kind: hard_tokens, model: {pth: x}}}",
+         "data.masking.model.pth: no such setting; did you mean 'path'?"),
+        ("data: {sources: []}",
+         "data.sources: List should have at least 1 item after validation, not 0"),
         ("data: {sources: text}", "data.sources: expected a list, found 'text'"),
-        (
-            "data: {packing: whole}",
-            "data.packing: 'whole' is not one of complete, complete_doc, contiguous",
-        ),
+        ("data: {packing: whole}",
+         "data.packing: 'whole' is not one of complete, complete_doc, contiguous"),
         ("train: {steps: abc}", "train.steps: expected a whole number, found 'abc'"),
         ("train: {steps: 1.5}", "train.steps: expected a whole number, found 1.5"),
         ("train: {steps: 1e3}", "train.steps: expected a whole number, found 1000.0"),
@@ -220,7 +191,7 @@ def test_home_is_expanded(monkeypatch):
         ("model: {path: 'run:x'}", "model.path: 'run:x' names no earlier run; earlier ones: none"),
         ("method: ki", "method: expected settings (name: value), found 'ki'"),
     ],
-)
+)  # fmt: skip
 def test_a_mistake_is_named_with_its_file(tmp_path, text, line):
     assert _refused(tmp_path, text) == [f"FILE: {line}"]
 
@@ -347,10 +318,8 @@ def test_overrides_of_all_runs_and_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("change", "lines"),
     [
-        (
-            ("steps: 40", "stps: 40"),
-            ["FILE: runs.student.train.stps: no such setting; did you mean 'steps'?"],
-        ),
+        (("steps: 40", "stps: 40"),
+         ["FILE: runs.student.train.stps: no such setting; did you mean 'steps'?"]),
         (("steps: 30", "stps: 30"), ["FILE: train.stps: no such setting; did you mean 'steps'?"]),
         (
             ('"run:teacher"}}\n    data', '"run:techer"}}\n    data'),
@@ -373,21 +342,15 @@ def test_overrides_of_all_runs_and_of_one(tmp_path):
                 " cached one"
             ],
         ),
-        (
-            ("train: {steps: 40}", "out: x"),
-            ["FILE: runs.student.out: a run of a recipe writes to <out>/<name>; set base.out"],
-        ),
-        (
-            ("  control:", "  con.trol:"),
-            ["FILE: runs.con.trol: the name of a run is made of letters, digits, _ and -"],
-        ),
+        (("train: {steps: 40}", "out: x"),
+         ["FILE: runs.student.out: a run of a recipe writes to <out>/<name>; set base.out"]),
+        (("  control:", "  con.trol:"),
+         ["FILE: runs.con.trol: the name of a run is made of letters, digits, _ and -"]),
         (("  control:", "  control: 3"), ["FILE: runs.control: expected settings (name: value)"]),
-        (
-            ("base:", "train: {}\nbase:"),
-            ["FILE: train: a recipe has only base and runs at its top; does it belong into base?"],
-        ),
+        (("base:", "train: {}\nbase:"),
+         ["FILE: train: a recipe has only base and runs at its top; does it belong into base?"]),
     ],
-)
+)  # fmt: skip
 def test_mistakes_in_a_recipe(tmp_path, change, lines):
     assert RECIPE.replace(*change) != RECIPE
     assert _refused(tmp_path, RECIPE.replace(*change)) == lines
@@ -419,6 +382,12 @@ def test_dump_round_trips(tmp_path):
     assert read(path).runs == {SINGLE: _single(*own)}
 
 
+FREE = ["out=elsewhere", "until=data", "deepspeed=zero3", "teacher.deepspeed=zero3", "log_every=3"]
+FREE += ["train.micro_batch=2", "train.compile=true", "train.activation_checkpointing=true"]
+FREE += ["checkpoint.every=3", "checkpoint.keep=9", "evaluation.every=3", "data.folder=x"]
+FREE += ["evaluation.micro_batch=3"]
+
+
 @pytest.mark.parametrize(
     ("override", "lines"),
     [
@@ -434,19 +403,7 @@ def test_dump_round_trips(tmp_path):
         ("data.masking.draws=2", ["data.masking.draws: null, now 2"]),
         ("data.masking.kind=hard_tokens", ["data.masking: 'random', now 'hard_tokens'"]),
         ("teacher.kind=self", ["teacher: 'live', now 'self'"]),
-        ("out=elsewhere", []),
-        ("until=data", []),
-        ("deepspeed=zero3", []),
-        ("train.micro_batch=2", []),
-        ("train.compile=true", []),
-        ("train.activation_checkpointing=true", []),
-        ("checkpoint.every=3", []),
-        ("checkpoint.keep=9", []),
-        ("evaluation.every=3", []),
-        ("evaluation.micro_batch=3", []),
-        ("log_every=3", []),
-        ("data.folder=x", []),
-        ("teacher.deepspeed=zero3", []),
+        *((free, []) for free in FREE),
     ],
 )
 def test_what_may_change_in_a_resume(override, lines):

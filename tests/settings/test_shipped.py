@@ -1,7 +1,5 @@
 """The shipped recipes: each is accepted as it is, and says what its head says."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

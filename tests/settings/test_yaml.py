@@ -1,7 +1,5 @@
 """YAML scalars, duplicate keys, overrides and merging."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -20,33 +18,13 @@ def _load(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4),
-        ("-3E6", -3e6),
-        ("+1.5e+2", 150.0),
-        (".5", 0.5),
-        ("2.", 2.0),
-        ("125_000", 125000),
-        ("-7", -7),
-        ("0", 0),
-        ("true", True),
-        ("False", False),
-        ("null", None),
-        ("~", None),
-        ("", None),
-        ("yes", "yes"),
-        ("off", "off"),
-        ("no", "no"),
-        ("010", "010"),
-        ("1:30", "1:30"),
-        ("2026-01-31", "2026-01-31"),
-        ("0x10", "0x10"),
-        ("1e", "1e"),
-        ("e5", "e5"),
-        (".", "."),
-        ("'1e-4'", "1e-4"),
-        ("run:teacher", "run:teacher"),
+        ("1e-4", 1e-4), ("-3E6", -3e6), ("+1.5e+2", 150.0), (".5", 0.5), ("2.", 2.0),
+        ("125_000", 125000), ("-7", -7), ("0", 0), ("true", True), ("False", False), ("null", None),
+        ("~", None), ("", None), ("yes", "yes"), ("off", "off"), ("no", "no"), ("010", "010"),
+        ("1:30", "1:30"), ("2026-01-31", "2026-01-31"), ("0x10", "0x10"), ("1e", "1e"),
+        ("e5", "e5"), (".", "."), ("'1e-4'", "1e-4"), ("run:teacher", "run:teacher"),
     ],
-)
+)  # fmt: skip
 def test_scalars(tmp_path, text, value):
     loaded = _load(tmp_path, f"a: {text}\n")["a"]
     assert loaded == value
@@ -90,20 +68,8 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 NASTY = {
-    "words": [
-        "yes",
-        "no",
-        "1e-4",
-        "010",
-        "1:30",
-        "2026-01-31",
-        "null",
-        "",
-        "~",
-        "true",
-        "0x10",
-        "1_0",
-    ],
+    "words": ["yes", "no", "1e-4", "010", "1:30", "2026-01-31", "null", "", "~", "true"],
+    "more": ["0x10", "1_0"],
     "numbers": [1e-6, 1e-4, 3.0, 125000, -0.0, 1e22],
     "nothing": None,
     "truth": [True, False],
@@ -117,10 +83,7 @@ def test_dump_round_trips(tmp_path):
     assert text.isascii()
     assert _load(tmp_path, text) == NASTY
     assert list(_load(tmp_path, text)) == list(NASTY)
-
-
-def test_other_yaml_readers_get_the_same_values():
-    assert yaml.safe_load(yaml_tree.dump(NASTY)) == NASTY
+    assert yaml.safe_load(text) == NASTY  # other readers get the same
 
 
 def test_overrides_make_a_tree():

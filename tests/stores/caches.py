@@ -1,7 +1,5 @@
 """Small rows, masks and a teacher for the tests of the store, the cache and the sweep."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
@@ -9,6 +7,7 @@ from dskd.batch import IGNORE, DenseTeacher
 from dskd.data.prepared import RowBatch
 from dskd.data.views import Shown
 from dskd.stores.logits import CachedLogits, CachedMasks
+from dskd.stores.store import Writer
 
 MASK = 4
 
@@ -61,6 +60,17 @@ def read(cache, rows, *, use_k=None, temperature=2.0):
     """What a cache gives for some rows: inputs, labels, and the columns of the logits."""
     shown = CachedMasks(cache)(rows)
     return *shown, CachedLogits(cache, use_k, temperature)(rows, shown)
+
+
+def write_store(folder, spec, content):
+    """Fill a store without a model; ``content(draw, row_ids)`` is positions a row and columns."""
+    writer = Writer(folder, spec)
+    writer.prepare()
+    for shard in range(spec.shards):
+        draw, begin, end = spec.span(shard)
+        counts, columns = content(draw, np.arange(begin, end))
+        writer.write_shard(shard, counts, np.ones(end - begin, bool), columns)
+    writer.finish(writer.records)
 
 
 class ToyTeacher:

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from dskd.batch import IGNORE, Batch
+from dskd.batch import IGNORE
 from dskd.data.loader import make_batch
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError, NonFiniteError, StoreError
 from dskd.stores import logits as logits_module
 from dskd.stores.logits import LogitCache, LogitLayout, describe_cache, verify
-from dskd.stores.store import Store, Writer, shard_path
+from dskd.stores.store import Writer, shard_path
+from tests import batches
 from tests.stores import caches
-from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher
+from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, write_store
 
 PRINTS = {"teacher": "T", "tokenizer": "V", "data": "D", "masking": "M"}
 
@@ -36,29 +37,18 @@ def batch_of(rows, positions):
     ids = torch.zeros(rows, positions + 2, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORE)
     labels[:, 1 : positions + 1] = 0
-    row_ids = torch.arange(rows) + 100
-    return Batch.of(
-        row_ids_B=row_ids,
-        domains_B=torch.zeros_like(row_ids),
-        ids_BT=ids,
-        mask_BT=torch.ones_like(ids),
-        labels_BT=labels,
-    )
+    return batches.batch_of(labels, ids_BT=ids, row_ids_B=torch.arange(rows) + 100)
 
 
 def store_all(folder, layout, rows, view, logits_of):
     """Write a cache without the sweep: one batch a shard."""
     spec = layout.spec(rows=len(rows), draws=view.draws, rows_per_shard=10, fingerprints=PRINTS)
-    writer = Writer(folder, spec)
-    writer.prepare()
-    for shard in range(spec.shards):
-        draw, begin, end = spec.span(shard)
-        row_ids = np.arange(begin, end)
+
+    def content(draw, row_ids):
         batch = make_batch(rows, view, row_ids, np.full_like(row_ids, draw))
-        counts = batch.supervised_BT.sum(1).numpy()
-        columns = layout.encode(batch, logits_of(batch))
-        writer.write_shard(shard, counts, np.ones(end - begin, bool), columns)
-    writer.finish(writer.records)
+        return batch.supervised_BT.sum(1).numpy(), layout.encode(batch, logits_of(batch))
+
+    write_store(folder, spec, content)
     return LogitCache(folder, PRINTS)
 
 
@@ -202,13 +192,8 @@ def test_large_vocabulary_from_disk(tmp_path):
     rows, view = ToyRows(rows=6, vocabulary=vocabulary), ToyMasks(draws=1)
     assert rows.ids.max() > 65_536
     teacher = ToyTeacher(vocabulary)
-    cache = store_all(
-        tmp_path / "c",
-        layout_of(k=8, vocabulary=vocabulary),
-        rows,
-        view,
-        lambda batch: teacher(batch).logits_NV,
-    )
+    layout = layout_of(k=8, vocabulary=vocabulary)
+    cache = store_all(tmp_path / "c", layout, rows, view, lambda batch: teacher(batch).logits_NV)
     batch = whole_batch(rows, view)
     inputs, _, extra = read(cache, rows, np.arange(6), 0, use_k=4)
     np.testing.assert_array_equal(inputs, batch.ids_BT)
@@ -274,14 +259,8 @@ def test_layouts_that_cannot_be(changes, message):
 @pytest.mark.parametrize("k", [10, 32, 64])
 def test_at_most_six_bytes_per_kept_entry(tmp_path, k, vocabulary, masked):
     """Everything counts: places, inputs, tails, and in the file row pointers and headers too."""
-    layout = layout_of(
-        k=k,
-        vocabulary=vocabulary,
-        temperatures=(2.0,),
-        values="fp16",
-        block_size=512,
-        masked=masked,
-    )
+    sizes = {"k": k, "vocabulary": vocabulary, "block_size": 512}
+    layout = layout_of(**sizes, temperatures=(2.0,), values="fp16", masked=masked)
     wide = vocabulary > 65_536
     closed_form = k * (4 + wide) + 4 + (2 + 2 + wide) * masked
     spec = layout.spec(rows=64, draws=1, rows_per_shard=64, fingerprints=PRINTS)
@@ -290,10 +269,7 @@ def test_at_most_six_bytes_per_kept_entry(tmp_path, k, vocabulary, masked):
         name: np.zeros((counts.sum(), *column.shape), column.dtype)
         for name, column in layout.columns().items()
     }
-    writer = Writer(tmp_path / "c", spec)
-    writer.prepare()
-    writer.write_shard(0, counts, np.ones(64, bool), columns)
-    writer.finish(writer.records)
+    write_store(tmp_path / "c", spec, lambda draw, row_ids: (counts, columns))
     about = describe_cache(tmp_path / "c")
     assert about["bytes_per_position"] == closed_form
     assert about["bytes_per_kept_entry"] == closed_form / k <= 6
@@ -339,16 +315,15 @@ def test_reading_costs_a_loader_little(tmp_path):
         k=32, vocabulary=50_000, block_size=129, masked=False, values="fp16", temperatures=(2.0,)
     )
     spec = layout.spec(rows=64, draws=1, rows_per_shard=16, fingerprints=PRINTS)
-    writer = Writer(tmp_path / "c", spec)
-    writer.prepare()
     random = np.random.RandomState(0)
-    for shard in range(4):
-        columns = {
+
+    def content(draw, row_ids):
+        return np.full(16, 128), {
             name: random.randint(0, 9, (16 * 128, *column.shape)).astype(column.dtype)
             for name, column in layout.columns().items()
         }
-        writer.write_shard(shard, np.full(16, 128), np.ones(16, bool), columns)
-    writer.finish(writer.records)
+
+    write_store(tmp_path / "c", spec, content)
     cache = LogitCache(tmp_path / "c", PRINTS)
     row_ids = random.permutation(64)[:32]
     times = []
@@ -359,9 +334,3 @@ def test_reading_costs_a_loader_little(tmp_path):
     assert extra["topk_ids"].shape == (32 * 128, 32)
     print(f"best of 30 reads: {min(times) * 1e3:.2f} ms")
     assert min(times) < 6e-3
-
-
-def test_store_reads_only_logits(tmp_path):
-    store_all(tmp_path / "c", layout_of(), ToyRows(), ToyMasks(), teach)
-    with pytest.raises(StoreError, match="holds 'logits', not 'scores'"):
-        Store(tmp_path / "c", kind="scores", expect={})

@@ -34,17 +34,8 @@ def fill(folder, *, micro_batch=3, rows=None, domain=None, forward=None, progres
     spec = LAYOUT.spec(rows=len(rows), draws=2, rows_per_shard=4, fingerprints=PRINTS)
     present = None if domain is None else rows.domains_B(np.arange(len(rows))) == domain
     teacher = forward or ToyTeacher()
-    sweep(
-        teacher,
-        rows,
-        view,
-        Writer(folder, spec),
-        micro_batch=micro_batch,
-        score=_score,
-        present_R=present,
-        progress=progress,
-        stop=stop,
-    )
+    options = {"score": _score, "present_R": present, "progress": progress, "stop": stop}
+    sweep(teacher, rows, view, Writer(folder, spec), micro_batch=micro_batch, **options)
     return teacher
 
 

@@ -1,7 +1,5 @@
 """metrics.jsonl after an interruption, and the progress line."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,21 +1,18 @@
 """Capturing a real model on real rows: what the cache gives is what the live teacher gives."""
 
 import math
-import multiprocessing
-import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from dskd.data.loader import make_batch
-from dskd.data.prepared import open_prepared, prepare
+from dskd.data.prepared import open_prepared
 from dskd.data.views import view_for
 from dskd.engine.engine import shard_teacher
 from dskd.errors import ConfigError, StoreError
-from dskd.models.build import build
-from dskd.settings.data import Data, Masking, TextSource, TrainedTokenizer
-from dskd.settings.model import Model
+from dskd.settings.data import Data, Masking, TextSource
 from dskd.settings.teachers import CachedTeacher
 from dskd.stores.logits import CachedLogits, CachedMasks, LogitCache, describe_cache
 from dskd.stores.store import shard_path
@@ -24,12 +21,8 @@ from dskd.teachers.teacher import FrozenTeacher, StoredTeacher
 from tests.data.conftest import make_corpus
 from tests.ranks import run_ranks
 from tests.stores.caches import read
+from tests.stores.real import OBJECTIVES, another_fills, no_model, prepared_folders, random_model
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-MODELS = {
-    "masked": Model(config={"model_type": "roberta", "intermediate_size": 32, **SIZES}),
-    "causal": Model(config={"model_type": "llama", "intermediate_size": 32, **SIZES}),
-}
 PRINTS = {"teacher": "T", "tokenizer": "V", "data": "D", "masking": "M"}
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 1,
@@ -44,21 +37,9 @@ def folders(tmp_path_factory):
     where = tmp_path_factory.mktemp("data")
     make_corpus(where / "a.txt", 60)
     make_corpus(where / "b.txt", 40)
-    return {
-        objective: prepare(
-            Data(
-                objective=objective,
-                sources=[
-                    TextSource(kind="text", path=str(where / f"{domain}.txt"), domain=domain)
-                    for domain in "ab"
-                ],
-                tokenizer=TrainedTokenizer(vocab_size=300),
-                block_size=24,
-                folder=where / "rows",
-            )
-        )
-        for objective in MODELS
-    }
+    paths = {domain: str(where / f"{domain}.txt") for domain in "ab"}
+    sources = [TextSource(kind="text", path=path, domain=name) for name, path in paths.items()]
+    return prepared_folders(where, sources)
 
 
 def data_of(objective, draws=2):
@@ -71,34 +52,19 @@ def cached(**changes):
 
 
 def teacher_of(prepared, objective, ds=None):
-    model = build(
-        MODELS[objective],
-        prepared.tokenizer,
-        objective=objective,
-        block_size=24,
-        seed=3,
-        ds=ds,
-        dtype=torch.float32,
-        where="teacher.model",
-    )
-    model.requires_grad_(False)
+    model = random_model(prepared, objective, ds).requires_grad_(False)
     return model if ds is None else shard_teacher(model, ds)
 
 
-def run_capture(folder, prepared, objective, *, settings=None, ds=None, **options):
+def run_capture(folder, prepared, objective, *, settings=None, ds=None, model=None, **options):
     view = view_for(data_of(objective), prepared.tokenizer, 1)
-    capture(
-        settings or cached(),
-        lambda: teacher_of(prepared, objective, ds),
-        prepared,
-        view,
-        folder,
-        **{"fingerprints": PRINTS, "device": CPU, **options},
-    )
+    model = model or (lambda: teacher_of(prepared, objective, ds))
+    options = {"fingerprints": PRINTS, "device": CPU, **options}
+    capture(settings or cached(), model, prepared, view, folder, **options)
     return view
 
 
-@pytest.mark.parametrize("objective", MODELS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_cached_signal_is_the_live_one_when_all_is_kept(tmp_path, folders, objective):
     prepared = open_prepared(folders[objective])
     vocabulary = len(prepared.tokenizer)
@@ -167,17 +133,13 @@ def test_complete_cache_needs_no_teacher(tmp_path, folders, monkeypatch):
     before = shard_path(tmp_path / "c", 0).stat().st_mtime_ns
     assert "top 8 of each in 52 bytes" in said[-1]  # 8 x (2 + 4) and a tail of 4
 
-    def no_teacher():
-        raise AssertionError("the teacher was built")
-
-    view = view_for(data_of("causal"), prepared.tokenizer, 1)
-    ask = (prepared, view, tmp_path / "c")
-    capture(cached(rows_per_shard=7), no_teacher, *ask, fingerprints=PRINTS, device=CPU)
+    again = partial(run_capture, tmp_path / "c", prepared, "causal", model=no_model)
+    again(settings=cached(rows_per_shard=7))
     assert shard_path(tmp_path / "c", 0).stat().st_mtime_ns == before
     with pytest.raises(StoreError, match=r"settings.k is 8 there and 9 here"):
-        capture(cached(k=9), no_teacher, *ask, fingerprints=PRINTS, device=CPU)
+        again(settings=cached(k=9))
     with pytest.raises(StoreError, match=r"fingerprints.teacher is 'T' there and 'other' here"):
-        capture(cached(), no_teacher, *ask, fingerprints={**PRINTS, "teacher": "other"}, device=CPU)
+        again(fingerprints={**PRINTS, "teacher": "other"})
 
 
 def test_more_logits_than_tokens_are_refused(tmp_path, folders):
@@ -186,34 +148,13 @@ def test_more_logits_than_tokens_are_refused(tmp_path, folders):
         run_capture(tmp_path / "c", prepared, "masked", settings=cached(k=301))
 
 
-def _capture_slowly(folder, prepared, begun):
-    def model():
-        built = teacher_of(prepared, "masked")
-
-        def hook(*_):
-            begun.set()
-            time.sleep(0.03)
-
-        built.base_model.register_forward_pre_hook(hook)
-        return built
-
-    view = view_for(data_of("masked"), prepared.tokenizer, 1)
-    capture(cached(), model, prepared, view, folder, fingerprints=PRINTS, device=CPU)
-
-
 def test_while_another_job_captures_one_waits(tmp_path, folders):
     """Two runs that name one cache: the second needs no teacher, and finds the cache whole."""
-    prepared, fork = open_prepared(folders["masked"]), multiprocessing.get_context("fork")
-    begun = fork.Event()
-    other = fork.Process(target=_capture_slowly, args=(tmp_path / "c", prepared, begun))
-    other.start()
-    assert begun.wait(60)
+    prepared = open_prepared(folders["masked"])
 
-    def no_model():
-        raise AssertionError("the teacher was built")
+    def fill(model):
+        run_capture(tmp_path / "c", prepared, "masked", model=model)
 
-    view = view_for(data_of("masked"), prepared.tokenizer, 1)
-    capture(cached(), no_model, prepared, view, tmp_path / "c", fingerprints=PRINTS, device=CPU)
-    other.join()
-    assert other.exitcode == 0
+    with another_fills(fill, lambda: teacher_of(prepared, "masked")):
+        fill(no_model)
     LogitCache(tmp_path / "c", PRINTS)

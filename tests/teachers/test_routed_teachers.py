@@ -1,7 +1,5 @@
 """Teachers by domain: each row's logits are those of its own domain's teacher."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from dskd.batch import Batch
 from dskd.data.prepared import RowBatch
 from dskd.data.views import Shown
 from dskd.teachers.teacher import FrozenTeacher, RoutedTeachers, group_by_domain
+from tests.batches import changed
 from tests.teachers.test_teacher_self import VOCABULARY, masked_batch, student
 
 
@@ -19,17 +18,8 @@ def routed_batch(domains: list[int]) -> Batch:
     tensors = (batch.row_ids_B, batch.row_ids_B * 0, torch.tensor(domains), batch.ids_BT)
     rows = RowBatch(*(tensor.numpy() for tensor in (*tensors, batch.lengths_B)))
     shown = Shown(batch.ids_BT.numpy(), batch.labels_BT.numpy())
-    columns = {
-        name: torch.from_numpy(array) for name, array in group_by_domain(rows, shown).items()
-    }
-    return Batch.of(
-        row_ids_B=batch.row_ids_B,
-        domains_B=torch.tensor(domains),
-        ids_BT=batch.ids_BT,
-        mask_BT=batch.mask_BT,
-        labels_BT=batch.labels_BT,
-        columns=columns,
-    )
+    columns = {name: torch.from_numpy(a) for name, a in group_by_domain(rows, shown).items()}
+    return changed(batch, domains_B=torch.tensor(domains), columns=columns)
 
 
 @pytest.mark.parametrize("domains", [[0, 0, 0, 0], [1, 0, 1, 0], [2, 2, 0, 1], [2, 1, 2, 2]])

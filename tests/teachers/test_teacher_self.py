@@ -1,7 +1,5 @@
 """A student that teaches itself: as it is, as it started, or at the average of its weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,23 +17,18 @@ from dskd.settings.recipe import Recipe, read
 from dskd.teachers.average import Average
 from dskd.teachers.teacher import FrozenTeacher, ShownUnmasked, StudentAsTeacher
 from dskd.training.objective import Objective
+from tests.batches import batch_of, changed
 
 VOCABULARY, MASK = 23, 4
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+SIZES["initializer_range"] = 0.5
 
 
 def student(dropout: float = 0.5, dtype: torch.dtype = torch.float64) -> BertForMaskedLM:
     """A BERT of two layers with three columns of padding, in train mode."""
-    config = BertConfig(
-        vocab_size=VOCABULARY + 3,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=12,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        initializer_range=0.5,
-    )
+    own = {"num_hidden_layers": 2, "max_position_embeddings": 12}
+    own |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = BertConfig(vocab_size=VOCABULARY + 3, **SIZES, **own)
     torch.manual_seed(1)
     return BertForMaskedLM(config).to(dtype).train()
 
@@ -48,14 +41,10 @@ def masked_batch() -> tuple[Batch, Tensor]:
     ids_BT = torch.where(chosen_BT, MASK, rows_BT)
     labels_BT = torch.where(chosen_BT, rows_BT, IGNORE)
     assert 5 < chosen_BT.sum() < 30
-    rows_B = torch.arange(4)
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, 7:] = 0
     labels_BT[1, 7:] = IGNORE
-    batch = Batch.of(
-        row_ids_B=rows_B, domains_B=rows_B, ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT
-    )
-    return batch, rows_BT
+    return batch_of(labels_BT, ids_BT=ids_BT, mask_BT=mask_BT), rows_BT
 
 
 def plain_logits(model: torch.nn.Module, ids_BT: Tensor, batch: Batch) -> Tensor:
@@ -81,25 +70,12 @@ def test_it_sees_what_the_masks_hide():
 
 def test_a_causal_student_sees_its_row_as_it_is():
     """Its labels are the next tokens, which are no input in the place of the last."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        initializer_range=0.5,
-    )
+    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=1, **SIZES)
     model = LlamaForCausalLM(config).double().train()
-    batch, rows_BT = masked_batch()
+    _, rows_BT = masked_batch()
     labels_BT = torch.full_like(rows_BT, IGNORE)
     labels_BT[:, :-1] = rows_BT[:, 1:]
-    batch = Batch.of(
-        row_ids_B=batch.row_ids_B,
-        domains_B=batch.domains_B,
-        ids_BT=rows_BT,
-        mask_BT=torch.ones_like(rows_BT),
-        labels_BT=labels_BT,
-    )
+    batch = batch_of(labels_BT, ids_BT=rows_BT)
     found_NV = StudentAsTeacher(model, VOCABULARY)(batch).logits_NV
     torch.testing.assert_close(found_NV, plain_logits(model, rows_BT, batch))
 
@@ -118,15 +94,8 @@ def test_modes_and_random_numbers_stay_as_they_were():
 def test_modes_are_put_back_after_an_error():
     model, (batch, _) = student(), masked_batch()
     beyond = torch.full_like(batch.ids_BT, VOCABULARY + 9)
-    broken = Batch.of(
-        row_ids_B=batch.row_ids_B,
-        domains_B=batch.domains_B,
-        ids_BT=beyond,
-        mask_BT=batch.mask_BT,
-        labels_BT=batch.labels_BT,
-    )
     with pytest.raises(IndexError):
-        StudentAsTeacher(model, VOCABULARY)(broken)
+        StudentAsTeacher(model, VOCABULARY)(changed(batch, ids_BT=beyond))
     assert all(module.training for module in model.modules())
 
 

@@ -1,7 +1,5 @@
 """Metrics on named sets: the numbers of a plain model, for any number of ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -19,27 +17,19 @@ from dskd.methods.metrics import LM_LOSS, Metric
 from dskd.models.families import positions_of
 from dskd.training.evaluation import EvaluationSet, by_key, evaluate
 from dskd.training.objective import Objective
-from tests.data.row_batches import row_batch
+from tests.data.row_batches import PlainRows
 from tests.models.tiny import BLOCK, make
 from tests.ranks import run_ranks
 
 METHOD = LanguageModelling(kind="lm")
 NAMES = ["eval", "other"]
+CPU = torch.device("cpu")
 
 
-class Rowset:
+def rowset(count: int, seed: int) -> PlainRows:
     """Random rows of different lengths."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        random = np.random.default_rng(seed)
-        self.ids_RT = random.integers(5, 43, (count, BLOCK))
-        self.lengths_R = random.integers(4, BLOCK, count)
-
-    def __len__(self) -> int:
-        return len(self.ids_RT)
-
-    def rows(self, row_ids_B, epochs_B):
-        return row_batch(row_ids_B, epochs_B, self.ids_RT[row_ids_B], self.lengths_R[row_ids_B])
+    random = np.random.default_rng(seed)
+    return PlainRows(random.integers(5, 43, (count, BLOCK)), random.integers(4, BLOCK, count))
 
 
 def third(rows):
@@ -68,17 +58,13 @@ ACCURACY = Metric(accuracy_sums, accuracy_results)
 
 
 def sets() -> list[EvaluationSet]:
-    return [
-        EvaluationSet("eval", Rowset(11, 1), third),
-        EvaluationSet("other", Rowset(9, 2), third, limit=4),
-    ]
+    other = EvaluationSet("other", rowset(9, 2), third, limit=4)
+    return [EvaluationSet("eval", rowset(11, 1), third), other]
 
 
 def _evaluated(rank: int) -> dict[str, float]:
     objective = Objective(make("bert").train(), METHOD, None)
-    found = evaluate(
-        objective, sets(), [LM_LOSS, ACCURACY], micro_batch=2, device=torch.device("cpu")
-    )
+    found = evaluate(objective, sets(), [LM_LOSS, ACCURACY], micro_batch=2, device=CPU)
     assert objective.training and objective.student.training  # the modes are put back
     return by_key(found)
 
@@ -117,10 +103,5 @@ def test_metrics_of_each_set_by_name(world):
 def test_rows_without_a_predicted_token_are_refused():
     objective = Objective(make("bert"), METHOD, None)
     with pytest.raises(DataError, match="no token of the 5 validation rows is predicted"):
-        evaluate(
-            objective,
-            [EvaluationSet("eval", Rowset(5, 1), none)],
-            [LM_LOSS],
-            micro_batch=2,
-            device=torch.device("cpu"),
-        )
+        without = [EvaluationSet("eval", rowset(5, 1), none)]
+        evaluate(objective, without, [LM_LOSS], micro_batch=2, device=CPU)

@@ -1,7 +1,5 @@
 """How often a step makes the host wait for a GPU, in dskd's own lines: once."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -13,17 +11,14 @@ from dskd.training.trainer import Trainer
 from tests.equivalence.small import LIVE, Runs, cached, causal, routed
 from tests.training.waits import HostWaits
 
-HARD = {"kind": "hard_tokens", "metric": "quantile"}
+HARD = {"masking": {"kind": "hard_tokens", "metric": "quantile"}}
 RUNS = {
     "plain": {"method": {"kind": "lm"}, "teacher": None},
     "live": {"teacher": LIVE},
+    "routed": {"teacher": routed(LIVE, LIVE)},
     "cached": {"teacher": cached(LIVE)},
     "causal": causal(),
-    "self": {
-        "method": {"kind": "self_evolution"},
-        "teacher": {"kind": "self"},
-        "data": {"masking": HARD},
-    },
+    "self": {"method": {"kind": "self_evolution"}, "teacher": {"kind": "self"}, "data": HARD},
 }
 
 
@@ -65,10 +60,3 @@ def test_a_step_of_two_micro_batches_waits_once(runs, tmp_path, monkeypatch, nam
     for waits in steps:
         assert sum(waits.values()) == 1, waits
         assert next(iter(waits)).startswith("training/trainer.py:")
-
-
-def test_a_routed_teacher_adds_no_wait(runs, tmp_path, monkeypatch):
-    watched(monkeypatch, tmp_path / "waits.jsonl")
-    runs.run("routed", 1, "deepspeed=zero0", teacher=routed(LIVE, LIVE))
-    steps = [json.loads(line) for line in (tmp_path / "waits.jsonl").read_text().splitlines()]
-    assert [sum(waits.values()) for waits in steps] == [1] * 4, steps

@@ -1,19 +1,16 @@
 """Inheritance rates and learning rates: the original's tables, closed forms, edges."""
 
 import itertools
-import json
 import math
-from pathlib import Path
 
 import pytest
 
 from dskd.methods.inheritance_loss import inheritance_rate
 from dskd.settings.run import Train
 from dskd.training.learning_rate import learning_rate
+from tests.goldens import golden
 
-FOLDER = Path(__file__).parents[1] / "golden"
-GOLDEN = json.loads((FOLDER / "ki.json").read_text())
-EVOLUTION = json.loads((FOLDER / "self_evolution.json").read_text())
+GOLDEN, EVOLUTION = golden("ki"), golden("self_evolution")
 KINDS = {"linear": "linear", "then": "switch"}
 
 

@@ -1,7 +1,5 @@
 """Gradients that no step follows: those of a plain model, and no trace of them in the training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from dskd.settings.run import Run, Train
 from dskd.system import dist
 from dskd.training.objective import Objective
 from dskd.training.trainer import Progress, Trainer
-from tests.models.tiny import batch, loss_of, make, without_dropout
+from tests.models.tiny import adamw, batch, geometry, loss_of, make, without_dropout
 from tests.ranks import run_ranks
 
 STEPS, MICRO, ROWS = 3, 2, 4
@@ -28,22 +26,9 @@ METHOD = LanguageModelling(kind="lm")
 
 def settings(stage: int, precision: str, world: int, offload: bool) -> dict[str, Any]:
     """A DeepSpeed config of two micro-batches a step; ZeRO-3 keeps small parameters whole."""
-    optimizer = {"lr": 0.01, "betas": [0.9, 0.99], "eps": 1e-3, "weight_decay": 0.0}
-    return {
-        "train_batch_size": MICRO * ROWS,
-        "train_micro_batch_size_per_gpu": ROWS // world,
-        "gradient_accumulation_steps": MICRO,
-        "gradient_clipping": 0.5,
-        "steps_per_print": 10**9,
-        "zero_optimization": {
-            "stage": stage,
-            "stage3_param_persistence_threshold": 40,
-            "offload_optimizer": {"device": "cpu" if offload else "none"},
-        },
-        "zero_force_ds_cpu_optimizer": False,
-        "optimizer": {"type": "AdamW", "params": optimizer | {"torch_adam": True}},
-        "bf16": {"enabled": precision == "bf16"},
-    }
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 40}
+    ds = geometry(world, MICRO, ROWS) | adamw(zero, offload, precision == "bf16", lr=0.01, eps=1e-3)
+    return ds | {"gradient_clipping": 0.5}
 
 
 def micro_batches(seed: int, number: int = MICRO) -> list[Batch]:
@@ -97,9 +82,8 @@ class LooksBack(StepHooks):
 
     def square_loss(self, batches: list[Batch]) -> Tensor:
         count = sum(len(each.row_ids_B) for each in batches) + 0.5 * dist.world() * len(batches)
-        return (
-            sum((positions_of(self.model, each).logits_NV ** 2).sum() for each in batches) / count
-        )
+        squares = ((positions_of(self.model, each).logits_NV ** 2).sum() for each in batches)
+        return sum(squares) / count
 
     def compare(self, found: ParameterShards, batches: list[Batch], loss: Any) -> None:
         shards = list(found.shards())
@@ -127,31 +111,16 @@ def trainer_of(
     model = model.train() if dropout else without_dropout(model)
     objective = Objective(model, METHOD, None)
     engine = Engine(objective, decay_groups(objective, 0.01, False), ds, monitor=False)
-    trainer = Trainer(
-        run=Run(train=Train(steps=STEPS, lr=0.01)),
-        precision=precision,
-        method=METHOD,
-        hooks=hooks,
-        engine=engine,
-        loader=Stream(),
-        evaluate=dict,
-        scored=Selection(),
-        checkpoints=None,
-        metrics=None,
-        progress=Progress(),
-    )
-    return trainer, engine
+    run = Run(train=Train(steps=STEPS, lr=0.01))
+    of = {"run": run, "precision": precision, "method": METHOD, "hooks": hooks, "engine": engine}
+    idle = {"evaluate": dict, "scored": Selection(), "checkpoints": None, "metrics": None}
+    return Trainer(**of, **idle, loader=Stream(), progress=Progress()), engine
 
 
 def trained(
-    rank: int,
-    stage: int,
-    world: int,
-    precision: str,
-    hooks: LooksBack | None,
-    dropout: bool,
+    rank: int, stage: int, world: int, precision: str, hooks: LooksBack | None, dropout: bool,
     offload: bool = False,
-) -> tuple[list[float], dict[str, list[float]], list[float]]:
+) -> tuple[list[float], dict[str, list[float]], list[float]]:  # fmt: skip
     """Losses and norms of a few steps, the weights at the end, and the largest differences."""
     del rank
     ds = settings(stage, precision, world, offload)

@@ -1,7 +1,5 @@
 """What the loop leaves: metrics, monitors, summary; and what its settings change."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

@@ -8,8 +8,6 @@ probed, and a step's gradient g that has too little of it gets more, until the c
 highest accuracy is exported.
 """
 
-from __future__ import annotations
-
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence

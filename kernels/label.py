@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dskd.kernels.common import (
+    DTYPES,
     EVEN,
     HUGE,
     LN2,
@@ -29,6 +30,7 @@ from dskd.kernels.common import (
     map_kind,
     mapped,
     online,
+    row_configuration,
     row_shift,
     row_start,
     row_tiles,
@@ -150,7 +152,7 @@ def label_rows(
         return loss_N
     tensors = [logits_NV] if grad_NV is None else [logits_NV, grad_NV]
     align, lead = alignment(*tensors, widths=(width,))
-    tile, _, warps = launch(width, logits_NV.dtype)
+    tile, group, warps = launch(width, *(t.dtype for t in tensors))
     with torch.cuda.device_of(logits_NV):
         label_kernel[(count,)](
             logits_NV,
@@ -167,7 +169,7 @@ def label_rows(
             GRAD=grad_NV is not None,
             ALIGN=align,
             B=tile,
-            G=max(launch(width, t.dtype).group for t in tensors),
+            G=group,
             FAST=fast(),
             num_warps=warps,
             num_stages=1,
@@ -176,36 +178,21 @@ def label_rows(
     return loss_N
 
 
-def configuration(logits: str, grad: str | None) -> Configuration:
-    """One compiled form; types as Triton spells them, no `grad`: evaluation."""
-    dtypes = [{"bf16": torch.bfloat16, "fp32": torch.float32}[t] for t in (logits, grad) if t]
-    tile, _, warps = launch(131072, dtypes[0])
-    signature = {
-        "logits_ptr": f"*{logits}",
-        **({"grad_ptr": f"*{grad}"} if grad else {}),
-        "labels_ptr": "*i64",
-        "weight_ptr": "*fp32",
-        "loss_ptr": "*fp32",
-        **dict.fromkeys(("V", "stride", "grad_stride", "lead"), "i32"),
-        **dict.fromkeys(("scale", "cap"), "fp32"),
+def configuration(logits: str, grad: str) -> Configuration:
+    """One compiled form; types as Triton spells them."""
+    pointers = {
+        "logits_ptr": logits,
+        "grad_ptr": grad,
+        "labels_ptr": "i64",
+        "weight_ptr": "fp32",
+        "loss_ptr": "fp32",
     }
-    constants = {
-        "MAP": PLAIN.value,
-        "GRAD": grad is not None,
-        "ALIGN": EVEN.value,
-        "B": tile,
-        "G": max(launch(131072, dtype).group for dtype in dtypes),
-        "FAST": True,
-        **({} if grad else {"grad_ptr": None}),
-    }
-    pointers = (name for name in signature if name.endswith("_ptr"))
-    return Configuration(
-        name=f"{logits}-{grad}/V131072",
-        kernel=label_kernel,
-        signature=signature,
-        constants=constants,
-        num_warps=warps,
-        num_stages=1,
+    return row_configuration(
+        f"{logits}-{grad}/V131072",
+        label_kernel,
+        launch(131072, DTYPES[logits], DTYPES[grad]),
+        pointers,
+        {"MAP": PLAIN.value, "GRAD": True, "ALIGN": EVEN.value},
         aligned=(*pointers, "V", "stride", "grad_stride"),
         tensors_per_column=1,
     )

@@ -31,7 +31,8 @@ from dskd.fused.arguments import (
     wide,
 )
 from dskd.fused.gradients import detached, refuse_second_order, scaled, wanted
-from dskd.fused.linear_visit import LossForm, visit
+from dskd.fused.linear_visit import visit
+from dskd.fused.logit_loss import LossForm
 from dskd.fused.per_token import TokenWeights, at_temperature, topk_of, weights_of
 
 LogitTeacher = LinearTeacher | DenseTeacher | TopKTeacher | None

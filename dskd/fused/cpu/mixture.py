@@ -39,15 +39,9 @@ def mixture_rows(
 ) -> Tensor:
     """KL(pbar || q) [N], unweighted; and the gradient of its sum weighted by ``sum_k w_nk``.
 
-    Args:
-        student_NV: fp32, fp16, bf16 or float64, unit column stride.
-        teachers: logits [N, columns of the teacher], likewise.
-        firsts: the student's column that each teacher's first one is.
-        weight_Nn: fp32 (float64 for float64 logits), not negative. A teacher is not looked at in a
-            row where its weight is 0.
-        temperature: see :func:`dskd.fused.reference.mixture_divergence`; no factor T^2.
-
-    The other arguments are those of :func:`dskd.fused.cpu.dense.dense_rows`.
+    Arguments and results are those of ``mixture_rows`` in ``dskd/kernels/mixture.py``, float64
+    logits (with weights and losses in float64) taken too. A teacher is not looked at in a row where
+    its weight is 0.
     """
     dtype = wide(student_NV.dtype)
     student = Logits(student_NV, student_map, temperature, dtype)

@@ -50,14 +50,8 @@ def topk_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence [N] and label loss [N] or None, both unweighted; and the gradient.
 
-    Args:
-        student_NV: fp32, fp16, bf16 or float64, unit column stride. (The kernels use it up.)
-        ids_NK: int32 or int64, negative on unused slots.
-        logprobs_NK: the teacher's at ``temperature``, over its whole vocabulary.
-        tail_N: mode ``tail`` only: log of the mass of what is not kept.
-        mode, temperature: see :func:`dskd.fused.reference.topk_divergence`; no factor T^2.
-
-    The other arguments are those of :func:`dskd.fused.cpu.dense.dense_rows`. A row without used
+    Arguments and results are those of ``topk_rows`` in ``dskd/kernels/topk.py``, float64 logits
+    (with weights and losses in float64) taken too; these logits are not used up. A row without used
     slots has the divergence 0.
     """
     dtype = wide(student_NV.dtype)

@@ -20,12 +20,9 @@ from dskd.narrowing.widths import Strategy, Widths, cuts
 
 
 def slice_model(teacher: PreTrainedModel, student: Widths, strategy: Strategy) -> PreTrainedModel:
-    """A dense model of the teacher's heaviest units; the teacher is left as it is.
+    """A dense model of the heaviest units of a teacher, which is left as it is.
 
-    Args:
-        teacher: whole, without compactors.
-        student: its sizes, of ``compaction.widths.student_widths``.
-        strategy: which attention units go, ``dim`` or ``head``.
+    The teacher is whole, without compactors; the sizes are of ``widths.student_widths``.
 
     Raises:
         ConfigError: a family whose units are not known.

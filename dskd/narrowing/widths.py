@@ -21,7 +21,7 @@ from dskd.errors import ConfigError
 Strategy = Literal["dim", "head"]
 RuleName = Literal["annealed", "original"]
 Pace = Literal["sixteenths", "eighths", "heads"]
-"""How fast the original rule removes a group's units, see ``masks.original_count``."""
+"""How fast the original rule removes a group's units, see ``units.original_count``."""
 
 _STEPS_OF_A_CHUNK = 8
 

@@ -11,7 +11,7 @@ token), and a column outside of the row, has become ``LOW``, whose exponential i
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import triton
@@ -335,6 +335,29 @@ def map_kind(logit_map: tuple[float, float]) -> int:
     if softcap > 0:
         return CAPPED.value
     return PLAIN.value if scale == 1 else SCALED.value
+
+
+def row_options(
+    student_NV: Tensor, grad_NV: Tensor | None, *teachers: Tensor, least: int = 1
+) -> dict[str, Any]:
+    """Arguments and options of a launch whose kernel walks the rows of these tensors together.
+
+    least: warps.
+    """
+    tensors = (student_NV, *teachers, *(() if grad_NV is None else (grad_NV,)))
+    align, lead = alignment(*tensors, widths=tuple(t.shape[1] for t in tensors))
+    tile, group, num_warps = launch(student_NV.shape[1], *(t.dtype for t in tensors), least=least)
+    return {
+        "grad_ptr": grad_NV,
+        "grad_stride": 0 if grad_NV is None else grad_NV.stride(0),
+        "lead": lead,
+        "GRAD": grad_NV is not None,
+        "ALIGN": align,
+        "B": tile,
+        "G": group,
+        "FAST": fast(),
+        "num_warps": num_warps,
+    }
 
 
 def table_on(device: torch.device, rows: Sequence[Sequence[int]]) -> Tensor:

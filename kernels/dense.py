@@ -24,13 +24,13 @@ from dskd.kernels.common import (
     PLAIN,
     RAGGED,
     Configuration,
-    alignment,
     fast,
     finite,
     launch,
     map_kind,
     mapped,
     row_configuration,
+    row_options,
     row_shift,
     row_start,
     row_tiles,
@@ -194,47 +194,40 @@ def dense_rows(
         grad_NV: gets the gradient of the weighted sum of everything with respect to the student's
             logits, in its own dtype; ``student_NV`` itself, another tensor, or None.
     """
-    count, width = student_NV.shape
+    count = len(student_NV)
     divergence_N = torch.empty(count, dtype=torch.float32, device=student_NV.device)
     label_loss_N = None if labels_N is None else torch.empty_like(divergence_N)
     if not count:
         return divergence_N, label_loss_N
-    tensors = [student_NV, teacher_NW] + ([] if grad_NV is None else [grad_NV])
-    align, lead = alignment(*tensors, widths=(width, teacher_NW.shape[1]))
-    tile, group, warps = launch(width, *(t.dtype for t in tensors))
+    student_scale, student_cap = student_map
+    teacher_scale, teacher_cap = teacher_map
     # only NVIDIA knows the option
     limits = {"maxnreg": MAX_REGISTERS} if fast() else {}
     with torch.cuda.device_of(student_NV):
         dense_kernel[(count,)](
-            student_NV,
-            teacher_NW,
-            grad_NV,
-            labels_N,
-            weight_N,
-            reverse_N,
-            label_weight_N,
-            divergence_N,
-            label_loss_N,
-            width,
-            teacher_NW.shape[1],
-            student_NV.stride(0),
-            teacher_NW.stride(0),
-            0 if grad_NV is None else grad_NV.stride(0),
-            lead,
-            1.0 / temperature,
-            beta,
-            *student_map,
-            *teacher_map,
+            student_ptr=student_NV,
+            teacher_ptr=teacher_NW,
+            labels_ptr=labels_N,
+            weight_ptr=weight_N,
+            reverse_ptr=reverse_N,
+            label_weight_ptr=label_weight_N,
+            divergence_ptr=divergence_N,
+            label_loss_ptr=label_loss_N,
+            V=student_NV.shape[1],
+            W=teacher_NW.shape[1],
+            student_stride=student_NV.stride(0),
+            teacher_stride=teacher_NW.stride(0),
+            inverse_t=1.0 / temperature,
+            beta=beta,
+            student_scale=student_scale,
+            student_cap=student_cap,
+            teacher_scale=teacher_scale,
+            teacher_cap=teacher_cap,
             KIND=KINDS[kind],
             LABELS=label_mode(labels_N, temperature),
             STUDENT_MAP=map_kind(student_map),
             TEACHER_MAP=map_kind(teacher_map),
-            GRAD=grad_NV is not None,
-            ALIGN=align,
-            B=tile,
-            G=group,
-            FAST=fast(),
-            num_warps=warps,
+            **row_options(student_NV, grad_NV, teacher_NW),
             num_stages=1,
             enable_fp_fusion=True,
             **limits,

@@ -21,16 +21,15 @@ from dskd.kernels.common import (
     PLAIN,
     THREAD_COLUMNS,
     Configuration,
-    alignment,
     columns,
     edge_tile,
-    fast,
     finite,
     launch,
     map_kind,
     mapped,
     online,
     row_configuration,
+    row_options,
     row_shift,
     row_start,
     row_tiles,
@@ -146,32 +145,23 @@ def label_rows(
         grad_NV: gets the gradient of the weighted sum with respect to the logits, in its own
             dtype; ``logits_NV`` itself, another tensor, or None.
     """
-    count, width = logits_NV.shape
+    count = len(logits_NV)
     loss_N = torch.empty(count, dtype=torch.float32, device=logits_NV.device)
     if not count:
         return loss_N
-    tensors = [logits_NV] if grad_NV is None else [logits_NV, grad_NV]
-    align, lead = alignment(*tensors, widths=(width,))
-    tile, group, warps = launch(width, *(t.dtype for t in tensors))
+    scale, cap = student_map
     with torch.cuda.device_of(logits_NV):
         label_kernel[(count,)](
-            logits_NV,
-            grad_NV,
-            labels_N,
-            label_weight_N,
-            loss_N,
-            width,
-            logits_NV.stride(0),
-            0 if grad_NV is None else grad_NV.stride(0),
-            lead,
-            *student_map,
+            logits_ptr=logits_NV,
+            labels_ptr=labels_N,
+            weight_ptr=label_weight_N,
+            loss_ptr=loss_N,
+            V=logits_NV.shape[1],
+            stride=logits_NV.stride(0),
+            scale=scale,
+            cap=cap,
             MAP=map_kind(student_map),
-            GRAD=grad_NV is not None,
-            ALIGN=align,
-            B=tile,
-            G=group,
-            FAST=fast(),
-            num_warps=warps,
+            **row_options(logits_NV, grad_NV),
             num_stages=1,
             enable_fp_fusion=True,
         )

@@ -43,10 +43,8 @@ from dskd.kernels.common import (
     THREAD_COLUMNS,
     TINY,
     Configuration,
-    alignment,
     columns,
     edge_tile,
-    fast,
     finite,
     launch,
     map_kind,
@@ -54,6 +52,7 @@ from dskd.kernels.common import (
     online,
     row_configuration,
     row_end,
+    row_options,
     row_shift,
     row_start,
     row_tiles,
@@ -431,49 +430,37 @@ def topk_rows(
     temperature; tail_N: fp32, log of the mass of everything else (mode ``tail``). Both rows may
     have any stride. Weights: fp32, contiguous. Arguments are checked by the caller.
     """
-    rows, columns_V = student_NV.shape
+    rows = len(student_NV)
     slots = max(32, triton.next_power_of_2(ids_NK.shape[1]))
     divergence_N = torch.empty(rows, dtype=torch.float32, device=student_NV.device)
     label_loss_N = None if labels_N is None else torch.empty_like(divergence_N)
     if not rows:
         return divergence_N, label_loss_N
-    gradients = () if grad_NV is None else (grad_NV,)
-    align, lead = alignment(student_NV, *gradients, widths=(columns_V,))
-    dtypes = (logits.dtype for logits in (student_NV, *gradients))
-    tile, group, num_warps = launch(columns_V, *dtypes, least=slots // SLOTS_OF_A_WARP)
     scale, cap = student_map
     with torch.cuda.device_of(student_NV):
         topk_kernel[(rows,)](
-            student_NV,
-            grad_NV,
-            ids_NK,
-            logprobs_NK,
-            tail_N,
-            labels_N,
-            weight_N,
-            label_weight_N,
-            divergence_N,
-            label_loss_N,
-            columns_V,
-            ids_NK.shape[1],
-            student_NV.stride(0),
-            0 if grad_NV is None else grad_NV.stride(0),
-            ids_NK.stride(0),
-            logprobs_NK.stride(0),
-            lead,
-            1.0 / temperature,
-            scale,
-            cap,
+            student_ptr=student_NV,
+            ids_ptr=ids_NK,
+            logprobs_ptr=logprobs_NK,
+            tail_ptr=tail_N,
+            labels_ptr=labels_N,
+            weight_ptr=weight_N,
+            label_weight_ptr=label_weight_N,
+            divergence_ptr=divergence_N,
+            label_loss_ptr=label_loss_N,
+            V=student_NV.shape[1],
+            K=ids_NK.shape[1],
+            student_stride=student_NV.stride(0),
+            ids_stride=ids_NK.stride(0),
+            logprobs_stride=logprobs_NK.stride(0),
+            inverse_t=1.0 / temperature,
+            scale=scale,
+            cap=cap,
             MODE=MODES[mode],
             LABELS=label_kind(mode, temperature, labels_N is not None),
             MAP=map_kind(student_map),
-            GRAD=grad_NV is not None,
-            ALIGN=align,
             KP=slots,
-            B=tile,
-            G=group,
-            FAST=fast(),
-            num_warps=num_warps,
+            **row_options(student_NV, grad_NV, least=slots // SLOTS_OF_A_WARP),
         )
     return divergence_N, label_loss_N
 

@@ -78,13 +78,7 @@ def dense_kd(
     shared = teacher_columns(teacher_NW.shape[1], columns, vocabulary)
     kind_of(kind, beta, reverse_weight, shared < columns)
     weights = weights_of(
-        student_NV,
-        labels_N,
-        weight=weight,
-        reverse_weight=reverse_weight,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        columns=columns,
+        student_NV, labels_N, ignore_index, columns, weight, reverse_weight, label_weight
     )
     teacher_NW = unit_columns(teacher_NW.detach()[:, :shared])
     maps = [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)]

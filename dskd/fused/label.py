@@ -38,15 +38,8 @@ def label_ce(
     """
     matrix("student", student_NV)
     refuse(labels_N is None, lambda: "labels: there are none")
-    weights = weights_of(
-        student_NV,
-        labels_N,
-        weight=0.0,
-        reverse_weight=None,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        columns=student_NV.shape[1],
-    )
+    columns = student_NV.shape[1]
+    weights = weights_of(student_NV, labels_N, ignore_index, columns, 0.0, None, label_weight)
     if weights.label_N is None:  # a label_weight of 0
         weights = weights._replace(labels_N=labels_N, label_N=weights.divergence_N)
     maps = [*map_of("student_map", student_map)]

@@ -61,15 +61,7 @@ def topk_kd(
     matrix("student", student_NV)
     columns = student_NV.shape[1]
     kept = topk_of(ids_NK, logprobs_NK, tail_N, mode, student_NV, columns)
-    weights = weights_of(
-        student_NV,
-        labels_N,
-        weight=weight,
-        reverse_weight=None,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        columns=columns,
-    )
+    weights = weights_of(student_NV, labels_N, ignore_index, columns, weight, None, label_weight)
     teacher = [part for part in kept if part is not None]
     heat, maps = temperature_of(temperature), [*map_of("student_map", student_map)]
     loss = LossForm("topk", teacher, weights, mode, NO_BETA, heat, maps)

@@ -1,14 +1,9 @@
 """Norms of compactors, and what masks do to their gradients, moments and weights, in one launch.
 
-A compactor is C = I + D, stored as D; unit j of it is a column (left) or a row (right). A vector,
-C as it is, has columns only. A piece is what a rank holds of one: the flat entries f = start ... of
-[parts, rows, columns], row = f // columns. An entry of unit j becomes
-
-    gradient <- gate_j gradient + pull_j C,   moment <- fade_j moment + push_j C,   C <- ratio_j C
-
-where asked for; the norms are those of C as found. Pieces are walked as rectangles: a program takes
-the columns of 128 units (left, vectors), or the rows of 4 (right), from end to end. So a norm is
-summed by one program in a fixed order, and every entry is read once.
+What becomes of an entry is at the head of ``dskd/fused/update.py``; the norms are those of C as
+found. Pieces are walked as rectangles: a program takes the columns of 128 units (left, vectors), or
+the rows of 4 (right), from end to end. So a norm is summed by one program in a fixed order, and
+every entry is read once.
 
 Shapes: R rows and C columns of a tile.
 """

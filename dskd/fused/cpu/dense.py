@@ -21,7 +21,7 @@ from dskd.fused.cpu.chunks import (
     Logits,
     ScaleAndCap,
     add_label,
-    chunked,
+    by_chunks,
     exponentials,
     filled,
     scratch,
@@ -84,10 +84,8 @@ def dense_rows(
 
     divergent_N = weighted_rows(weight_N, reverse_N)
     weighted_N = weighted_rows(weight_N, reverse_N, label_weight_N)
-    for rows, chunk in chunked(weighted_N, buffers.shape[1], [student, teacher], compute, grad_NV):
-        divergence_N[rows] = chunk.losses[0][:, 0]
-        if label_N is not None:
-            label_N[rows] = chunk.losses[1][:, 0]
+    losses = [divergence_N] if label_N is None else [divergence_N, label_N]
+    by_chunks(weighted_N, buffers.shape[1], [student, teacher], compute, losses, grad_NV)
     return divergence_N, label_N
 
 
@@ -116,8 +114,6 @@ def label_rows(
         add_label(chunk, logits, softmax, labels, exps_CV)
         return chunk
 
-    for rows, chunk in chunked(
-        weighted_rows(label_weight_N), buffers.shape[1], [logits], compute, grad_NV
-    ):
-        label_N[rows] = chunk.losses[0][:, 0]
+    weighted_N = weighted_rows(label_weight_N)
+    by_chunks(weighted_N, buffers.shape[1], [logits], compute, [label_N], grad_NV)
     return label_N

@@ -19,7 +19,7 @@ from dskd.fused.cpu.chunks import (
     ChunkRows,
     Logits,
     ScaleAndCap,
-    chunked,
+    by_chunks,
     exponentials,
     filled,
     scratch,
@@ -70,10 +70,8 @@ def mixture_rows(
         terms = [(es_CV, scale_C1), (x_CV, torch.full_like(scale_C1, -student.over))]
         return Chunk(totals, [loss_C1], terms)
 
-    for rows, chunk in chunked(
-        weighted_rows(total_N), buffers.shape[1], [student, *several], compute, grad_NV
-    ):
-        divergence_N[rows] = chunk.losses[0][:, 0]
+    read, step = [student, *several], buffers.shape[1]
+    by_chunks(weighted_rows(total_N), step, read, compute, [divergence_N], grad_NV)
     return divergence_N
 
 

@@ -26,7 +26,7 @@ from dskd.fused.cpu.chunks import (
     Logits,
     ScaleAndCap,
     add_label,
-    chunked,
+    by_chunks,
     exponentials,
     filled,
     scratch,
@@ -98,12 +98,9 @@ def topk_rows(
             add_label(chunk, student, softmax, labels, spare_CV)
         return chunk
 
-    for rows, chunk in chunked(
-        weighted_rows(weight_N, label_weight_N), buffers.shape[1], [student], compute, grad_NV
-    ):
-        divergence_N[rows] = chunk.losses[0][:, 0]
-        if label_N is not None:
-            label_N[rows] = chunk.losses[1][:, 0]
+    losses = [divergence_N] if label_N is None else [divergence_N, label_N]
+    weighted_N = weighted_rows(weight_N, label_weight_N)
+    by_chunks(weighted_N, buffers.shape[1], [student], compute, losses, grad_NV)
     return divergence_N, label_N
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +47,13 @@ def export(
         DskdError: the folder cannot be written; on every rank.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    _on_rank0(folder, partial(_make_empty, temporary))
+    _on_rank0(folder, lambda: _make_empty(temporary))
     files = _files(model)
     for name, tensors in files.items():
         values = {key: _whole(tensor) for key, tensor in tensors.items()}  # collective
-        save = partial(save_file, values, temporary / name, metadata={"format": "pt"})
-        _on_rank0(folder, save)
-    _on_rank0(folder, partial(_describe, model, tokenizer, files, card, temporary))
-    _on_rank0(folder, partial(_replace, temporary, folder))
+        _on_rank0(folder, lambda name=name, values=values: _save(values, temporary / name))
+    _on_rank0(folder, lambda: _describe(model, tokenizer, files, card, temporary))
+    _on_rank0(folder, lambda: _replace(temporary, folder))
 
 
 def _on_rank0(folder: Path, work: Callable[[], None]) -> None:
@@ -96,6 +94,10 @@ def _whole(tensor: Tensor) -> Tensor | None:
     with gathered(parameters):
         # A copy: tensors that share memory (an untied head's bias has two names) cannot be stored.
         return tensor.detach().cpu().clone().contiguous() if dist.rank() == 0 else None
+
+
+def _save(values: dict[str, Tensor], path: Path) -> None:
+    save_file(values, path, metadata={"format": "pt"})
 
 
 def _make_empty(folder: Path) -> None:

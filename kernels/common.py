@@ -11,7 +11,7 @@ token), and a column outside of the row, has become ``LOW``, whose exponential i
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 import triton
@@ -367,8 +367,14 @@ def table_on(device: torch.device, rows: Sequence[Sequence[int]]) -> Tensor:
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
-class Compiled(TypedDict):
-    """The keys that every :class:`Configuration` has."""
+class Configuration(TypedDict):
+    """A compiled form of a kernel that runs meet, for the ahead-of-time check.
+
+    signature: type of every argument that is no constexpr (``"*bf16"``, ``"i32"``, ``"fp32"``);
+    constants: value of every constexpr, with ``FAST`` True; num_warps: of 32 threads; num_stages;
+    aligned: the arguments divisible by 16; tensors_per_column: [N, V] tensors that a hot loop
+    loads, or that each of them does; 0: no such loop; maxnreg: as launched, if launched with it.
+    """
 
     name: str
     kernel: triton.runtime.JITFunction
@@ -378,18 +384,7 @@ class Compiled(TypedDict):
     num_stages: int
     aligned: tuple[str, ...]
     tensors_per_column: int | tuple[int, ...]
-
-
-class Configuration(Compiled, total=False):
-    """A compiled form of a kernel that runs meet, for the ahead-of-time check.
-
-    signature: type of every argument that is no constexpr (``"*bf16"``, ``"i32"``, ``"fp32"``);
-    constants: value of every constexpr, with ``FAST`` True; num_warps: of 32 threads; num_stages;
-    aligned: the arguments divisible by 16; tensors_per_column: [N, V] tensors that a hot loop
-    loads, or that each of them does; 0: no such loop; maxnreg: as launched, if launched with it.
-    """
-
-    maxnreg: int
+    maxnreg: NotRequired[int]
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

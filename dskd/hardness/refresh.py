@@ -77,7 +77,7 @@ class HardnessStores(StepHooks):
             self._refuse_short_epochs()
             self._view: ScoringView = scoring_view(run.data, prepared.tokenizer, run.seed)
             self._prints = {**prints_of_rows(run, prepared), "scoring": self._view.fingerprint}
-        self._prints["precision"] = precision_of(self._ds(hidden=1))
+        self._prints["precision"] = precision_of(student_config(run, hidden=1))
         self._prints["model"] = dist.on_rank0(self._model_print)
 
     def __call__(self, refresh_index: int) -> Hardness:
@@ -270,7 +270,7 @@ class HardnessStores(StepHooks):
         model, where = self._named()
         if model.slice is not None:
             model = student_settings(self._run)
-        ds = self._ds(hidden_size(model, where=where))
+        ds = student_config(self._run, hidden_size(model, where=where))
         sharded = self._run.deepspeed if stage_of(ds) == 3 else None
         frozen = LiveTeacher(model=model, deepspeed=sharded, precision=precision_of(ds))
         return frozen_model(self._run, frozen, model, where, self._prepared, self._device)
@@ -278,6 +278,3 @@ class HardnessStores(StepHooks):
     def _named(self) -> tuple[Model, str]:
         own = self._masking.model
         return (self._run.model, "model") if own is None else (own, "data.masking.model")
-
-    def _ds(self, hidden: int) -> dict[str, Any]:
-        return student_config(self._run, hidden)

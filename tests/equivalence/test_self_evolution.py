@@ -236,7 +236,7 @@ def test_what_is_whole_is_not_asked_again(runs, references, copied, capfd):
     cut_back(copied, step=5)
     train(runs, copied.name, 1, of="refreshed")
     said = capfd.readouterr().out
-    assert "going on from step 5" in said and "coming epochs (batch 5)" not in said
+    assert "going on from step 5" in said and "epochs to come (batch 5)" not in said
     same(copied, references["refreshed"])
 
 
@@ -257,7 +257,7 @@ def test_what_another_student_said_is_asked_again(runs, references, copied, capf
     train(runs, copied.name, 1, of="refreshed")
     same(copied, references["refreshed"])
     said = capfd.readouterr().out
-    assert "coming epochs (batch 5)" in said
+    assert "epochs to come (batch 5)" in said
     assert ("fingerprints.model is" in said) == (left == "checkpoint")
 
 

@@ -10,8 +10,8 @@ Exponentials are of base 2. After :func:`columns` every logit is finite: one of 
 token), and a column outside of the row, has become ``LOW``, whose exponential is 0. NaN stays NaN.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 import triton
@@ -194,6 +194,16 @@ def columns(
 
 
 @triton.jit
+def row_end(shift, width, ALIGN: tl.constexpr):
+    """The position behind a row's last column"""
+    end = shift + width
+    if ALIGN == EVEN:
+        # no change, but now Triton knows the multiple and lets the edges go by 16 bytes, too
+        end = end // ALIGNED_COLUMNS * ALIGNED_COLUMNS
+    return end
+
+
+@triton.jit
 def row_tiles(shift, last, shortest, B: tl.constexpr, ALIGN: tl.constexpr):
     """(head, full, count): tiles [head, full) lie inside all rows, of which `shortest` ends first.
 
@@ -276,17 +286,23 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-def launch(columns: int, dtype: torch.dtype) -> Launch:
+def launch(columns: int, *dtypes: torch.dtype, least: int = 1, most: int = 32) -> Launch:
     """The launch of a row kernel; a table and not an autotuner, which would run kernels twice.
+
+    dtypes: of the student's logits, then of other tensors whose rows are walked, too; least, most:
+    warps.
 
     What counts is how many rows are under way: their logits should still be in the caches (40 MB)
     when the second pass comes for them. 132 processors take 1024 threads each, so a row of more
     than 80 KB gets all of them, a shorter one half, and so on.
     """
-    row_bytes = columns * dtype.itemsize
+    row_bytes = columns * dtypes[0].itemsize
     table = ((80 << 10, 32), (40 << 10, 16), (20 << 10, 8), (4 << 10, 4))
     warps = next((warps for more_than, warps in table if row_bytes > more_than), 1)
-    return Launch(32 * warps * THREAD_COLUMNS.value, 16 // dtype.itemsize, warps)
+    warps = min(max(warps, least), most)
+    # a thread's columns lie as the narrowest tensor wants them
+    group = max(16 // dtype.itemsize for dtype in dtypes)
+    return Launch(32 * warps * THREAD_COLUMNS.value, group, warps)
 
 
 def fast() -> bool:
@@ -321,8 +337,44 @@ def map_kind(logit_map: tuple[float, float]) -> int:
     return PLAIN.value if scale == 1 else SCALED.value
 
 
-class Compiled(TypedDict):
-    """The keys that every :class:`Configuration` has."""
+def row_options(
+    student_NV: Tensor, grad_NV: Tensor | None, *teachers: Tensor, least: int = 1
+) -> dict[str, Any]:
+    """Arguments and options of a launch whose kernel walks the rows of these tensors together.
+
+    least: warps.
+    """
+    tensors = (student_NV, *teachers, *(() if grad_NV is None else (grad_NV,)))
+    align, lead = alignment(*tensors, widths=tuple(t.shape[1] for t in tensors))
+    tile, group, num_warps = launch(student_NV.shape[1], *(t.dtype for t in tensors), least=least)
+    return {
+        "grad_ptr": grad_NV,
+        "grad_stride": 0 if grad_NV is None else grad_NV.stride(0),
+        "lead": lead,
+        "GRAD": grad_NV is not None,
+        "ALIGN": align,
+        "B": tile,
+        "G": group,
+        "FAST": fast(),
+        "num_warps": num_warps,
+    }
+
+
+def table_on(device: torch.device, rows: Sequence[Sequence[int]]) -> Tensor:
+    """An int64 table of addresses and numbers, on a device."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    # from pageable memory the host would wait for the device
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+class Configuration(TypedDict):
+    """A compiled form of a kernel that runs meet, for the ahead-of-time check.
+
+    signature: type of every argument that is no constexpr (``"*bf16"``, ``"i32"``, ``"fp32"``);
+    constants: value of every constexpr, with ``FAST`` True; num_warps: of 32 threads; num_stages;
+    aligned: the arguments divisible by 16; tensors_per_column: [N, V] tensors that a hot loop
+    loads, or that each of them does; 0: no such loop; maxnreg: as launched, if launched with it.
+    """
 
     name: str
     kernel: triton.runtime.JITFunction
@@ -332,17 +384,45 @@ class Compiled(TypedDict):
     num_stages: int
     aligned: tuple[str, ...]
     tensors_per_column: int | tuple[int, ...]
+    maxnreg: NotRequired[int]
 
 
-class Configuration(Compiled, total=False):
-    """A compiled form of a kernel that runs meet, for the ahead-of-time check.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""By the names that Triton has for them."""
 
-    signature: type of every argument that is no constexpr (``"*bf16"``, ``"i32"``, ``"fp32"``);
-    constants: value of every constexpr, with ``FAST`` True (other targets than NVIDIA: False);
-    num_warps: of 32 threads (a target with 64 takes half as many, at least 1); num_stages;
-    aligned: the arguments divisible by 16; tensors_per_column: [N, V] tensors that a hot loop
-    loads, or that each of them does; 0: no such loop;
-    maxnreg: as launched, if launched with it, on NVIDIA only.
+_FLOATS = ("inverse_t", "beta", "scale", "cap") + tuple(
+    f"{side}_{of}" for side in ("student", "teacher") for of in ("scale", "cap")
+)
+"""The arguments of row kernels that are fp32; the other numbers are i32."""
+
+
+def row_configuration(
+    name: str,
+    kernel: triton.runtime.JITFunction,
+    how: Launch,
+    pointers: Mapping[str, str | None],
+    constants: Mapping[str, object],
+    *,
+    aligned: Sequence[str],
+    tensors_per_column: int | tuple[int, ...],
+) -> Configuration:
+    """One compiled form of a row kernel.
+
+    pointers: what they point to (``"bf16"``), None for those that are not given; constants: of the
+    constexprs, those of ``how`` and ``FAST`` left out. What the kernel has not got is left out.
     """
-
-    maxnreg: int
+    constants = {**constants, "B": how.tile, "G": how.group, "FAST": True}
+    constants |= {pointer: None for pointer, type_ in pointers.items() if type_ is None}
+    signature = {pointer: f"*{type_}" for pointer, type_ in pointers.items()}
+    signature |= dict.fromkeys(_FLOATS, "fp32")
+    takes = [argument for argument in kernel.arg_names if argument not in constants]
+    return Configuration(
+        name=name,
+        kernel=kernel,
+        signature={argument: signature.get(argument, "i32") for argument in takes},
+        constants={n: value for n, value in constants.items() if n in kernel.arg_names},
+        num_warps=how.num_warps,
+        num_stages=1,
+        aligned=tuple(argument for argument in aligned if argument in takes),
+        tensors_per_column=tensors_per_column,
+    )

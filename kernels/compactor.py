@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskd.kernels.common import Configuration
+from dskd.kernels.common import Configuration, table_on
 
 # where the kept indices belong
 WHOLE = tl.constexpr(0)
@@ -357,12 +357,7 @@ def _table(
             parts = [0 if t is None else t[part].data_ptr() for t in (a, b, c, z, u, v)]
             rows.append(parts + [0 if t is None else t.data_ptr() for t in (keep, place)])
     aligned = not any(number % 16 for row in rows for number in row[:4])
-    table = torch.tensor(rows, dtype=torch.int64)
-    device = out[0].device
-    if device.type == "cpu":
-        return table, aligned
-    # from pageable memory the host would wait for the device
-    return table.pin_memory().to(device, non_blocking=True), aligned
+    return table_on(out[0].device, rows), aligned
 
 
 def precision() -> str:

@@ -1,14 +1,9 @@
 """Norms of compactors, and what masks do to their gradients, moments and weights, in one launch.
 
-A compactor is C = I + D, stored as D; unit j of it is a column (left) or a row (right). A vector,
-C as it is, has columns only. A piece is what a rank holds of one: the flat entries f = start ... of
-[parts, rows, columns], row = f // columns. An entry of unit j becomes
-
-    gradient <- gate_j gradient + pull_j C,   moment <- fade_j moment + push_j C,   C <- ratio_j C
-
-where asked for; the norms are those of C as found. Pieces are walked as rectangles: a program takes
-the columns of 128 units (left, vectors), or the rows of 4 (right), from end to end. So a norm is
-summed by one program in a fixed order, and every entry is read once.
+What becomes of an entry is at the head of ``dskd/fused/update.py``; the norms are those of C as
+found. Pieces are walked as rectangles: a program takes the columns of 128 units (left, vectors), or
+the rows of 4 (right), from end to end. So a norm is summed by one program in a fixed order, and
+every entry is read once.
 
 Shapes: R rows and C columns of a tile.
 """
@@ -21,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskd.kernels.common import Configuration
+from dskd.kernels.common import Configuration, table_on
 
 ROWS = 4
 COLUMNS = 128
@@ -174,12 +169,8 @@ def update(pieces: Sequence[Any]) -> list[Tensor]:
         tensors = (piece.weight, piece.gradient, piece.moment, value, norms)
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         rows.append([*addresses, piece.start, count, columns, SIDES[piece.side], strips])
-    table = torch.tensor(rows, dtype=torch.int64)
-    if one.weight.device.type != "cpu":
-        # from pageable memory the host would wait for the device
-        table = table.pin_memory().to(one.weight.device, non_blocking=True)
     update_kernel[max(row[-1] for row in rows), len(pieces)](
-        table,
+        table_on(one.weight.device, rows),
         one.weight,
         one.weight if one.gradient is None else one.gradient,
         GRADIENT=one.gradient is not None,
@@ -222,16 +213,13 @@ def _values(pieces: Sequence[Any]) -> list[Tensor | None]:
 
 def configurations() -> list[Configuration]:
     """What is compiled ahead of time in the tests: before a step, after it, and norms only."""
-    before = {"GRADIENT": True, "MOMENT": True, "WEIGHT": False}
-    gradient = {"GRADIENT": True, "MOMENT": False, "WEIGHT": False}
-    after = {"GRADIENT": False, "MOMENT": False, "WEIGHT": True}
-    norms = {"GRADIENT": False, "MOMENT": False, "WEIGHT": False}
+    edited = {"before": {"GRADIENT", "MOMENT"}, "gradient": {"GRADIENT"}, "after": {"WEIGHT"}}
     forms = [
-        ("before", "fp32", before),
-        ("before", "bf16", before),
-        ("gradient", "bf16", gradient),
-        ("after", "fp32", after),
-        ("norms", "fp32", norms),
+        ("before", "fp32"),
+        ("before", "bf16"),
+        ("gradient", "bf16"),
+        ("after", "fp32"),
+        ("norms", "fp32"),
     ]
     return [
         Configuration(
@@ -242,12 +230,16 @@ def configurations() -> list[Configuration]:
                 "weight_ptr": "*fp32",
                 "gradient_ptr": f"*{dtype}",
             },
-            constants=asked | {"R": ROWS, "C": COLUMNS},
+            constants={
+                **{what: what in edited.get(when, ()) for what in ("GRADIENT", "MOMENT", "WEIGHT")},
+                "R": ROWS,
+                "C": COLUMNS,
+            },
             num_warps=WARPS,
             num_stages=1,
             aligned=("table_ptr", "weight_ptr", "gradient_ptr"),
             # a piece may begin and end anywhere: all its loads are guarded
             tensors_per_column=0,
         )
-        for when, dtype, asked in forms
+        for when, dtype in forms
     ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dskd.kernels.common import (
     CAPPED,
+    DTYPES,
     EVEN,
     HUGE,
     LN2,
@@ -23,12 +24,13 @@ from dskd.kernels.common import (
     PLAIN,
     RAGGED,
     Configuration,
-    alignment,
     fast,
     finite,
     launch,
     map_kind,
     mapped,
+    row_configuration,
+    row_options,
     row_shift,
     row_start,
     row_tiles,
@@ -38,6 +40,7 @@ from dskd.kernels.common import (
 from dskd.kernels.divergence import (
     HALF,
     KINDS,
+    LABEL_NAMES,
     MIXED,
     NO_LABELS,
     OTHER,
@@ -191,47 +194,40 @@ def dense_rows(
         grad_NV: gets the gradient of the weighted sum of everything with respect to the student's
             logits, in its own dtype; ``student_NV`` itself, another tensor, or None.
     """
-    count, width = student_NV.shape
+    count = len(student_NV)
     divergence_N = torch.empty(count, dtype=torch.float32, device=student_NV.device)
     label_loss_N = None if labels_N is None else torch.empty_like(divergence_N)
     if not count:
         return divergence_N, label_loss_N
-    tensors = [student_NV, teacher_NW] + ([] if grad_NV is None else [grad_NV])
-    align, lead = alignment(*tensors, widths=(width, teacher_NW.shape[1]))
-    tile, _, warps = launch(width, student_NV.dtype)
+    student_scale, student_cap = student_map
+    teacher_scale, teacher_cap = teacher_map
     # only NVIDIA knows the option
     limits = {"maxnreg": MAX_REGISTERS} if fast() else {}
     with torch.cuda.device_of(student_NV):
         dense_kernel[(count,)](
-            student_NV,
-            teacher_NW,
-            grad_NV,
-            labels_N,
-            weight_N,
-            reverse_N,
-            label_weight_N,
-            divergence_N,
-            label_loss_N,
-            width,
-            teacher_NW.shape[1],
-            student_NV.stride(0),
-            teacher_NW.stride(0),
-            0 if grad_NV is None else grad_NV.stride(0),
-            lead,
-            1.0 / temperature,
-            beta,
-            *student_map,
-            *teacher_map,
+            student_ptr=student_NV,
+            teacher_ptr=teacher_NW,
+            labels_ptr=labels_N,
+            weight_ptr=weight_N,
+            reverse_ptr=reverse_N,
+            label_weight_ptr=label_weight_N,
+            divergence_ptr=divergence_N,
+            label_loss_ptr=label_loss_N,
+            V=student_NV.shape[1],
+            W=teacher_NW.shape[1],
+            student_stride=student_NV.stride(0),
+            teacher_stride=teacher_NW.stride(0),
+            inverse_t=1.0 / temperature,
+            beta=beta,
+            student_scale=student_scale,
+            student_cap=student_cap,
+            teacher_scale=teacher_scale,
+            teacher_cap=teacher_cap,
             KIND=KINDS[kind],
             LABELS=label_mode(labels_N, temperature),
             STUDENT_MAP=map_kind(student_map),
             TEACHER_MAP=map_kind(teacher_map),
-            GRAD=grad_NV is not None,
-            ALIGN=align,
-            B=tile,
-            G=max(launch(width, t.dtype).group for t in tensors),
-            FAST=fast(),
-            num_warps=warps,
+            **row_options(student_NV, grad_NV, teacher_NW),
             num_stages=1,
             enable_fp_fusion=True,
             **limits,
@@ -250,22 +246,15 @@ def configuration(
     columns_V: int = 131072,
 ) -> Configuration:
     """One compiled form; types as Triton spells them, no `grad`: evaluation."""
-    dtypes = [{"bf16": torch.bfloat16, "fp32": torch.float32}[t] for t in (logits, grad) if t]
-    tile, _, warps = launch(columns_V, dtypes[0])
-    strides = ("student_stride", "teacher_stride", "grad_stride")
-    maps = ("student_scale", "student_cap", "teacher_scale", "teacher_cap")
-    vectors = ["weight_ptr", "divergence_ptr"]
-    absent = [] if grad else ["grad_ptr"]
-    (vectors if kind == "mixed" else absent).append("reverse_ptr")
-    (absent if labels == NO_LABELS else vectors).extend(("label_weight_ptr", "label_loss_ptr"))
-    signature = {
-        "student_ptr": f"*{logits}",
-        "teacher_ptr": f"*{logits}",
-        **({"grad_ptr": f"*{grad}"} if grad else {}),
-        **({"labels_ptr": "*i64"} if labels != NO_LABELS else {}),
-        **dict.fromkeys(vectors, "*fp32"),
-        **dict.fromkeys(("V", "W", *strides, "lead"), "i32"),
-        **dict.fromkeys(("inverse_t", "beta", *maps), "fp32"),
+    how = launch(columns_V, *(DTYPES[name] for name in (logits, grad) if name))
+    labelled = labels != NO_LABELS
+    pointers = {
+        **dict.fromkeys(("student_ptr", "teacher_ptr"), logits),
+        "grad_ptr": grad,
+        "labels_ptr": "i64" if labelled else None,
+        **dict.fromkeys(("weight_ptr", "divergence_ptr"), "fp32"),
+        "reverse_ptr": "fp32" if kind == "mixed" else None,
+        **dict.fromkeys(("label_weight_ptr", "label_loss_ptr"), "fp32" if labelled else None),
     }
     constants = {
         "KIND": KINDS[kind],
@@ -274,26 +263,22 @@ def configuration(
         "TEACHER_MAP": logit_map.value,
         "GRAD": grad is not None,
         "ALIGN": align.value,
-        "B": tile,
-        "G": max(launch(columns_V, dtype).group for dtype in dtypes),
-        "FAST": True,
-        **dict.fromkeys(absent + (["labels_ptr"] if labels == NO_LABELS else [])),
     }
-    label_name = ("unlabelled", "same", "half", "other")[labels.value]
-    aligned = [name for name in signature if name.endswith("_ptr")]
+    label_name = LABEL_NAMES[labels.value]
+    aligned = [*pointers]
     if align == EVEN:
-        aligned += ["V", "W", *strides[: 3 if grad else 2]]
-    return Configuration(
-        name=f"{kind}/{label_name}/{logits}-{grad}/V{columns_V}/map{logit_map.value}",
-        kernel=dense_kernel,
-        signature=signature,
-        constants=constants,
-        num_warps=warps,
-        num_stages=1,
-        aligned=tuple(aligned),
+        aligned += ["V", "W", "student_stride", "teacher_stride"] + ["grad_stride"] * bool(grad)
+    found = row_configuration(
+        f"{kind}/{label_name}/{logits}-{grad}/V{columns_V}/map{logit_map.value}",
+        dense_kernel,
+        how,
+        pointers,
+        constants,
+        aligned=aligned,
         tensors_per_column=2,
-        maxnreg=MAX_REGISTERS,
     )
+    found["maxnreg"] = MAX_REGISTERS
+    return found
 
 
 def configurations() -> list[Configuration]:

@@ -69,6 +69,7 @@ NO_LABELS = tl.constexpr(0)
 SAME = tl.constexpr(1)
 HALF = tl.constexpr(2)
 OTHER = tl.constexpr(3)
+LABEL_NAMES = ("unlabelled", "same", "half", "other")
 
 
 @triton.jit

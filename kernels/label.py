@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dskd.kernels.common import (
+    DTYPES,
     EVEN,
     HUGE,
     LN2,
@@ -20,15 +21,15 @@ from dskd.kernels.common import (
     PLAIN,
     THREAD_COLUMNS,
     Configuration,
-    alignment,
     columns,
     edge_tile,
-    fast,
     finite,
     launch,
     map_kind,
     mapped,
     online,
+    row_configuration,
+    row_options,
     row_shift,
     row_start,
     row_tiles,
@@ -144,68 +145,44 @@ def label_rows(
         grad_NV: gets the gradient of the weighted sum with respect to the logits, in its own
             dtype; ``logits_NV`` itself, another tensor, or None.
     """
-    count, width = logits_NV.shape
+    count = len(logits_NV)
     loss_N = torch.empty(count, dtype=torch.float32, device=logits_NV.device)
     if not count:
         return loss_N
-    tensors = [logits_NV] if grad_NV is None else [logits_NV, grad_NV]
-    align, lead = alignment(*tensors, widths=(width,))
-    tile, _, warps = launch(width, logits_NV.dtype)
+    scale, cap = student_map
     with torch.cuda.device_of(logits_NV):
         label_kernel[(count,)](
-            logits_NV,
-            grad_NV,
-            labels_N,
-            label_weight_N,
-            loss_N,
-            width,
-            logits_NV.stride(0),
-            0 if grad_NV is None else grad_NV.stride(0),
-            lead,
-            *student_map,
+            logits_ptr=logits_NV,
+            labels_ptr=labels_N,
+            weight_ptr=label_weight_N,
+            loss_ptr=loss_N,
+            V=logits_NV.shape[1],
+            stride=logits_NV.stride(0),
+            scale=scale,
+            cap=cap,
             MAP=map_kind(student_map),
-            GRAD=grad_NV is not None,
-            ALIGN=align,
-            B=tile,
-            G=max(launch(width, t.dtype).group for t in tensors),
-            FAST=fast(),
-            num_warps=warps,
+            **row_options(logits_NV, grad_NV),
             num_stages=1,
             enable_fp_fusion=True,
         )
     return loss_N
 
 
-def configuration(logits: str, grad: str | None) -> Configuration:
-    """One compiled form; types as Triton spells them, no `grad`: evaluation."""
-    dtypes = [{"bf16": torch.bfloat16, "fp32": torch.float32}[t] for t in (logits, grad) if t]
-    tile, _, warps = launch(131072, dtypes[0])
-    signature = {
-        "logits_ptr": f"*{logits}",
-        **({"grad_ptr": f"*{grad}"} if grad else {}),
-        "labels_ptr": "*i64",
-        "weight_ptr": "*fp32",
-        "loss_ptr": "*fp32",
-        **dict.fromkeys(("V", "stride", "grad_stride", "lead"), "i32"),
-        **dict.fromkeys(("scale", "cap"), "fp32"),
+def configuration(logits: str, grad: str) -> Configuration:
+    """One compiled form; types as Triton spells them."""
+    pointers = {
+        "logits_ptr": logits,
+        "grad_ptr": grad,
+        "labels_ptr": "i64",
+        "weight_ptr": "fp32",
+        "loss_ptr": "fp32",
     }
-    constants = {
-        "MAP": PLAIN.value,
-        "GRAD": grad is not None,
-        "ALIGN": EVEN.value,
-        "B": tile,
-        "G": max(launch(131072, dtype).group for dtype in dtypes),
-        "FAST": True,
-        **({} if grad else {"grad_ptr": None}),
-    }
-    pointers = (name for name in signature if name.endswith("_ptr"))
-    return Configuration(
-        name=f"{logits}-{grad}/V131072",
-        kernel=label_kernel,
-        signature=signature,
-        constants=constants,
-        num_warps=warps,
-        num_stages=1,
+    return row_configuration(
+        f"{logits}-{grad}/V131072",
+        label_kernel,
+        launch(131072, DTYPES[logits], DTYPES[grad]),
+        pointers,
+        {"MAP": PLAIN.value, "GRAD": True, "ALIGN": EVEN.value},
         aligned=(*pointers, "V", "stride", "grad_stride"),
         tensors_per_column=1,
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 from dskd.kernels.common import (
     ALIGNED_COLUMNS,
     CAPPED,
+    DTYPES,
     EVEN,
     HUGE,
     LN2,
@@ -44,24 +45,17 @@ from dskd.kernels.common import (
     log2,
     map_kind,
     online,
+    row_configuration,
+    row_end,
     row_shift,
     row_start,
     row_tiles,
     shown,
     slope,
+    table_on,
     thread_sum,
     zero_row,
 )
-
-
-@triton.jit
-def row_end(shift, width, ALIGN: tl.constexpr):
-    """The position behind a row's last column"""
-    end = shift + width
-    if ALIGN == EVEN:
-        # no change, but now Triton knows the multiple and lets the edges go by 16 bytes, too
-        end = end // ALIGNED_COLUMNS * ALIGNED_COLUMNS
-    return end
 
 
 @triton.jit
@@ -299,7 +293,7 @@ def mixture_rows(
         teacher_align = LOOSE.value
     # teachers that do not lie as the student does have a first column of their own, too
     ranges = teacher_align != align or any(width != columns_V for width in widths)
-    dtypes = tuple(logits.dtype for logits in (student_NV, *gradients))
+    dtypes = (logits.dtype for logits in (student_NV, *gradients))
     tile, group, num_warps = launch_of(columns_V, ranges, teacher_align == LOOSE.value, *dtypes)
     scale, cap = student_map
     with torch.cuda.device_of(student_NV):
@@ -333,20 +327,15 @@ def mixture_rows(
 
 def teacher_table(teachers: list[Tensor], firsts: list[int]) -> Tensor:
     """int64 [4, n] on the teachers' device: addresses, row strides, first columns, widths."""
-    table = torch.tensor(
+    return table_on(
+        teachers[0].device,
         [
             [t.data_ptr() for t in teachers],
             [t.stride(0) for t in teachers],
             firsts,
             [t.shape[1] for t in teachers],
         ],
-        dtype=torch.int64,
     )
-    device = teachers[0].device
-    if device.type == "cpu":
-        return table
-    # from pageable memory the host would wait for the device
-    return table.pin_memory().to(device, non_blocking=True)
 
 
 def launch_of(columns_V: int, ranges: bool, loose: bool, *dtypes: torch.dtype) -> Launch:
@@ -355,11 +344,7 @@ def launch_of(columns_V: int, ranges: bool, loose: bool, *dtypes: torch.dtype) -
     ranges: the teachers have columns of their own; loose: which are read one by one; dtypes:
     student's, gradient's.
     """
-    usual = launch(columns_V, dtypes[0])
-    warps = min(usual.num_warps, 8 if loose else 16 if ranges else 32)
-    # a thread's columns lie as the narrowest tensor wants them
-    group = max(launch(columns_V, dtype).group for dtype in dtypes)
-    return Launch(usual.tile // usual.num_warps * warps, group, warps)
+    return launch(columns_V, *dtypes, most=8 if loose else 16 if ranges else 32)
 
 
 def configuration(
@@ -372,10 +357,12 @@ def configuration(
     columns_V: int = 131072,
 ) -> Configuration:
     """One compiled form, with a gradient; the types as Triton spells them."""
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    dtypes = (names[name] for name in (student, grad))
-    tile, group, num_warps = launch_of(columns_V, ranges, False, *dtypes)
-    pointers = {"student_ptr": f"*{student}", "grad_ptr": f"*{grad}"}
+    pointers = {
+        "student_ptr": student,
+        "grad_ptr": grad,
+        "table_ptr": "i64",
+        **dict.fromkeys(("weight_ptr", "divergence_ptr"), "fp32"),
+    }
     constants = {
         "TEACHERS": teachers,
         "RANGES": ranges,
@@ -383,26 +370,14 @@ def configuration(
         "GRAD": True,
         "ALIGN": align.value,
         "TEACHER_ALIGN": align.value,
-        "B": tile,
-        "G": group,
-        "FAST": True,
     }
-    return Configuration(
-        name=f"n{teachers}/{student}-{grad}/V{columns_V}/align{align.value}-ranges{int(ranges)}",
-        kernel=mixture_kernel,
-        signature={
-            **pointers,
-            "table_ptr": "*i64",
-            "weight_ptr": "*fp32",
-            "divergence_ptr": "*fp32",
-            **dict.fromkeys(("V", "student_stride", "grad_stride", "weight_stride"), "i32"),
-            "lead": "i32",
-            **dict.fromkeys(("inverse_t", "scale", "cap"), "fp32"),
-        },
-        constants=constants,
-        num_warps=num_warps,
-        num_stages=1,
-        aligned=tuple(pointers),
+    return row_configuration(
+        f"n{teachers}/{student}-{grad}/V{columns_V}/align{align.value}-ranges{int(ranges)}",
+        mixture_kernel,
+        launch_of(columns_V, ranges, False, DTYPES[student], DTYPES[grad]),
+        pointers,
+        constants,
+        aligned=("student_ptr", "grad_ptr"),
         # loads of a range are guarded, and not counted
         tensors_per_column=1 if ranges else (*[1] * (1 + teachers), 1 + teachers),
     )

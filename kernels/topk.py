@@ -31,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dskd.kernels.common import (
-    ALIGNED_COLUMNS,
     CAPPED,
+    DTYPES,
     EVEN,
     HUGE,
     LN2,
@@ -43,16 +43,16 @@ from dskd.kernels.common import (
     THREAD_COLUMNS,
     TINY,
     Configuration,
-    Launch,
-    alignment,
     columns,
     edge_tile,
-    fast,
     finite,
     launch,
     map_kind,
     mapped,
     online,
+    row_configuration,
+    row_end,
+    row_options,
     row_shift,
     row_start,
     row_tiles,
@@ -73,6 +73,10 @@ UNLABELLED = tl.constexpr(0)
 SAME = tl.constexpr(1)
 SQUARE = tl.constexpr(2)
 OTHER = tl.constexpr(3)
+LABEL_NAMES = ("unlabelled", "same", "square", "other")
+
+SLOTS_OF_A_WARP = 128
+"""Kept tokens: four a thread, at most."""
 
 
 @triton.jit
@@ -272,10 +276,7 @@ def topk_kernel(
     row = tl.program_id(0).to(tl.int64)
     shift = row_shift(row, student_stride, lead, ALIGN)
     student = row_start(student_ptr, row, student_stride, shift, ALIGN)
-    end = shift + V
-    if ALIGN == EVEN:
-        # no change, but now Triton knows the multiple and lets the edges go by 16 bytes, too
-        end = end // ALIGNED_COLUMNS * ALIGNED_COLUMNS
+    end = row_end(shift, V, ALIGN)
 
     weight = tl.load(weight_ptr + row)
     label_weight = 0.0
@@ -429,60 +430,39 @@ def topk_rows(
     temperature; tail_N: fp32, log of the mass of everything else (mode ``tail``). Both rows may
     have any stride. Weights: fp32, contiguous. Arguments are checked by the caller.
     """
-    rows, columns_V = student_NV.shape
+    rows = len(student_NV)
     slots = max(32, triton.next_power_of_2(ids_NK.shape[1]))
     divergence_N = torch.empty(rows, dtype=torch.float32, device=student_NV.device)
     label_loss_N = None if labels_N is None else torch.empty_like(divergence_N)
     if not rows:
         return divergence_N, label_loss_N
-    gradients = () if grad_NV is None else (grad_NV,)
-    align, lead = alignment(student_NV, *gradients, widths=(columns_V,))
-    dtypes = tuple(logits.dtype for logits in (student_NV, *gradients))
-    tile, group, num_warps = launch_of(columns_V, slots, *dtypes)
     scale, cap = student_map
     with torch.cuda.device_of(student_NV):
         topk_kernel[(rows,)](
-            student_NV,
-            grad_NV,
-            ids_NK,
-            logprobs_NK,
-            tail_N,
-            labels_N,
-            weight_N,
-            label_weight_N,
-            divergence_N,
-            label_loss_N,
-            columns_V,
-            ids_NK.shape[1],
-            student_NV.stride(0),
-            0 if grad_NV is None else grad_NV.stride(0),
-            ids_NK.stride(0),
-            logprobs_NK.stride(0),
-            lead,
-            1.0 / temperature,
-            scale,
-            cap,
+            student_ptr=student_NV,
+            ids_ptr=ids_NK,
+            logprobs_ptr=logprobs_NK,
+            tail_ptr=tail_N,
+            labels_ptr=labels_N,
+            weight_ptr=weight_N,
+            label_weight_ptr=label_weight_N,
+            divergence_ptr=divergence_N,
+            label_loss_ptr=label_loss_N,
+            V=student_NV.shape[1],
+            K=ids_NK.shape[1],
+            student_stride=student_NV.stride(0),
+            ids_stride=ids_NK.stride(0),
+            logprobs_stride=logprobs_NK.stride(0),
+            inverse_t=1.0 / temperature,
+            scale=scale,
+            cap=cap,
             MODE=MODES[mode],
             LABELS=label_kind(mode, temperature, labels_N is not None),
             MAP=map_kind(student_map),
-            GRAD=grad_NV is not None,
-            ALIGN=align,
             KP=slots,
-            B=tile,
-            G=group,
-            FAST=fast(),
-            num_warps=num_warps,
+            **row_options(student_NV, grad_NV, least=slots // SLOTS_OF_A_WARP),
         )
     return divergence_N, label_loss_N
-
-
-def launch_of(columns_V: int, slots: int, *dtypes: torch.dtype) -> Launch:
-    """As of any row kernel, with 4 kept tokens a thread at most; dtypes: student's, gradient's."""
-    usual = launch(columns_V, dtypes[0])
-    warps = max(usual.num_warps, slots // 128)
-    # a thread's columns lie as the narrowest tensor wants them
-    group = max(launch(columns_V, dtype).group for dtype in dtypes)
-    return Launch(usual.tile // usual.num_warps * warps, group, warps)
 
 
 def label_kind(mode: str, temperature: float, labelled: bool) -> int:
@@ -506,29 +486,18 @@ def configuration(
     slots: int = 64,
 ) -> Configuration:
     """One compiled form; the types as Triton spells them, no `grad`: evaluation."""
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    dtypes = (names[name] for name in (student, grad) if name)
-    tile, group, num_warps = launch_of(columns_V, slots, *dtypes)
-    signature = {
-        "student_ptr": f"*{student}",
-        "grad_ptr": f"*{grad}",
-        "ids_ptr": "*i32",
-        "logprobs_ptr": "*fp32",
-        "tail_ptr": "*fp32",
-        "labels_ptr": "*i64",
-        "weight_ptr": "*fp32",
-        "label_weight_ptr": "*fp32",
-        "divergence_ptr": "*fp32",
-        "label_loss_ptr": "*fp32",
-        **dict.fromkeys(("V", "K", "student_stride", "grad_stride"), "i32"),
-        **dict.fromkeys(("ids_stride", "logprobs_stride", "lead"), "i32"),
-        **dict.fromkeys(("inverse_t", "scale", "cap"), "fp32"),
+    dtypes = (DTYPES[name] for name in (student, grad) if name)
+    labelled = labels != UNLABELLED
+    pointers = {
+        "student_ptr": student,
+        "grad_ptr": grad,
+        "ids_ptr": "i32",
+        "logprobs_ptr": "fp32",
+        "tail_ptr": "fp32" if mode == "tail" else None,
+        "labels_ptr": "i64" if labelled else None,
+        **dict.fromkeys(("weight_ptr", "divergence_ptr"), "fp32"),
+        **dict.fromkeys(("label_weight_ptr", "label_loss_ptr"), "fp32" if labelled else None),
     }
-    absent = [] if mode == "tail" else ["tail_ptr"]
-    if labels == UNLABELLED:
-        absent += ["labels_ptr", "label_weight_ptr", "label_loss_ptr"]
-    if grad is None:
-        absent += ["grad_ptr"]
     constants = {
         "MODE": MODES[mode],
         "LABELS": labels.value,
@@ -536,22 +505,16 @@ def configuration(
         "GRAD": grad is not None,
         "ALIGN": align.value,
         "KP": slots,
-        "B": tile,
-        "G": group,
-        "FAST": True,
-        **dict.fromkeys(absent),
     }
-    label_name = ("unlabelled", "same", "square", "other")[labels.value]
-    return Configuration(
-        name=f"{mode}/{label_name}/{student}-{grad}/V{columns_V}-K{slots}"
+    return row_configuration(
+        f"{mode}/{LABEL_NAMES[labels.value]}/{student}-{grad}/V{columns_V}-K{slots}"
         f"/align{align.value}-map{logit_map.value}",
-        kernel=topk_kernel,
-        signature={name: kind for name, kind in signature.items() if name not in absent},
-        constants=constants,
-        num_warps=num_warps,
-        num_stages=1,
-        aligned=tuple(n for n in ("student_ptr", "grad_ptr") if n not in absent),
-        tensors_per_column=0 if mode == "truncated" and labels == UNLABELLED else 1,
+        topk_kernel,
+        launch(columns_V, *dtypes, least=slots // SLOTS_OF_A_WARP),
+        pointers,
+        constants,
+        aligned=("student_ptr", "grad_ptr"),
+        tensors_per_column=0 if mode == "truncated" and not labelled else 1,
     )
 
 

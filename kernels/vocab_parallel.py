@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dskd.kernels.common import (
+    DTYPES,
     EVEN,
     LN2,
     LOG2E,
@@ -35,6 +36,7 @@ from dskd.kernels.common import (
     fast,
     finite,
     launch,
+    row_configuration,
     row_shift,
     row_start,
     row_tiles,
@@ -44,6 +46,7 @@ from dskd.kernels.common import (
 from dskd.kernels.divergence import (
     HALF,
     KINDS,
+    LABEL_NAMES,
     MIXED,
     NO_LABELS,
     OTHER,
@@ -468,16 +471,14 @@ def configuration(
     align: tl.constexpr = EVEN,
 ) -> Configuration:
     """One compiled form: 8 ranks, of 16384 columns each."""
-    itemsize = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    tile, group, num_warps = launch(16384, itemsize[dtype])
-    signature = {
-        **dict.fromkeys(("student_ptr", "teacher_ptr", "grad_ptr"), f"*{dtype}"),
-        **dict.fromkeys(("parts_ptr", "sums_ptr", "weight_ptr", "reverse_ptr"), "*fp32"),
-        **dict.fromkeys(("label_weight_ptr", "divergence_ptr", "label_loss_ptr"), "*fp32"),
-        "column_ptr": "*i64",
-        **dict.fromkeys(("N", "ranks", "R", "S", "lead"), "i32"),
-        **dict.fromkeys(("student_stride", "teacher_stride", "grad_stride"), "i32"),
-        **dict.fromkeys(("inverse_t", "beta"), "fp32"),
+    labelled = labels != NO_LABELS
+    pointers = {
+        **dict.fromkeys(("student_ptr", "teacher_ptr", "grad_ptr"), dtype),
+        **dict.fromkeys(("parts_ptr", "weight_ptr", "divergence_ptr"), "fp32"),
+        "sums_ptr": "fp32" if KINDS[kind] > MIXED.value else None,
+        "reverse_ptr": "fp32" if kind == "mixed" else None,
+        "column_ptr": "i64" if labelled else None,
+        **dict.fromkeys(("label_weight_ptr", "label_loss_ptr"), "fp32" if labelled else None),
     }
     constants = {
         "KIND": KINDS[kind],
@@ -485,29 +486,17 @@ def configuration(
         "GRAD": True,
         "P": 8,
         "ALIGN": align.value,
-        "B": tile,
-        "G": group,
-        "FAST": True,
     }
-    if kind != "mixed":
-        constants["reverse_ptr"] = None
-    if KINDS[kind] <= MIXED.value:
-        constants["sums_ptr"] = None
-    if labels == NO_LABELS:
-        constants |= dict.fromkeys(("column_ptr", "label_weight_ptr", "label_loss_ptr"))
     aligned = ["student_ptr", "teacher_ptr", "grad_ptr", "parts_ptr", "weight_ptr"]
     if align == EVEN:
         aligned += ["R", "S", "student_stride", "teacher_stride", "grad_stride"]
-    takes = kernel.arg_names
-    label_name = ("unlabelled", "same", "half", "other")[labels.value]
-    return Configuration(
-        name=f"{kernel.__name__}/{kind}/{label_name}/{dtype}/align{align.value}",
-        kernel=kernel,
-        signature={n: t for n, t in signature.items() if n in takes and n not in constants},
-        constants={name: value for name, value in constants.items() if name in takes},
-        num_warps=num_warps,
-        num_stages=1,
-        aligned=tuple(name for name in aligned if name in takes),
+    return row_configuration(
+        f"{kernel.__name__}/{kind}/{LABEL_NAMES[labels.value]}/{dtype}/align{align.value}",
+        kernel,
+        launch(16384, DTYPES[dtype]),
+        pointers,
+        constants,
+        aligned=aligned,
         tensors_per_column=2,
     )
 

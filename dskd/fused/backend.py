@@ -1,7 +1,7 @@
 """Which implementation of the row functions runs: Triton on a GPU, plain torch elsewhere.
 
 Both offer ``dense_rows``, ``label_rows``, ``topk_rows`` and ``mixture_rows`` with one signature and
-one meaning; see ``kernels/dense.py`` and ``dskd/fused/cpu/dense.py``.
+one meaning; see ``kernels/dense.py`` and ``dskd/fused/logit_loss.py``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Shape letters: N tokens, V student columns, W teacher columns.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dskd.fused.arguments import (
@@ -13,7 +12,6 @@ from dskd.fused.arguments import (
     LogitMap,
     Losses,
     TokenWeight,
-    gradient_room,
     kind_of,
     map_of,
     matrix,
@@ -21,8 +19,7 @@ from dskd.fused.arguments import (
     temperature_of,
     unit_columns,
 )
-from dskd.fused.backend import row_functions
-from dskd.fused.gradients import detached, operator, total_of, wanted
+from dskd.fused.logit_loss import LossForm, logit_loss
 from dskd.fused.per_token import weights_of
 
 
@@ -81,67 +78,10 @@ def dense_kd(
     shared = teacher_columns(teacher_NW.shape[1], columns, vocabulary)
     kind_of(kind, beta, reverse_weight, shared < columns)
     weights = weights_of(
-        student_NV,
-        labels_N,
-        weight=weight,
-        reverse_weight=reverse_weight,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        columns=columns,
+        student_NV, labels_N, ignore_index, columns, weight, reverse_weight, label_weight
     )
     teacher_NW = unit_columns(teacher_NW.detach()[:, :shared])
-    arguments = (
-        weights.divergence_N,
-        weights.label_N,
-        teacher_NW,
-        weights.reverse_N,
-        weights.labels_N,
-        kind,
-        float(beta),
-        temperature_of(temperature),
-        [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)],
-    )
-    if out is not None:
-        gradient_room(out, student_NV)
-        return Losses(*_rows(unit_columns(student_NV), *arguments, out))
-    return detached(_operator(student_NV, *arguments, wanted(student_NV)))
-
-
-def _rows(
-    student_NV: Tensor,
-    weight_N: Tensor,
-    label_weight_N: Tensor | None,
-    teacher_NW: Tensor,
-    reverse_N: Tensor | None,
-    labels_N: Tensor | None,
-    kind: str,
-    beta: float,
-    temperature: float,
-    maps: list[float],
-    grad_NV: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, divergence [N] and label loss [N] or [0]; the gradient into ``grad_NV``."""
-    divergence_N, label_N = row_functions("dense", student_NV).dense_rows(
-        student_NV,
-        teacher_NW,
-        labels_N,
-        weight_N,
-        reverse_N,
-        label_weight_N,
-        kind=kind,
-        beta=beta,
-        temperature=temperature,
-        student_map=tuple(maps[:2]),
-        teacher_map=tuple(maps[2:]),
-        grad_NV=grad_NV,
-    )
-    once_N = torch.ones_like(weight_N) if kind == "mixed" else weight_N
-    return total_of(divergence_N, once_N, label_N, label_weight_N)
-
-
-_operator = operator(
-    "dense_kd",
-    "Tensor teacher, Tensor? reverse, Tensor? labels, str kind, float beta, float temperature, "
-    "float[] maps",
-    _rows,
-)
+    maps = [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)]
+    heat = temperature_of(temperature)
+    loss = LossForm("dense", [teacher_NW], weights, kind, float(beta), heat, maps)
+    return logit_loss(student_NV, loss, out)

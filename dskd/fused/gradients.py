@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd.fused.arguments import Losses, unit_columns
+from dskd.fused.arguments import Losses, gradient_room, unit_columns
 from dskd.fused.backend import on_triton, row_functions
 
 
@@ -52,7 +52,7 @@ def room(student_NV: Tensor, gradient: bool) -> Tensor:
     return torch.empty(shape, dtype=saved_dtype(student_NV.dtype), device=student_NV.device)
 
 
-def operator(name: str, rest: str, rows: Callable[..., tuple]) -> Callable[..., tuple]:
+def operator(name: str, rest: str, rows: Callable[..., tuple]) -> Callable[..., Losses]:
     """Register a loss of logits [N, V] as a PyTorch operator, for autograd and torch.compile.
 
     Args:
@@ -62,8 +62,8 @@ def operator(name: str, rest: str, rows: Callable[..., tuple]) -> Callable[..., 
             label loss [N] or [0]; ``weight`` has N rows, ``grad_NV`` may be None.
 
     Returns:
-        The operator: takes the arguments of ``rows``, but for the last a bool, whether to compute
-        the gradient; returns a fourth thing, the gradient (or an empty matrix).
+        The loss: takes the logits, the tuple of the arguments after them, and the ``out`` of
+        :func:`~dskd.fused.dense.dense_kd`: a matrix for the gradient, or None, for autograd.
     """
     schema = (
         f"(Tensor student, Tensor weight, Tensor? label_weight, {rest}, bool gradient) "
@@ -98,11 +98,18 @@ def operator(name: str, rest: str, rows: Callable[..., tuple]) -> Callable[..., 
     registered = torch.library.custom_op(f"dskd::{name}", compute, mutates_args=(), schema=schema)
     registered.register_fake(shapes)
     registered.register_autograd(backward, setup_context=keep)
-    return registered
+
+    def loss(student_NV: Tensor, arguments: tuple[Any, ...], out: Tensor | None) -> Losses:
+        if out is None:
+            return detached(registered(student_NV, *arguments, wanted(student_NV)))
+        gradient_room(out, student_NV)
+        return Losses(*rows(unit_columns(student_NV), *arguments, out))
+
+    return loss
 
 
 def _is_tensors(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Tensor)
+    return isinstance(value, list) and all(isinstance(x, Tensor) for x in value)
 
 
 def refuse_second_order() -> None:

@@ -12,14 +12,11 @@ from dskd.fused.arguments import (
     LogitMap,
     Losses,
     TokenWeight,
-    gradient_room,
     map_of,
     matrix,
     refuse,
-    unit_columns,
 )
-from dskd.fused.backend import row_functions
-from dskd.fused.gradients import detached, operator, total_of, wanted
+from dskd.fused.logit_loss import NO_BETA, LossForm, logit_loss
 from dskd.fused.per_token import weights_of
 
 
@@ -41,38 +38,9 @@ def label_ce(
     """
     matrix("student", student_NV)
     refuse(labels_N is None, lambda: "labels: there are none")
-    weights = weights_of(
-        student_NV,
-        labels_N,
-        weight=0.0,
-        reverse_weight=None,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        columns=student_NV.shape[1],
-    )
+    columns = student_NV.shape[1]
+    weights = weights_of(student_NV, labels_N, ignore_index, columns, 0.0, None, label_weight)
     if weights.label_N is None:  # a label_weight of 0
         weights = weights._replace(labels_N=labels_N, label_N=weights.divergence_N)
     maps = [*map_of("student_map", student_map)]
-    arguments = (weights.divergence_N, weights.label_N, weights.labels_N, maps)
-    if out is not None:
-        gradient_room(out, student_NV)
-        return Losses(*_rows(unit_columns(student_NV), *arguments, out))
-    return detached(_operator(student_NV, *arguments, wanted(student_NV)))
-
-
-def _rows(
-    student_NV: Tensor,
-    zeros_N: Tensor,
-    label_weight_N: Tensor,
-    labels_N: Tensor,
-    maps: list[float],
-    grad_NV: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, divergence (zeros) and label loss [N]; the gradient into ``grad_NV``."""
-    label_N = row_functions("label", student_NV).label_rows(
-        student_NV, labels_N, label_weight_N, student_map=tuple(maps), grad_NV=grad_NV
-    )
-    return total_of(zeros_N.clone(), zeros_N, label_N, label_weight_N)
-
-
-_operator = operator("label_ce", "Tensor labels, float[] maps", _rows)
+    return logit_loss(student_NV, LossForm("label", [], weights, "", NO_BETA, 1.0, maps), out)

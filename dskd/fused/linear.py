@@ -31,7 +31,8 @@ from dskd.fused.arguments import (
     wide,
 )
 from dskd.fused.gradients import detached, refuse_second_order, scaled, wanted
-from dskd.fused.linear_visit import LossForm, visit
+from dskd.fused.linear_visit import visit
+from dskd.fused.logit_loss import LossForm
 from dskd.fused.per_token import TokenWeights, at_temperature, topk_of, weights_of
 
 LogitTeacher = LinearTeacher | DenseTeacher | TopKTeacher | None
@@ -99,14 +100,9 @@ def linear_kd(
     form, tensors, narrower = _teacher(teacher, logits_NV, cut, mode, temperature)
     kind_of(kind, beta, reverse_weight, narrower)
     _check_form(form, kind, mode, vocabulary, teacher_map)
+    weight = 0.0 if teacher is None else weight
     weights = weights_of(
-        logits_NV,
-        labels_N,
-        weight=0.0 if teacher is None else weight,
-        reverse_weight=reverse_weight,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        columns=columns,
+        logits_NV, labels_N, ignore_index, columns, weight, reverse_weight, label_weight
     )
     refuse(
         teacher is None and weights.label_N is None, lambda: "teacher: neither a teacher nor labels"

@@ -6,91 +6,13 @@ Shape letters: N tokens, C of them in a chunk, V student columns, W teacher colu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dskd.fused.arguments import wide
-from dskd.fused.backend import row_functions
 from dskd.fused.chunking import Buffer, HeadGradients, chunk_of, chunks, operand, project
-from dskd.fused.gradients import total_of
-from dskd.fused.per_token import TokenWeights
-
-
-@dataclass(frozen=True)
-class LossForm:
-    """Which loss: what of a teacher there is, the divergence, the weights of all tokens.
-
-    ``teacher`` holds, by ``form``: ``dense``: logits; ``linear``: hidden states, weight and maybe
-    bias; ``topk``: ids, log-probabilities and maybe tail; ``label``: nothing.
-    """
-
-    form: str
-    teacher: list[Tensor]
-    weights: TokenWeights
-    kind: str
-    beta: float
-    temperature: float
-    maps: list[float]
-
-    def label(self, rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
-        """Cross entropy alone; the divergence is 0."""
-        labels_C, weight_C = self.weights.labels_N[rows], self.weights.label_N[rows]
-        label_C = row_functions("label", logits_CV).label_rows(
-            logits_CV, labels_C, weight_C, student_map=tuple(self.maps[:2]), grad_NV=grad_CV
-        )
-        return torch.zeros_like(label_C), label_C
-
-    def topk(self, rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
-        """From kept log-probabilities; the logits are used up."""
-        weight_C, _, labels_C, label_C = self._weights(rows)
-        ids_CK, logprobs_CK, *tail = (tensor[rows] for tensor in self.teacher)
-        return row_functions("topk", logits_CV).topk_rows(
-            logits_CV,
-            ids_CK,
-            logprobs_CK,
-            tail[0] if tail else None,
-            labels_C,
-            weight_C,
-            label_C,
-            mode=self.kind,
-            temperature=self.temperature,
-            student_map=tuple(self.maps[:2]),
-            grad_NV=grad_CV,
-        )
-
-    def dense(
-        self, rows: slice, logits_CV: Tensor, teacher_CW: Tensor, grad_CV: Tensor | None
-    ) -> tuple:
-        """From the teacher's logits."""
-        weight_C, reverse_C, labels_C, label_C = self._weights(rows)
-        return row_functions("dense", logits_CV).dense_rows(
-            logits_CV,
-            teacher_CW,
-            labels_C,
-            weight_C,
-            reverse_C,
-            label_C,
-            kind=self.kind,
-            beta=self.beta,
-            temperature=self.temperature,
-            student_map=tuple(self.maps[:2]),
-            teacher_map=tuple(self.maps[2:]),
-            grad_NV=grad_CV,
-        )
-
-    def total(self, divergence_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sum, and the losses it is made of."""
-        weight_N = self.weights.divergence_N
-        if self.kind == "mixed":
-            weight_N = torch.ones_like(weight_N)
-        labelled = self.weights.label_N is not None
-        return total_of(divergence_N, weight_N, label_N if labelled else None, self.weights.label_N)
-
-    def _weights(self, rows: slice) -> list[Tensor | None]:
-        return [None if vector is None else vector[rows] for vector in self.weights]
-
+from dskd.fused.logit_loss import LossForm
 
 ChunkLoss = Callable[[slice, Tensor, Tensor | None], tuple]
 """(tokens of the chunk, their logits, room for the gradient) -> divergence [C], label loss [C]."""
@@ -140,14 +62,8 @@ def visit(
 
 
 def _chunk_loss(loss: LossForm, size: int, logits_dtype: torch.dtype) -> ChunkLoss:
-    if loss.form == "label":
-        return loss.label
-    if loss.form == "topk":
-        return loss.topk
-    if loss.form == "dense":
-        return lambda rows, logits_CV, grad_CV: loss.dense(
-            rows, logits_CV, loss.teacher[0][rows], grad_CV
-        )
+    if loss.form != "linear":
+        return loss.rows
     hidden_NE, weight_WE, *bias = map(operand, loss.teacher)
     buffer = Buffer(size, len(weight_WE), logits_dtype, weight_WE.device)
 

@@ -14,7 +14,6 @@ from dskd.fused.arguments import (
     SAME,
     LogitMap,
     Losses,
-    gradient_room,
     map_of,
     matrix,
     refuse,
@@ -23,7 +22,7 @@ from dskd.fused.arguments import (
     wide,
 )
 from dskd.fused.backend import row_functions
-from dskd.fused.gradients import detached, operator, total_of, wanted
+from dskd.fused.gradients import operator, total_of
 from dskd.fused.per_token import looks
 
 
@@ -73,10 +72,7 @@ def mixture_kd(
         temperature_of(temperature),
         [*map_of("student_map", student_map)],
     )
-    if out is not None:
-        gradient_room(out, student_NV)
-        return Losses(*_rows(unit_columns(student_NV), *arguments, out))
-    return detached(_operator(student_NV, *arguments, wanted(student_NV)))
+    return _operator(student_NV, arguments, out)
 
 
 def _check_teacher(name: str, logits: Tensor, first: int, student_NV: Tensor) -> None:

@@ -37,12 +37,11 @@ class TokenWeights(NamedTuple):
 def weights_of(
     logits_NV: Tensor,
     labels_N: Tensor | None,
-    *,
+    ignore_index: int,
+    columns: int,
     weight: TokenWeight,
     reverse_weight: TokenWeight | None,
     label_weight: TokenWeight,
-    ignore_index: int,
-    columns: int,
 ) -> TokenWeights:
     """Fold scalars, vectors and ``ignore_index`` into weight vectors.
 

@@ -64,16 +64,8 @@ def divergence(
 
     The teacher gives the columns beyond W no probability: a padded vocabulary is pushed down.
 
-    ====================  =======================================================================
-    ``forward_kl``        KL(p || q)
-    ``reverse_kl``        KL(q || p)
-    ``jsd``               beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
-    ``skew_forward_kl``   KL(p || beta p + (1 - beta) q)
-    ``skew_reverse_kl``   KL(q || (1 - beta) p + beta q)
-    ``total_variation``   sum |p - q| / 2, sub-gradient 0 where p = q
-    ====================  =======================================================================
-
-    beta lies in (0, 1). ``mixed`` is a sum of the first two and has no weights here: ValueError.
+    The kinds are those of :func:`dskd.fused.dense.dense_kd`, beta in (0, 1); total variation has
+    the sub-gradient 0 where p = q. ``mixed`` is a sum and has no weights here: ValueError.
     """
     log_q = _log_softmax(student_NV, temperature)
     log_p = _log_softmax(teacher_NW.detach(), temperature)
@@ -109,10 +101,7 @@ def topk_divergence(
     is negative is unused. ``tail_N`` is the logarithm of the mass of all tokens that are not kept
     (mode ``tail`` only). A row without any used slot has the divergence 0.
 
-    ``tail``: K + 1 buckets, the last one being all dropped tokens together; it never exceeds the
-    dense KL, grows with K and equals it at K = V. ``renormalised``: the teacher's kept tokens are
-    scaled up to mass 1, the student keeps its full softmax. ``truncated``: both are restricted to
-    the kept tokens and scaled to mass 1.
+    The modes are those of :func:`dskd.fused.topk.topk_kd`.
     """
     columns = student_NV.shape[1]
     used_NK = ids_NK >= 0

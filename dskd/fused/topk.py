@@ -5,7 +5,6 @@ Shape letters: N tokens, V columns, K kept.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dskd.fused.arguments import (
@@ -13,14 +12,11 @@ from dskd.fused.arguments import (
     LogitMap,
     Losses,
     TokenWeight,
-    gradient_room,
     map_of,
     matrix,
     temperature_of,
-    unit_columns,
 )
-from dskd.fused.backend import row_functions
-from dskd.fused.gradients import detached, operator, total_of, wanted
+from dskd.fused.logit_loss import NO_BETA, LossForm, logit_loss
 from dskd.fused.per_token import topk_of, weights_of
 
 
@@ -64,69 +60,9 @@ def topk_kd(
     """
     matrix("student", student_NV)
     columns = student_NV.shape[1]
-    teacher = topk_of(ids_NK, logprobs_NK, tail_N, mode, student_NV, columns)
-    weights = weights_of(
-        student_NV,
-        labels_N,
-        weight=weight,
-        reverse_weight=None,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        columns=columns,
-    )
-    arguments = (
-        weights.divergence_N,
-        weights.label_N,
-        *teacher,
-        weights.labels_N,
-        mode,
-        temperature_of(temperature),
-        [*map_of("student_map", student_map)],
-    )
-    if out is not None:
-        gradient_room(out, student_NV)
-        return Losses(*_rows(unit_columns(student_NV), *arguments, out))
-    return detached(_operator(student_NV, *arguments, wanted(student_NV)))
-
-
-def _rows(
-    student_NV: Tensor,
-    weight_N: Tensor,
-    label_weight_N: Tensor | None,
-    ids_NK: Tensor,
-    logprobs_NK: Tensor,
-    tail_N: Tensor | None,
-    labels_N: Tensor | None,
-    mode: str,
-    temperature: float,
-    maps: list[float],
-    grad_NV: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, divergence [N] and label loss [N] or [0]; the gradient into ``grad_NV``."""
-    # the row function writes into the logits that it is given: let it be the gradient's room
-    if grad_NV is None or grad_NV.dtype != student_NV.dtype:
-        scratch_NV = student_NV.clone(memory_format=torch.contiguous_format)
-    else:
-        scratch_NV = grad_NV.copy_(student_NV)
-    divergence_N, label_N = row_functions("topk", scratch_NV).topk_rows(
-        scratch_NV,
-        ids_NK,
-        logprobs_NK,
-        tail_N,
-        labels_N,
-        weight_N,
-        label_weight_N,
-        mode=mode,
-        temperature=temperature,
-        student_map=tuple(maps),
-        grad_NV=grad_NV,
-    )
-    return total_of(divergence_N, weight_N, label_N, label_weight_N)
-
-
-_operator = operator(
-    "topk_kd",
-    "Tensor ids, Tensor logprobs, Tensor? tail, Tensor? labels, str mode, float temperature, "
-    "float[] maps",
-    _rows,
-)
+    kept = topk_of(ids_NK, logprobs_NK, tail_N, mode, student_NV, columns)
+    weights = weights_of(student_NV, labels_N, ignore_index, columns, weight, None, label_weight)
+    teacher = [part for part in kept if part is not None]
+    heat, maps = temperature_of(temperature), [*map_of("student_map", student_map)]
+    loss = LossForm("topk", teacher, weights, mode, NO_BETA, heat, maps)
+    return logit_loss(student_NV, loss, out)

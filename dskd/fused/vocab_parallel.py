@@ -83,14 +83,9 @@ def vocab_parallel_kd(
     """
     _check(student_NR, teacher_NS)
     kind_of(kind, beta, reverse_weight, teacher_NS.shape[1] < student_NR.shape[1])
+    columns = sys.maxsize  # not yet known
     weights = weights_of(
-        student_NR,
-        labels_N,
-        weight=weight,
-        reverse_weight=reverse_weight,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        columns=sys.maxsize,  # not yet known
+        student_NR, labels_N, ignore_index, columns, weight, reverse_weight, label_weight
     )
     case = _Case(
         unit_columns(teacher_NS.detach()),

@@ -33,12 +33,8 @@ _NOT_OF_THE_MASKS = ("store", "model", "shown", "micro_batch", "rows_per_shard",
 """Settings that the store's fingerprint covers, or that change no mask."""
 
 
-class HardView:
-    """Masks of the hard tokens, between ``least`` and ``most`` of a row's c maskable ones.
-
-    A row's bounds are ``int(least * c + u)`` and ``int(most * c + u)``, u uniform in [0, 1), and
-    its random numbers are those of :class:`~dskd.data.views.MaskedView`: with the defaults as
-    many tokens are masked in each row as there, and the same ones where no token is hard.
+class HardTokenView:
+    """What the views of hard tokens have in common.
 
     Args:
         masking: the settings.
@@ -48,7 +44,7 @@ class HardView:
         scores: fingerprint of the first store.
 
     Raises:
-        ConfigError: the tokenizer has no mask token.
+        ConfigError: the masks cannot be made with this tokenizer.
     """
 
     def __init__(
@@ -59,21 +55,50 @@ class HardView:
         criterion: HardCriterion,
         scores: str,
     ) -> None:
-        all_mask = {"keep": 0.0, "random": 0.0} if masking.replacement == "all_mask" else {}
-        self._replace = Replacer(masking.model_copy(update=all_mask), tokenizer, seed)
-        self.draws = masking.draws
-        self.fingerprint = _fingerprint(
-            masking,
-            tokenizer,
-            seed,
-            scores,
-            unused=["keep", "random"] if all_mask else [],
-        )
-        self._least = masking.probability if masking.least is None else masking.least
-        self._most = masking.probability if masking.most is None else masking.most
+        self._masking = masking
         self._seed = seed
         self._special_V = special_ids(tokenizer)
         self.criterion = criterion
+        self._prepare(tokenizer)
+        of_metric = {"confidence": "threshold", "quantile": "quantile", "correctness": None}
+        idle = {name for metric, name in of_metric.items() if name and metric != masking.metric}
+        unused = {*_NOT_OF_THE_MASKS, *idle, *self._unused()}
+        self.fingerprint = fingerprint(
+            {
+                "view": "hard",
+                "masking": masking.model_dump(exclude=unused),
+                "store": scores,
+                "seed": seed,
+                "tokenizer": tokenizer_fingerprint(tokenizer),
+            }
+        )
+
+    def _prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Get ready what makes this view's masks."""
+
+    def _unused(self) -> Sequence[str]:
+        """Settings of the masking that this view does not look at."""
+        raise NotImplementedError
+
+
+class HardView(HardTokenView):
+    """Masks of the hard tokens, between ``least`` and ``most`` of a row's c maskable ones.
+
+    A row's bounds are ``int(least * c + u)`` and ``int(most * c + u)``, u uniform in [0, 1), and
+    its random numbers are those of :class:`~dskd.data.views.MaskedView`: with the defaults as
+    many tokens are masked in each row as there, and the same ones where no token is hard.
+    """
+
+    def _prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        masking = self._masking
+        all_mask = {"keep": 0.0, "random": 0.0} if masking.replacement == "all_mask" else {}
+        self._replace = Replacer(masking.model_copy(update=all_mask), tokenizer, self._seed)
+        self.draws = masking.draws
+        self._least = masking.probability if masking.least is None else masking.least
+        self._most = masking.probability if masking.most is None else masking.most
+
+    def _unused(self) -> Sequence[str]:
+        return ("keep", "random") if self._masking.replacement == "all_mask" else ()
 
     def __call__(self, rows: RowBatch) -> Shown:
         """The rows with masks, the masked tokens as labels; see :class:`~dskd.data.views.View`."""
@@ -92,37 +117,23 @@ class HardView:
         return Shown(*self._replace(draws_B, rows.ids_B, rows.tokens_BT, chosen_BT))
 
 
-class OriginalHardView:
+class OriginalHardView(HardTokenView):
     """The masks of the original Self-Evolution code, bit for bit up to the store's float16.
 
     A row with two or more hard tokens, special ones counted, loses exactly those to the mask token,
     in every epoch. A row with one loses it and random others, a row with none random ones, as
-    fairseq masks.
+    fairseq masks. (A vocabulary that is not laid out as fairseq's is refused.)
 
     The store may round an NLL across the threshold: one between 0.1 and 0.100006 nats is hard in
     the original and, stored as 0.09998, not here.
-
-    Args: as of :class:`HardView`.
-
-    Raises:
-        ConfigError: the vocabulary is not laid out as fairseq's.
     """
 
-    def __init__(
-        self,
-        masking: HardTokens,
-        tokenizer: PreTrainedTokenizerBase,
-        seed: int,
-        criterion: HardCriterion,
-        scores: str,
-    ) -> None:
-        self._mask_row = FairseqMask(masking, tokenizer, "original")
-        self.draws = masking.draws
-        self.fingerprint = _fingerprint(
-            masking, tokenizer, seed, scores, unused=["least", "most", "replacement"]
-        )
-        self._seed = seed
-        self.criterion = criterion
+    def _prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._mask_row = FairseqMask(self._masking, tokenizer, "original")
+        self.draws = self._masking.draws
+
+    def _unused(self) -> Sequence[str]:
+        return ("least", "most", "replacement")
 
     def __call__(self, rows: RowBatch) -> Shown:
         """The rows with masks, the masked tokens as labels; see :class:`~dskd.data.views.View`."""
@@ -144,28 +155,14 @@ class OriginalHardView:
         return Shown(inputs_BT, labels_BT)
 
 
-class HardCausalView(CausalView):
+class HardCausalView(HardTokenView, CausalView):
     """The next token at every position, and which of these tokens are hard.
 
     :meth:`read_hard` is the reader that makes the column :data:`HARD_LABELS`.
-
-    Args: as of :class:`HardView`.
     """
 
-    def __init__(
-        self,
-        masking: HardTokens,
-        tokenizer: PreTrainedTokenizerBase,
-        seed: int,
-        criterion: HardCriterion,
-        scores: str,
-    ) -> None:
-        unused = ["probability", "keep", "random", "least", "replacement", "sampler"]
-        self.fingerprint = _fingerprint(masking, tokenizer, seed, scores, unused=unused)
-        self._most = 1.0 if masking.most is None else masking.most
-        self._special_V = special_ids(tokenizer)
-        self._seed = seed
-        self.criterion = criterion
+    def _unused(self) -> Sequence[str]:
+        return ("probability", "keep", "random", "least", "replacement", "sampler")
 
     def read_hard(self, rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
         """A :class:`~dskd.data.views.Reader`: float32 [N], 1 where the label is hard (the hardest
@@ -179,7 +176,8 @@ class HardCausalView(CausalView):
         labels_BT = np.roll(rows.tokens_BT, -1, axis=1)
         countable_BT = maskable(labels_BT, rows.lengths_B - 1, self._special_V)
         draws_B = np.zeros_like(rows.ids_B)
-        most_B = number(self._seed, self._most, draws_B, rows.ids_B, countable_BT.sum(axis=1))
+        most = 1.0 if self._masking.most is None else self._masking.most
+        most_B = number(self._seed, most, draws_B, rows.ids_B, countable_BT.sum(axis=1))
         keys_BT = order_keys(self._seed, draws_B, rows.ids_B, labels_BT.shape[1])
         return select(hard_BT, nll_BT, countable_BT, np.zeros_like(most_B), most_B, keys_BT)
 
@@ -198,13 +196,8 @@ def hard_view(
 ) -> AnyHardView:
     """The view of a run's training rows where ``data.masking`` is of hard tokens.
 
-    Args:
-        data: the settings.
-        tokenizer: of the rows.
-        seed: of the run.
-        hardness_of: opens the stores; called only when rows are read.
-        scores: fingerprint of the first store.
-        rowset: the training rows.
+    ``hardness_of`` opens the stores, only when rows are read; ``rowset`` are the training rows. The
+    other arguments are those of :class:`HardTokenView`.
 
     Raises:
         ConfigError: the masking settings do not fit the tokenizer.
@@ -217,24 +210,3 @@ def hard_view(
         kind = OriginalHardView if masking.sampler == "original" else HardView
     criterion = HardCriterion(masking, hardness_of, rowset, special_ids(tokenizer))
     return kind(masking, tokenizer, seed, criterion, scores)
-
-
-def _fingerprint(
-    masking: HardTokens,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    scores: str,
-    unused: Sequence[str],
-) -> str:
-    """Fingerprint of all that the masks depend on, without the settings ``unused`` by the view."""
-    of_metric = {"confidence": "threshold", "quantile": "quantile", "correctness": None}
-    idle = {name for metric, name in of_metric.items() if name and metric != masking.metric}
-    return fingerprint(
-        {
-            "view": "hard",
-            "masking": masking.model_dump(exclude={*_NOT_OF_THE_MASKS, *unused, *idle}),
-            "store": scores,
-            "seed": seed,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-        }
-    )

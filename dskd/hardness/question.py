@@ -54,14 +54,10 @@ def question(
     complete (collective); see :func:`~dskd.stores.fill.fill`.
 
     Args:
-        masking: the settings of the store.
         model: builds the model that scores, replicated or ZeRO-3-sharded, which is then put into
             eval mode; called only if something is missing.
-        prepared: the data; its training rows are scored.
-        view: what the model sees of them.
-        folder: the store's folder.
+        prepared: its training rows are scored, as ``view`` shows them.
         fingerprints: of all that the scores depend on, by name; kept in the manifest.
-        device: where the model is.
         stop: whether to stop, called now and then on every rank; None: never.
 
     Returns:

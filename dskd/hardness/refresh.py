@@ -10,7 +10,7 @@ a later store's fingerprint and of every checkpoint after it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,14 +49,14 @@ class Student(NamedTuple):
     """Fingerprint of the checkpoint's files."""
 
 
-class HardnessStores:
+class HardnessStores(StepHooks):
     """Makes, opens and hands out the stores; called with a refresh index it is the reader of one.
 
-    Args:
-        run: its masking is of hard tokens.
-        prepared: the rows.
-        device: where the models are.
-        checkpoints: of the run.
+    As the hooks of training it has the student score the rows anew between two steps, where the
+    next batch cannot be made before.
+
+    Attributes:
+        student: the one under training; it may be in its engine by the time it scores.
 
     Raises:
         ConfigError: an optimiser step may read rows of more than two stores, or the masking
@@ -70,13 +70,14 @@ class HardnessStores:
         assert isinstance(masking, HardTokens), masking
         self._run, self._masking, self._prepared, self._device = run, masking, prepared, device
         self._checkpoints = checkpoints
+        self.student: nn.Module | None = None
         self._opened: dict[int, Hardness] = {}
         self._students: dict[int, Student] = {}
         with dist.agreed():
             self._refuse_short_epochs()
             self._view: ScoringView = scoring_view(run.data, prepared.tokenizer, run.seed)
             self._prints = {**prints_of_rows(run, prepared), "scoring": self._view.fingerprint}
-        self._prints["precision"] = precision_of(self._ds(hidden=1))
+        self._prints["precision"] = precision_of(student_config(run, hidden=1))
         self._prints["model"] = dist.on_rank0(self._model_print)
 
     def __call__(self, refresh_index: int) -> Hardness:
@@ -109,13 +110,10 @@ class HardnessStores:
         )
         self._open(0)
 
-    def begin(self, position: int, state: Mapping[str, Sequence[Any]]) -> None:
+    def begin(self, position: int) -> None:
         """Open what the optimiser batches from ``position`` on need of stores that exist already:
-        those made for the batches before it (collective).
-
-        Args:
-            position: where training goes on; if at 0, the stores of an earlier student are removed.
-            state: what :meth:`state` gave there.
+        those made for the batches before it (collective). At 0, the stores of an earlier student
+        are removed.
 
         Raises:
             StoreError: one is missing, damaged or of another student; the message says what can be
@@ -123,7 +121,6 @@ class HardnessStores:
         """
         if position == 0:
             self._remove(self._run.out.glob("questions-epoch-*"))
-        self._students = {int(g): Student(*student) for g, student in state.items()}
         made = self._needed(position - 1) if position else 0
         for refresh_index in range(self._oldest(position), made + 1):
             if refresh_index not in self._opened:
@@ -134,24 +131,19 @@ class HardnessStores:
         """Which student scored for each later store, as JSON values."""
         return {str(g): list(student) for g, student in self._students.items()}
 
-    def due(self, position: int) -> bool:
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a :meth:`state`."""
+        self._students = {int(g): Student(*student) for g, student in state.items()}
+
+    def waits(self, position: int) -> bool:
         """Whether the batch at ``position`` needs a store that is not open yet."""
         return self._needed(position) not in self._opened
 
-    def renew(self, position: int, step: int, student: nn.Module, stop: Callable[[], bool]) -> bool:
+    def prepare(self, position: int, step: int, stop: Callable[[], bool]) -> None:
         """Let the student score, for the batch at ``position`` and those after it (collective).
 
         What an interrupted call of it left is gone on with if it is of the same student, and
         removed if not.
-
-        Args:
-            position: of the batch.
-            step: of the checkpoint that holds the student, 0 if it is as training begins.
-            student: in its engine.
-            stop: whether to stop, on this rank.
-
-        Returns:
-            Whether the student scored anything: its scores were not all there.
 
         Raises:
             Stopped: ``stop`` returned true on one of the ranks.
@@ -160,20 +152,24 @@ class HardnessStores:
         files = self._checkpoints.manifests()[step]["files"] if step else None
         self._students[refresh_index] = Student(step, fingerprint(files))
         try:
-            scored = self._score(refresh_index, student, stop)
+            scored = self._score(refresh_index, stop)
         except DiskError:  # what is there is whole
             raise
         except StoreError as problem:  # of another student, or damaged: the right one is here
             folder = questions_folder(self._run, refresh_index)
             say(f"question: {folder} is made anew, it cannot be used: {problem}")
             self._remove([folder])
-            scored = self._score(refresh_index, student, stop)
+            scored = self._score(refresh_index, stop)
         for old in [g for g in self._opened if g < self._oldest(position)]:
             del self._opened[old]
         self._remove_unread()
-        return scored
+        if scored:
+            say(f"the student scored the rows for the epochs to come (batch {position})")
 
-    def _score(self, refresh_index: int, student: nn.Module, stop: Callable[[], bool]) -> bool:
+    def _score(self, refresh_index: int, stop: Callable[[], bool]) -> bool:
+        """Make and open a store; whether anything of it was missing."""
+        student = self.student
+        assert student is not None
         with evaluating(student):
             scored = question(
                 self._masking,
@@ -274,7 +270,7 @@ class HardnessStores:
         model, where = self._named()
         if model.slice is not None:
             model = student_settings(self._run)
-        ds = self._ds(hidden_size(model, where=where))
+        ds = student_config(self._run, hidden_size(model, where=where))
         sharded = self._run.deepspeed if stage_of(ds) == 3 else None
         frozen = LiveTeacher(model=model, deepspeed=sharded, precision=precision_of(ds))
         return frozen_model(self._run, frozen, model, where, self._prepared, self._device)
@@ -282,41 +278,3 @@ class HardnessStores:
     def _named(self) -> tuple[Model, str]:
         own = self._masking.model
         return (self._run.model, "model") if own is None else (own, "data.masking.model")
-
-    def _ds(self, hidden: int) -> dict[str, Any]:
-        return student_config(self._run, hidden)
-
-
-class HardnessRefresh(StepHooks):
-    """Finds the hard tokens anew between two steps, where the next batch cannot be made before.
-
-    Args:
-        stores: those of the run.
-        student: the one under training; it may be in its engine by the time it is needed.
-    """
-
-    def __init__(self, stores: HardnessStores, student: nn.Module) -> None:
-        self._stores = stores
-        self._student = student
-        self._restored: dict[str, Any] = {}
-
-    def begin(self, position: int) -> None:
-        """Open the stores that batches from ``position`` on need and that exist already."""
-        self._stores.begin(position, self._restored)
-
-    def waits(self, position: int) -> bool:
-        """Whether the batch at ``position`` needs a store that is not there yet."""
-        return self._stores.due(position)
-
-    def prepare(self, position: int, step: int, stop: Callable[[], bool]) -> None:
-        """Score the training rows by the student; what an interrupted call left is gone on with."""
-        if self._stores.renew(position, step, self._student, stop):
-            say(f"the student scored the rows for the epochs to come (batch {position})")
-
-    def state(self) -> dict[str, Any]:
-        """Which student made each later store."""
-        return self._stores.state()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Keep a :meth:`state` for :meth:`begin`."""
-        self._restored = state

@@ -113,12 +113,8 @@ def show_hard_tokens(
 ) -> None:
     """Print the tables of a run, and write the plot.
 
-    Args:
-        path: the folder of a run, or a settings file.
-        overrides: ``a.b=value``, laid on its settings.
-        plot: an image file to write, if any.
-        top: number of tokens to show.
-        epoch: whose masks, and with ``refresh`` whose scores, to look at; 0 is the first.
+    ``epoch`` is the one whose masks, and with ``refresh`` whose scores, are looked at; the other
+    arguments are those of the command (:func:`main`).
 
     Raises:
         ConfigError: no single run there has a masking of hard tokens, or its settings are wrong.

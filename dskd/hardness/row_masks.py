@@ -15,7 +15,7 @@ from dskd.engine.hooks import StepHooks
 from dskd.engine.row_masks import RowMasks
 from dskd.engine.stage import Stage, StageContext
 from dskd.hardness.masks import HARD_LABELS, AnyHardView, HardCausalView, hard_view
-from dskd.hardness.refresh import HardnessRefresh, HardnessStores
+from dskd.hardness.refresh import HardnessStores
 from dskd.settings.checks import Problems, model_problems
 from dskd.settings.data import HardTokens
 from dskd.settings.model import Model
@@ -142,14 +142,14 @@ class HardTokenMasks(RowMasks):
 
     def hooks(self, context: StageContext, student: nn.Module) -> StepHooks:
         """Scores the rows anew, by the student, where ``refresh`` says so."""
-        return HardnessRefresh(self._stores_of(context), student)
+        stores = self._stores_of(context)
+        stores.student = student
+        return stores
 
     def _stores_of(self, context: StageContext) -> HardnessStores:
         if self._stores is None:
-            checkpoints = context.checkpoints
-            self._stores = HardnessStores(
-                context.run, context.prepared, context.device, checkpoints
-            )
+            about = (context.run, context.prepared, context.device, context.checkpoints)
+            self._stores = HardnessStores(*about)
         return self._stores
 
     def _hard_view(self, context: StageContext) -> AnyHardView:

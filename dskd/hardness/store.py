@@ -39,14 +39,8 @@ _ROUNDING = 1e-6  # tokens: 0.29 * 100 is less than 29
 def hardness_spec(
     masking: HardTokens, rows: RowSet, view: ScoringView, fingerprints: Mapping[str, str]
 ) -> StoreSpec:
-    """What the store of these settings and rows is.
-
-    Args:
-        masking: its ``rows_per_shard`` counts here.
-        rows: the rows that are scored.
-        view: what the model sees of them.
-        fingerprints: of everything that the values depend on, by name.
-    """
+    """What the store of the scores of ``rows``, shown by ``view``, is; ``fingerprints`` are of
+    everything that they depend on, by name."""
     return StoreSpec(
         kind=KIND,
         columns={"nll": Column("float16")},
@@ -87,12 +81,7 @@ def encode(nll_N: NDArray[np.float32], wrong_N: NDArray[np.bool_]) -> dict[str, 
 class Hardness:
     """A complete store, verified and open for reading; safe in threads.
 
-    Args:
-        folder: where it is.
-        expect: fingerprints it must have been made with, by name.
-        share: ``(rank, world)``: the share of the shards that this process verifies; all ranks'
-            shares cover the store, and they must agree on the outcome (``dist.agree``).
-        mend: what can be done about a damaged shard; None: score again.
+    The arguments are those of :class:`~dskd.stores.store.Store`.
 
     Attributes:
         plan: which places were scored.

@@ -71,10 +71,8 @@ def build(
     than one module's own parameters at full size.
 
     Args:
-        settings: which model.
         tokenizer: the data's; the model must use the same one.
         block_size: most tokens of a row.
-        seed: of the random weights.
         ds: DeepSpeed config without ``auto`` of the engine the model is for; None: no engine.
         dtype: of the weights; under ZeRO-3 the one ``ds`` says.
         where: the setting's name, for messages.
@@ -135,10 +133,8 @@ def construct(
     """The model of a config, in train mode, with its weights still to come.
 
     Args:
-        config: of one of the model types with a head.
         attention: its implementation, or ``auto``.
         ds: DeepSpeed config that shards its construction, if it says ZeRO-3; None: none does.
-        dtype: of the weights.
         where: the setting's name, for messages.
         objective: what it is for; None: language modelling, as its type does it.
 

@@ -159,12 +159,7 @@ def positions_of(model: nn.Module, batch: Batch) -> Positions:
     Under ZeRO-3 call it inside the forward of the module DeepSpeed wraps. With N = 0 every
     parameter is still in the graph (products with empty matrices), with gradients of zero.
 
-    Args:
-        model: a HuggingFace model with a head of ``HEADS``.
-        batch: B rows of T tokens, on the model's device.
-
-    Returns:
-        Positions with hidden_ND in the model's dtype.
+    The batch is on the model's device, and ``hidden_ND`` of the result in the model's dtype.
     """
     head = head_in(model)
     # A cache of keys and values serves generation only.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dskd.data.prepared import Prepared
 from dskd.engine.ds_config import precision_of
@@ -36,7 +36,8 @@ def frozen_model(
         if teacher.deepspeed is not None:
             hidden = hidden_size(settings, where=where)
             ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden)
-        model = model_of(run, settings, where, prepared, ds, precision_of_teacher(teacher, ds))
+        precision = precision_of_teacher(teacher, ds)
+        model = model_of(run, settings, where, prepared.tokenizer, ds, precision)
     model.requires_grad_(False)
     return model.to(device) if ds is None else shard_teacher(model, ds)
 
@@ -45,14 +46,14 @@ def model_of(
     run: Run,
     settings: Model,
     where: str,
-    prepared: Prepared,
+    tokenizer: PreTrainedTokenizerBase,
     ds: dict[str, Any] | None,
     precision: str,
 ) -> PreTrainedModel:
     """A model for the run's rows; ``ds`` shards its construction, None does not."""
     return build(
         settings,
-        prepared.tokenizer,
+        tokenizer,
         objective=run.data.objective,
         block_size=run.data.block_size,
         seed=run.seed,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
@@ -110,23 +110,10 @@ def load_weights(model: PreTrainedModel, folder: Path, where: str) -> None:
                 parameter.copy_(source.file.read(source.key))
 
 
-class _File(Protocol):
-    """An open file of weights."""
-
-    path: Path
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shapes by key."""
-        ...
-
-    def read(self, key: str) -> Tensor:
-        """One tensor."""
-        ...
-
-
 class _Safetensors:
+    """An open file of weights: their shapes by key, and one tensor at a time."""
+
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._open: Any = safe_open(path, framework="pt")
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -138,8 +125,9 @@ class _Safetensors:
 
 
 class _Pickled:
+    """The same of a pickled file."""
+
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -152,7 +140,7 @@ class _Pickled:
 class _Source(NamedTuple):
     """Where one parameter's values are."""
 
-    file: _File
+    file: _Safetensors | _Pickled
     key: str
     shape: torch.Size
 

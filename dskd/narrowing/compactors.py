@@ -45,12 +45,6 @@ class Compacted(nn.Module):
     keep_in: Tensor | None = None
     keep_out: Tensor | None = None
 
-    def extra_repr(self) -> str:
-        """The sizes, for whoever prints a model."""
-        shapes = {name: getattr(self, name) for name in ("left", "right")}
-        named = (f"{name}={tuple(full_shape(p))}" for name, p in shapes.items() if p is not None)
-        return ", ".join(named)
-
 
 class Merging:
     """When the merged layers of one student are merged, and when their gradients are taken apart.

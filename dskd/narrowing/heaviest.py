@@ -20,7 +20,7 @@ from dskd.narrowing.widths import Strategy, Widths, cuts
 
 
 def slice_model(teacher: PreTrainedModel, student: Widths, strategy: Strategy) -> PreTrainedModel:
-    """A dense model of the teacher's heaviest units; the teacher is left as it is.
+    """A dense model of the heaviest units of a teacher, which is left as it is.
 
     Args:
         teacher: whole, without compactors.

@@ -189,7 +189,7 @@ def check_exact(
     """Refuse a merged model that is not the student.
 
     Args:
-        student: of fp32 values, unsharded (``surgery.replica``); its removed entries are set to 0.
+        student: of fp32 values, unsharded (``insert.replica``); its removed entries are set to 0.
         merged: what :func:`merged_student` made of it, in fp32.
         batch: what logits are compared on; padding does not count.
         soft: whether the student as it is must agree to ``TOLERANCE`` too, not only with removed

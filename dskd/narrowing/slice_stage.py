@@ -7,11 +7,11 @@ The folder is a HuggingFace model like any other, so whatever loads a ``path`` l
 
 from __future__ import annotations
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dskd.errors import ConfigError
-from dskd.models.build import build, with_fields
+from dskd.models.build import with_fields
+from dskd.models.frozen import model_of
 from dskd.models.writing import export
 from dskd.narrowing.heaviest import slice_model
 from dskd.narrowing.layouts import LAYOUTS, layout_of, widths_of
@@ -73,16 +73,7 @@ def make_slice(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     cut = run.model.slice
     assert cut is not None
     with dist.agreed():
-        source = build(
-            source_settings(run),
-            tokenizer,
-            objective=run.data.objective,
-            block_size=run.data.block_size,
-            seed=run.seed,
-            ds=None,
-            dtype=torch.float32,
-            where="model",
-        )
+        source = model_of(run, source_settings(run), "model", tokenizer, None, "fp32")
         student = slice_model(source, _widths(source.config, cut), cut.strategy)
     card = {
         "title": "A language model cut to its heaviest units by dskd, not trained since",

@@ -54,7 +54,7 @@ def build_student(
     """
     with dist.agreed():
         return model_of(
-            context.run, settings, where, context.prepared, ds, precision_of(context.ds)
+            context.run, settings, where, context.prepared.tokenizer, ds, precision_of(context.ds)
         )
 
 

@@ -36,13 +36,9 @@ def capture(
     see :func:`~dskd.stores.fill.fill`.
 
     Args:
-        cached: the settings of the cache.
         model: builds the frozen teacher; called only if there is something to capture.
-        prepared: the data; its training rows are captured.
-        view: masks them; its ``draws`` masks of each row are captured.
-        folder: the cache's folder.
+        prepared: its training rows are captured, in as many masks as ``view.draws``.
         fingerprints: of all that the logits depend on, by name; kept in the manifest.
-        device: where the teacher is.
         domain: index of the only domain whose rows are captured; None: all rows.
 
     Raises:

@@ -131,7 +131,8 @@ def _from_itself(
         return TeacherSetup(unmasked(FrozenTeacher(copy, vocabulary)))
     with dist.agreed():
         ds = student_config(run, hidden_size(settings, where="model"))
-        replica = model_of(run, settings, "model", prepared, None, precision_of(ds)).to(device)
+        precision = precision_of(ds)
+        replica = model_of(run, settings, "model", prepared.tokenizer, None, precision).to(device)
     average = Average(replica, teacher.decay)  # before its gradients are off: it keeps what trains
     return TeacherSetup(unmasked(FrozenTeacher(replica, vocabulary)), hooks=average)
 

@@ -56,10 +56,6 @@ class StudentAsTeacher:
     It runs inside the forward of the module DeepSpeed wraps, before the student's own pass (ZeRO-3
     then gathers every weight for two passes of one order). It draws no random numbers, and every
     module's mode is put back, so that the student's pass is what it would be without.
-
-    Args:
-        student: the model under training.
-        vocabulary: number of real tokens; padding columns beyond are dropped.
     """
 
     def __init__(self, student: nn.Module, vocabulary: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,29 @@ class Shapes:
     hidden: tuple[tuple[int, int], ...]
 
 
+class Sizes(NamedTuple):
+    """What the cases of one vocabulary have in common, and whether peers are compiled as well."""
+
+    tokens: int
+    columns: int
+    kept: int
+    device: torch.device
+    compiled: bool
+
+    def logits(self, dtype: torch.dtype) -> Tensor:
+        """Random ones [N, V] of a standard deviation of 3."""
+        shape = (self.tokens, self.columns)
+        return torch.randn(*shape, dtype=dtype, device=self.device).mul_(3.0)
+
+    def kept_teacher(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, log-probabilities and tail of a random top-k teacher."""
+        teacher_NV = self.logits(torch.float32)
+        total_N1 = teacher_NV.logsumexp(1, keepdim=True)
+        values_NK, ids_NK = teacher_NV.topk(self.kept, 1)
+        tail_N = teacher_NV.scatter_(1, ids_NK, -torch.inf).logsumexp(1) - total_N1[:, 0]
+        return ids_NK.int(), values_NK - total_N1, tail_N
+
+
 LARGE = Shapes(8192, {131072: 10, 32768: 1, 151936: 1}, 64, ((4096, 4096), (2048, 4096)))
 SMALL = Shapes(4, {1003: 2}, 8, ((64, 64), (32, 64)))
 """For Triton's interpreter."""
@@ -93,31 +116,22 @@ def cases(
         for place, (builder, *arguments) in enumerate(listed):
             if builder.__name__ in wanted:
                 words = " ".join(map(str, (builder.__name__, *arguments, "V", columns)))
-                sizes = (shapes.tokens, columns, *arguments, shapes.kept, device)
-                yield words, partial(_seeded, builder, *sizes, compiled=place < compiled)
+                sizes = Sizes(shapes.tokens, columns, shapes.kept, device, place < compiled)
+                yield words, partial(_seeded, builder, sizes, *arguments)
 
 
-def _seeded(builder: Callable[..., Case], *sizes: Any, compiled: bool) -> Case:
+def _seeded(builder: Callable[..., Case], sizes: Sizes, *arguments: Any) -> Case:
     torch.manual_seed(0)
-    return builder(*sizes, compiled=compiled)
+    return builder(sizes, *arguments)
 
 
 # ---- of logits -----------------------------------------------------------------------------------
 
 
-def dense(
-    tokens: int,
-    columns: int,
-    kind: str,
-    dtype: torch.dtype,
-    kept: int,
-    device: torch.device,
-    *,
-    compiled: bool,
-) -> Case:
+def dense(sizes: Sizes, kind: str, dtype: torch.dtype) -> Case:
     """Two logits matrices; bf16 in place, fp32 into a new bf16 gradient."""
-    del kept
-    student_NV, teacher_NV = (random_logits(tokens, columns, dtype, device) for _ in range(2))
+    tokens, columns, *_ = sizes
+    student_NV, teacher_NV = (sizes.logits(dtype) for _ in range(2))
     in_place = dtype == torch.bfloat16
     work_NV = student_NV.clone() if in_place else student_NV
     arguments = {"kind": kind, "weight": 1 / tokens}
@@ -132,17 +146,17 @@ def dense(
         "dense",
         f"{kind} {_short(dtype)}",
         {"N": tokens, "V": columns},
-        {OURS: ours} | peers.dense_peers(student_NV, teacher_NV, kind, compiled=compiled),
-        stream(tokens * columns * (2 * student_NV.element_size() + 2), reads=2, device=device),
+        {OURS: ours} | peers.dense_peers(student_NV, teacher_NV, kind, compiled=sizes.compiled),
+        stream(tokens * columns * (2 * dtype.itemsize + 2), reads=2, device=sizes.device),
         through_logits(student_NV, partial(_dense_per_token, teacher_NV, kind)),
         restore=partial(work_NV.copy_, student_NV) if in_place else _nothing,
     )
 
 
-def label(tokens: int, columns: int, kept: int, device: torch.device, *, compiled: bool) -> Case:
+def label(sizes: Sizes) -> Case:
     """Cross entropy of bf16 logits, in place."""
-    del kept
-    student_NV = random_logits(tokens, columns, torch.bfloat16, device)
+    tokens, columns, _, device, compiled = sizes
+    student_NV = sizes.logits(torch.bfloat16)
     labels_N = torch.randint(columns, (tokens,), device=device)
     work_NV = student_NV.clone()
 
@@ -163,10 +177,10 @@ def label(tokens: int, columns: int, kept: int, device: torch.device, *, compile
     )
 
 
-def topk(tokens: int, columns: int, kept: int, device: torch.device, *, compiled: bool) -> Case:
+def topk(sizes: Sizes) -> Case:
     """The tail mode on bf16 logits, in place."""
-    student_NV = random_logits(tokens, columns, torch.bfloat16, device)
-    teacher = kept_of(random_logits(tokens, columns, torch.float32, device), kept)
+    tokens, columns, kept, device, compiled = sizes
+    student_NV, teacher = sizes.logits(torch.bfloat16), sizes.kept_teacher()
     work_NV = student_NV.clone()
 
     def ours() -> Outcome:
@@ -187,12 +201,10 @@ def topk(tokens: int, columns: int, kept: int, device: torch.device, *, compiled
     )
 
 
-def mixture(tokens: int, columns: int, kept: int, device: torch.device, *, compiled: bool) -> Case:
+def mixture(sizes: Sizes) -> Case:
     """Two teachers of the whole vocabulary, bf16, in place."""
-    del kept
-    student_NV, *teachers = (
-        random_logits(tokens, columns, torch.bfloat16, device) for _ in range(3)
-    )
+    tokens, columns, _, device, compiled = sizes
+    student_NV, *teachers = (sizes.logits(torch.bfloat16) for _ in range(3))
     weights_N2 = torch.rand(tokens, 2, device=device)
     weights_N2 /= weights_N2.sum(1, keepdim=True)
     work_NV = student_NV.clone()
@@ -219,18 +231,14 @@ def mixture(tokens: int, columns: int, kept: int, device: torch.device, *, compi
     )
 
 
-def vocab_parallel(
-    tokens: int, columns: int, kind: str, kept: int, device: torch.device, *, compiled: bool
-) -> Case:
+def vocab_parallel(sizes: Sizes, kind: str) -> Case:
     """The row passes over a shard that is the whole vocabulary of one rank, bf16, without labels.
 
     What the ranks say to each other in between is left out. The floor reads the logits once, as
     that of the dense loss; the passes read them twice, three times for the JSD.
     """
-    del kept
-    student_NV, teacher_NV = (
-        random_logits(tokens, columns, torch.bfloat16, device) for _ in range(2)
-    )
+    tokens, columns, _, device, compiled = sizes
+    student_NV, teacher_NV = (sizes.logits(torch.bfloat16) for _ in range(2))
     rows = row_functions("vocab_parallel", student_NV)
     weight_N = torch.full((tokens,), 1 / tokens, device=device)
     given = (student_NV, teacher_NV)
@@ -258,19 +266,6 @@ def vocab_parallel(
     )
 
 
-def random_logits(tokens: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Of a standard deviation of 3."""
-    return torch.randn(tokens, columns, dtype=dtype, device=device).mul_(3.0)
-
-
-def kept_of(teacher_NV: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, log-probabilities and tail of a top-k teacher."""
-    total_N1 = teacher_NV.logsumexp(1, keepdim=True)
-    values_NK, ids_NK = teacher_NV.topk(kept, 1)
-    tail_N = teacher_NV.scatter_(1, ids_NK, -torch.inf).logsumexp(1) - total_N1[:, 0]
-    return ids_NK.int(), values_NK - total_N1, tail_N
-
-
 def topk_per_token(
     teacher: tuple[Tensor, Tensor, Tensor], logits_CV: Tensor, rows: slice
 ) -> Tensor:
@@ -292,71 +287,48 @@ def _short(dtype: torch.dtype) -> str:
 # ---- through a head ------------------------------------------------------------------------------
 
 
-def linear(
-    tokens: int,
-    columns: int,
-    kind: str,
-    hidden: tuple[int, int],
-    kept: int,
-    device: torch.device,
-    *,
-    compiled: bool,
-) -> Case:
+def linear(sizes: Sizes, kind: str, hidden: tuple[int, int]) -> Case:
     """Two heads, bf16."""
-    del kept
-    head = head_of(tokens, columns, hidden, torch.bfloat16, device)
-    teacher = ops.LinearTeacher(head.teacher_NE, head.teacher_VE)
-
-    return Case(
-        "linear",
-        f"{kind} bf16, H {hidden[0]}/{hidden[1]}",
-        {"N": tokens, "V": columns, "D": hidden[0], "E": hidden[1]},
-        {OURS: partial(_linear, head, teacher, kind=kind)}
-        | peers.linear_peers(head, kind)
-        | peers.liger_chunked(head, kind, chunk=1024, compiled=False)
-        | (peers.liger_chunked(head, kind, chunk=1024, compiled=True) if compiled else {})
-        | peers.fused_peers(head, kind, compiled=compiled),
-        products(head),
-        through_head(head, partial(_linear_per_token, head, kind)),
-    )
+    head = head_of(sizes, hidden, torch.bfloat16)
+    fused = peers.fused_peers(head, kind, compiled=sizes.compiled)
+    what = ("linear", f"{kind} bf16, H {hidden[0]}/{hidden[1]}")
+    return _linear_case(*what, head, kind, fused, compiled=sizes.compiled)
 
 
 def linear_on_cpu(tokens: int, columns: int, width: int, *, compiled: bool) -> Case:
     """Two heads of one hidden size, forward KL, fp32."""
     torch.manual_seed(0)
-    kind, head = (
-        "forward_kl",
-        head_of(tokens, columns, (width, width), torch.float32, torch.device("cpu")),
-    )
-    teacher = ops.LinearTeacher(head.teacher_NE, head.teacher_VE)
+    kind, sizes = "forward_kl", Sizes(tokens, columns, 0, torch.device("cpu"), compiled)
+    head = head_of(sizes, (width, width), torch.float32)
     # their default makes one chunk of all 512 tokens; a quarter of the tokens makes four
+    chunked = peers.liger_chunked(head, kind, chunk=max(1, tokens // 4), compiled=False)
+    what = ("cpu", f"linear {kind} fp32, H {width}")
+    return _linear_case(*what, head, kind, chunked, compiled=compiled)
+
+
+def _linear_case(
+    op: str, name: str, head: Head, kind: str, more: dict[str, Peer], *, compiled: bool
+) -> Case:
+    (tokens, own), (columns, _) = head.hidden_ND.shape, head.weight_VD.shape
     found = peers.linear_peers(head, kind)
-    for chunk in (1024, max(1, tokens // 4)):
-        found |= peers.liger_chunked(head, kind, chunk=chunk, compiled=False)
+    found |= peers.liger_chunked(head, kind, chunk=1024, compiled=False)
     if compiled:
         found |= peers.liger_chunked(head, kind, chunk=1024, compiled=True)
+    teacher = ops.LinearTeacher(head.teacher_NE, head.teacher_VE)
     return Case(
-        "cpu",
-        f"linear {kind} fp32, H {width}",
-        {"N": tokens, "V": columns, "D": width, "E": width},
-        {OURS: partial(_linear, head, teacher, kind=kind)} | found,
+        op,
+        name,
+        {"N": tokens, "V": columns, "D": own, "E": head.teacher_NE.shape[1]},
+        {OURS: partial(_linear, head, teacher, kind=kind)} | found | more,
         products(head),
         through_head(head, partial(_linear_per_token, head, kind)),
     )
 
 
-def linear_topk(
-    tokens: int,
-    columns: int,
-    hidden: tuple[int, int],
-    kept: int,
-    device: torch.device,
-    *,
-    compiled: bool,
-) -> Case:
+def linear_topk(sizes: Sizes, hidden: tuple[int, int]) -> Case:
     """The student's head against a top-k teacher, bf16."""
-    head = head_of(tokens, columns, hidden, torch.bfloat16, device)
-    teacher = kept_of(random_logits(tokens, columns, torch.float32, device), kept)
+    tokens, columns, kept, *_ = sizes
+    head, teacher = head_of(sizes, hidden, torch.bfloat16), sizes.kept_teacher()
 
     def eager() -> Outcome:
         return peers.differentiate(
@@ -365,7 +337,6 @@ def linear_topk(
             head.weight_VD,
         )
 
-    del compiled
     return Case(
         "linear_topk",
         f"tail bf16, K {kept}, H {hidden[0]}",
@@ -379,10 +350,9 @@ def linear_topk(
     )
 
 
-def head_of(
-    tokens: int, columns: int, hidden: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> Head:
+def head_of(sizes: Sizes, hidden: tuple[int, int], dtype: torch.dtype) -> Head:
     """Random heads whose logits have a standard deviation of 2."""
+    tokens, columns, _, device, _ = sizes
     student, teacher = hidden
 
     def normal(rows: int, width: int, scale: float) -> Tensor:

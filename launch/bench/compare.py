@@ -41,7 +41,8 @@ from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness
 from dskd.methods.base import build_method
 from dskd.methods.metrics import LM_LOSS
-from dskd.models.build import build, model_fingerprint
+from dskd.models.build import model_fingerprint
+from dskd.models.frozen import model_of
 from dskd.settings.base import Section
 from dskd.settings.data import HardTokens
 from dskd.settings.model import Model
@@ -295,16 +296,8 @@ def hard_loss(masking: HardTokens, origin: Run) -> Callable[[str], float]:
 
 def exported(folder: Path, run: Run, prepared: Prepared) -> torch.nn.Module:
     """The exported model of a run's folder, in fp32."""
-    return build(
-        Model(path=str(folder / "export")),
-        prepared.tokenizer,
-        objective=run.data.objective,
-        block_size=run.data.block_size,
-        seed=run.seed,
-        ds=None,
-        dtype=torch.float32,
-        where="export",
-    )
+    model = Model(path=str(folder / "export"))
+    return model_of(run, model, "export", prepared.tokenizer, None, "fp32")
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -54,15 +54,14 @@ from dskd.fused import reference
 from dskd.fused.per_token import at_temperature
 from dskd.methods.base import build_method
 from dskd.methods.ki import KnowledgeInheritance
-from dskd.models.build import build
 from dskd.runs import stages
 from dskd.runs.context import RunContext
+from dskd.runs.student import build_student
 from dskd.settings.model import Model
 from dskd.settings.recipe import read
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, LiveTeacher
 from dskd.system import dist
-from dskd.system.device import DTYPES
 from dskd.system.log import Metrics, peak_memory
 from dskd.teachers.setup import TeacherSetup, set_up
 from dskd.training.objective import Objective
@@ -149,16 +148,7 @@ class Step:
         if context.method.wants_teacher():
             heat = context.method.temperature
             setup = set_up(run, heat, context.prepared, context.view, device)
-        student = build(
-            run.model,
-            context.prepared.tokenizer,
-            objective=run.data.objective,
-            block_size=run.data.block_size,
-            seed=run.seed,
-            ds=context.ds,
-            dtype=DTYPES[precision_of(context.ds)],
-            where="model",
-        )
+        student = build_student(context, run.model, context.ds, "model")
         with sharded_construction(context.ds):
             hooks = context.method.hooks(student, context) or StepHooks()
         self.parameters = sum(full_shape(p).numel() for p in student.parameters())

@@ -117,7 +117,8 @@ def test_the_cpu_table_from_the_command_line(tmp_path):
 
 def test_bf16_logits_of_the_fused_linear_loss_are_judged_wrong():
     """The defect that the limits are for: 1 % of error in place of 0.2 %."""
-    case = cases.linear(16, 4000, "forward_kl", (256, 256), 0, torch.device("cpu"), compiled=False)
+    sizes = cases.Sizes(16, 4000, 0, torch.device("cpu"), False)
+    case = cases.linear(sizes, "forward_kl", (256, 256))
     expected = case.truth.compute()
     right = case.truth.errors(case.variants[OURS](), expected)
     rounded = partial(case.variants[OURS], logits_dtype=torch.bfloat16)

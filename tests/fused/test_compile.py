@@ -109,10 +109,11 @@ def test_operators_are_registered_as_pytorch_wants_them():
     student_NV, teacher_NV = normal(N, V).requires_grad_(), normal(N, V, seed=1)
     weight_N, maps = WEIGHT.clone(), [1.0, 0.0, 1.0, 0.0]
     labels_N, label_N = LABELS.clamp_min(0), torch.ones(N, dtype=torch.float64)
-    dense = (student_NV, weight_N, label_N, teacher_NV, None, labels_N, "jsd", 0.5, 2.0, maps)
+    form = ("dense", [teacher_NV], "jsd", 0.5, 2.0, maps)
+    dense = (student_NV, weight_N, label_N, None, labels_N, *form)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for gradient in (True, False):
-        torch.library.opcheck(torch.ops.dskd.dense_kd, (*dense, gradient), test_utils=tests)
+        torch.library.opcheck(torch.ops.dskd.logit_loss, (*dense, gradient), test_utils=tests)
     inputs, teacher = head(), linear_teacher()
     parts = [teacher.hidden_NE, teacher.weight_VE, teacher.bias_V]
     rest = (weight_N, None, labels_N, label_N, "linear", "forward_kl", 0.5, 2.0, maps)

@@ -178,17 +178,19 @@ def weighted_rows(*weights: Tensor | None) -> Tensor:
     return first_N
 
 
-def chunked(
+def by_chunks(
     weighted_N: Tensor,
     step: int,
     logits: list[Logits],
     compute: Callable[[ChunkRows, bool], Chunk],
+    losses: list[Tensor],
     grad_NV: Tensor | None,
-) -> Iterator[tuple[ChunkRows, Chunk]]:
-    """``compute(rows, shifted)`` of chunks of ``step`` weighted rows, and the gradient written.
+) -> None:
+    """Fill the losses [N] and the gradient by ``compute(rows, shifted)`` of chunks of rows.
 
-    A chunk may be computed twice, so ``compute`` leaves its inputs as they are. The gradient of the
-    rows without a weight is 0. ``logits`` are what is read, the student's first.
+    Chunks are of ``step`` weighted rows; the gradient of the others is 0, and their losses stay as
+    they are. A chunk may be computed twice, so ``compute`` leaves its inputs as they are.
+    ``logits`` are what is read, the student's first.
     """
     if grad_NV is not None and not weighted_N.all():
         grad_NV[~weighted_N] = 0.0
@@ -200,7 +202,8 @@ def chunked(
         if not shifted and not chunk.moderate():
             shifted = True
             chunk = compute(rows, shifted)
-        yield rows, chunk
+        for loss_N, loss_C1 in zip(losses, chunk.losses, strict=True):
+            loss_N[rows] = loss_C1[:, 0]
         if grad_NV is not None:
             chunk.write(grad_NV, rows, logits[0].slope(rows))
 

@@ -21,7 +21,7 @@ from dskd.fused.cpu.chunks import (
     Logits,
     ScaleAndCap,
     add_label,
-    chunked,
+    by_chunks,
     exponentials,
     filled,
     scratch,
@@ -48,21 +48,8 @@ def dense_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence [N] of ``kind`` and label loss [N] or None, both unweighted; and the gradient.
 
-    Args:
-        student_NV: fp32, fp16, bf16 or float64, unit column stride.
-        teacher_NW: likewise; no probability beyond its W columns.
-        labels_N: int64; not looked at where the label's weight is 0. None: no label loss.
-        weight_N: fp32 (float64 for float64 logits), the divergence's weights.
-        reverse_N: kind ``mixed`` only: weights of KL(q || p), ``weight_N`` being those of
-            KL(p || q). Its divergence is their weighted sum.
-        label_weight_N: the label loss's weights; None with ``labels_N``.
-        kind, beta, temperature: see :func:`dskd.fused.reference.divergence`; no factor T^2.
-        student_map, teacher_map: scale and softcap (0: none) of each side's logits.
-        grad_NV: receives the gradient of the weighted sum of the losses by ``student_NV``; it may
-            be that tensor, or have another dtype and row stride. None: losses only.
-
-    Where a loss has no weight it is 0, and so is its gradient, whatever the logits are: those of a
-    row without any weight are not looked at.
+    Arguments and results are those of ``dense_rows`` in ``dskd/kernels/dense.py``; float64 logits
+    are taken too, and have weights and losses in float64.
     """
     dtype = wide(student_NV.dtype)
     student = Logits(student_NV, student_map, temperature, dtype)
@@ -97,10 +84,8 @@ def dense_rows(
 
     divergent_N = weighted_rows(weight_N, reverse_N)
     weighted_N = weighted_rows(weight_N, reverse_N, label_weight_N)
-    for rows, chunk in chunked(weighted_N, buffers.shape[1], [student, teacher], compute, grad_NV):
-        divergence_N[rows] = chunk.losses[0][:, 0]
-        if label_N is not None:
-            label_N[rows] = chunk.losses[1][:, 0]
+    losses = [divergence_N] if label_N is None else [divergence_N, label_N]
+    by_chunks(weighted_N, buffers.shape[1], [student, teacher], compute, losses, grad_NV)
     return divergence_N, label_N
 
 
@@ -129,8 +114,6 @@ def label_rows(
         add_label(chunk, logits, softmax, labels, exps_CV)
         return chunk
 
-    for rows, chunk in chunked(
-        weighted_rows(label_weight_N), buffers.shape[1], [logits], compute, grad_NV
-    ):
-        label_N[rows] = chunk.losses[0][:, 0]
+    weighted_N = weighted_rows(label_weight_N)
+    by_chunks(weighted_N, buffers.shape[1], [logits], compute, [label_N], grad_NV)
     return label_N

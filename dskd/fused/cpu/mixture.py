@@ -19,7 +19,7 @@ from dskd.fused.cpu.chunks import (
     ChunkRows,
     Logits,
     ScaleAndCap,
-    chunked,
+    by_chunks,
     exponentials,
     filled,
     scratch,
@@ -39,15 +39,9 @@ def mixture_rows(
 ) -> Tensor:
     """KL(pbar || q) [N], unweighted; and the gradient of its sum weighted by ``sum_k w_nk``.
 
-    Args:
-        student_NV: fp32, fp16, bf16 or float64, unit column stride.
-        teachers: logits [N, columns of the teacher], likewise.
-        firsts: the student's column that each teacher's first one is.
-        weight_Nn: fp32 (float64 for float64 logits), not negative. A teacher is not looked at in a
-            row where its weight is 0.
-        temperature: see :func:`dskd.fused.reference.mixture_divergence`; no factor T^2.
-
-    The other arguments are those of :func:`dskd.fused.cpu.dense.dense_rows`.
+    Arguments and results are those of ``mixture_rows`` in ``dskd/kernels/mixture.py``, float64
+    logits (with weights and losses in float64) taken too. A teacher is not looked at in a row where
+    its weight is 0.
     """
     dtype = wide(student_NV.dtype)
     student = Logits(student_NV, student_map, temperature, dtype)
@@ -76,10 +70,8 @@ def mixture_rows(
         terms = [(es_CV, scale_C1), (x_CV, torch.full_like(scale_C1, -student.over))]
         return Chunk(totals, [loss_C1], terms)
 
-    for rows, chunk in chunked(
-        weighted_rows(total_N), buffers.shape[1], [student, *several], compute, grad_NV
-    ):
-        divergence_N[rows] = chunk.losses[0][:, 0]
+    read, step = [student, *several], buffers.shape[1]
+    by_chunks(weighted_rows(total_N), step, read, compute, [divergence_N], grad_NV)
     return divergence_N
 
 

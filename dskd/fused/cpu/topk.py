@@ -26,7 +26,7 @@ from dskd.fused.cpu.chunks import (
     Logits,
     ScaleAndCap,
     add_label,
-    chunked,
+    by_chunks,
     exponentials,
     filled,
     scratch,
@@ -50,14 +50,8 @@ def topk_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence [N] and label loss [N] or None, both unweighted; and the gradient.
 
-    Args:
-        student_NV: fp32, fp16, bf16 or float64, unit column stride. (The kernels use it up.)
-        ids_NK: int32 or int64, negative on unused slots.
-        logprobs_NK: the teacher's at ``temperature``, over its whole vocabulary.
-        tail_N: mode ``tail`` only: log of the mass of what is not kept.
-        mode, temperature: see :func:`dskd.fused.reference.topk_divergence`; no factor T^2.
-
-    The other arguments are those of :func:`dskd.fused.cpu.dense.dense_rows`. A row without used
+    Arguments and results are those of ``topk_rows`` in ``dskd/kernels/topk.py``, float64 logits
+    (with weights and losses in float64) taken too; these logits are not used up. A row without used
     slots has the divergence 0.
     """
     dtype = wide(student_NV.dtype)
@@ -104,12 +98,9 @@ def topk_rows(
             add_label(chunk, student, softmax, labels, spare_CV)
         return chunk
 
-    for rows, chunk in chunked(
-        weighted_rows(weight_N, label_weight_N), buffers.shape[1], [student], compute, grad_NV
-    ):
-        divergence_N[rows] = chunk.losses[0][:, 0]
-        if label_N is not None:
-            label_N[rows] = chunk.losses[1][:, 0]
+    losses = [divergence_N] if label_N is None else [divergence_N, label_N]
+    weighted_N = weighted_rows(weight_N, label_weight_N)
+    by_chunks(weighted_N, buffers.shape[1], [student], compute, losses, grad_NV)
     return divergence_N, label_N
 
 

@@ -3,13 +3,9 @@
 The same three functions as ``kernels/vocab_parallel.py``, with one meaning; the collectives
 between them are in ``vocab_parallel.py``. Rows go by chunks, in fp32 (float64 for float64 logits).
 
-Statistics of a shard, [N, 8]; sums are over the shard's columns, relative to the shard's maximum:
-
-    0 max s   1 sum e^((s - max)/T)   4 sum e^((t - max)/T) (t - s)   6 sum e^(s - max), if T != 1
-    2 max t   3 sum e^((t - max)/T)   5 sum e^((s - max)/T) (s - t)   7 logit of the label
-
-A shard without any (finite) logit has the maximum -1e30 and the sum 0, as has a row that is not
-weighted; 7 is -inf where the label is elsewhere. 4 and 5 are 0 for kinds that do not need them.
+The statistics of a shard are those that the kernels' file lists. A shard without any (finite) logit
+has the maximum -1e30 and the sum 0, as has a row that is not weighted; 4 and 5 are 0 for kinds that
+do not need them.
 
 Shape letters: N tokens, R student columns of the shard, S teacher columns (S <= R), P ranks, C rows
 of a chunk.

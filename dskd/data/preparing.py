@@ -24,7 +24,7 @@ from dskd.errors import DataError
 from dskd.settings.data import Data, Source
 from dskd.system.files import file_hash, fingerprint, write_manifest
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _CHUNK_CHARACTERS = 2_000_000  # of text in memory at a time
 _SPLITS = ("train", "validation")

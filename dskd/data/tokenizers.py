@@ -9,11 +9,23 @@ Shape letter: V, one entry for each id of the vocabulary.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dskd.errors import ConfigError, DataError
@@ -37,10 +49,13 @@ def load_tokenizer(data: Data, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """The run's tokenizer: trained on ``texts`` (at most their first 100 million characters), or
     the pretrained one that ``data.tokenizer`` names (``texts`` is then not read).
 
-    A causal tokenizer without a padding token pads with its end-of-text token.
+    It reads the names of special tokens in a text as text (``split_special_tokens``), also once it
+    is saved and loaded again. A causal tokenizer without a padding token pads with its end-of-text
+    token.
 
     Raises:
-        ConfigError: it cannot be loaded, is not a fast one, or lacks a token the objective needs.
+        ConfigError: it cannot be loaded, is not a fast one, lacks a token the objective needs, or
+            makes a special token of plain text whatever is done about it.
         DataError: there is no text to train on.
     """
     if isinstance(data.tokenizer, TrainedTokenizer):
@@ -55,7 +70,7 @@ def load_tokenizer(data: Data, texts: Iterable[str]) -> PreTrainedTokenizerFast:
                 raise ConfigError(f"{where} has no {name}, which the masked objective needs")
     elif tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return _cut_names(tokenizer, where)
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase, objective: str) -> int | None:
@@ -178,8 +193,8 @@ def check_same_vocabulary(
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A private copy of the Rust tokenizer that neither truncates nor pads, and takes the names of
-    special tokens in the text for plain text (a corpus that writes ``<mask>`` is not masked)."""
+    """A private copy of the Rust tokenizer of :func:`load_tokenizer` that neither truncates nor
+    pads; a corpus that writes ``<mask>`` is not masked."""
     backend = Tokenizer.from_str(_backend(tokenizer).to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -217,12 +232,60 @@ def _train(size: int, texts: Iterable[str], objective: str) -> PreTrainedTokeniz
         sep_token="</s>",
         unk_token="<unk>",
         mask_token=AddedToken(_MASK, lstrip=True, special=True),
+        split_special_tokens=True,
     )
+
+
+def _cut_names(tokenizer: PreTrainedTokenizerFast, where: str) -> PreTrainedTokenizerFast:
+    """The tokenizer, unable to make a special token of its name in a text.
+
+    ``split_special_tokens`` keeps the names from being cut out of the text before the model sees
+    it; but a model that has them among its pieces (Unigram, as of XLM-R) finds them by itself.
+    There, a pre-tokenizer cuts each name behind its first character: ids, pieces and scores stay.
+    """
+    plain = encoder(tokenizer)
+    names = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    names = [names[i] for i in np.flatnonzero(special_ids(tokenizer)[real_ids(tokenizer)])]
+    cuts = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1]
+    cut = encoder(tokenizer)
+    split = pre_tokenizers.Split(Regex("|".join(cuts)), "removed")
+    before = [] if cut.pre_tokenizer is None else [cut.pre_tokenizer]
+    cut.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
+    special = set(np.flatnonzero(special_ids(tokenizer)).tolist())
+    unknown = _unknown_id(plain)
+    for name in names:
+        text = f"{name} a{name}{name}"
+        found = special.intersection(plain.encode(text, add_special_tokens=False).ids)
+        left = special.intersection(cut.encode(text, add_special_tokens=False).ids)
+        if left - {unknown}:
+            raise ConfigError(f"{where} makes the special token {name!r} of the text {text!r}")
+        if found - left:
+            return _with_backend(tokenizer, cut)
+    return tokenizer
+
+
+def _unknown_id(backend: Tokenizer) -> int | None:
+    """The id that stands for text that the model has no piece for."""
+    model = json.loads(backend.to_str())["model"]
+    name = model.get("unk_token")
+    return model.get("unk_id") if name is None else backend.token_to_id(name)
+
+
+def _with_backend(
+    tokenizer: PreTrainedTokenizerFast, backend: Tokenizer
+) -> PreTrainedTokenizerFast:
+    """The tokenizer with another Rust tokenizer in it. Its own class would make one anew."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        backend.save(str(Path(folder) / "tokenizer.json"))
+        return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def _pretrained(path: str, revision: str | None) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision, use_fast=True, split_special_tokens=True
+        )
     except (OSError, ValueError, KeyError) as problem:
         raise ConfigError(f"data.tokenizer.path: cannot load {path}: {problem}") from problem
     if not tokenizer.is_fast:

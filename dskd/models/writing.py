@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dskd.engine.zero import full_shape, gathered
 from dskd.errors import DskdError
+from dskd.models.families import longest_row
 from dskd.system import dist
 from dskd.system.files import sync_folder
 
@@ -119,6 +120,8 @@ def _describe(
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = longest_row(model.config)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_card(card), encoding="utf-8")
     if len(files) > 1:

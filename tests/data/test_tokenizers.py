@@ -5,13 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import (
     check_same_vocabulary,
     continues_word,
+    encoder,
     end_id,
     load_tokenizer,
     real_ids,
@@ -205,3 +213,88 @@ def test_ids_with_holes() -> None:
     assert len(tokenizer) == 4 and vocabulary_size(tokenizer) == 7
     assert real_ids(tokenizer).tolist() == [0, 1, 4, 6]
     assert np.flatnonzero(special_ids(tokenizer)).tolist() == [0, 6]
+
+
+_NAMES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+_ROLES = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
+_ROLES |= {"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+
+
+def _unigram() -> Tokenizer:
+    """As of XLM-R: the special tokens are among the pieces, and NFKC makes some of other text."""
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=_NAMES, unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    return backend
+
+
+def _tiktoken() -> Tokenizer:
+    """A byte-level BPE that takes a whole word of its vocabulary before any merge."""
+    backend = Tokenizer(models.BPE(ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\s+"), "merged_with_next"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=_NAMES, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    return backend
+
+
+def _pieces(model: type, split: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    letters = sorted(set("".join([*TEXTS, *_NAMES])) - set(" \n"))
+    vocabulary = [*_NAMES, *letters, *(f"##{letter}" for letter in letters), "cat"]
+    backend = Tokenizer(model({t: i for i, t in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = split
+    return backend
+
+
+BACKENDS = {
+    "unigram": _unigram,
+    "tiktoken": _tiktoken,
+    "bpe": lambda: trained().backend_tokenizer,
+    "wordpiece": lambda: _pieces(models.WordPiece, pre_tokenizers.WhitespaceSplit()),
+    "wordlevel": lambda: _pieces(models.WordLevel, pre_tokenizers.WhitespaceSplit()),
+}
+_NAMED = "the cat <mask> sat<mask> </s> <s>on <pad><pad> the \uff1cmask\uff1e mat </s>"
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_names_of_special_tokens_in_the_text_are_text(tmp_path: Path, kind: str) -> None:
+    plain = PreTrainedTokenizerFast(tokenizer_object=BACKENDS[kind](), **_ROLES)
+    tokenizer = load(saved(plain, tmp_path / "plain"))
+    backend, special_V = encoder(tokenizer), special_ids(tokenizer)
+    special_V[plain.convert_tokens_to_ids("<unk>")] = False  # what a piece is missing for
+    ids = backend.encode(_NAMED, add_special_tokens=False).ids
+    assert not special_V[ids].any()
+    for text in TEXTS:
+        found = backend.encode(text, add_special_tokens=False).ids
+        assert found == plain(text, add_special_tokens=False).input_ids
+    assert tokenizer.get_vocab() == plain.get_vocab()
+    again = AutoTokenizer.from_pretrained(saved(tokenizer, tmp_path / "saved"))
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+    assert again(_NAMED, add_special_tokens=False).input_ids == ids
+    named = again("<mask>", add_special_tokens=False, split_special_tokens=False).input_ids
+    assert named == [plain.mask_token_id], "who wants the name read as the token still can"
+
+
+def test_the_name_of_the_unknown_token_is_text(tmp_path: Path) -> None:
+    plain = PreTrainedTokenizerFast(tokenizer_object=_unigram(), **_ROLES)
+    found = encoder(load(saved(plain, tmp_path))).encode("the <unk> cat", add_special_tokens=False)
+    assert "".join(found.tokens) == "\u2581the\u2581<unk>\u2581cat" and "<unk>" not in found.tokens
+
+
+def test_a_special_token_of_one_character_is_refused(tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({"<u>": 0, "|": 1, "cat": 2}, "<u>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = {"eos_token": "|", "unk_token": "<u>"}
+    folder = saved(PreTrainedTokenizerFast(tokenizer_object=backend, **roles), tmp_path)
+    with pytest.raises(ConfigError, match=r"data.tokenizer.path: .*the special token '\|' of the"):
+        load(folder, "causal")

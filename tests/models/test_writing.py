@@ -13,7 +13,7 @@ from dskd.data.tokenizers import tokenizer_fingerprint
 from dskd.engine.zero import full_shape
 from dskd.errors import DskdError
 from dskd.models import writing as exporting
-from dskd.models.families import positions_of
+from dskd.models.families import longest_row, positions_of
 from dskd.models.writing import export
 from dskd.settings.model import Model
 from tests.models.test_initial import fingerprints
@@ -145,6 +145,8 @@ def test_what_lies_beside_the_weights(tmp_path):
         export(make(model_type), tokenizer(), tmp_path / model_type, card=CARD)
     read = AutoTokenizer.from_pretrained(tmp_path / "bert")
     assert tokenizer_fingerprint(read) == tokenizer_fingerprint(tokenizer())
+    assert read.model_max_length == longest_row(make("bert").config) < 1000
+    assert tokenizer().model_max_length > 1000, "the run's own tokenizer was changed"
     config = json.loads((tmp_path / "bert/config.json").read_text())
     assert config["architectures"] == ["BertForMaskedLM"]
     assert not (tmp_path / "bert/generation_config.json").exists()

@@ -30,12 +30,22 @@ _RESOLVERS = [
     ("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:merge", re.compile(r"<<$"), "<"),
 ]
+_LONGEST = 1_000_000
+"""Most characters of a settings file, and of an override."""
+_DEEPEST = 50
+"""Most levels of lists and mappings in each other."""
+_MOST = 100_000
+"""Most scalars, aliases counted as what they stand for."""
+_DIGITS = 100
+"""Most characters of a number."""
+
 # A section whose value of one of these changes is another thing: it is replaced, never mixed.
 _IDENTITIES = ("kind", "model_type")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars above and text keys."""
+    """Safe YAML with the scalars above and text keys; for text that :func:`_refuse_unreasonable`
+    has passed."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012  PyYAML's own name; replaces, not extends, its list
 
@@ -66,9 +76,12 @@ def load(path: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(_LONGEST + 1)  # a wrong file may be of any size
     except UnicodeDecodeError as problem:
         raise ConfigError(f"{path}: not UTF-8 text (byte {problem.start})") from problem
+    except OSError as problem:
+        raise ConfigError(f"{path}: cannot be read ({problem.strerror})") from problem
     value = _parse(text, str(path))
     return {} if value is None else value
 
@@ -86,6 +99,8 @@ def overlay(overrides: Iterable[str]) -> Tree:
         place = tuple(name.split("."))
         if not equals or not all(place):
             raise ConfigError(f"command line: {text!r} is not of the form a.b=value")
+        if len(place) > _DEEPEST:
+            raise ConfigError(f"command line: {text!r} has more than {_DEEPEST} levels")
         nested = _parse(value, f"command line: {name}")
         for part in reversed(place):
             nested = {part: nested}
@@ -116,7 +131,10 @@ def merge(base: Any, over: Any, place: SettingName = ()) -> Any:
 
 
 def _parse(text: str, where: str) -> Any:
+    if len(text) > _LONGEST:
+        raise ConfigError(f"{where}: more than {_LONGEST:,} characters are no settings")
     try:
+        _refuse_unreasonable(text)
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark
@@ -124,3 +142,48 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{line}: not readable as YAML: {problem.problem}") from problem
     except yaml.YAMLError as problem:
         raise ConfigError(f"{where}: not readable as YAML: {problem}") from problem
+
+
+def _refuse_unreasonable(text: str) -> None:
+    """Refuse YAML whose tree would be endless, huge or of foreign types, before it is made.
+
+    Raises:
+        yaml.MarkedYAMLError: at the place.
+    """
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor and scalars before, of each
+    seen = 0
+    for event in yaml.parse(text, _Loader):
+        problem = None
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, seen))
+            if len(open_nodes) > _DEEPEST:
+                problem = f"more than {_DEEPEST} levels in each other"
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = seen - before
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in [anchor for anchor, _ in open_nodes]:
+                problem = f"*{event.anchor} stands for what it is part of"
+            seen += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            seen += 1
+            problem = _problem_of_text(event.value, plain=event.style is None)
+        if getattr(event, "tag", None) is not None:
+            problem = f"the tag {event.tag} says a type; write the value without one"
+        if seen > _MOST:
+            problem = f"more than {_MOST:,} values"
+        if problem is not None:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
+def _problem_of_text(value: str, *, plain: bool) -> str | None:
+    """What is wrong with a scalar that no setting can hold."""
+    if "\0" in value:
+        return "a NUL character, which no name or path can hold"
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return "half of a character pair (a lone surrogate), which is no text"
+    if plain and len(value) > _DIGITS and re.fullmatch(r"[-+0-9_.eE]+", value):
+        return f"a number of {len(value):,} characters"
+    return None

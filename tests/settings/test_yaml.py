@@ -47,7 +47,7 @@ def test_keys_are_text_and_anchors_work(tmp_path):
         ("a: 1\nb: {c: 1, c: 2}\n", r"a\.yaml:2:11: not readable as YAML: 'c' is given twice"),
         ("a: [1\n", r"a\.yaml:2:1: not readable as YAML: expected ',' or '\]'"),
         ("? [a]\n: 1\n", r"a\.yaml:1:3: not readable as YAML: a key is not text"),
-        ("a: !!python/none\n", r"a\.yaml:1:4: not readable as YAML: could not determine"),
+        ("a: !!python/none\n", r"a\.yaml:1:4: not readable as YAML: the tag tag:yaml"),
         ("a: 1\n---\nb: 1\n", r"a\.yaml:2:1: not readable as YAML: but found another document"),
         ("a: \x01\n", r"a\.yaml: not readable as YAML: .*special characters"),
     ],
@@ -126,3 +126,48 @@ def test_merge(base, over, merged):
 def test_merging_into_an_entry_that_is_not_there():
     with pytest.raises(ConfigError, match=r"a\.b\.2: no such entry; a\.b has 1"):
         yaml_tree.merge({"a": {"b": [1]}}, {"a": {"b": {"2": 0}}})
+
+
+_BOMB = "a: [&a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]" + "".join(
+    f", &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "problem"),
+    [
+        (f"a: {'9' * 4301}", ":1:4", "a number of 4,301 characters"),
+        (f"a: 0.{'9' * 4301}", ":1:4", "a number of 4,303 characters"),
+        ("a: &a [*a]", ":1:8", "*a stands for what it is part of"),
+        ("a: &a {b: [*a]}", ":1:12", "*a stands for what it is part of"),
+        (f"a: {'[' * 1000}", ":1:52", "more than 50 levels"),
+        (f"a: {'{b: ' * 1000}", "", "more than 50 levels"),
+        (f"{_BOMB}]", "", "more than 100,000 values"),
+        ("a: !!bool maybe", ":1:4", "the tag tag:yaml.org,2002:bool says a type"),
+        ("a: !!int x", ":1:4", "the tag tag:yaml.org,2002:int says a type"),
+        ("a: !!float x", ":1:4", "the tag tag:yaml.org,2002:float says a type"),
+        ("a: !!timestamp x", ":1:4", "the tag tag:yaml.org,2002:timestamp says a type"),
+        ("a: !mine [x]", ":1:4", "the tag !mine says a type"),
+        ('a: "\\ud800"', ":1:4", "a lone surrogate"),
+        ('a: {"b\\0c": 1}', ":1:5", "a NUL character"),
+        ("#" * 1_000_001, "", "more than 1,000,000 characters are no settings"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_unreasonable_yaml_is_refused_at_once(tmp_path, text, place, problem):
+    with pytest.raises(ConfigError) as caught:
+        _load(tmp_path, f"{text}\n")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'a.yaml'}{place}") and problem in message
+    assert len(message) < 300 + len(str(tmp_path))
+
+
+def test_long_lists_and_aliases_of_reason_are_read(tmp_path):
+    text = f"a: &a [{', '.join(['1'] * 1000)}]\nb: [*a, *a]\nc: {'7' * 100}\nd: '{'7' * 5000}'\n"
+    tree = _load(tmp_path, text)
+    assert tree["b"] == [[1] * 1000] * 2 and tree["c"] == int("7" * 100) and len(tree["d"]) == 5000
+
+
+def test_an_override_of_endless_depth_is_refused():
+    with pytest.raises(ConfigError, match="has more than 50 levels"):
+        yaml_tree.overlay([".".join(["a"] * 1000) + "=1"])

@@ -36,7 +36,8 @@ from dskd.models.families import (
     tie_head_bias,
 )
 from dskd.models.initial import initialise
-from dskd.models.reading import load_weights, local_folder, weight_files
+from dskd.models.reading import load_weights
+from dskd.models.weight_files import local_folder, quantisation, refuse_quantised, weight_files
 from dskd.settings.model import Model
 from dskd.system.files import file_hash, fingerprint
 

@@ -7,102 +7,45 @@ bit for bit.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from dskd.engine.zero import full_shape, gathered, is_sharded
-from dskd.errors import ConfigError, DskdError
+from dskd.errors import ConfigError
 from dskd.models.families import head_in
+from dskd.models.weight_files import Stored, open_weights
 from dskd.system import dist
 from dskd.system.log import say
 
-_NAMES = (  # in order of preference: an index of several files, or one file
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
 _RENAMED = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+_LEFTOVERS = re.compile(
+    r"(.*\.)?(pooler\..*|cls\.seq_relationship\..*|discriminator_predictions\..*"  # other heads
+    r"|classifier\..*|score\.weight|qa_outputs\..*|cls\.predictions\..*|lm_head\..*"
+    r"|embeddings\.position_ids|embeddings\.token_type_ids"  # constants that were once saved
+    r"|rotary_emb\.inv_freq|attn\.(masked_)?bias)"
+)
+"""Tensors of a language model's folder that another head or an older version left there."""
 _SHOWN = 6
-
-
-def local_folder(path: str, revision: str | None, where: str) -> Path:
-    """The folder ``path`` names, or the local copy of the hub repository of that name.
-
-    Raises:
-        ConfigError: neither exists; the message names the setting ``where``.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    if path.startswith((".", "/", "~")):
-        raise ConfigError(f"{where}: no such folder: {path}")
-    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
-    try:
-        folder = _download(path, revision, wanted)
-        if not any(folder.glob("*.safetensors")):
-            folder = _download(path, revision, ["*.bin", "*.bin.index.json"])
-    except (OSError, HFValidationError, HfHubHTTPError) as problem:
-        raise ConfigError(f"{where}: no folder and not on the hub: {path} ({problem})") from problem
-    return folder
-
-
-def folder_at_hand(path: str, revision: str | None) -> Path | None:
-    """The folder ``path`` names, or of the hub repository of that name what has been downloaded,
-    if its config has; else None."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        found = try_to_load_from_cache(path, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def weight_files(folder: Path, where: str) -> list[Path]:
-    """The files that hold the weights in a HuggingFace folder, sorted.
-
-    Raises:
-        ConfigError: there are none, or an index names one that is missing.
-    """
-    found = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
-    if found is None:
-        raise ConfigError(f"{where}: no {' or '.join(_NAMES[1::2])} in {folder}")
-    if found.suffix != ".json":
-        return [found]
-    files = sorted({folder / name for name in json.loads(found.read_text())["weight_map"].values()})
-    for file in files:
-        if not file.is_file():
-            raise ConfigError(f"{where}: {found.name} names {file.name}, which is not in {folder}")
-    return files
 
 
 def load_weights(model: PreTrainedModel, folder: Path, where: str) -> None:
     """Fill every parameter from ``folder``, rounded to the parameter's dtype (collective).
 
-    Old names are understood, weights the model has no use for are named and left out.
+    Old names are understood. Heads for other tasks and constants are named and left out; any other
+    tensor without a use here is refused, for it belongs to another model, or to the decoding of a
+    weight.
 
     Raises:
-        ConfigError: weights are missing, of another shape, damaged, or stored apart where the
-            config ties them; on every rank.
+        ConfigError: weights are missing, of another shape, damaged, codes instead of numbers, or
+            stored apart where the config ties them; on every rank.
     """
     mine = dist.rank() == 0 or not any(is_sharded(p) for p in model.parameters())
-    plan: dict[str, _Source] = {}
-    problem: DskdError | None = None
-    if mine:
-        try:
-            plan = _plan(model, _open(folder, where), where)
-        except DskdError as found:
-            problem = found
-    dist.agree(problem)
+    with dist.agreed():
+        plan = _plan(model, open_weights(model, folder, where), where) if mine else {}
     for name, parameter in model.named_parameters():
         with gathered([parameter], write=True), torch.no_grad():
             if mine:
@@ -110,59 +53,14 @@ def load_weights(model: PreTrainedModel, folder: Path, where: str) -> None:
                 parameter.copy_(source.file.read(source.key))
 
 
-class _Safetensors:
-    """An open file of weights: their shapes by key, and one tensor at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._open: Any = safe_open(path, framework="pt")
-
-    def shapes(self) -> dict[str, torch.Size]:
-        keys = self._open.keys()
-        return {key: torch.Size(self._open.get_slice(key).get_shape()) for key in keys}
-
-    def read(self, key: str) -> Tensor:
-        return self._open.get_tensor(key)
-
-
-class _Pickled:
-    """The same of a pickled file."""
-
-    def __init__(self, path: Path) -> None:
-        self._content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-    def shapes(self) -> dict[str, torch.Size]:
-        return {key: tensor.shape for key, tensor in self._content.items()}
-
-    def read(self, key: str) -> Tensor:
-        return self._content[key]
-
-
-class _Source(NamedTuple):
-    """Where one parameter's values are."""
-
-    file: _Safetensors | _Pickled
-    key: str
-    shape: torch.Size
-
-
-def _open(folder: Path, where: str) -> list[_Source]:
-    sources = []
-    for path in weight_files(folder, where):
-        try:
-            file = _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
-        except (SafetensorError, RuntimeError, OSError, ValueError) as problem:
-            raise ConfigError(f"{where}: {path} is damaged ({problem})") from problem
-        sources += [_Source(file, key, shape) for key, shape in file.shapes().items()]
-    return sources
-
-
-def _plan(model: PreTrainedModel, sources: list[_Source], where: str) -> dict[str, _Source]:
+def _plan(model: PreTrainedModel, sources: list[Stored], where: str) -> dict[str, Stored]:
     """The source of each parameter, by the first of its names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     known = {name for aliases in names.values() for name in aliases}
     stored = {_name_in(model, known, source.key): source for source in sources}
+    _refuse_foreign(stored, known, where)
     plan, missing, wrong = {}, [], []
     for name, parameter in model.named_parameters():
         found = [alias for alias in names[id(parameter)] if alias in stored]
@@ -177,13 +75,31 @@ def _plan(model: PreTrainedModel, sources: list[_Source], where: str) -> dict[st
         raise ConfigError(f"{where}: weights are missing: {_some(missing)}")
     if wrong:
         raise ConfigError(f"{where}: weights do not fit: {_some(wrong)}")
-    if unused := sorted(stored.keys() - known):
-        say(f"{where}: weights without use here are left out: {_some(unused)}")
     return plan
 
 
+def _refuse_foreign(stored: Mapping[str, Stored], known: set[str], where: str) -> None:
+    """Refuse what is neither a weight of the model nor a known leftover; name the leftovers."""
+    codes = [
+        f"{n} ({stored[n].dtype})" for n in sorted(stored.keys() & known) if not stored[n].is_value
+    ]
+    if codes:
+        raise ConfigError(
+            f"{where}: weights are stored as codes of a quantised model: {_some(codes)}"
+        )
+    unused = sorted(stored.keys() - known)
+    foreign = [name for name in unused if not _LEFTOVERS.fullmatch(name)]
+    if foreign:
+        raise ConfigError(
+            f"{where}: tensors that this model has no use for: {_some(foreign)}; they belong to "
+            f"another model or config, or to the decoding of quantised weights"
+        )
+    if unused:
+        say(f"{where}: weights without use here are left out: {_some(unused)}")
+
+
 def _the_one(
-    model: PreTrainedModel, found: list[str], stored: Mapping[str, _Source], where: str
+    model: PreTrainedModel, found: list[str], stored: Mapping[str, Stored], where: str
 ) -> str:
     """The name to read a parameter under, of those it is stored under."""
     head = head_in(model)
@@ -206,12 +122,6 @@ def _name_in(model: PreTrainedModel, known: set[str], key: str) -> str:
         key = key.replace(old, new)
     prefixed = f"{model.base_model_prefix}.{key}"
     return prefixed if key not in known and prefixed in known else key
-
-
-def _download(path: str, revision: str | None, patterns: list[str]) -> Path:
-    return Path(
-        snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
-    )
 
 
 def _some(items: list[str]) -> str:

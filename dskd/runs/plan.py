@@ -16,7 +16,7 @@ from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
 from dskd.methods.checks import validate
 from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
-from dskd.models.reading import folder_at_hand
+from dskd.models.weight_files import folder_at_hand
 from dskd.narrowing.slice_stage import sliced_config
 from dskd.runs.context import RunContext
 from dskd.runs.report import ReportSection, print_table, write_report

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dskd.engine.zero import full_shape, gathered, is_sharded
-from dskd.errors import ConfigError, DskdError
+from dskd.errors import ConfigError
 from dskd.models.families import head_in
 from dskd.system import dist
 from dskd.system.log import say
@@ -95,14 +95,8 @@ def load_weights(model: PreTrainedModel, folder: Path, where: str) -> None:
             config ties them; on every rank.
     """
     mine = dist.rank() == 0 or not any(is_sharded(p) for p in model.parameters())
-    plan: dict[str, _Source] = {}
-    problem: DskdError | None = None
-    if mine:
-        try:
-            plan = _plan(model, _open(folder, where), where)
-        except DskdError as found:
-            problem = found
-    dist.agree(problem)
+    with dist.agreed():
+        plan = _plan(model, _open(folder, where), where) if mine else {}
     for name, parameter in model.named_parameters():
         with gathered([parameter], write=True), torch.no_grad():
             if mine:

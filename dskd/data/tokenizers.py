@@ -36,12 +36,7 @@ _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0..3; <mask> comes last, as
 _MASK = "<mask>"
 _TRAINING_CHARACTERS = 100_000_000  # more text hardly changes the merges
 _SHOWN = 5
-_BYTE_SPACES = (
-    "\u0120",
-    "\u0109",
-    "\u010a",
-    "\u010d",
-)  # space, tab and line ends in byte-level BPE
+_BYTE_SPACES = ("\u0120", "\u0109", "\u010a", "\u010d")  # space, tab, line ends in byte-level BPE
 _METASPACE = "\u2581"
 
 
@@ -70,14 +65,18 @@ def load_tokenizer(data: Data, texts: Iterable[str]) -> PreTrainedTokenizerFast:
                 raise ConfigError(f"{where} has no {name}, which the masked objective needs")
     elif tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return _cut_names(tokenizer, where)
+    backend = encoder(tokenizer, where)
+    own = json.loads(tokenizer.backend_tokenizer.to_str())
+    if json.loads(backend.to_str())["pre_tokenizer"] != own["pre_tokenizer"]:
+        return _with_backend(tokenizer, backend)
+    return tokenizer
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase, objective: str) -> int | None:
     """The token every row begins with, if the tokenizer has one: cls or bos of a masked LM; bos of
     a causal LM, unless it is its end-of-text token too (GPT-2)."""
     if objective == "masked":
-        return _first_of(tokenizer.cls_token_id, tokenizer.bos_token_id)
+        return first_of(tokenizer.cls_token_id, tokenizer.bos_token_id)
     start = tokenizer.bos_token_id
     return None if start == tokenizer.eos_token_id else start
 
@@ -85,8 +84,13 @@ def start_id(tokenizer: PreTrainedTokenizerBase, objective: str) -> int | None:
 def end_id(tokenizer: PreTrainedTokenizerBase, objective: str) -> int | None:
     """The token that ends a sentence of a masked LM (sep or eos), or a document of a causal LM."""
     if objective == "masked":
-        return _first_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
+        return first_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
     return tokenizer.eos_token_id
+
+
+def first_of(first: int | None, second: int | None) -> int | None:
+    """The first id, if there is one (it may be 0), else the second."""
+    return second if first is None else first
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -140,7 +144,7 @@ def continues_word(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Fingerprint of what a tokenizer does: vocabulary, merges, normaliser, pre-tokeniser and
     special tokens; names, folders and chat templates do not count."""
-    spec = json.loads(_backend(tokenizer).to_str())
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model = {k: v for k, v in spec["model"].items() if k not in ("vocab", "merges")}
     roles = {
         role: tokenizer.convert_tokens_to_ids(str(token))
@@ -170,11 +174,7 @@ def check_same_vocabulary(
         ConfigError: they differ; the message shows the first entries that do.
     """
     tokens_a, tokens_b = dict(_tokens(a)), dict(_tokens(b))
-    different = [
-        index
-        for index in sorted(tokens_a.keys() | tokens_b.keys())
-        if tokens_a.get(index) != tokens_b.get(index)
-    ]
+    different = sorted({index for index, _ in tokens_a.items() ^ tokens_b.items()})
     if different:
         shown = "".join(
             f"\n  id {index}: {_shown(tokens_a, index)} in {name_a}, "
@@ -192,14 +192,49 @@ def check_same_vocabulary(
         )
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A private copy of the Rust tokenizer of :func:`load_tokenizer` that neither truncates nor
-    pads; a corpus that writes ``<mask>`` is not masked."""
-    backend = Tokenizer.from_str(_backend(tokenizer).to_str())
+def encoder(tokenizer: PreTrainedTokenizerBase, where: str = "data.tokenizer") -> Tokenizer:
+    """A private copy of the Rust tokenizer that neither truncates nor pads, and takes the names of
+    special tokens in a text for text (a corpus that writes ``<mask>`` is not masked).
+
+    The Rust tokenizer can be kept from cutting the names out of the text before its model sees it;
+    but a model that has them among its pieces (Unigram, as of XLM-R) finds them by itself. There, a
+    pre-tokenizer cuts each name behind its first character: ids, pieces and scores stay.
+
+    Raises:
+        ConfigError: it makes a special token of text all the same; ``where`` is the setting.
+    """
+    plain, cut = _copy(tokenizer), _copy(tokenizer)
+    special = set(np.flatnonzero(special_ids(tokenizer)).tolist())
+    names = sorted(token for token, index in tokenizer.get_vocab().items() if index in special)
+    cuts = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1]
+    split = pre_tokenizers.Split(Regex("|".join(cuts) or "(?!)"), "removed")
+    before = [] if cut.pre_tokenizer is None else [cut.pre_tokenizer]
+    cut.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
+    unknown = _unknown_id(plain)
+    needed = False
+    for name in names:
+        text = f"{name} a{name}{name}"
+        found = special.intersection(plain.encode(text, add_special_tokens=False).ids)
+        left = special.intersection(cut.encode(text, add_special_tokens=False).ids)
+        if left - {unknown}:
+            raise ConfigError(f"{where} makes the special token {name!r} of the text {text!r}")
+        needed |= bool(found - left)
+    return cut if needed else plain
+
+
+def _copy(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
     return backend
+
+
+def _unknown_id(backend: Tokenizer) -> int | None:
+    """The id that stands for text that the model has no piece for."""
+    model = json.loads(backend.to_str())["model"]
+    name = model.get("unk_token")
+    return model.get("unk_id") if name is None else backend.token_to_id(name)
 
 
 def _train(size: int, texts: Iterable[str], objective: str) -> PreTrainedTokenizerFast:
@@ -236,41 +271,6 @@ def _train(size: int, texts: Iterable[str], objective: str) -> PreTrainedTokeniz
     )
 
 
-def _cut_names(tokenizer: PreTrainedTokenizerFast, where: str) -> PreTrainedTokenizerFast:
-    """The tokenizer, unable to make a special token of its name in a text.
-
-    ``split_special_tokens`` keeps the names from being cut out of the text before the model sees
-    it; but a model that has them among its pieces (Unigram, as of XLM-R) finds them by itself.
-    There, a pre-tokenizer cuts each name behind its first character: ids, pieces and scores stay.
-    """
-    plain = encoder(tokenizer)
-    names = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    names = [names[i] for i in np.flatnonzero(special_ids(tokenizer)[real_ids(tokenizer)])]
-    cuts = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1]
-    cut = encoder(tokenizer)
-    split = pre_tokenizers.Split(Regex("|".join(cuts)), "removed")
-    before = [] if cut.pre_tokenizer is None else [cut.pre_tokenizer]
-    cut.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
-    special = set(np.flatnonzero(special_ids(tokenizer)).tolist())
-    unknown = _unknown_id(plain)
-    for name in names:
-        text = f"{name} a{name}{name}"
-        found = special.intersection(plain.encode(text, add_special_tokens=False).ids)
-        left = special.intersection(cut.encode(text, add_special_tokens=False).ids)
-        if left - {unknown}:
-            raise ConfigError(f"{where} makes the special token {name!r} of the text {text!r}")
-        if found - left:
-            return _with_backend(tokenizer, cut)
-    return tokenizer
-
-
-def _unknown_id(backend: Tokenizer) -> int | None:
-    """The id that stands for text that the model has no piece for."""
-    model = json.loads(backend.to_str())["model"]
-    name = model.get("unk_token")
-    return model.get("unk_id") if name is None else backend.token_to_id(name)
-
-
 def _with_backend(
     tokenizer: PreTrainedTokenizerFast, backend: Tokenizer
 ) -> PreTrainedTokenizerFast:
@@ -301,16 +301,8 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
         limit -= len(text)
 
 
-def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    return tokenizer.backend_tokenizer
-
-
 def _tokens(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
     return sorted((index, token) for token, index in tokenizer.get_vocab().items())
-
-
-def _first_of(first: int | None, second: int | None) -> int | None:
-    return second if first is None else first
 
 
 def _shown(tokens: dict[int, str], index: int) -> str:

@@ -19,15 +19,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from dskd.errors import ConfigError
 from dskd.settings.parsing import nearest, show
 
+_SPECIALS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 _SET_BY_OTHERS = {
     "vocab_size": "comes from the tokenizer (and vocab_multiple)",
-    "pad_token_id": "comes from the tokenizer",
-    "bos_token_id": "comes from the tokenizer",
-    "eos_token_id": "comes from the tokenizer",
-    "cls_token_id": "comes from the tokenizer",
-    "sep_token_id": "comes from the tokenizer",
-    "dtype": "comes from the precision setting",
-    "torch_dtype": "comes from the precision setting",
+    **dict.fromkeys(_SPECIALS, "comes from the tokenizer"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "comes from the precision setting"),
     "quantization_config": "weights are trained and stored as they are computed with",
 }
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")

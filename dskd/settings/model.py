@@ -37,6 +37,9 @@ class Model(Section):
     vocab_multiple: int = Field(1, ge=1)
     """Pad a random model's vocabulary to a multiple of this."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    trust_remote_code: bool = False
+    """Run the Python code that lies in the folder or hub repository of ``path``; without it such
+    code is never run, nor asked about."""
     slice: Slice | None = None
     """Of a student with a ``path``: start from that model cut to these sizes, as ``<out>/sliced``
     then holds it; null: from the whole model."""

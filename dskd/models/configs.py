@@ -1,0 +1,144 @@
+"""Settings -> config: of a random model or of a stored one, and whether rows and vocabulary fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from dskd.data.tokenizers import first_of, vocabulary_size
+from dskd.errors import ConfigError
+from dskd.models.families import (
+    ObjectiveName,
+    counts_past_padding,
+    head_of,
+    lm_head,
+    longest_row,
+    refuse_unknown,
+)
+from dskd.models.overrides import complaints, known_fields, random_config, with_own
+from dskd.models.weight_files import local_folder, refuse_quantised
+from dskd.settings.model import Model
+
+
+def hidden_size(settings: Model, *, where: str) -> int:
+    """Width of the model's hidden states, from its config alone."""
+    return config_of(settings, where=where).hidden_size
+
+
+def config_of(
+    settings: Model, *, where: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedConfig:
+    """The config of a model; of a random one without a tokenizer, but for what it has of one.
+
+    Raises:
+        ConfigError: a family or a quantisation that is not supported; fields that the config does
+            not have, values that it refuses or does not take up.
+    """
+    folder = stored_folder(settings, where)
+    if folder is None:
+        return _random_config(settings, where, tokenizer)
+    return _stored_config(settings, folder, where)
+
+
+def check_shape(
+    config: PreTrainedConfig, objective: ObjectiveName, block_size: int, where: str
+) -> None:
+    """Refuse a family that does not fit the objective, and too few positions for the rows.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    head_of(config, objective, where)
+    longest = longest_row(config)
+    if longest < block_size:
+        beyond = config.max_position_embeddings - longest
+        why = f" ({beyond} positions are taken up by the padding id)" if beyond else ""
+        raise ConfigError(
+            f"{where}.config.max_position_embeddings: {config.max_position_embeddings} are too few "
+            f"for data.block_size {block_size}; {block_size + beyond} are needed{why}"
+        )
+
+
+def check_vocabulary(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, where: str
+) -> None:
+    """Refuse a vocabulary that is smaller than the tokenizer's, or pads by another token where
+    positions are counted from it.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if config.vocab_size < vocabulary_size(tokenizer):
+        raise ConfigError(
+            f"{where}: its vocabulary of {config.vocab_size} is smaller than the tokenizer's "
+            f"{vocabulary_size(tokenizer)}"
+        )
+    if counts_past_padding(config) and config.pad_token_id != tokenizer.pad_token_id:
+        raise ConfigError(
+            f"{where}: its pad_token_id is {config.pad_token_id}, the tokenizer's "
+            f"{tokenizer.pad_token_id}; {config.model_type} counts positions by it"
+        )
+
+
+def stored_folder(settings: Model, where: str) -> Path | None:
+    """The folder of a stored model, downloaded if need be; None of a random one."""
+    if settings.path is None:
+        return None
+    return local_folder(settings.path, settings.revision, f"{where}.path")
+
+
+def _random_config(
+    settings: Model, where: str, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedConfig:
+    """The config of a random model; without a tokenizer its vocabulary is HuggingFace's default."""
+    fields = dict(settings.config)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError(f"{where}.config.model_type: needed without {where}.path")
+    refuse_unknown(model_type, f"{where}.config.model_type")
+    given: dict[str, int | None] = {}
+    if tokenizer is not None:
+        special = _special_ids(tokenizer, lm_head(model_type).objective)
+        known = known_fields(type(AutoConfig.for_model(model_type)))
+        given = {name: value for name, value in special.items() if name in known}
+        multiple = settings.vocab_multiple
+        given["vocab_size"] = -(-vocabulary_size(tokenizer) // multiple) * multiple
+    return random_config(model_type, fields, given, f"{where}.config")
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, objective: str) -> dict[str, int | None]:
+    """The config's ids of special tokens."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return {
+        # As the embeddings' padding index a token gets no gradient: never one that text contains.
+        "pad_token_id": None if objective == "causal" and pad == end else pad,
+        "bos_token_id": first_of(tokenizer.bos_token_id, tokenizer.cls_token_id),
+        "eos_token_id": first_of(end, tokenizer.sep_token_id),
+        "cls_token_id": tokenizer.cls_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+    }
+
+
+def _stored_config(settings: Model, folder: Path, where: str) -> PreTrainedConfig:
+    with complaints(f"{where}.path: cannot read the config in {folder}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    refuse_unknown(config.model_type, f"{where}.path: model_type of {folder}")
+    if getattr(config, "quantization_config", None) is not None:
+        refuse_quantised(config.quantization_config, f"{where}.path")
+        del config.quantization_config  # the weights are read as they are meant
+    return with_fields(config, settings.config, where)
+
+
+def with_fields(config: PreTrainedConfig, own: dict[str, Any], where: str) -> PreTrainedConfig:
+    """A stored model's config, with the settings' own fields for it.
+
+    Raises:
+        ConfigError: another model type, fields that it does not have, values that it refuses or
+            does not take up.
+    """
+    fields = dict(own)
+    if fields.pop("model_type", config.model_type) != config.model_type:
+        raise ConfigError(f"{where}.config.model_type: {where}.path holds a {config.model_type}")
+    return with_own(config, fields, f"{where}.config") if fields else config

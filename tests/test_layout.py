@@ -27,10 +27,7 @@ NEVER_IN_METHODS = {"training", "runs", "train"}
 
 SHARED_BY_METHODS = {"methods.base", "methods.inheritance_loss", "methods.metrics"}
 
-MAY_IMPORT = {
-    "deepspeed": {"dskd/engine/"},
-    "triton": {"kernels/"},
-}
+MAY_IMPORT = {"deepspeed": {"dskd/engine/"}, "triton": {"kernels/"}}
 
 
 def sources(*folders: str) -> list[Path]:

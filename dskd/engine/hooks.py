@@ -24,10 +24,7 @@ class Probe(Protocol):
     """Gradients of batches of one's own, which no optimiser step follows."""
 
     def __call__(
-        self,
-        batches: Sequence[Batch],
-        loss: Loss | None = None,
-        counts: LossCounts | None = None,
+        self, batches: Sequence[Batch], loss: Loss | None = None, counts: LossCounts | None = None
     ) -> ParameterShards:
         """The gradient of a loss, of one effective batch over all ranks (collective).
 

@@ -52,12 +52,5 @@ def _fill(
     # The first is set by DeepSpeed's launcher, the second by torchrun.
     local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))
     return fill_auto(
-        ds,
-        run,
-        world,
-        hidden,
-        on_gpu(),
-        bf16=has_bf16(),
-        ranks_per_node=local,
-        **options,
+        ds, run, world, hidden, on_gpu(), bf16=has_bf16(), ranks_per_node=local, **options
     )

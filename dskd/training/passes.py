@@ -143,10 +143,7 @@ class GradientProbe:
         self._calls = 0
 
     def __call__(
-        self,
-        batches: Sequence[Batch],
-        loss: Loss | None = None,
-        counts: LossCounts | None = None,
+        self, batches: Sequence[Batch], loss: Loss | None = None, counts: LossCounts | None = None
     ) -> ParameterShards:
         """The gradient of a loss over all ranks' micro-batches; see the protocol."""
         self.forget()

@@ -127,7 +127,7 @@ def trained(
     trainer, engine = trainer_of(ds, precision, StepHooks() if hooks is None else hooks, dropout)
     numbers = []
     for step in range(STEPS):
-        trainer._progress.step = step
+        trainer.progress.step = step
         result = trainer.step(stop=False)
         assert result.applied
         numbers += [result.loss, result.grad_norm]

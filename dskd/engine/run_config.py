@@ -14,12 +14,8 @@ from dskd.system.device import has_bf16, on_gpu
 
 
 def student_config(run: Run, hidden: int, *, world: int | None = None) -> dict[str, Any]:
-    """The run's DeepSpeed config without ``auto``.
-
-    Args:
-        run: the settings.
-        hidden: the student's hidden size, which the buckets of ZeRO-3 follow.
-        world: number of ranks; None: of this group.
+    """The run's DeepSpeed config without ``auto``, for a student of that hidden size, on ``world``
+    ranks (None: those of this group).
 
     Raises:
         ConfigError: the JSON cannot be read, contradicts the settings or has no meaning here.

@@ -73,11 +73,8 @@ def decay_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list
         return [{"params": trained, "weight_decay": weight_decay}]
     matrices = [p for p in trained if len(full_shape(p)) > 1]
     vectors = [p for p in trained if len(full_shape(p)) <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    groups = [(matrices, weight_decay), (vectors, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
 class Engine:

@@ -41,9 +41,8 @@ def _fill(
     ds: dict[str, Any], run: Run, world: int | None, hidden: int, **options: Any
 ) -> dict[str, Any]:
     world = dist.world() if world is None else world
-    frozen = "precision" in options
-    if (options["precision"] if frozen else run.train.precision) == "fp16" and not on_gpu():
-        setting = "the teacher's precision" if frozen else "train.precision"
+    if options.get("precision", run.train.precision) == "fp16" and not on_gpu():
+        setting = "the teacher's precision" if "precision" in options else "train.precision"
         raise ConfigError(f"{setting}: fp16 needs a GPU; use bf16 or fp32")
     # The first is set by DeepSpeed's launcher, the second by torchrun.
     local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))

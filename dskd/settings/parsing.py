@@ -33,14 +33,12 @@ _EXPECTED = {
 
 
 def parse(cls: type[S], tree: Any, prefix: str = "", *, where: str = "") -> S:
-    """Build a section from a tree.
+    """Build a section from a tree of mappings, lists and scalars.
 
     Types are strict: a whole number may stand for a float, nothing else is converted. A section
     without ``kind`` gets the kind of its default.
 
     Args:
-        cls: the section's class.
-        tree: mappings, lists and scalars.
         prefix: dotted name of the section itself, put before the names in messages.
         where: file the tree came from, named in front of every message.
 

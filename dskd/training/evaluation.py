@@ -54,14 +54,8 @@ def evaluate(
     micro_batch: int,
     device: torch.device,
 ) -> Scores:
-    """Results of the metrics on each of the sets, in eval mode (collective).
-
-    Args:
-        objective: holds the student, in its engine or plain.
-        sets: of different names.
-        metrics: their results have different names.
-        micro_batch: rows of a forward pass.
-        device: where the student is.
+    """Results of the metrics on each of the sets, all of different names, in eval mode, by forward
+    passes of ``micro_batch`` rows (collective). The student is in its engine or plain.
 
     Raises:
         DataError: no position of a set is supervised.

@@ -57,11 +57,8 @@ def losses(run: Path) -> list[float]:
 
 def evaluations(run: Path) -> list[float]:
     """The evaluation losses, in order."""
-    return [
-        line["eval_nll"]
-        for line in read_metrics(run / "train" / "metrics.jsonl")
-        if "eval_nll" in line
-    ]
+    lines = read_metrics(run / "train" / "metrics.jsonl")
+    return [line["eval_nll"] for line in lines if "eval_nll" in line]
 
 
 def exported_nll(run: Path) -> float:

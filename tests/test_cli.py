@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -125,11 +126,8 @@ def test_report_command(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(plan, "report_folders", write)
     words = ["report", "r/ki", "r/scratch", "--control", "scratch", "--out", str(tmp_path)]
     assert main(words) == 0
-    assert {name: str(path) for name, path in seen["runs"].items()} == {
-        "ki": "r/ki",
-        "scratch": "r/scratch",
-    }
-    assert seen["control"] == "scratch"
+    runs = {"ki": Path("r/ki"), "scratch": Path("r/scratch")}
+    assert seen == {"runs": runs, "control": "scratch"}
     assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
 
 

@@ -81,26 +81,21 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, selection: Selection | None) -> None:
-        self._folder = folder
+        self.folder = folder
         self._keep = keep
         self._selection = selection
 
     def clean(self) -> None:
         """Remove what an interrupted save or conversion left behind."""
         if dist.rank() == 0:
-            for leftover in self._folder.glob(".*-step-*"):
+            for leftover in self.folder.glob(".*-step-*"):
                 shutil.rmtree(leftover)
         dist.barrier()
 
     def begin(self, step: int) -> str:
         """The temporary tag under :attr:`folder` that the engine writes into."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         return f"{_TEMPORARY}{_name(step)}"
-
-    @property
-    def folder(self) -> Path:
-        """Where the checkpoints live."""
-        return self._folder
 
     def commit(self, step: int, about: dict[str, Any]) -> None:
         """Hash and flush what the engine wrote after :meth:`begin`, then give it its name.
@@ -109,7 +104,7 @@ class Checkpoints:
         :class:`Saved`.
         """
         dist.barrier()
-        temporary = self._folder / f"{_TEMPORARY}{_name(step)}"
+        temporary = self.folder / f"{_TEMPORARY}{_name(step)}"
         # A file system of many nodes may show each only what it wrote itself yet.
         names = sorted({n for part in dist.gather_objects(_names(temporary)) for n in part})
         mine = {name: _seal(temporary / name) for name in names[dist.rank() :: dist.world()]}
@@ -117,9 +112,9 @@ class Checkpoints:
         if dist.rank() == 0:
             content = {"format": FORMAT, "step": step, **about, "files": files}
             write_manifest(temporary / MANIFEST, content)
-            final = self._folder / _name(step)
+            final = self.folder / _name(step)
             temporary.rename(final)
-            sync_folder(self._folder)
+            sync_folder(self.folder)
             self._prune()
         dist.barrier()
 
@@ -152,7 +147,7 @@ class Checkpoints:
         return dist.on_rank0(read)
 
     def _listed(self) -> list[str]:
-        return sorted(p.name for p in self._folder.glob("step-*") if p.is_dir())
+        return sorted(p.name for p in self.folder.glob("step-*") if p.is_dir())
 
     def _best_name(self) -> str:
         names = self._listed()
@@ -166,7 +161,7 @@ class Checkpoints:
         return min(losses, key=losses.__getitem__) if losses else names[-1]
 
     def _manifest(self, name: str) -> dict[str, Any]:
-        path = self._folder / name / MANIFEST
+        path = self.folder / name / MANIFEST
         manifest = read_manifest(path, CheckpointError)
         if manifest.get("format") != FORMAT:
             raise CheckpointError(
@@ -175,24 +170,22 @@ class Checkpoints:
         return manifest
 
     def _open(self, name: str) -> Saved:
-        problem = manifest = None
-        try:
-            manifest = self._manifest(name)
-            self._verify(name, manifest["files"])
-        except CheckpointError as error:
-            problem = CheckpointError(
-                f"{error}; to go on from the checkpoint before it, delete {self._folder / name}"
-            )
-        dist.agree(problem)
-        assert manifest is not None
+        folder = self.folder / name
+        with dist.agreed():
+            try:
+                manifest = self._manifest(name)
+                self._verify(name, manifest["files"])
+            except CheckpointError as error:
+                text = f"{error}; to go on from the checkpoint before it, delete {folder}"
+                raise CheckpointError(text) from error
         score = None if manifest["score"] is None else Score(**manifest["score"])
         about = {k: manifest[k] for k in ("step", "world", "stage", "precision", "state")}
-        return Saved(folder=self._folder / name, score=score, **about)
+        return Saved(folder=folder, score=score, **about)
 
     def _verify(self, name: str, files: dict[str, Any]) -> None:
         """Check this rank's share of the files against the manifest."""
         for file in sorted(files)[dist.rank() :: dist.world()]:
-            path = self._folder / name / file
+            path = self.folder / name / file
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing")
             if path.stat().st_size != files[file]["bytes"]:
@@ -210,8 +203,8 @@ class Checkpoints:
         for name in names:
             if name not in kept:
                 # Renamed first: a kill inside rmtree must not leave half a checkpoint so named.
-                doomed = self._folder / f".dead-{name}"
-                (self._folder / name).rename(doomed)
+                doomed = self.folder / f".dead-{name}"
+                (self.folder / name).rename(doomed)
                 shutil.rmtree(doomed)
 
 

@@ -41,9 +41,8 @@ def load_preset(name: str | Path) -> DS:
         names = sorted(preset.stem for preset in folder.glob("*.json"))
         if str(name) not in names:
             known = f"; there are {', '.join(names)}, or give the path of a .json file"
-            raise ConfigError(
-                f"deepspeed: no preset {str(name)!r}{nearest(str(name), names)}{known}"
-            )
+            near = nearest(str(name), names)
+            raise ConfigError(f"deepspeed: no preset {str(name)!r}{near}{known}")
     if not path.is_file():
         raise ConfigError(f"deepspeed: {path}: no such file")
     try:
@@ -165,13 +164,17 @@ class _Filling:
             elif inner in NESTED and value is not None:
                 self._check_nested(inner, value)
 
-    def settle(self, section: DS, key: str, value: Any, name: str, setting: str) -> None:
+    def settle(self, name: str, value: Any, setting: str) -> None:
         """Put ``value`` where the JSON says nothing or "auto"; anything else must equal it."""
+        *above, key = name.split(".")
+        section = self.ds
+        for part in above:
+            section = section[part]
         given = section.get(key, "auto")
         if given == "auto":
             section[key] = value
         elif given != value:
-            problem = f"{name}{key} is {show(given)}, but {setting} is {show(value)}"
+            problem = f"{name} is {show(given)}, but {setting} is {show(value)}"
             self.problems.append(problem + '; write "auto" to follow the setting')
 
     def freeze(self) -> None:
@@ -191,12 +194,10 @@ class _Filling:
         """The three batch sizes."""
         train = run.train
         sizes = "train.batch / (train.micro_batch x ranks)"
-        self.settle(self.ds, "train_batch_size", train.batch, "", "train.batch")
-        self.settle(
-            self.ds, "train_micro_batch_size_per_gpu", train.micro_batch, "", "train.micro_batch"
-        )
+        self.settle("train_batch_size", train.batch, "train.batch")
+        self.settle("train_micro_batch_size_per_gpu", train.micro_batch, "train.micro_batch")
         steps = train.batch // (train.micro_batch * world)
-        self.settle(self.ds, "gradient_accumulation_steps", steps, "", sizes)
+        self.settle("gradient_accumulation_steps", steps, sizes)
         self.ds.setdefault("steps_per_print", _NEVER_PRINT)
 
     def precision(self, wanted: Precision, setting: str, bf16: bool) -> None:
@@ -206,9 +207,8 @@ class _Filling:
         }
         wrong = [name for name, value in given.items() if value not in (True, False, "auto")]
         for name in wrong:
-            self.problems.append(
-                f'{name}.enabled: {show(given[name])} is not true, false or "auto"'
-            )
+            text = f'{show(given[name])} is not true, false or "auto"'
+            self.problems.append(f"{name}.enabled: {text}")
         fixed = [name for name, value in given.items() if value is True]
         if len(fixed) == 2:
             self.problems.append("bf16.enabled and fp16.enabled are both true; choose one")
@@ -218,9 +218,8 @@ class _Filling:
             free = bf16 and given["bf16"] == "auto"
             wanted = fixed[0] if fixed else "bf16" if free else "fp32"
         if wanted == "fp16" and not self.ds.get("zero_optimization", {}).get("stage", 0):
-            self.problems.append(
-                "fp16 needs ZeRO-1, 2 or 3: at stage 0 DeepSpeed does not scale the loss"
-            )
+            text = "fp16 needs ZeRO-1, 2 or 3: at stage 0 DeepSpeed does not scale the loss"
+            self.problems.append(text)
         for name, value in given.items():
             self.ds[name]["enabled"] = name == wanted
             if value not in ("auto", name == wanted):
@@ -229,7 +228,7 @@ class _Filling:
     def training(self, run: Run) -> None:
         """Clipping and the optimizer."""
         train = run.train
-        self.settle(self.ds, "gradient_clipping", train.clip, "", "train.clip")
+        self.settle("gradient_clipping", train.clip, "train.clip")
         optimizer = self.ds.setdefault("optimizer", {"type": "AdamW"})
         kind, params = optimizer.get("type"), optimizer.setdefault("params", {})
         if not isinstance(kind, str) or not isinstance(params, dict):
@@ -239,7 +238,7 @@ class _Filling:
         for key in ("lr", "betas", "eps", "weight_decay"):
             if adam or key == "lr" or key in params:  # other optimizers do not have all of them
                 value = list(train.betas) if key == "betas" else getattr(train, key)
-                self.settle(params, key, value, "optimizer.params.", f"train.{key}")
+                self.settle(f"optimizer.params.{key}", value, f"train.{key}")
         if adam:
             self._adam(params)
 
@@ -272,13 +271,11 @@ class _Filling:
         if world % max(zero.get("zero_hpz_partition_size", 1), 1):
             name, size = "zero_hpz_partition_size", zero["zero_hpz_partition_size"]
             self.problems.append(f"zero_optimization.{name} {size} does not divide {world} ranks")
+        # A buffer must hold the largest parameter: the embedding of at most 2^18 tokens.
+        size = max(100_000_000, hidden * 2**18)
+        autos = {"pin_memory": self.cuda, "nvme_path": str(swap), "buffer_size": size}
         for name in ("offload_param", "offload_optimizer"):
-            # A buffer must hold the largest parameter: the embedding of at most 2^18 tokens.
-            size = max(100_000_000, hidden * 2**18)
-            _fill(
-                zero.get(name) or {},
-                {"pin_memory": self.cuda, "nvme_path": str(swap), "buffer_size": size},
-            )
+            _fill(zero.get(name) or {}, autos)
 
     def left(self, value: Any, name: str = "") -> None:
         """Refuse an "auto" that nothing has filled."""
@@ -286,9 +283,8 @@ class _Filling:
             for key, entry in value.items():
                 self.left(entry, f"{name}.{key}" if name else key)
         elif value == "auto":
-            self.problems.append(
-                f'{name}: dskd fills no "auto" here; write a value or leave it out'
-            )
+            text = 'dskd fills no "auto" here; write a value or leave it out'
+            self.problems.append(f"{name}: {text}")
 
 
 def _fill(section: DS, autos: DS) -> None:

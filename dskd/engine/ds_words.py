@@ -18,8 +18,14 @@ TOP: frozenset[str] = frozenset(_TOP.split())
 
 _LOADER = "dskd's own loader decides what a batch is; leave it out"
 _COUNTS = "dskd divides by its own global counts, which needs the default; leave it out"
-_PARALLEL = "dskd shards by ZeRO only; leave it out"
-_REMOVED = "DeepSpeed has removed it; leave it out"
+_PARALLEL = """
+    pipeline tensor_parallel expert_parallel use_data_before_expert_parallelism
+    sequence_parallel_size seq_parallel_communication_data_type
+"""
+_REMOVED = """
+    compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula
+    progressive_layer_drop quantize_training sparse_attention sparse_gradients
+"""
 
 UNUSED: dict[str, str] = {
     "scheduler": "dskd sets the rate: train.lr, train.schedule, train.warmup; leave it out",
@@ -31,12 +37,7 @@ UNUSED: dict[str, str] = {
     "dataloader_drop_last": _LOADER,
     "gradient_allreduce_op": _COUNTS,
     "managed_gradient_accumulation": _COUNTS,
-    "pipeline": _PARALLEL,
-    "tensor_parallel": _PARALLEL,
-    "expert_parallel": _PARALLEL,
-    "use_data_before_expert_parallelism": _PARALLEL,
-    "sequence_parallel_size": _PARALLEL,
-    "seq_parallel_communication_data_type": _PARALLEL,
+    **dict.fromkeys(_PARALLEL.split(), "dskd shards by ZeRO only; leave it out"),
     "hybrid_engine": "it is for generation in the training loop; leave it out",
     "autotuning": "it restarts the launcher with settings of its own; leave it out",
     "weight_quantization": "it is for inference; leave it out",
@@ -44,16 +45,7 @@ UNUSED: dict[str, str] = {
     "disable_allgather": "without effect in DeepSpeed itself; leave it out",
     "vocabulary_size": "the tokenizer decides, see model.vocab_multiple; leave it out",
     "amp": "DeepSpeed has removed it; set train.precision instead",
-    "compression_training": _REMOVED,
-    "curriculum_learning": _REMOVED,
-    "eigenvalue": _REMOVED,
-    "elasticity": _REMOVED,
-    "graph_harvesting": _REMOVED,
-    "nebula": _REMOVED,
-    "progressive_layer_drop": _REMOVED,
-    "quantize_training": _REMOVED,
-    "sparse_attention": _REMOVED,
-    "sparse_gradients": _REMOVED,
+    **dict.fromkeys(_REMOVED.split(), "DeepSpeed has removed it; leave it out"),
 }
 """Top-level words that DeepSpeed has or had and dskd refuses, and why."""
 

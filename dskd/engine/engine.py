@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dskd.batch import Batch, Loss, Term
 from dskd.engine.ds_config import precision_of
 from dskd.engine.shards import ParameterShards, shards_of
+from dskd.engine.zero import full_shape
 from dskd.system import dist
 from dskd.system.device import on_gpu
 
@@ -70,18 +71,10 @@ def decay_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list
     trained = [p for p in model.parameters() if p.requires_grad]
     if decay_all:
         return [{"params": trained, "weight_decay": weight_decay}]
-    matrices = [p for p in trained if _rank_of(p) > 1]
-    vectors = [p for p in trained if _rank_of(p) <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _rank_of(parameter: nn.Parameter) -> int:
-    """Number of axes; a ZeRO-3 parameter keeps its true shape in ``ds_shape``."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    matrices = [p for p in trained if len(full_shape(p)) > 1]
+    vectors = [p for p in trained if len(full_shape(p)) <= 1]
+    groups = [(matrices, weight_decay), (vectors, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
 class Engine:
@@ -165,12 +158,11 @@ class Engine:
         # At ZeRO-3 this also restarts the count of passes, of which the first one's gradients are
         # copied into the buffers and the others' added.
         optimizer.zero_grad(set_to_none=True)
-        if self.stage in (1, 2):
+        if self.stage:
             optimizer.averaged_gradients.clear()  # complete ones
+        if self.stage in (1, 2):
             optimizer.all_grad_tensors.clear()  # those of passes that were no boundary
             optimizer.micro_step_id = INITIAL_MICRO_STEP_ID  # by which an offloaded one adds up
-        elif self.stage == 3:
-            optimizer.averaged_gradients.clear()
 
     def grad_norm(self) -> Tensor | None:
         """Global gradient norm before clipping, a float64 scalar still on the device: after the

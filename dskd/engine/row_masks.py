@@ -39,20 +39,13 @@ class RowMasks:
         self._run = run
 
     def problems(self, columns: frozenset[str], *, cached: bool) -> Iterator[tuple[str, str]]:
-        """What of the run does not go with these masks: names of settings, and what is wrong.
-
-        Args:
-            columns: those of a batch that the method's loss reads.
-            cached: whether a teacher is a cached one.
-        """
+        """What of the run does not go with these masks, a loss that reads these ``columns`` of a
+        batch, and a ``cached`` teacher, if there is one: names of settings, and what is wrong."""
         del columns
         masked = self._run.data.objective == "masked"
         if cached and masked and self._run.data.masking.draws is None:
-            yield (
-                "data.masking.draws",
-                "missing; a cached teacher holds so many masks of each row (epoch e uses"
-                " e % draws)",
-            )
+            text = "missing; a cached teacher holds so many masks of each row"
+            yield "data.masking.draws", f"{text} (epoch e uses e % draws)"
 
     def models(self) -> Mapping[str, Model]:
         """Models that are needed for the masks alone, by the name of their setting."""
@@ -74,12 +67,8 @@ class RowMasks:
         return ()
 
     def hooks(self, context: StageContext, student: nn.Module) -> StepHooks | None:
-        """What keeps the masks up to date while the student trains; None: nothing.
-
-        Args:
-            context: of the run.
-            student: the model under training; it may be in its engine by the time it is needed.
-        """
+        """What keeps the masks up to date while the student trains, which may be in its engine by
+        the time it is needed; None: nothing."""
         del context, student
         return None
 

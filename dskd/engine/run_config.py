@@ -14,12 +14,8 @@ from dskd.system.device import has_bf16, on_gpu
 
 
 def student_config(run: Run, hidden: int, *, world: int | None = None) -> dict[str, Any]:
-    """The run's DeepSpeed config without ``auto``.
-
-    Args:
-        run: the settings.
-        hidden: the student's hidden size, which the buckets of ZeRO-3 follow.
-        world: number of ranks; None: of this group.
+    """The run's DeepSpeed config without ``auto``, for a student of that hidden size, on ``world``
+    ranks (None: those of this group).
 
     Raises:
         ConfigError: the JSON cannot be read, contradicts the settings or has no meaning here.
@@ -45,19 +41,11 @@ def _fill(
     ds: dict[str, Any], run: Run, world: int | None, hidden: int, **options: Any
 ) -> dict[str, Any]:
     world = dist.world() if world is None else world
-    frozen = "precision" in options
-    if (options["precision"] if frozen else run.train.precision) == "fp16" and not on_gpu():
-        setting = "the teacher's precision" if frozen else "train.precision"
+    if options.get("precision", run.train.precision) == "fp16" and not on_gpu():
+        setting = "the teacher's precision" if "precision" in options else "train.precision"
         raise ConfigError(f"{setting}: fp16 needs a GPU; use bf16 or fp32")
     # The first is set by DeepSpeed's launcher, the second by torchrun.
     local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))
     return fill_auto(
-        ds,
-        run,
-        world,
-        hidden,
-        on_gpu(),
-        bf16=has_bf16(),
-        ranks_per_node=local,
-        **options,
+        ds, run, world, hidden, on_gpu(), bf16=has_bf16(), ranks_per_node=local, **options
     )

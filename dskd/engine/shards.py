@@ -84,14 +84,8 @@ class ParameterShards:
     def shard(self, name: str) -> Shard | None:
         """This rank's piece of a parameter, if it holds any of it."""
         parameter = self._parameters[name]
-        return self._piece(
-            name,
-            parameter.shape,
-            0,
-            parameter.detach(),
-            parameter.grad,
-            self._optimizer.state.get(parameter, {}),
-        )
+        weight, gradient = parameter.detach(), parameter.grad
+        return self._piece(name, parameter.shape, 0, weight, gradient, parameter)
 
     def whole(self, name: str) -> Tensor:
         """The whole fp32 weight, on every rank, not to be changed (collective under ZeRO)."""
@@ -113,13 +107,18 @@ class ParameterShards:
         start: int,
         weight: Tensor,
         gradient: Tensor | None,
-        state: Mapping[str, Tensor],
+        stepped: Tensor,
+        held: int = 0,
     ) -> Shard:
-        moments = {key: state[key].view(-1) for key in MOMENTS if key in state}
+        """``stepped``: what the optimizer steps, in which the piece begins at ``held``."""
+        flat = weight.view(-1)
+        state = self._optimizer.state.get(stepped, {})
+        pieces = {key: state[key].view(-1) for key in MOMENTS if key in state}
+        moments = {key: value.narrow(0, held, len(flat)) for key, value in pieces.items()}
         if not self._gradients:
             gradient = None
-        flat = None if gradient is None else gradient.detach().view(-1)
-        return Shard(name, shape, start, weight.view(-1), flat, moments)
+        gradient = None if gradient is None else gradient.detach().view(-1)
+        return Shard(name, shape, start, flat, gradient, moments)
 
 
 class CopiedShards(ParameterShards):
@@ -136,9 +135,8 @@ class CopiedShards(ParameterShards):
 
     def shard(self, name: str) -> Shard | None:
         """The whole parameter: the copy's weight and moments, the parameter's own gradient."""
-        parameter, master = self._parameters[name], self._masters[name]
-        state = self._optimizer.state.get(master, {})
-        return self._piece(name, master.shape, 0, master.detach(), parameter.grad, state)
+        gradient, master = self._parameters[name].grad, self._masters[name]
+        return self._piece(name, master.shape, 0, master.detach(), gradient, master)
 
     def whole(self, name: str) -> Tensor:
         """The fp32 copy."""
@@ -199,18 +197,13 @@ class PartitionShards(ParameterShards):
         if place is None:
             return None
         flat = self._zero.single_partition_of_fp32_groups[place.group]
-        state = {
-            key: value.narrow(0, place.held, place.size)
-            for key, value in self._optimizer.state.get(flat, {}).items()
-            if key in MOMENTS
-        }
         gradient = None
         if self._gradients and self._zero.cpu_offload:
             gradient = flat.grad.narrow(0, place.held, place.size)
         elif self._gradients:
             gradient = self._held[place.group, place.held]
-        weight = flat.detach().narrow(0, place.held, place.size)
-        return self._piece(name, parameter.shape, place.start, weight, gradient, state)
+        weight, shape = flat.detach().narrow(0, place.held, place.size), parameter.shape
+        return self._piece(name, shape, place.start, weight, gradient, flat, place.held)
 
     def whole(self, name: str) -> Tensor:
         """The weight put together from the ranks' partitions."""
@@ -264,17 +257,12 @@ class SliceShards(ParameterShards):
         weight, group = self._zero._get_fp32_opt_state_partition(parameter, True)
         flat = self._zero.fp32_partitioned_groups_flat[group]
         _, place, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-        state = {
-            key: value.narrow(0, place, size)
-            for key, value in self._optimizer.state.get(flat, {}).items()
-            if key in MOMENTS
-        }
         gradient = None
         if self._gradients:
             held, _ = self._zero._get_fp32_grad_state_partition(parameter, True)
             gradient = held.narrow(0, 0, size)
-        shape = torch.Size(parameter.ds_shape)
-        return self._piece(name, shape, start, weight.detach()[:size], gradient, state)
+        shape, weight = torch.Size(parameter.ds_shape), weight.detach()[:size]
+        return self._piece(name, shape, start, weight, gradient, flat, place)
 
     def whole(self, name: str) -> Tensor:
         """The weight put together from the ranks' slices."""

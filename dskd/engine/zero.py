@@ -16,11 +16,6 @@ from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import nn
 
 
-def is_stage3(ds: dict[str, Any] | None) -> bool:
-    """Whether a DeepSpeed config (None: no DeepSpeed) shards parameters."""
-    return ds is not None and ds.get("zero_optimization", {}).get("stage", 0) == 3
-
-
 def sharded_construction(ds: dict[str, Any] | None) -> AbstractContextManager[Any]:
     """Modules built in this context give up all but this rank's slice of each parameter at once.
 
@@ -28,7 +23,7 @@ def sharded_construction(ds: dict[str, Any] | None) -> AbstractContextManager[An
     the config says ``memory_efficient_linear: false``, ``torch.nn.functional.linear`` is replaced
     for the rest of the process by one that keeps no gathered weight for the backward pass.
     """
-    if not is_stage3(ds):
+    if ds is None or ds.get("zero_optimization", {}).get("stage", 0) != 3:
         return nullcontext()
     # The dtype is the caller's default: DeepSpeed's override would round every new tensor, also
     # rotary frequencies, to the training dtype.

@@ -42,12 +42,8 @@ NOMINAL_HIDDEN = 1024
 
 
 def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
-    """Refuse everything that can be known to be wrong before a process group or a model exists.
-
-    Args:
-        recipe: the runs.
-        methods: the method of each.
-        world: number of ranks.
+    """Refuse everything that can be known to be wrong before a process group or a model exists, of
+    which there will be ``world`` ranks.
 
     Raises:
         ConfigError: contradictions among the settings, with the DeepSpeed JSONs, or with the
@@ -75,15 +71,7 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
 
 
 def refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
-    """Refuse an ``until`` that is no stage of any of the runs.
-
-    Args:
-        recipe: the runs.
-        methods: the method of each.
-
-    Raises:
-        ConfigError: names the setting and the stages that there are.
-    """
+    """Refuse an ``until`` that is no stage of any of the runs, and name those that there are."""
     known = _known(recipe, methods)
     for name, run in recipe.runs.items():
         if run.until not in known:
@@ -116,7 +104,7 @@ def _starts_as(recipe: Recipe, methods: Mapping[str, Method], name: str) -> PreT
 
     What an earlier run of the recipe will export may not be there yet, but its settings say it.
     """
-    run = recipe.runs[name]
+    run, config = recipe.runs[name], None
     source, maker = source_settings(run), _exporter(recipe, run.model)
     if maker is not None:
         config = _starts_as(recipe, methods, maker)
@@ -127,8 +115,6 @@ def _starts_as(recipe: Recipe, methods: Mapping[str, Method], name: str) -> PreT
         config = config_of(source, where="model")
     elif (folder := folder_at_hand(source.path, source.revision)) is not None:
         config = config_of(source.model_copy(update={"path": str(folder)}), where="model")
-    else:
-        config = None
     if config is None or run.model.slice is None:
         return config
     return sliced_config(config, run.model)
@@ -171,14 +157,8 @@ def _known(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, Stage]:
 
 
 def _to_do(stages: Sequence[Stage], until: str, known: Mapping[str, Stage]) -> tuple[Stage, ...]:
-    """The stages of a run up to the last one that its settings want.
-
-    Args:
-        stages: all of the run's.
-        until: the last one's name. It may be of a stage that only other runs of the recipe have:
-            this one ends where the stage would be.
-        known: the stages of all runs by name.
-    """
+    """The stages of a run up to the last one that its settings want. That may be one that only
+    other runs of the recipe have (``known``: those of all): this one ends where it would be."""
     names = [stage.name for stage in stages]
     end = names.index(until) + 1 if until in names else names.index(known[until].before)
     return tuple(stages[:end])
@@ -204,13 +184,12 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
 
 def report(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Print the table of the trained runs and write ``report.html`` beside them."""
-    trained = {n: run for n, run in recipe.runs.items() if folder_of(run).summary.exists()}
-    if not trained:
+    runs = {n: run.out for n, run in recipe.runs.items() if folder_of(run).summary.exists()}
+    if not runs:
         return
-    runs = {name: run.out for name, run in trained.items()}
     control = CONTROL if CONTROL in runs else None
     print_table(runs, control)
-    sections = _sections((run, methods[name]) for name, run in trained.items())
+    sections = _sections((recipe.runs[name], methods[name]) for name in runs)
     print(f"report: {write_report(runs, recipe.out, control, sections)}", flush=True)
 
 
@@ -263,32 +242,19 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
     """Refuse, before hours go into it, what shows only when a run's rows and models are here: other
     inputs than it was started with, and sizes of every run's student that starts as one of the
     models, which are downloaded for their fingerprints if need be."""
+    run, path = context.run, context.folder.inputs
     now = {"data": context.prepared.fingerprint, "masking": context.view.fingerprint}
-    for name, model in _models(context.run).items():
-        now[name] = model_fingerprint(model, seed=context.run.seed, where=name)
+    for name, model in _models(run).items():
+        now[name] = model_fingerprint(model, seed=run.seed, where=name)
     for name in recipe.runs:
         _check_student(recipe, methods, name)
-    run = context.run
-    stages = stages_of(context.masks, context.method)
-    # Masks with a stage of their own choose from what it makes, until something depends on them.
-    settled = not context.masks.stages() or _left(run, [s for s in stages if s.chosen])
-    _refuse_other_inputs(run, now, settled=settled)
-
-
-def _refuse_other_inputs(run: Run, now: dict[str, str], *, settled: bool) -> None:
-    """Compare the fingerprints of the run's data and models with those it was started with.
-
-    Args:
-        run: the settings.
-        now: the fingerprints, by name.
-        settled: whether the masks may not change any more.
-    """
-    path = folder_of(run).inputs
     if not path.exists():
         write_manifest(path, now)
         return
     before = read_manifest(path, ConfigError)
-    if not settled:
+    stages = [stage for stage in stages_of(context.masks, context.method) if stage.chosen]
+    # Masks with a stage of their own choose from what it makes, until something depends on them.
+    if context.masks.stages() and not _left(run, stages):
         before["masking"] = now["masking"]  # a store made for them has fingerprints of its own
         write_manifest(path, before)
     for name, print_now in now.items():
@@ -300,8 +266,6 @@ def _refuse_other_inputs(run: Run, now: dict[str, str], *, settled: bool) -> Non
 
 
 def _models(run: Run) -> dict[str, Model]:
-    models = {"model": run.model, **masks_of(run).models()}
-    for domain, teacher in each_teacher(run.teacher).items():
-        if teacher.model is not None:
-            models[f"{section_name(domain)}.model"] = teacher.model
-    return models
+    teachers = {f"{section_name(d)}.model": t.model for d, t in each_teacher(run.teacher).items()}
+    models = {"model": run.model, **masks_of(run).models(), **teachers}
+    return {name: model for name, model in models.items() if model is not None}

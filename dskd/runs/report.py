@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from dskd.engine.checkpoints import Selection
 from dskd.errors import CheckpointError, ConfigError
@@ -56,11 +55,6 @@ class History:
     training: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     summary: dict[str, Any]
-
-    @property
-    def selection(self) -> Selection:
-        """Which result of the evaluation measures how good the student is."""
-        return Selection(self.summary["metric"], self.summary["higher_is_better"])
 
     def evaluated(self, metric: str) -> Points:
         """A result of the evaluations, where they have it."""
@@ -116,11 +110,9 @@ def steps_to(points: Points, target: float, *, higher_is_better: bool = False) -
 
 def table(runs: Mapping[str, Path], control: str | None) -> Table:
     """The comparison as a rich table; ``control`` names the run whose final loss is the target."""
-    histories = _read(runs, control)
-    compared = _compared(histories, control)
-    made = Table()
-    for index, name in enumerate(_header(compared, control)):
-        made.add_column(name, justify="left" if index == 0 else "right")
+    histories, compared = _read(runs, control)
+    first, *others = _header(compared, control)
+    made = Table(first, *(Column(name, justify="right") for name in others))
     for row in _rows(histories, compared, control):
         made.add_row(*row)
     return made
@@ -152,12 +144,10 @@ def write_report(
         CheckpointError: a run's file is missing or damaged.
         ConfigError: ``control`` is none of the runs.
     """
-    histories = _read(runs, control)
-    compared = _compared(histories, control)
-    target = histories[control].evaluated(compared.metric)[-1][1] if control else None
+    histories, compared = _read(runs, control)
     parts = [
         _html_table(_header(compared, control), _rows(histories, compared, control)),
-        _image("Evaluation", _evaluation_figure(histories, compared, target)),
+        _image("Evaluation", _evaluation_figure(histories, compared, control)),
         _image("Training loss terms", _terms_figure(histories)),
         _image("Inheritance rate and learning rate", _rates_figure(histories)),
         *(section({name: RunFolder(run) for name, run in runs.items()}) for section in sections),
@@ -167,15 +157,14 @@ def write_report(
     return path
 
 
-def _read(runs: Mapping[str, Path], control: str | None) -> dict[str, History]:
+def _read(runs: Mapping[str, Path], control: str | None) -> tuple[dict[str, History], Selection]:
+    """The runs, and what they are compared by: what selects the control's checkpoints, or the first
+    run's."""
     if control is not None and control not in runs:
         raise ConfigError(f"control run '{control}' is none of: {', '.join(runs)}")
-    return {name: read_history(folder) for name, folder in runs.items()}
-
-
-def _compared(histories: Mapping[str, History], control: str | None) -> Selection:
-    """What the runs are compared by: what selects the control's checkpoints, or the first run's."""
-    return histories[control or next(iter(histories))].selection
+    histories = {name: read_history(folder) for name, folder in runs.items()}
+    summary = histories[control or next(iter(runs))].summary
+    return histories, Selection(summary["metric"], summary["higher_is_better"])
 
 
 def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -199,16 +188,8 @@ def _require(value: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
 
 
 def _header(compared: Selection, control: str | None) -> list[str]:
-    names = [
-        "run",
-        "parameters",
-        "steps",
-        compared.metric.replace("_", " "),
-        "eval ppl",
-        "tokens/s",
-        "peak memory",
-        "time",
-    ]
+    score = compared.metric.replace("_", " ")
+    names = ["run", "parameters", "steps", score, "eval ppl", "tokens/s", "peak memory", "time"]
     if control is None:
         return names
     goal = "score" if compared.higher_is_better else "loss"
@@ -250,49 +231,40 @@ def _against(history: History, control: History, compared: Selection) -> list[st
 
 
 def _evaluation_figure(
-    histories: Mapping[str, History], compared: Selection, target: float | None
+    histories: Mapping[str, History], compared: Selection, control: str | None
 ) -> Figure:
-    figure, (axes,) = _axes(1)
-    for name, history in histories.items():
-        _draw(axes, name, history.evaluated(compared.metric))
-    if target is not None:
-        axes.axhline(target, color="0.5", linewidth=0.8, linestyle="--")
+    lines = {name: history.evaluated(compared.metric) for name, history in histories.items()}
     direction = "higher" if compared.higher_is_better else "lower"
-    return _finish(figure, [axes], [f"{compared.metric}: {direction} is better"])
+    figure = _figure({f"{compared.metric}: {direction} is better": lines})
+    if control is not None:
+        _, target = lines[control][-1]
+        figure.axes[0].axhline(target, color="0.5", linewidth=0.8, linestyle="--")
+    return figure
 
 
 def _terms_figure(histories: Mapping[str, History]) -> Figure:
-    lines = [line for history in histories.values() for line in history.training]
-    names = list(dict.fromkeys(name for line in lines for name in line["terms"]))
-    figure, panels = _axes(max(len(names), 1))
-    for axes, term in zip(panels, names, strict=False):
-        for name, history in histories.items():
-            _draw(axes, name, history.term(term))
-    return _finish(figure, panels, [f"{name} (mean per supervised token)" for name in names])
+    logged = [line for history in histories.values() for line in history.training]
+    names = dict.fromkeys(name for line in logged for name in line["terms"])
+    lines = {term: {name: h.term(term) for name, h in histories.items()} for term in names}
+    return _figure({f"{term} (mean per supervised token)": lines[term] for term in names})
 
 
 def _rates_figure(histories: Mapping[str, History]) -> Figure:
-    figure, panels = _axes(2)
-    for axes, rate in zip(panels, ("alpha", "lr"), strict=True):
-        for name, history in histories.items():
-            _draw(axes, name, history.rate(rate))
-    return _finish(figure, panels, ["alpha (weight of the teacher)", "learning rate"])
+    titles = {"alpha": "alpha (weight of the teacher)", "lr": "learning rate"}
+    return _figure({titles[r]: {n: h.rate(r) for n, h in histories.items()} for r in titles})
 
 
-def _axes(panels: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(9, 4) if panels == 1 else (4.5 * panels, 3.6), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
-
-
-def _draw(axes: Axes, name: str, points: Points) -> None:
-    """One run's line; a run without points still takes its colour, the same in every panel."""
-    steps, values = zip(*points, strict=True) if points else ((), ())
-    marker = "." if len(points) <= _MARKED else ""
-    axes.plot(steps, values, label=name if points else None, linewidth=1.2, marker=marker)
-
-
-def _finish(figure: Figure, panels: list[Axes], titles: list[str]) -> Figure:
-    for axes, title in zip(panels, titles, strict=False):
+def _figure(panels: Mapping[str, Mapping[str, Points]]) -> Figure:
+    """Panels by title, each with the runs' lines by name; at least an empty one."""
+    count = max(len(panels), 1)
+    figure = Figure(figsize=(9, 4) if count == 1 else (4.5 * count, 3.6), layout="constrained")
+    made = figure.subplots(1, count, squeeze=False)[0]
+    for axes, (title, lines) in zip(made, panels.items(), strict=False):
+        for name, points in lines.items():
+            # A run without points still takes its colour, the same in every panel.
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            marker = "." if len(points) <= _MARKED else ""
+            axes.plot(steps, values, label=name if points else None, linewidth=1.2, marker=marker)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("optimiser steps")
         axes.set_xlim(left=0)

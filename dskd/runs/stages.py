@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,12 +74,8 @@ def slice_student(context: RunContext) -> None:
 
 def train(context: RunContext) -> None:
     """Train the student, from its newest checkpoint if there is one; leaves ``summary.json``."""
-    summary = context.folder.summary
-    if not dist.broadcast_object(summary.exists()):
-        _train(context, summary)
-
-
-def _train(context: RunContext, summary: Path) -> None:
+    if dist.broadcast_object(context.folder.summary.exists()):
+        return
     run, prepared = context.run, context.prepared
     reset_peak_memory()
     checkpoints = context.checkpoints
@@ -124,18 +121,15 @@ def _train(context: RunContext, summary: Path) -> None:
         trainer.train()
     finally:
         loader.close()
-    _summarise(context, progress, student.parameters, summary)
+    _summarise(context, progress, student.parameters)
     engine.destroy()
 
 
 def export_best(context: RunContext) -> None:
     """Write the best checkpoint as a HuggingFace folder, ``export/``."""
     folder = context.folder.export
-    if not dist.broadcast_object(folder.exists()):
-        _export(context, folder)
-
-
-def _export(context: RunContext, folder: Path) -> None:
+    if dist.broadcast_object(folder.exists()):
+        return
     best = context.checkpoints.best()
     student = student_to_export(context, best)
     engine, hooks = student.engine, student.hooks
@@ -163,12 +157,8 @@ def _some_rows(context: RunContext) -> Batch:
 
 def evaluate_export(context: RunContext) -> None:
     """Load the exported folder as a user would and score it; leaves ``scores.json``."""
-    path = context.folder.scores
-    if not dist.broadcast_object(path.exists()):
-        _evaluate_export(context, path)
-
-
-def _evaluate_export(context: RunContext, path: Path) -> None:
+    if dist.broadcast_object(context.folder.scores.exists()):
+        return
     run, precision, ds = context.run, precision_of(context.ds), None
     exported = Model(path=str(context.folder.export), attention=run.model.attention)
     # Sharded like the student was: a model that needs ZeRO-3 fits no single GPU here either.
@@ -177,24 +167,15 @@ def _evaluate_export(context: RunContext, path: Path) -> None:
     model = build_student(context, exported, ds, where="export")
     model = model.to(context.device) if ds is None else shard_teacher(model, ds)
     scores = by_key(_evaluate(context, Objective(model, context.method, None)))
-    if dist.rank() == 0:
-        write_atomic(path, json.dumps(scores, indent=1).encode())
-    dist.barrier()
+    _write(context.folder.scores, scores)
 
 
 def _evaluate(context: RunContext, objective: Objective) -> Scores:
     """The method's metrics of the student inside ``objective`` on the validation rows."""
-    run = context.run
-    validation = EvaluationSet(
-        "eval", context.prepared.validation, context.validation_view, run.evaluation.rows
-    )
-    return evaluate(
-        objective,
-        [validation],
-        context.method.metrics(),
-        micro_batch=run.evaluation.micro_batch,
-        device=context.device,
-    )
+    settings, rows = context.run.evaluation, context.prepared.validation
+    sets = [EvaluationSet("eval", rows, context.validation_view, settings.rows)]
+    metrics, size = context.method.metrics(), settings.micro_batch
+    return evaluate(objective, sets, metrics, micro_batch=size, device=context.device)
 
 
 def _value(saved: Saved) -> float | None:
@@ -202,12 +183,9 @@ def _value(saved: Saved) -> float | None:
     return None if saved.score is None else saved.score.value
 
 
-def _summarise(
-    context: RunContext, progress: Progress, parameters: dict[str, int], path: Path
-) -> None:
+def _summarise(context: RunContext, progress: Progress, parameters: dict[str, int]) -> None:
     best, last, scored = context.checkpoints.best(), context.checkpoints.latest(), context.scored
     assert last is not None
-    peak = max(dist.gather_objects(peak_memory()))
     summary = {
         "steps": progress.step,
         "metric": scored.metric,
@@ -218,11 +196,16 @@ def _summarise(
         **parameters,
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": max(dist.gather_objects(peak_memory())),
         "wall_seconds": progress.wall_seconds,
     }
+    _write(context.folder.summary, summary)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON, for all ranks."""
     if dist.rank() == 0:
-        write_atomic(path, json.dumps(summary, indent=1).encode())
+        write_atomic(path, json.dumps(values, indent=1).encode())
     dist.barrier()
 
 
@@ -238,11 +221,6 @@ STAGES = (
 
 
 def stages_of(masks: RowMasks, method: Method) -> tuple[Stage, ...]:
-    """All stages of a run, in order.
-
-    Args:
-        masks: the run's; those of its context where the stages are carried out, for what the masks'
-            own stage makes is kept there.
-        method: the run's.
-    """
+    """All stages of a run, in order. Where they are carried out, ``masks`` are those of the run's
+    context, for what the masks' own stage makes is kept there."""
     return in_order(STAGES, (*masks.stages(), *method.stages()))

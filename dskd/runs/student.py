@@ -61,13 +61,8 @@ def build_student(
 def student_to_train(
     context: RunContext, setup: TeacherSetup, saved: Saved | None
 ) -> StudentInEngine:
-    """The student with all that is done around its steps (collective).
-
-    Args:
-        context: of its run.
-        setup: what teaches it.
-        saved: the checkpoint to go on from; None: as the student starts.
-    """
+    """The student, taught by ``setup``, with all that is done around its steps: as it starts, or as
+    it was ``saved`` (collective)."""
     return _in_engine(context, setup, saved, training=True)
 
 

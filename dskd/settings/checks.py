@@ -32,15 +32,8 @@ def problems_of(run: Run, world: int) -> Problems:
 
 
 def refuse_problems(problems: Problems, prefix: str) -> None:
-    """Raise what was found, if anything.
-
-    Args:
-        problems: found in a run.
-        prefix: dotted name of the run in its recipe, put before the names.
-
-    Raises:
-        ConfigError: all of it, one a line.
-    """
+    """Raise what was found, one a line, as a ``ConfigError``; ``prefix`` is the dotted name of the
+    run in its recipe, put before the names."""
     above = (prefix,) if prefix else ()
     lines = [line("", (*above, place), text) for place, text in problems]
     if lines:
@@ -54,11 +47,9 @@ def _train(run: Run, world: int) -> Problems:
         below, above = train.batch // step * step, -(-train.batch // step) * step
         near = f"{below} or {above}" if below else str(above)
         ranks = f"{world} rank" + "s" * (world > 1)
-        yield (
-            "train.batch",
-            f"{train.batch} is not a multiple of train.micro_batch {train.micro_batch} x {ranks}"
-            f" = {step}; the nearest that are: {near}",
-        )
+        product = f"train.micro_batch {train.micro_batch} x {ranks} = {step}"
+        text = f"{train.batch} is not a multiple of {product}; the nearest that are: {near}"
+        yield "train.batch", text
     if train.warmup > train.steps:
         yield "train.warmup", f"{train.warmup} is more than train.steps {train.steps}"
     if train.end_lr > train.lr:
@@ -68,10 +59,8 @@ def _train(run: Run, world: int) -> Problems:
 def _data(run: Run) -> Problems:
     masking = run.data.masking
     if masking.keep + masking.random > 1:
-        yield (
-            "data.masking.keep",
-            f"{masking.keep} and data.masking.random {masking.random} together exceed 1",
-        )
+        text = f"{masking.keep} and data.masking.random {masking.random} together exceed 1"
+        yield "data.masking.keep", text
     if isinstance(masking, Masking) and masking.whole_word and masking.sampler == "fairseq":
         yield "data.masking.whole_word", "the fairseq sampler selects tokens, not words"
 
@@ -79,10 +68,8 @@ def _data(run: Run) -> Problems:
 def model_problems(name: str, model: Model) -> Problems:
     """What contradicts itself in the section ``name`` of a model."""
     if model.path is None and "model_type" not in model.config:
-        yield (
-            f"{name}.config.model_type",
-            f"missing; name a model type to build at random, or set {name}.path",
-        )
+        text = f"missing; name a model type to build at random, or set {name}.path"
+        yield f"{name}.config.model_type", text
     if model.slice is not None and name != "model":
         yield f"{name}.slice", "only the student can be cut (model.slice)"
     elif model.slice is not None and model.path is None:
@@ -122,8 +109,8 @@ def _routes(run: Run, teacher: RoutedTeacher) -> Problems:
     domains = dict.fromkeys(source.domain for source in run.data.sources)
     for domain in kinds:
         if domain not in domains:
-            near = nearest(domain, domains)
-            yield f"teacher.domains.{domain}", f"no source has this domain{near}"
+            text = f"no source has this domain{nearest(domain, domains)}"
+            yield f"teacher.domains.{domain}", text
     for domain in domains:
         if domain not in kinds:
             yield "teacher.domains", f"no teacher for the domain {domain!r} of data.sources"

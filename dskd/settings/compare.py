@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from dskd.settings.base import CHOSEN_LATER, FREE, Freedom, Section
@@ -17,13 +16,8 @@ def differences(a: Run, b: Run, *, chosen: bool = True) -> list[str]:
     """Settings in which two runs differ so that their results differ: ``name: a's value, now b's``.
 
     What is marked ``FREE`` at its field may differ: folders, geometry, the last stage, the cadence
-    of logs, checkpoints and evaluations.
-
-    Args:
-        a: a run.
-        b: another.
-        chosen: whether something depends on the choice of tokens yet; if not, what is marked
-            ``CHOSEN_LATER`` may differ, too.
+    of logs, checkpoints and evaluations. So may what is marked ``CHOSEN_LATER``, unless something
+    depends on the choice of tokens yet (``chosen``).
     """
     free = {FREE} if chosen else {FREE, CHOSEN_LATER}
     return list(_changes(a, b, "", free))
@@ -51,7 +45,5 @@ def _fields(section: Section, left_out: set[str]) -> dict[str, Any]:
 
 
 def _kind_or_value(value: Any) -> Any:
-    plain = to_jsonable_python(value) if isinstance(value, BaseModel) else value
-    if isinstance(plain, dict):
-        return plain.get("kind", plain)
-    return to_jsonable_python(plain)
+    plain = to_jsonable_python(value)
+    return plain.get("kind", plain) if isinstance(plain, dict) else plain

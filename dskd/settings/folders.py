@@ -12,7 +12,6 @@ A run's folder::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.settings.data import HardTokens
@@ -21,66 +20,22 @@ from dskd.settings.run import Run
 from dskd.settings.teachers import RoutedTeacher
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder of one run, and the names of what the core writes there."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved settings."""
-        return self.path / "config.yaml"
-
-    @property
-    def inputs(self) -> Path:
-        """Fingerprints of the data and models that the run was started with."""
-        return self.path / "inputs.json"
-
-    @property
-    def sliced(self) -> Path:
-        """The model that a student with ``model.slice`` starts as."""
-        return self.path / "sliced"
-
-    @property
-    def cache(self) -> Path:
-        """The logits of a cached teacher, by domain if it is routed."""
-        return self.path / "cache"
-
-    @property
-    def train(self) -> Path:
-        """What training writes."""
-        return self.path / "train"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON line for each logged step and evaluation."""
-        return self.train / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folders from which training goes on."""
-        return self.train / "checkpoints"
-
-    @property
-    def summary(self) -> Path:
-        """The finished training in numbers."""
-        return self.train / "summary.json"
-
-    @property
-    def export(self) -> Path:
-        """The trained student as a HuggingFace folder."""
-        return self.path / "export"
-
-    @property
-    def scores(self) -> Path:
-        """The evaluation of the exported model."""
-        return self.path / "scores.json"
-
-    @property
-    def report(self) -> Path:
-        """The comparison of the runs in this folder."""
-        return self.path / "report.html"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.inputs = path / "inputs.json"
+        self.sliced = path / "sliced"
+        self.cache = path / "cache"  # below it by domain, if the teacher is routed
+        self.train = path / "train"
+        self.metrics = self.train / "metrics.jsonl"  # a line for each logged step and evaluation
+        self.checkpoints = self.train / "checkpoints"
+        self.summary = self.train / "summary.json"
+        self.export = path / "export"
+        self.scores = path / "scores.json"
+        self.report = path / "report.html"  # compares the runs whose settings lie below
 
 
 def folder_of(run: Run) -> RunFolder:

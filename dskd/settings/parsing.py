@@ -33,14 +33,12 @@ _EXPECTED = {
 
 
 def parse(cls: type[S], tree: Any, prefix: str = "", *, where: str = "") -> S:
-    """Build a section from a tree.
+    """Build a section from a tree of mappings, lists and scalars.
 
     Types are strict: a whole number may stand for a float, nothing else is converted. A section
     without ``kind`` gets the kind of its default.
 
     Args:
-        cls: the section's class.
-        tree: mappings, lists and scalars.
         prefix: dotted name of the section itself, put before the names in messages.
         where: file the tree came from, named in front of every message.
 
@@ -50,9 +48,8 @@ def parse(cls: type[S], tree: Any, prefix: str = "", *, where: str = "") -> S:
     section, problems = build_section(cls, tree)
     if section is None:
         above = tuple(prefix.split(".")) if prefix else ()
-        raise ConfigError(
-            "\n".join(line(where, (*above, *place), text) for place, text in problems)
-        )
+        lines = [line(where, (*above, *place), text) for place, text in problems]
+        raise ConfigError("\n".join(lines))
     return section
 
 
@@ -67,9 +64,7 @@ def build_section(cls: type[S], tree: Any) -> tuple[S | None, list[Problem]]:
 
 def with_kinds(annotation: Any, tree: Any) -> Any:
     """The tree with the default's ``kind`` in every section that may have one and names none."""
-    if not isinstance(tree, dict):
-        return tree
-    section = section_of(annotation, tree)
+    section = section_of(annotation, tree) if isinstance(tree, dict) else None
     if section is None:
         return tree
     fields = section.model_fields
@@ -77,9 +72,8 @@ def with_kinds(annotation: Any, tree: Any) -> Any:
     for name, value in tree.items():
         if name in fields and isinstance(value, dict):
             default = fields[name].get_default(call_default_factory=True)
-            if isinstance(default, BaseModel):
-                default = default.model_dump(include={"kind"})
-            kind = default.get("kind") if isinstance(default, dict) else None
+            mapping = isinstance(default, dict)
+            kind = default.get("kind") if mapping else getattr(default, "kind", None)
             named = value if kind is None else {"kind": kind} | value
             filled[name] = with_kinds(fields[name].annotation, named)
     return filled
@@ -155,9 +149,7 @@ def _walk(root: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[SettingNam
     holder, here = None, root
     for part in loc:
         sections = _sections(here)
-        if (
-            len(sections) > 1
-        ):  # pydantic names the member of a union by its kind: no part of the tree
+        if len(sections) > 1:  # pydantic names a union's member by its kind: no part of the tree
             here = next(cls for cls in sections if part in _kinds(cls))
             continue
         place.append(str(part))
@@ -207,11 +199,7 @@ def _options(annotation: Any) -> list[Any]:
 
 
 def named_object(target: str, where: str) -> Any:
-    """What ``package.module:Name`` names, imported.
-
-    Args:
-        target: the name.
-        where: the setting that holds it, for messages.
+    """What ``package.module:Name`` names, imported; the setting ``where`` holds that.
 
     Raises:
         ConfigError: it is no such name, or there is no such module or object.

@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from dskd.errors import ConfigError
 from dskd.settings import yaml_tree
@@ -42,7 +41,7 @@ from dskd.settings.parsing import (
     with_kinds,
 )
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, RoutedTeacher
+from dskd.settings.teachers import CachedTeacher, each_teacher
 from dskd.settings.yaml_tree import SettingName, Tree
 
 SINGLE = "run"
@@ -111,8 +110,7 @@ def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
             )
         place = os.path.join(out, name) if isinstance(out, str) else out
         reader.run(name, yaml_tree.merge(base, layers[0]), yaml_tree.merge(over, layers[1]), place)
-    built = reader.finish(runs)
-    return Recipe(Path(os.path.expanduser(out)), built)
+    return Recipe(Path(os.path.expanduser(out)), reader.finish(runs))
 
 
 @dataclass
@@ -141,9 +139,8 @@ class _Reader:
             self.add(place, text, name, over)
         self.built[name] = run
 
-    def finish(self, names: Iterable[str]) -> dict[str, Run]:
+    def finish(self, names: Collection[str]) -> dict[str, Run]:
         """The runs, if nothing is wrong; a problem that all runs share is named once."""
-        names = list(names)
         lines = dict.fromkeys(line(*problem) for problem in self.problems.pop("", []))
         for name, problems in self.problems.items():
             for origin, place, text in problems:
@@ -170,9 +167,9 @@ class _Reader:
         for name, value in tree.items():
             here = (*place, name)
             info = None if section is None else section.model_fields.get(name)
-            mark = None if info is None else _path_mark(info)
-            if mark is not None and isinstance(value, str):
-                resolved[name] = self._folder(mark, value, here, problems)
+            marks = [] if info is None else [m for m in info.metadata if isinstance(m, RunPath)]
+            if marks and isinstance(value, str):
+                resolved[name] = self._folder(marks[0], value, here, problems)
             else:
                 inner = member(annotation, name) if info is None else info.annotation
                 resolved[name] = self._resolve(inner, value, here, problems)
@@ -205,19 +202,12 @@ class _Reader:
             if not isinstance(run.data.masking, HardTokens):
                 raise ConfigError(f"'run:{name}' has no store, its masking is not of hard tokens")
             return str(questions_folder(run))
-        domain = place[2] if place[:2] == ("teacher", "domains") else None
-        teacher = run.teacher
-        if isinstance(teacher, RoutedTeacher):
-            teacher = teacher.domains.get(domain)
-        else:
-            domain = None
-        if not isinstance(teacher, CachedTeacher):
+        teachers = each_teacher(run.teacher)
+        by_domain = place[:2] == ("teacher", "domains") and None not in teachers
+        domain = place[2] if by_domain else None
+        if not isinstance(teachers.get(domain), CachedTeacher):
             raise ConfigError(f"'run:{name}' has no cache, its teacher is not a cached one")
         return str(cache_folder(run, domain))
-
-
-def _path_mark(field: FieldInfo) -> RunPath | None:
-    return next((mark for mark in field.metadata if isinstance(mark, RunPath)), None)
 
 
 def _with_defaults(default: BaseModel, tree: Tree, over: Tree) -> Tree:

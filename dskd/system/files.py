@@ -29,7 +29,9 @@ def file_hash(path: Path) -> str:
 
 def fingerprint(value: Any) -> str:
     """xxh3-128 of a JSON-able value in canonical form (sorted keys, no spaces)."""
-    return xxhash.xxh3_128(_canonical(value)).hexdigest()
+    return xxhash.xxh3_128(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -79,7 +81,3 @@ def read_manifest(path: Path, error: type[DskdError]) -> dict[str, Any]:
 def _manifest_bytes(content: dict[str, Any]) -> bytes:
     whole = {**content, "checksum": fingerprint(content)}
     return json.dumps(whole, indent=1).encode() + b"\n"
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

@@ -68,9 +68,9 @@ class Metrics:
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
         if dist.rank() == 0 and path.exists():
-            lines = _whole_lines(path) if step else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            write_atomic(path, "".join(line + "\n" for line in kept).encode())
+            lines = read_metrics(path) if step else []
+            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+            write_atomic(path, "".join(kept).encode())
 
     def write(self, **values: Any) -> None:
         """Append one line (rank 0)."""
@@ -81,19 +81,16 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in _whole_lines(path)]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Lines written to their end; a kill may cut the last one, nothing else may be cut."""
+    """Every line of a ``metrics.jsonl`` that is written to its end; a kill may cut the last one,
+    nothing else may be cut."""
     *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    values = []
     for number, line in enumerate(whole, 1):
         try:
-            json.loads(line)
+            values.append(json.loads(line))
         except ValueError as problem:
             raise CheckpointError(f"{path}, line {number}: not JSON ({problem})") from problem
-    return whole
+    return values
 
 
 def progress_line(
@@ -101,11 +98,9 @@ def progress_line(
 ) -> str:
     """One line of progress: step, terms and rates, tokens/s, memory, time left in seconds."""
     shown = " ".join(f"{k} {_short(v)}" for k, v in values.items() if v is not None)
-    memory = peak_memory() / 2**30
-    width = len(str(steps))
     return (
-        f"step {step:{width}d}/{steps}  {shown}  {tokens_per_second:,.0f} tok/s  "
-        f"{memory:.2f} GiB  {clock(left)} left"
+        f"step {step:{len(str(steps))}d}/{steps}  {shown}  {tokens_per_second:,.0f} tok/s  "
+        f"{peak_memory() / 2**30:.2f} GiB  {clock(left)} left"
     )
 
 

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dskd.batch import Batch
 from dskd.data.loader import make_batch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
@@ -43,11 +42,7 @@ class EvaluationSet:
 
 def by_key(scores: Scores) -> dict[str, float]:
     """The results in one dict, keyed ``<set>_<metric>``."""
-    return {
-        f"{name}_{metric}": value
-        for name, results in scores.items()
-        for metric, value in results.items()
-    }
+    return {f"{name}_{key}": value for name in scores for key, value in scores[name].items()}
 
 
 @torch.no_grad()
@@ -59,14 +54,8 @@ def evaluate(
     micro_batch: int,
     device: torch.device,
 ) -> Scores:
-    """Results of the metrics on each of the sets, in eval mode (collective).
-
-    Args:
-        objective: holds the student, in its engine or plain.
-        sets: of different names.
-        metrics: their results have different names.
-        micro_batch: rows of a forward pass.
-        device: where the student is.
+    """Results of the metrics on each of the sets, all of different names, in eval mode, by forward
+    passes of ``micro_batch`` rows (collective). The student is in its engine or plain.
 
     Raises:
         DataError: no position of a set is supervised.
@@ -94,7 +83,8 @@ def _evaluate(
     for first in range(0, share, micro_batch):
         row_ids_B = own[first : first + micro_batch]
         counted = len(row_ids_B) > 0
-        batch = _batch(each, row_ids_B if counted else row_ids[:1])
+        given_B = row_ids_B if counted else row_ids[:1]
+        batch = make_batch(each.rows, each.view, given_B, np.zeros_like(given_B))
         sums = objective.forward_evaluation(batch.to(device), metrics)
         if totals is None:
             totals = [torch.zeros_like(one) for one in sums]
@@ -122,7 +112,3 @@ def _spread(each: EvaluationSet) -> NDArray[np.int64]:
     rows = len(each.rows)
     count = rows if each.limit is None else min(each.limit, rows)
     return np.arange(count, dtype=np.int64) * rows // count
-
-
-def _batch(each: EvaluationSet, row_ids_B: NDArray[np.int64]) -> Batch:
-    return make_batch(each.rows, each.view, row_ids_B, np.zeros_like(row_ids_B))

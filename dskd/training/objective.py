@@ -47,12 +47,8 @@ class Objective(nn.Module):
         return dict(chosen(positions_of(self.student, batch), signal, batch, step))
 
     def forward_evaluation(self, batch: Batch, metrics: Sequence[Metric]) -> list[Tensor]:
-        """The sums of each metric over the student's supervised positions, float64.
-
-        Args:
-            batch: B rows, on the student's device.
-            metrics: see :class:`~dskd.methods.metrics.Metric`.
-        """
+        """The sums of each metric over the student's supervised positions, float64; ``batch`` is on
+        the student's device."""
 
         def loss(
             positions: Positions, signal: Signal | None, batch: Batch, step: int

@@ -7,13 +7,13 @@ does not depend on micro-batch size, accumulation or world size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dskd.batch import Batch, Loss, LossCounts, Term
+from dskd.batch import Batch, Loss, LossCounts
 from dskd.data.counter import mix
 from dskd.engine.engine import Engine
 from dskd.engine.hooks import StepHooks
@@ -66,19 +66,19 @@ def count(
     return Counts(divisors, tokens_all, stop_any)
 
 
+@dataclass(frozen=True)
 class Passes:
     """Runs an engine's module over micro-batches.
 
-    Args:
+    Attributes:
         engine: holds the objective.
         hooks: called before every micro-batch.
         seed: of the run's dropout.
     """
 
-    def __init__(self, engine: Engine, hooks: StepHooks, seed: int) -> None:
-        self._engine = engine
-        self._hooks = hooks
-        self._seed = seed
+    engine: Engine
+    hooks: StepHooks
+    seed: int
 
     def run(
         self,
@@ -99,64 +99,54 @@ class Passes:
         """
         shares: Shares = {}
         # All of them before the first pass: the copies overlap with it.
-        moved = [batch.to(self._engine.device) for batch in batches]
+        moved = [batch.to(self.engine.device) for batch in batches]
         for micro, batch in enumerate(moved):
             last = micro == len(moved) - 1
             # Dropout is a function of its coordinates, so that there is no generator state to save.
-            parts = (self._seed, *draw, micro, dist.rank())
+            parts = (self.seed, *draw, micro, dist.rank())
             torch.manual_seed(int(mix(*parts)) & (2**63 - 1))
-            self._hooks.before_micro_batch(last)
-            terms = self._engine.forward(batch, step, loss)
+            self.hooks.before_micro_batch(last)
+            terms = self.engine.forward(batch, step, loss)
             totals = [term.total / counts.by_term[name] for name, term in terms.items()]
-            self._engine.backward(torch.stack(totals).sum(), last)
-            _add(shares, terms, counts)
+            self.engine.backward(torch.stack(totals).sum(), last)
+            for name, term in terms.items():
+                for part, total in {LOSS: term.total, **term.parts}.items():
+                    share = total.detach().double() / counts.by_term[name]
+                    shares[part] = shares.get(part, 0) + share
         return shares
 
 
-def _add(shares: Shares, terms: Mapping[str, Term], counts: Counts) -> None:
-    """Add a micro-batch's loss and parts, each divided by the global count of its term."""
-    for name, term in terms.items():
-        for part, total in {LOSS: term.total, **term.parts}.items():
-            share = total.detach().double() / counts.by_term[name]
-            shares[part] = shares.get(part, 0) + share
-
-
+@dataclass
 class GradientProbe:
     """The :class:`~dskd.engine.hooks.Probe` of one step.
 
-    Args:
-        passes: of ``engine``.
-        engine: between two steps, without a gradient.
+    Attributes:
+        passes: of an engine between two steps, without a gradient.
         counts: the method's.
         step: completed optimiser steps.
         position: of the step's batch in the stream of batches.
+        calls: how often gradients were taken.
     """
 
-    def __init__(
-        self, passes: Passes, engine: Engine, counts: LossCounts, step: int, position: int
-    ) -> None:
-        self._passes = passes
-        self._engine = engine
-        self._counts = counts
-        self._step = step
-        self._position = position
-        self._calls = 0
+    passes: Passes
+    counts: LossCounts
+    step: int
+    position: int
+    calls: int = 0
 
     def __call__(
-        self,
-        batches: Sequence[Batch],
-        loss: Loss | None = None,
-        counts: LossCounts | None = None,
+        self, batches: Sequence[Batch], loss: Loss | None = None, counts: LossCounts | None = None
     ) -> ParameterShards:
         """The gradient of a loss over all ranks' micro-batches; see the protocol."""
         self.forget()
-        self._calls += 1
-        counted = count(self._counts if counts is None else counts, batches, self._engine.device)
+        self.calls += 1
+        engine = self.passes.engine
+        counted = count(self.counts if counts is None else counts, batches, engine.device)
         # Negative: no micro-batch of the step draws the same numbers.
-        self._passes.run(batches, counted, self._step, (self._position, -self._calls), loss)
-        return self._engine.weights(gradients=True)
+        self.passes.run(batches, counted, self.step, (self.position, -self.calls), loss)
+        return engine.weights(gradients=True)
 
     def forget(self) -> None:
         """Drop the gradient of the last call, if there was one."""
-        if self._calls:
-            self._engine.forget()
+        if self.calls:
+            self.passes.engine.forget()

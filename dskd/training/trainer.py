@@ -74,10 +74,11 @@ class StepResult:
     grad_norm: float | None
 
 
+@dataclass(kw_only=True, eq=False)
 class Trainer:
     """The step loop of one run: steps, logs, evaluates and saves until all steps are taken.
 
-    Args:
+    Attributes:
         run: the settings.
         precision: ``fp32``, ``bf16`` or ``fp16``, as resolved from them.
         method: makes the loss.
@@ -91,35 +92,22 @@ class Trainer:
         progress: where training begins or goes on; kept up to date.
     """
 
-    def __init__(
-        self,
-        *,
-        run: Run,
-        precision: str,
-        method: Method,
-        hooks: StepHooks,
-        engine: Engine,
-        loader: Loader,
-        evaluate: Callable[[], Scores],
-        scored: Selection,
-        checkpoints: Checkpoints,
-        metrics: Metrics,
-        progress: Progress,
-    ) -> None:
-        self._run = run
-        self._precision = precision
-        self._method = method
-        self._hooks = hooks
-        self._engine = engine
-        self._passes = Passes(engine, hooks, run.seed)
-        self._loader = loader
-        self._evaluate = evaluate
-        self._scored = scored
-        self._checkpoints = checkpoints
-        self._metrics = metrics
-        self._progress = progress
-        self._since = (progress.tokens, progress.train_seconds)
-        self._saved = progress.step
+    run: Run
+    precision: str
+    method: Method
+    hooks: StepHooks
+    engine: Engine
+    loader: Loader
+    evaluate: Callable[[], Scores]
+    scored: Selection
+    checkpoints: Checkpoints
+    metrics: Metrics
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self._passes = Passes(self.engine, self.hooks, self.run.seed)
+        self._since = (self.progress.tokens, self.progress.train_seconds)
+        self._saved = self.progress.step
         """The step of the newest checkpoint (0: as the student begins)."""
 
     def train(self) -> Progress:
@@ -130,7 +118,7 @@ class Trainer:
                 no checkpoint of that step is written.
             Interrupted: a signal came; its step is saved.
         """
-        progress, run = self._progress, self._run
+        progress, run = self.progress, self.run
         begun = time.monotonic() - progress.wall_seconds
         skipped = 0
         with _stop_requested() as requested:
@@ -154,13 +142,13 @@ class Trainer:
 
     def _prepare(self, requested: Callable[[], bool]) -> None:
         """Do what the next batch waits for, from a checkpoint from which it can be repeated."""
-        progress = self._progress
-        if not self._hooks.waits(progress.position):
+        progress = self.progress
+        if not self.hooks.waits(progress.position):
             return
         if self._saved < progress.step:
             self._save(None)
         try:
-            self._hooks.prepare(progress.position, progress.step, requested)
+            self.hooks.prepare(progress.position, progress.step, requested)
         except Stopped as stopped:
             raise Interrupted(progress.step) from stopped
 
@@ -173,15 +161,15 @@ class Trainer:
         Raises:
             NonFiniteError: a loss term or the gradient is NaN or infinite; the student is spoilt.
         """
-        progress, engine = self._progress, self._engine
-        batches = self._loader.next_step()
-        position = self._loader.position
-        counts = count(self._method.counts, batches, engine.device, stop=stop)
-        probe = GradientProbe(self._passes, engine, self._method.counts, progress.step, position)
-        self._hooks.before_passes(probe, progress.step)
+        progress, engine = self.progress, self.engine
+        batches = self.loader.next_step()
+        position = self.loader.position
+        counts = count(self.method.counts, batches, engine.device, stop=stop)
+        probe = GradientProbe(self._passes, self.method.counts, progress.step, position)
+        self.hooks.before_passes(probe, progress.step)
         probe.forget()
         shares = self._passes.run(batches, counts, progress.step, (position,))
-        lr = learning_rate(self._run.train, progress.step)
+        lr = learning_rate(self.run.train, progress.step)
         applied, norm = self._update(lr)
         result, tokens = self._read(shares, counts, norm, applied, lr)
         progress.position = position
@@ -191,11 +179,11 @@ class Trainer:
     def _update(self, lr: float) -> tuple[bool, Tensor | None]:
         """The optimiser's step and the hooks around it; whether it was taken, and the norm of the
         gradient before clipping, on the device."""
-        engine, hooks, step = self._engine, self._hooks, self._progress.step
+        engine, hooks, step = self.engine, self.hooks, self.progress.step
         engine.set_rate(lr)
         if hooks.touches_weights:
             hooks.before_step(engine.weights(gradients=True), step, lr)
-        plain = engine.stage == 0 and self._precision == "fp32"  # DeepSpeed keeps no norm there
+        plain = engine.stage == 0 and self.precision == "fp32"  # DeepSpeed keeps no norm there
         before = engine.grad_norm() if plain else None
         applied = engine.step()
         norm = engine.grad_norm() if before is None else before
@@ -211,7 +199,7 @@ class Trainer:
         In one read, because each one makes the host wait until the device has done all that is
         queued.
         """
-        names, step = sorted(shares), self._progress.step + 1
+        names, step = sorted(shares), self.progress.step + 1
         sums = dist.sum_over_ranks(torch.stack([shares[name] for name in names]))
         others = [counts.tokens, counts.stop, *([] if norm is None else [norm])]
         values = torch.cat([sums, torch.stack(others)]).tolist()
@@ -222,13 +210,13 @@ class Trainer:
             _finite(step, f"loss term '{name}'", mean)
         _finite(step, "the loss", loss)
         grad_norm = norms[0] if norms else None
-        if applied or self._precision != "fp16":  # only fp16 skips a step and goes on
+        if applied or self.precision != "fp16":  # only fp16 skips a step and goes on
             _finite(step, "the gradient's norm", grad_norm if applied else math.nan)
         return StepResult(applied, stop > 0, loss, means, lr, grad_norm), int(tokens)
 
     def _refuse_endless(self, skipped: int) -> None:
         """Say that fp16 overflow skipped a step; stop where no loss scale is small enough."""
-        step = self._progress.step + 1
+        step = self.progress.step + 1
         say(f"step {step}: fp16 overflow, skipped")
         if skipped == MOST_SKIPPED:
             raise NonFiniteError(
@@ -237,11 +225,11 @@ class Trainer:
             )
 
     def _log(self, result: StepResult) -> None:
-        progress, steps = self._progress, self._run.train.steps
-        if progress.step % self._run.log_every and progress.step < steps:
+        progress, steps = self.progress, self.run.train.steps
+        if progress.step % self.run.log_every and progress.step < steps:
             return
         loss, means, norm = result.loss, result.means, result.grad_norm
-        rates = {"lr": result.lr, **self._method.rates(progress.step - 1), **self._hooks.rates()}
+        rates = {"lr": result.lr, **self.method.rates(progress.step - 1), **self.hooks.rates()}
         tokens, seconds = self._since
         speed = (progress.tokens - tokens) / (progress.train_seconds - seconds)
         self._since = (progress.tokens, progress.train_seconds)
@@ -250,14 +238,14 @@ class Trainer:
         say(progress_line(progress.step, steps, shown, tokens_per_second=speed, left=left))
         used = {"tokens_per_second": speed, "peak_memory_bytes": peak_memory()}
         line = {"loss": loss, "terms": means, **rates, "grad_norm": norm, **used}
-        self._metrics.write(step=progress.step, **line, seconds=progress.train_seconds)
+        self.metrics.write(step=progress.step, **line, seconds=progress.train_seconds)
         terms = {f"terms/{name}": mean for name, mean in means.items()}
         flat = {"loss": loss, **terms, **rates, **used}
-        self._engine.log({f"train/{k}": float(v) for k, v in flat.items()}, progress.step)
+        self.engine.log({f"train/{k}": float(v) for k, v in flat.items()}, progress.step)
 
     def _close_step(self, stop: bool) -> None:
         """Evaluate and save where they are due."""
-        step, run = self._progress.step, self._run
+        step, run = self.progress.step, self.run
         last = step == run.train.steps
         due = last or step % run.checkpoint.every == 0
         score = None
@@ -266,34 +254,34 @@ class Trainer:
         if due or stop:
             # One that only a signal caused is no candidate for the best: the undisturbed run,
             # which exports the same weights, does not have it.
-            self._save(score if due and self._hooks.complete(step) else None)
+            self._save(score if due and self.hooks.complete(step) else None)
 
     def _score(self) -> float:
         """Evaluate, write the results down, and return the one that a checkpoint keeps."""
-        step, scores = self._progress.step, self._evaluate()
-        results, key = by_key(scores), self._scored.metric
-        self._metrics.write(step=step, **results)
+        step, scores = self.progress.step, self.evaluate()
+        results, key = by_key(scores), self.scored.metric
+        self.metrics.write(step=step, **results)
         for name, found in scores.items():
             shown = {k: value for k, value in found.items() if isinstance(value, float)}
             say(f"{name} at {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
-            self._engine.log({f"{name}/{k}": value for k, value in shown.items()}, step)
+            self.engine.log({f"{name}/{k}": value for k, value in shown.items()}, step)
         assert key in results, f"the method selects by {key}, which is none of {sorted(results)}"
         _finite(step, f"the evaluation's {key}", results[key])
         return results[key]
 
     def _save(self, score: float | None) -> None:
-        step = self._progress.step
-        tag = self._checkpoints.begin(step)
-        self._engine.save(self._checkpoints.folder, tag)
-        self._hooks.save(self._checkpoints.folder / tag)
+        step = self.progress.step
+        tag = self.checkpoints.begin(step)
+        self.engine.save(self.checkpoints.folder, tag)
+        self.hooks.save(self.checkpoints.folder / tag)
         about = {
             "world": dist.world(),
-            "stage": self._engine.stage,
-            "precision": self._precision,
-            "score": None if score is None else asdict(self._scored.score(score)),
-            "state": {"progress": asdict(self._progress), "hooks": self._hooks.state()},
+            "stage": self.engine.stage,
+            "precision": self.precision,
+            "score": None if score is None else asdict(self.scored.score(score)),
+            "state": {"progress": asdict(self.progress), "hooks": self.hooks.state()},
         }
-        self._checkpoints.commit(step, about)
+        self.checkpoints.commit(step, about)
         self._saved = step
 
 

@@ -38,12 +38,6 @@ def _filled(preset, *overrides, **options):
     return fill_auto(ds, _run(*overrides), **options)
 
 
-def _leaves(value, name=""):
-    if isinstance(value, dict):
-        return [leaf for key, entry in value.items() for leaf in _leaves(entry, f"{name}.{key}")]
-    return [(name, value)]
-
-
 def _refused(ds, *overrides, **options):
     with pytest.raises(ConfigError) as caught:
         _filled(ds, *overrides, **options)
@@ -63,10 +57,8 @@ def test_the_shipped_presets():
 def test_no_auto_is_left_and_the_preset_is_untouched(preset, cuda):
     ds = load_preset(preset)
     before = copy.deepcopy(ds)
-    filled = _filled(ds, cuda=cuda)
-    assert "auto" not in [value for _, value in _leaves(filled)]
+    assert '"auto"' not in json.dumps(_filled(ds, cuda=cuda))
     assert ds == before
-    json.dumps(filled)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -84,14 +76,8 @@ def test_filled_values_follow_the_settings():
     assert filled["train_micro_batch_size_per_gpu"] == 8
     assert filled["gradient_accumulation_steps"] == 2
     assert filled["gradient_clipping"] == 0.5
-    assert filled["optimizer"]["params"] == {
-        "lr": 3e-4,
-        "betas": [0.8, 0.9],
-        "eps": 1e-7,
-        "weight_decay": 0.0,
-        "torch_adam": True,
-        "fused": False,
-    }
+    params = {"lr": 3e-4, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.0}
+    assert filled["optimizer"]["params"] == params | {"torch_adam": True, "fused": False}
     zero = filled["zero_optimization"]
     assert zero["reduce_bucket_size"] == 4096**2
     assert zero["stage3_prefetch_bucket_size"] == 15_099_494
@@ -400,7 +386,7 @@ def test_presets_train_alike(plain, preset):
 
 
 def test_whose_fp16_needs_a_gpu_is_named():
-    run = read(None, ["train.precision=fp16"]).runs["run"]
+    run = _run("train.precision=fp16")
     with pytest.raises(ConfigError, match=r"^train\.precision: fp16 needs a GPU"):
         student_config(run, 64, world=1)
     with pytest.raises(ConfigError, match=r"^the teacher's precision: fp16 needs a GPU"):

@@ -8,7 +8,6 @@ from dskd.engine import shards
 from dskd.engine.engine import Engine
 from dskd.engine.shards import ParameterShards
 from dskd.engine.zero import gathered
-from dskd.errors import ConfigError
 from dskd.system import dist
 from tests.models.tiny import adamw, geometry
 from tests.ranks import run_ranks
@@ -156,26 +155,21 @@ ROBIN = [(2, True)]
 STAGES = [(stage, False) for stage in (0, 1, 2, 3)]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("stage", "robin"), STAGES + ROBIN)
-def test_edits_are_those_of_a_plain_model(stage, robin, world):
-    expected, total = plain(world), sum(p.numel() for p in Student().parameters())
-    found = run_ranks(trained, stage, "fp32", world, False, robin, world=world)
+IN_PLACE = [(*place, world, False) for place in STAGES + ROBIN for world in (1, 2)]
+OFFLOADED = [(*place, 2, True) for place in STAGES[1:] + ROBIN]
+
+
+@pytest.mark.parametrize(("stage", "robin", "world", "offload"), IN_PLACE + OFFLOADED)
+def test_edits_are_those_of_a_plain_model(stage, robin, world, offload):
+    expected = plain(world, clip=0.0 if offload else CLIP)
+    total = sum(p.numel() for p in Student().parameters())
+    found = run_ranks(trained, stage, "fp32", world, offload, robin, world=world)
     for masters, used, _ in found:
         for name, value in expected.items():
             torch.testing.assert_close(torch.tensor(masters[name]), value, rtol=1e-6, atol=1e-6)
             assert masters[name] == used[name]
     held = [count for _, _, count in found]
     assert sum(held) == (total if stage else total * world)  # every entry once
-
-
-@pytest.mark.parametrize(("stage", "robin"), STAGES[1:] + ROBIN)
-def test_edits_reach_an_offloaded_optimizer(stage, robin):
-    expected = plain(2, clip=0.0)
-    for masters, used, _ in run_ranks(trained, stage, "fp32", 2, True, robin, world=2):
-        for name, value in expected.items():
-            torch.testing.assert_close(torch.tensor(masters[name]), value, rtol=1e-6, atol=1e-6)
-            assert masters[name] == used[name]
 
 
 BF16 = [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2), (3, 2)]
@@ -216,19 +210,3 @@ def test_parameters_are_put_together_in_buckets(stage, calls):
     expected = {name: p.tolist() for name, p in Student().named_parameters()}
     for found in run_ranks(_gathered, stage, world=2):
         assert found == (expected, expected, calls)
-
-
-def _unknown(rank: int) -> str:
-    """ZeRO-1 that sums bf16 gradients in fp32 has an optimizer of its own."""
-    toy = Toy(always=True).to(torch.bfloat16)
-    ds = settings(1, "bf16", 1, offload=False, robin=False)
-    ds["data_types"] = {"grad_accum_dtype": "fp32"}
-    engine = Engine(toy, groups_of(toy.student), ds, monitor=False)
-    with pytest.raises(ConfigError) as caught:
-        engine.weights(gradients=False)
-    return str(caught.value)
-
-
-def test_an_optimizer_that_is_not_known_is_refused():
-    (message,) = run_ranks(_unknown, world=1)
-    assert message.startswith("deepspeed: it has DeepSpeed step by its BF16_Optimizer")

@@ -73,9 +73,8 @@ def test_a_run_that_starts_from_its_own_export_is_refused(tmp_path, there):
     export = tmp_path / "runs" / "only" / "export"
     if there:
         export.mkdir(parents=True)
-    path = recipe_of(
-        tmp_path, {"only": {"model": {"path": f"{tmp_path}/runs/../runs/only/export"}}}
-    )
+    model = {"path": f"{tmp_path}/runs/../runs/only/export"}
+    path = recipe_of(tmp_path, {"only": {"model": model}})
     with pytest.raises(ConfigError, match=r"^model\.path: \S+ is what this run itself exports"):
         checked(path)
 
@@ -85,9 +84,8 @@ def test_runs_that_name_each_other_are_refused(tmp_path):
         name: {"model": {"path": f"{tmp_path}/runs/{other}/export"}}
         for name, other in (("first", "second"), ("second", "first"))
     }
-    with pytest.raises(
-        ConfigError, match=r"^runs\.first\.model\.path: \S+ is what the later run second exports"
-    ):
+    message = r"^runs\.first\.model\.path: \S+ is what the later run second exports"
+    with pytest.raises(ConfigError, match=message):
         checked(recipe_of(tmp_path, runs))
 
 
@@ -210,11 +208,8 @@ def test_a_config_that_is_at_hand_is_looked_at_and_nothing_downloaded(hub, tmp_p
 
 
 def test_the_same_recipe_with_a_size_that_goes_is_carried_out(hub, tmp_path):
-    runs = {
-        "a": FROM_HUB,
-        "b": {"model": {"path": REPOSITORY, "slice": {"hidden_size": 16}}, "until": "slice"},
-    }
-    forked(1, str(recipe_of(tmp_path, runs)))
+    cut = {"model": {"path": REPOSITORY, "slice": {"hidden_size": 16}}, "until": "slice"}
+    forked(1, str(recipe_of(tmp_path, {"a": FROM_HUB, "b": cut})))
     scores = json.loads((tmp_path / "runs" / "a" / "scores.json").read_text())
     assert scores["eval_nll"] > 0
     assert_counts_what_is_exported(tmp_path / "runs" / "a", trained_times=2)

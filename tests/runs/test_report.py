@@ -16,21 +16,20 @@ from dskd.runs.report import (
     table,
     write_report,
 )
+from dskd.system.log import read_metrics
 
 
-def make_run(
-    folder: Path, nlls: list[float], *, alpha: bool, scores: dict | None = None, every: int = 100
-) -> Path:
-    """A finished run: one training line and one evaluation every so many steps."""
+def make_run(folder: Path, nlls: list[float], *, alpha: bool, scores: dict | None = None) -> Path:
+    """A finished run: one training line and one evaluation every 100 steps."""
     lines = []
     for index, nll in enumerate(nlls, 1):
-        step = index * every
+        step = index * 100
         terms = {"ce": nll + 0.1, **({"kl": nll / 2} if alpha else {})}
         line = {"step": step, "loss": nll, "terms": terms, "lr": 1e-3 / index, "grad_norm": None}
         lines.append({**line, **({"alpha": 1 / index} if alpha else {})})
         lines.append({"step": step, "eval_nll": nll, "eval_bits": nll * 1.4427, "eval_ppl": 2**nll})
     summary = {
-        "steps": every * len(nlls), "metric": "eval_nll", "higher_is_better": False,
+        "steps": 100 * len(nlls), "metric": "eval_nll", "higher_is_better": False,
         "eval_nll": nlls[-1], "tokens_per_second": 12345.6, "peak_memory_bytes": 3 * 2**29,
         "wall_seconds": 125.0, "parameters": 1234567, "trained_parameters": 7654321,
     }  # fmt: skip
@@ -44,12 +43,9 @@ def make_run(
 
 @pytest.fixture
 def runs(tmp_path: Path) -> dict[str, Path]:
-    return {
-        "ki": make_run(
-            tmp_path / "ki", [5.0, 4.0, 3.0, 2.5], alpha=True, scores={"eval_nll": 2.5, "of": "x"}
-        ),
-        "scratch": make_run(tmp_path / "scratch", [6.0, 5.0, 4.0, 3.2], alpha=False),
-    }
+    scores = {"eval_nll": 2.5, "of": "x"}
+    ki = make_run(tmp_path / "ki", [5.0, 4.0, 3.0, 2.5], alpha=True, scores=scores)
+    return {"ki": ki, "scratch": make_run(tmp_path / "scratch", [6.0, 5.0, 4.0, 3.2], alpha=False)}
 
 
 def cells(made, row: int) -> list[str]:
@@ -84,13 +80,10 @@ def rising(folder: Path) -> None:
     summary = json.loads(path.read_text()) | {"metric": "eval_accuracy", "higher_is_better": True}
     path.write_text(json.dumps(summary))
     path = folder / "train/metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [
-        {"step": line["step"], "eval_accuracy": line["eval_nll"] / 10}
-        if "eval_nll" in line
-        else line
-        for line in lines
-    ]
+    lines = read_metrics(path)
+    for number, line in enumerate(lines):
+        if "eval_nll" in line:
+            lines[number] = {"step": line["step"], "eval_accuracy": line["eval_nll"] / 10}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -111,10 +104,8 @@ def test_runs_are_compared_by_the_controls_score(tmp_path, runs):
 
 def test_table_numbers(runs):
     made = table(runs, "scratch")
-    assert [str(c.header) for c in made.columns][-2:] == [
-        "steps to scratch's final loss",
-        "fewer by",
-    ]
+    last = [str(column.header) for column in made.columns[-2:]]
+    assert last == ["steps to scratch's final loss", "fewer by"]
     assert cells(made, 0) == [
         *("ki", "1,234,567", "400", "2.5000", "5.66", "12,346", "1.50 GiB", "2:05"),
         *("280.0", "1.43x"),  # 400 / 280

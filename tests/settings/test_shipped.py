@@ -72,17 +72,14 @@ def test_quickstart_uses_nothing_that_must_be_downloaded():
 def test_paper_recipe_is_the_original_script():
     """train_base_to_base_plus.sh and the task's defaults, option by option."""
     run = read(KI / "paper_roberta.yaml").runs["ki"]
-    train, masking, method = run.train, run.data.masking, build_method(run.method)
+    train, data, method = run.train, run.data, build_method(run.method)
+    masking = data.masking
     assert (train.betas, train.eps, train.clip) == ((0.9, 0.98), 1e-6, 0.0)
     assert (train.schedule, train.lr, train.warmup) == ("polynomial", 3.5e-4, 11000)
     assert (train.steps, train.power, train.end_lr) == (125000, 1.0, 0.0)
     assert (train.weight_decay, train.decay_all, train.precision) == (0.01, True, "fp16")
     assert (train.micro_batch, train.batch) == (16, 16 * 16 * 8)  # update-freq 16, 8 GPUs
-    assert (run.data.block_size, run.data.packing, run.data.objective) == (
-        512,
-        "complete",
-        "masked",
-    )
+    assert (data.block_size, data.packing, data.objective) == (512, "complete", "masked")
     assert (masking.probability, masking.keep, masking.random) == (0.15, 0.1, 0.1)
     assert (masking.whole_word, masking.sampler, run.seed) == (False, "fairseq", 1)
     assert (method.temperature, method.schedule, method.steps) == (2.0, "linear", 55000)
@@ -132,18 +129,15 @@ def test_controls_of_wid_see_the_same_rows_and_end_in_the_same_sizes(path):
 def test_bert_recipes_are_the_run_of_the_originals_readme(strategy, heads):
     """Spec, section 1: the run 12-192 and the options' defaults."""
     runs = read(WID / f"bert_{strategy}.yaml").runs
-    train, masking, method = (
-        runs["wid"].train,
-        runs["wid"].data.masking,
-        build_method(runs["wid"].method),
-    )
+    wid = runs["wid"]
+    train, masking, method = wid.train, wid.data.masking, build_method(wid.method)
     assert (train.steps, train.warmup, train.lr) == (400_000, 4000, 1e-6)
     assert (train.micro_batch, train.batch) == (120, 8 * 120)
     assert (train.betas, train.eps, train.weight_decay) == ((0.9, 0.999), 1e-6, 0.01)
     assert (train.schedule, train.end_lr, train.clip) == ("linear", 0.0, 0.0)
     assert (train.precision, train.decay_all) == ("fp32", False)
     assert (masking.probability, masking.keep, masking.random) == (0.15, 0.1, 0.1)
-    assert runs["wid"].data.block_size == 128
+    assert wid.data.block_size == 128
     assert (method.rule, method.strategy, method.hidden_size) == ("original", strategy, 192)
     assert (method.every, method.penalty, method.lr) == (500, 20.0, 5e-5)
     assert method.inherit is None
@@ -167,9 +161,8 @@ def test_the_llama_of_wid_is_as_wide_as_the_smaller_one():
     # SmolLM2-360M, which is not downloaded here
     teacher = Widths(960, 2560, 15, 5, 64)
     target = Target(**runs["slice"].model.slice.model_dump())
-    assert student_widths(teacher, target, Family(rotary=True, divides=True)) == Widths(
-        576, 1536, 9, 3, 64
-    )
+    widths = student_widths(teacher, target, Family(rotary=True, divides=True))
+    assert widths == Widths(576, 1536, 9, 3, 64)
     assert (method.hidden_size, method.heads, method.inherit.schedule) == (576, 9, "linear")
     steps = runs["wid"].train.steps
     assert method.inherit.steps == steps / 2

@@ -33,7 +33,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
 
     def watched_step(self: Trainer, stop: bool):
         with HostWaits() as waits:
-            waits.put(self._engine.module.parameters())
+            waits.put(self.engine.module.parameters())
             monkeypatch.setattr(Batch, "to", lambda batch, device: moved(waits, batch, device))
             result = step(self, stop)
         with out.open("a") as stream:

@@ -26,15 +26,14 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-def step_lines(folder: Path) -> list[dict]:
-    lines = read_metrics(folder / "run" / "train" / "metrics.jsonl")
-    return [line for line in lines if "loss" in line]
+def step_lines(out: Path) -> list[dict]:
+    return [line for line in read_metrics(out / "train" / "metrics.jsonl") if "loss" in line]
 
 
 def test_metrics(run):
     """The loss is (1 - alpha) CE + alpha KL, and a term of weight 0 is not computed."""
     settings = read(run / "run.yaml").runs["run"]
-    lines = step_lines(run)
+    lines = step_lines(run / "run")
     assert len(lines) == STEPS
     for step, line in enumerate(lines):
         alpha = inheritance_rate("linear", step, 6)
@@ -57,11 +56,10 @@ def test_the_monitor_gets_the_same_numbers(run):
         _, *rows = csv.reader(path.read_text().splitlines())
         return [[float(value) for value in row] for row in rows]
 
-    lines = step_lines(run)
+    lines = step_lines(run / "run")
     assert column("train_loss") == [[line["step"], line["loss"]] for line in lines]
-    assert column("train_terms_kl") == [
-        [n, line["terms"]["kl"]] for n, line in enumerate(lines[:6], 1)
-    ]
+    kl = [[n, line["terms"]["kl"]] for n, line in enumerate(lines[:6], 1)]
+    assert column("train_terms_kl") == kl
     assert column("train_lr") == [[line["step"], line["lr"]] for line in lines]
     assert column("eval_nll") == [[2 * n, nll] for n, nll in enumerate(evaluations(run / "run"), 1)]
 
@@ -84,8 +82,7 @@ def test_a_sparser_log_tells_the_same(run, tmp_path):
     words += ["model.config.hidden_dropout_prob=0", "model.config.attention_probs_dropout_prob=0"]
     ranks = Ranks(tmp_path, *words, world=1)
     assert ranks.statuses() == [0], ranks.output()
-    lines = [line for line in read_metrics(tmp_path / "train" / "metrics.jsonl") if "loss" in line]
-    assert [line["step"] for line in lines] == [3, 6, 8]
+    assert [line["step"] for line in step_lines(tmp_path)] == [3, 6, 8]
 
 
 def test_what_is_done_is_not_done_again(run):

@@ -104,9 +104,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> int:
-    from dskd.methods.base import build_method
-    from dskd.methods.checks import validate
-    from dskd.runs.plan import refuse_unknown_stage
+    from dskd.settings.checks import check_settings
     from dskd.settings.recipe import SINGLE, dump_run, read
 
     files = [word for word in arguments.words if "=" not in word]
@@ -114,11 +112,17 @@ def _settings(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"one settings file, not {len(files)}: {' '.join(files)}")
     overrides = [word for word in arguments.words if "=" in word]
     recipe = read(files[0] if files else None, overrides)
+    check_settings(recipe, world=1)
+
+    from dskd.methods.base import build_method
+    from dskd.methods.checks import validate
+    from dskd.runs.plan import refuse_unknown_stage
+
     methods = {name: build_method(run.method) for name, run in recipe.runs.items()}
     refuse_unknown_stage(recipe, methods)
     for name, run in recipe.runs.items():
         method = methods[name]
-        validate(run, method, world=1, prefix="" if name == SINGLE else f"runs.{name}")
+        validate(run, method, world=1, prefix=recipe.prefix(name))
         whole = run.model_copy(update={"method": method.model_dump(mode="json")})
         heading = "" if name == SINGLE else f"--- # {name}\n"
         print(heading + dump_run(whole), end="")

@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    # Imported here: they take seconds, and a mistyped setting should be refused at once.
-    from dskd.methods.base import build_method
+    from dskd.settings.checks import check_settings
     from dskd.settings.recipe import read
 
     dashed = [word for word in words if word.startswith("-")]
@@ -56,13 +55,19 @@ def _run(words: list[str]) -> int:
         raise DskdError(f"one settings file, not {len(files)}: {' '.join(files)}\n{USAGE}")
     overrides = [word for word in words if "=" in word]
     recipe = read(Path(files[0]) if files else None, overrides)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_settings(recipe, world)
+
+    # After that: they take seconds to import, and a mistyped setting is told at once.
+    from dskd.methods.base import build_method
+
     methods = {name: build_method(run.method) for name, run in recipe.runs.items()}
 
     from dskd.runs import plan
     from dskd.system.log import say
     from dskd.training.trainer import Interrupted
 
-    plan.check(recipe, methods, world=int(os.environ.get("WORLD_SIZE", "1")))
+    plan.check(recipe, methods, world=world)
     one_node = os.environ.get("LOCAL_SIZE") == os.environ.get("WORLD_SIZE")
     if one_node and plan.is_done(recipe, methods):  # several may not all see the files at once
         if os.environ.get("RANK", "0") == "0":

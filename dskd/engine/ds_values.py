@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
@@ -80,6 +81,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "fp16": get_float16_config,
     "bf16": get_bfloat16_config,
     "monitor": get_monitor_config,
+    "comms_logger": lambda ds: CommsLoggerConfig(**ds.get("comms_logger", {})),
 }
 _IN_PLACE = ("", "monitor")
 """Readers whose errors name the whole path."""
@@ -127,7 +129,8 @@ def _without_effect(zero: dict[str, Any]) -> Iterator[str]:
         if zero.get(name) and stage < 3:
             yield f"zero_optimization.{name}: has no effect at stage {stage}, only at 3"
     if zero.get("zero_hpz_partition_size", 1) > 1 and stage < 3:
-        yield f"zero_optimization.zero_hpz_partition_size: has no effect at stage {stage}, only at 3"
+        name = "zero_optimization.zero_hpz_partition_size"
+        yield f"{name}: has no effect at stage {stage}, only at 3"
 
 
 def _optimizer(ds: dict[str, Any]) -> Iterator[str]:

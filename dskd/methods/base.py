@@ -165,4 +165,6 @@ def build_method(section: dict[str, Any]) -> Method:
     found = named_object(target, "method.kind")
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(f"method.kind: {target} is no method")
+    if found.loss is Method.loss:
+        raise ConfigError(f"method.kind: {target} has no loss")
     return parse(found, section, prefix="method")

@@ -18,7 +18,7 @@ from dskd.models.families import (
     refuse_unknown,
 )
 from dskd.models.overrides import complaints, known_fields, random_config, with_own
-from dskd.models.weight_files import local_folder, refuse_quantised
+from dskd.models.weight_files import folder_at_hand, local_folder, refuse_quantised
 from dskd.settings.model import Model
 
 
@@ -40,6 +40,16 @@ def config_of(
     if folder is None:
         return _random_config(settings, where, tokenizer)
     return _stored_config(settings, folder, where)
+
+
+def config_at_hand(settings: Model, where: str) -> PreTrainedConfig | None:
+    """:func:`config_of`, but nothing is downloaded for it: None if that is to come."""
+    if settings.path is None:
+        return config_of(settings, where=where)
+    folder = folder_at_hand(settings.path, settings.revision, f"{where}.path")
+    if folder is None:
+        return None
+    return config_of(settings.model_copy(update={"path": str(folder)}), where=where)
 
 
 def check_shape(

@@ -23,7 +23,7 @@ from transformers import (
 
 from dskd.batch import Batch, Positions, Use
 from dskd.errors import ConfigError
-from dskd.settings.parsing import nearest
+from dskd.settings.parsing import nearest, show
 
 Transform = Callable[[Any, Tensor], Tensor]
 """(model, the body's hidden states [N, D]) -> those its last linear map takes, [N, D']."""
@@ -105,15 +105,16 @@ _PAST_PADDING = frozenset({"roberta", "xlm-roberta"})
 """Types that count positions from ``pad_token_id + 1``, not from 0."""
 
 
-def refuse_unknown(model_type: str, where: str) -> None:
+def refuse_unknown(model_type: Any, where: str) -> None:
     """Refuse a ``model_type`` that has no head here.
 
     Raises:
         ConfigError: the message names the setting ``where`` and the nearest type.
     """
     if model_type not in MODEL_TYPES:
-        near = nearest(model_type, MODEL_TYPES)
-        raise ConfigError(f"{where}: '{model_type}' is not one of {', '.join(MODEL_TYPES)}{near}")
+        near = nearest(str(model_type), MODEL_TYPES)
+        known = ", ".join(MODEL_TYPES)
+        raise ConfigError(f"{where}: {show(model_type)} is not one of {known}{near}")
 
 
 def head_of(config: PreTrainedConfig, objective: ObjectiveName, where: str) -> Head:

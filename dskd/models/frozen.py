@@ -14,7 +14,8 @@ from dskd.data.prepared import Prepared
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import shard_teacher
 from dskd.engine.run_config import teacher_config
-from dskd.models.build import build, hidden_size
+from dskd.models.build import build
+from dskd.models.configs import hidden_size
 from dskd.settings.model import Model
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, LiveTeacher, SelfTeacher

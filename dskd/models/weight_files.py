@@ -39,8 +39,7 @@ def local_folder(path: str, revision: str | None, where: str) -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
-    if path.startswith((".", "/", "~")):
-        raise ConfigError(f"{where}: no such folder: {path}")
+    _refuse_missing(path, where)
     wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
     try:
         folder = _download(path, revision, wanted)
@@ -51,16 +50,26 @@ def local_folder(path: str, revision: str | None, where: str) -> Path:
     return folder
 
 
-def folder_at_hand(path: str, revision: str | None) -> Path | None:
+def folder_at_hand(path: str, revision: str | None, where: str) -> Path | None:
     """The folder ``path`` names, or of the hub repository of that name what has been downloaded,
-    if its config has; else None."""
+    if its config has; else None.
+
+    Raises:
+        ConfigError: ``path`` can only be that of a folder, and there is none; ``where`` names it.
+    """
     if Path(path).is_dir():
         return Path(path)
+    _refuse_missing(path, where)
     try:
         found = try_to_load_from_cache(path, "config.json", revision=revision)
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _refuse_missing(path: str, where: str) -> None:
+    if path.startswith((".", "/", "~")):
+        raise ConfigError(f"{where}: no such folder: {path}")
 
 
 def weight_files(folder: Path, where: str) -> list[Path]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dskd.errors import ConfigError
-from dskd.models.build import with_fields
+from dskd.models.configs import with_fields
 from dskd.models.frozen import model_of
 from dskd.models.writing import export
 from dskd.narrowing.heaviest import slice_model

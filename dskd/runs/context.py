@@ -14,7 +14,7 @@ from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.engine.run_config import student_config
 from dskd.methods.base import Method
-from dskd.models.build import hidden_size
+from dskd.models.configs import hidden_size
 from dskd.settings.folders import RunFolder, folder_of, student_settings
 from dskd.settings.model import Model
 from dskd.settings.run import Run

@@ -15,8 +15,8 @@ from dskd.engine.stage import Stage, in_order
 from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
 from dskd.methods.checks import validate
-from dskd.models.build import check_random, check_shape, config_of, model_fingerprint, with_fields
-from dskd.models.weight_files import folder_at_hand
+from dskd.models.build import check_model, model_fingerprint
+from dskd.models.configs import config_at_hand, with_fields
 from dskd.narrowing.slice_stage import sliced_config
 from dskd.runs.context import RunContext
 from dskd.runs.report import ReportSection, print_table, write_report
@@ -51,14 +51,13 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
     """
     refuse_unknown_stage(recipe, methods)
     for name, run in recipe.runs.items():
-        prefix = _prefix(recipe, name)
+        prefix = recipe.prefix(name)
         validate(run, methods[name], world=world, prefix=prefix)
         for place, model in _models(run).items():
             where = f"{prefix}.{place}" if prefix else place
             _refuse_later_export(recipe, name, model, where)
-            if model.path is None:
-                data = {"objective": run.data.objective, "block_size": run.data.block_size}
-                check_random(model, **data, where=where)
+            if place != "model" and _exporter(recipe, model) is None:
+                _check_config(config_at_hand(model, where), model, run, where)
         # The hidden size only sets buckets; a model that an earlier run will export has none yet.
         student_config(run, NOMINAL_HIDDEN, world=world)
         _check_student(recipe, methods, name)
@@ -76,23 +75,23 @@ def refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     for name, run in recipe.runs.items():
         if run.until not in known:
             text = f"{run.until!r} is not one of {', '.join(known)}{nearest(run.until, known)}"
-            prefix = _prefix(recipe, name)
+            prefix = recipe.prefix(name)
             raise ConfigError(line("", (prefix, "until") if prefix else ("until",), text))
 
 
-def _prefix(recipe: Recipe, name: str) -> str:
-    """Dotted name of a run of a recipe of several."""
-    return f"runs.{name}" if len(recipe.runs) > 1 else ""
+def _check_config(config: PreTrainedConfig | None, model: Model, run: Run, where: str) -> None:
+    if config is not None:
+        data = {"objective": run.data.objective, "block_size": run.data.block_size}
+        check_model(config, model, **data, where=where)
 
 
 def _check_student(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:
     """Refuse a student that its method, its rows or its slice cannot go with, as far as its config
     is known."""
-    run, prefix = recipe.runs[name], _prefix(recipe, name)
+    run, prefix = recipe.runs[name], recipe.prefix(name)
     try:
         config = _starts_as(recipe, methods, name)
-        if config is not None:
-            check_shape(config, run.data.objective, run.data.block_size, "model")
+        _check_config(config, run.model, run, "model")
         methods[name].check(run, config)
         check_average(run, methods[name])
     except ConfigError as problem:
@@ -104,17 +103,15 @@ def _starts_as(recipe: Recipe, methods: Mapping[str, Method], name: str) -> PreT
 
     What an earlier run of the recipe will export may not be there yet, but its settings say it.
     """
-    run, config = recipe.runs[name], None
+    run = recipe.runs[name]
     source, maker = source_settings(run), _exporter(recipe, run.model)
-    if maker is not None:
+    if maker is None:
+        config = config_at_hand(source, "model")
+    else:
         config = _starts_as(recipe, methods, maker)
         if config is not None:
             exported = methods[maker].exported_config(config)
             config = with_fields(exported, source.config, "model")
-    elif source.path is None:
-        config = config_of(source, where="model")
-    elif (folder := folder_at_hand(source.path, source.revision)) is not None:
-        config = config_of(source.model_copy(update={"path": str(folder)}), where="model")
     if config is None or run.model.slice is None:
         return config
     return sliced_config(config, run.model)

@@ -18,7 +18,7 @@ from dskd.engine.row_masks import RowMasks
 from dskd.engine.run_config import teacher_config
 from dskd.engine.stage import Stage, in_order
 from dskd.methods.base import Method
-from dskd.models.build import hidden_size
+from dskd.models.configs import hidden_size
 from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation

@@ -10,6 +10,7 @@ from dskd.settings.data import Masking
 from dskd.settings.folders import cache_folder
 from dskd.settings.model import Model
 from dskd.settings.parsing import line, nearest
+from dskd.settings.recipe import Recipe
 from dskd.settings.run import Run
 from dskd.settings.teachers import (
     CachedTeacher,
@@ -29,6 +30,20 @@ def problems_of(run: Run, world: int) -> Problems:
     yield from _data(run)
     yield from model_problems("model", run.model)
     yield from _teachers(run)
+
+
+def check_settings(recipe: Recipe, world: int) -> None:
+    """Refuse contradictions among the settings of each run, as far as they show without its method.
+
+    Args:
+        recipe: the runs.
+        world: number of ranks.
+
+    Raises:
+        ConfigError: all of the first run that has any, one a line.
+    """
+    for name, run in recipe.runs.items():
+        refuse_problems(problems_of(run, world), recipe.prefix(name))
 
 
 def refuse_problems(problems: Problems, prefix: str) -> None:

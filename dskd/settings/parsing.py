@@ -202,17 +202,25 @@ def named_object(target: str, where: str) -> Any:
     """What ``package.module:Name`` names, imported; the setting ``where`` holds that.
 
     Raises:
-        ConfigError: it is no such name, or there is no such module or object.
+        ConfigError: it is no such name, there is no such module or object, or the module fails.
     """
     if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:\w+", target):
         raise ConfigError(f"{where}: {target!r} is not of the form package.module:Name")
     module_name, _, name = target.partition(":")
     try:
         module = import_module(module_name)
-    except ModuleNotFoundError as problem:
-        if problem.name is None or not f"{module_name}.".startswith(f"{problem.name}."):
-            raise  # the module is there, but something that it imports is not
-        raise ConfigError(f"{where}: no module {module_name!r} on the path") from problem
+    except Exception as problem:  # of code that is not ours
+        if _names_module(problem, module_name):
+            raise ConfigError(f"{where}: no module {module_name!r} on the path") from problem
+        raise ConfigError(
+            f"{where}: importing {module_name!r} fails: {type(problem).__name__}: {problem}"
+        ) from problem
     if name not in vars(module):
         raise ConfigError(f"{where}: {module_name!r} has no {name!r}")
     return vars(module)[name]
+
+
+def _names_module(problem: Exception, module_name: str) -> bool:
+    """Whether a module itself is missing, not something that it imports."""
+    missing = problem.name if isinstance(problem, ModuleNotFoundError) else None
+    return missing is not None and f"{module_name}.".startswith(f"{missing}.")

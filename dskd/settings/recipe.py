@@ -55,6 +55,10 @@ class Recipe:
     out: Path
     runs: dict[str, Run]
 
+    def prefix(self, name: str) -> str:
+        """Dotted name, in messages, of one of the runs; empty for that of a file of one."""
+        return "" if name == SINGLE else f"runs.{name}"
+
 
 def read(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
     """Read a settings file (None: all defaults, the toy run) and lay the overrides on it.
@@ -85,8 +89,8 @@ def dump_run(run: Run) -> str:
 
 def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
     reader = _Reader(where)
-    base, runs = content.get("base") or {}, content.get("runs")
-    own_over = over.pop("runs", None) or {}
+    base, runs = _mapping(content.get("base")), content.get("runs")
+    own_over = over.pop("runs", {})
     for key in [key for key in content if key not in ("base", "runs")]:
         reader.add((key,), "a recipe has only base and runs at its top; does it belong into base?")
     if not isinstance(base, dict) or not isinstance(runs, dict) or not runs:
@@ -98,7 +102,7 @@ def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
     base = with_kinds(Run, base)
     out = over.get("out", base.get("out", str(Run.model_fields["out"].default)))
     for name, own in runs.items():
-        layers = (own or {}, own_over.get(name) or {})
+        layers = (_mapping(own), own_over.get(name, {}))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
             reader.add(("runs", name), "the name of a run is made of letters, digits, _ and -")
         if not all(isinstance(layer, dict) for layer in layers):
@@ -111,6 +115,11 @@ def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
         place = os.path.join(out, name) if isinstance(out, str) else out
         reader.run(name, yaml_tree.merge(base, layers[0]), yaml_tree.merge(over, layers[1]), place)
     return Recipe(Path(os.path.expanduser(out)), reader.finish(runs))
+
+
+def _mapping(value: Any) -> Any:
+    """The settings below a name of the file, where none is a way to write no settings."""
+    return {} if value is None else value
 
 
 @dataclass

@@ -17,7 +17,7 @@ from dskd.engine.hooks import StepHooks
 from dskd.engine.run_config import student_config
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
-from dskd.models.build import hidden_size
+from dskd.models.configs import hidden_size
 from dskd.models.frozen import frozen_model, model_of
 from dskd.settings.folders import cache_folder, student_settings
 from dskd.settings.run import Run

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dskd.errors import ConfigError
-from dskd.models.build import build, hidden_size, model_fingerprint, parameter_count
+from dskd.models.build import build, model_fingerprint, parameter_count
+from dskd.models.configs import hidden_size
 from dskd.models.families import lm_head, longest_row
 from dskd.settings.model import Model
 from tests.models.tiny import ALL, BLOCK, make, settings, stored, tokenizer

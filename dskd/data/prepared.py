@@ -158,7 +158,6 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
     """Open a folder of :func:`prepare`.
 
     Args:
-        folder: the folder.
         verify: compare the checksums of the rows, too (else only their sizes; the manifest and the
             tokenizer are always compared).
 

@@ -24,8 +24,6 @@ class FairseqMask:
     """Masks one row, given its random numbers.
 
     Args:
-        masking: the shares.
-        tokenizer: of the rows.
         sampler: the value of ``data.masking.sampler``, for messages.
 
     Attributes:

@@ -34,8 +34,6 @@ class Loader:
         view: makes inputs and labels of them.
         batch: rows of an optimiser step over all ranks, a multiple of ``micro_batch * world``.
         micro_batch: rows of a forward pass on a rank.
-        rank: this rank.
-        world: number of ranks.
         seed: of the order.
         readers: add columns to the batches.
         ready: whether the batch of a position can be made yet; None: always. If it cannot, it is

@@ -56,8 +56,6 @@ class Replacer:
 
     Args:
         masking: its ``keep`` and ``random`` count here.
-        tokenizer: of the rows.
-        seed: of the run.
 
     Raises:
         ConfigError: the tokenizer has no mask token.
@@ -80,9 +78,6 @@ class Replacer:
         """The rows without the chosen tokens, which become the labels.
 
         Args:
-            draws_B: the draw of each row.
-            row_ids_B: row ids.
-            ids_BT: the rows.
             chosen_BT: the tokens to replace.
             drawn_at_BT: of each token, the place whose draw (kept, random, masked) it shares;
                 None: its own.

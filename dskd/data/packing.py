@@ -47,10 +47,10 @@ def complete_doc(
 def _greedy(
     sizes: Sequence[int], block: int, separators: Sequence[bool], least: int
 ) -> list[TokenSpan]:
-    """Whole sentences until the next would not fit or is a separator; rows of ``least`` tokens."""
+    """Whole sentences until a separator or one that would not fit; rows below ``least`` go."""
     slices: list[TokenSpan] = []
     begin = end = 0
-    for size, separator in [*zip(sizes, separators, strict=True), (0, True)]:
+    for size, separator in [*zip(sizes, separators, strict=True), (0, True)]:  # ends the last row
         if separator or end - begin + size > block:
             if end - begin >= least:
                 slices.append((begin, end))
@@ -161,7 +161,7 @@ class Packer:
         begin = len(items.ids)
         if self._packing != "complete_doc" and slices:  # the last row may still grow
             begin = slices.pop()[0]
-        starts = np.cumsum([0, *items.sizes])  # begin is a start if sizes are looked at
+        starts = np.cumsum([0, *items.sizes])  # one of them is begin if sizes count
         first = int(np.searchsorted(starts, begin))
         self._open = Items(items.ids[begin:], items.sizes[first:], items.separators[first:])
         return [items.ids[a:b] for a, b in slices]

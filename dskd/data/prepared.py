@@ -158,7 +158,6 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
     """Open a folder of :func:`prepare`.
 
     Args:
-        folder: the folder.
         verify: compare the checksums of the rows, too (else only their sizes; the manifest and the
             tokenizer are always compared).
 
@@ -198,8 +197,8 @@ def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
 
     def described(source: Source) -> dict[str, Any]:
         # Where local text lies does not matter; a HubSource's path may name a builder or a hub id.
-        place = set() if isinstance(source, HubSource) else {"path"}
-        settings = source.model_dump(mode="json", exclude=place)
+        left_out = set() if isinstance(source, HubSource) else {"path"}
+        settings = source.model_dump(mode="json", exclude=left_out)
         return {**settings, "content": sources.content_hash(source)}
 
     return fingerprint(

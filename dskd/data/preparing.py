@@ -76,8 +76,7 @@ def build_rows(
     """Fill ``folder`` with the rows, the tokenizer and the manifest.
 
     Args:
-        data: the settings.
-        tokenizer: the tokenizer; None: train it on the training documents.
+        tokenizer: None: train one on the training documents.
         key: what the finished folder is named by; recorded.
         folder: an empty folder.
         bar: shows how far each source is read.

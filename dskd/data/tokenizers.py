@@ -145,24 +145,22 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Fingerprint of what a tokenizer does: vocabulary, merges, normaliser, pre-tokeniser and
     special tokens; names, folders and chat templates do not count."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = {k: v for k, v in spec["model"].items() if k not in ("vocab", "merges")}
     roles = {
         role: tokenizer.convert_tokens_to_ids(str(token))
         for role, token in tokenizer.special_tokens_map.items()
         if isinstance(token, str)
     }
-    return fingerprint(
-        {
-            "vocab": _tokens(tokenizer),
-            "merges": spec["model"].get("merges"),
-            "scores": spec["model"]["vocab"] if isinstance(spec["model"]["vocab"], list) else None,
-            "model": model,
-            "normalizer": spec["normalizer"],
-            "pre_tokenizer": spec["pre_tokenizer"],
-            "added": spec["added_tokens"],
-            "roles": roles,
-        }
-    )
+    about = {
+        "vocab": _tokens(tokenizer),
+        "merges": spec["model"].get("merges"),
+        "scores": spec["model"]["vocab"] if isinstance(spec["model"]["vocab"], list) else None,
+        "model": {k: v for k, v in spec["model"].items() if k not in ("vocab", "merges")},
+        "normalizer": spec["normalizer"],
+        "pre_tokenizer": spec["pre_tokenizer"],
+        "added": spec["added_tokens"],
+        "roles": roles,
+    }
+    return fingerprint(about)
 
 
 def check_same_vocabulary(

@@ -201,12 +201,11 @@ def at_random(masking: MaskShares) -> Masking:
 
 
 def _masking_fingerprint(masking: Masking, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
-    return fingerprint(
-        {
-            "view": "masked",
-            # Draw d is the same in any number of draws.
-            "masking": masking.model_dump(exclude={"draws", "kind"}),
-            "seed": seed,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-        }
-    )
+    about = {
+        "view": "masked",
+        # Draw d is the same in any number of draws.
+        "masking": masking.model_dump(exclude={"draws", "kind"}),
+        "seed": seed,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    return fingerprint(about)

@@ -35,9 +35,6 @@ class HardTokenView:
     """What the views of hard tokens have in common.
 
     Args:
-        masking: the settings.
-        tokenizer: of the rows.
-        seed: of the run.
         criterion: which tokens are hard.
         scores: fingerprint of the first store.
 
@@ -64,15 +61,14 @@ class HardTokenView:
         of_metric = {"confidence": "threshold", "quantile": "quantile"}
         idle = {name for metric, name in of_metric.items() if metric != masking.metric}
         unused = {*_NOT_OF_THE_MASKS, *idle, *self._unused}
-        self.fingerprint = fingerprint(
-            {
-                "view": "hard",
-                "masking": masking.model_dump(exclude=unused),
-                "store": scores,
-                "seed": seed,
-                "tokenizer": tokenizer_fingerprint(tokenizer),
-            }
-        )
+        about = {
+            "view": "hard",
+            "masking": masking.model_dump(exclude=unused),
+            "store": scores,
+            "seed": seed,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
+        self.fingerprint = fingerprint(about)
 
     def _prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Get ready what makes this view's masks."""

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dskd.batch import IGNORE
@@ -222,13 +222,10 @@ def _opened(run: Run, epoch: int) -> tuple[Prepared, Hardness]:
 
 
 def _shares(run: Run, found: Findings) -> Table:
-    causal = run.data.objective == "causal"
-    table = _table(
-        f"Hard tokens: {_criterion(run.data.masking, found)}",
-        ["domain", "tokens", "hard", "hard %"]
-        + (["after most", "%"] if causal else ["masked", "masked %"])
-        + ["not first guess %", "mean NLL"],
-    )
+    title = f"Hard tokens: {_criterion(run.data.masking, found)}"
+    taken = ("after most", "%") if run.data.objective == "causal" else ("masked", "masked %")
+    names = ("domain", "tokens", "hard", "hard %", *taken, "not first guess %", "mean NLL")
+    table = _table(title, *names)
     rows = [(name, [index]) for index, name in enumerate(found.domains)]
     rows += [("all", list(range(len(found.domains))))] * (len(rows) > 1)
     for name, where in rows:
@@ -258,7 +255,7 @@ def _criterion(masking: HardTokens, found: Findings) -> str:
 
 
 def _spread(found: Findings) -> Table:
-    table = _table("NLL (nats)", ["from", "tokens", "%", "above %"])
+    table = _table("NLL (nats)", "from", "tokens", "%", "above %")
     table.add_column("", justify="left")
     bounds_E = np.searchsorted(_NLL_BY_MAGNITUDE, EDGES)
     tokens_E = np.add.reduceat(found.magnitudes, bounds_E)
@@ -271,18 +268,16 @@ def _spread(found: Findings) -> Table:
 
 
 def _tokens(found: Findings, names: list[str]) -> Table:
-    table = _table("Most often hard", ["token", "id", "occurs", "hard", "hard %"])
+    table = _table("Most often hard", "token", "id", "occurs", "hard", "hard %")
     for name, index in zip(names, found.most_often_hard(len(names)).tolist(), strict=True):
         seen, hard = int(found.seen_V[index]), int(found.hard_V[index])
         table.add_row(Text(name), str(index), f"{seen:,}", f"{hard:,}", f"{hard / seen:.2%}")
     return table
 
 
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    return table
+def _table(title: str, first: str, *numbers: str) -> Table:
+    columns = [Column(name, justify="right") for name in numbers]
+    return Table(first, *columns, title=title, title_justify="left")
 
 
 def _figure(found: Findings, names: list[str]) -> Figure:

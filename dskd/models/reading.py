@@ -49,8 +49,7 @@ def load_weights(model: PreTrainedModel, folder: Path, where: str) -> None:
     for name, parameter in model.named_parameters():
         with gathered([parameter], write=True), torch.no_grad():
             if mine:
-                source = plan[name]
-                parameter.copy_(source.file.read(source.key))
+                parameter.copy_(plan[name].read())
 
 
 def _plan(model: PreTrainedModel, sources: list[Stored], where: str) -> dict[str, Stored]:
@@ -107,8 +106,7 @@ def _the_one(
         return f"{head.projection}.bias"  # the head's own copy is not in the forward pass
     first, *others = found
     for other in others:
-        a, b = stored[first], stored[other]
-        if not torch.equal(a.file.read(a.key), b.file.read(b.key)):
+        if not torch.equal(stored[first].read(), stored[other].read()):
             raise ConfigError(
                 f"{where}: the config ties {first} and {other}, but they are stored with different "
                 "values; set tie_word_embeddings: false in the model's config settings"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
@@ -104,55 +106,16 @@ def _indexed(index: Path, where: str) -> list[str]:
     return sorted(set(names.values()))
 
 
-class _File(Protocol):
-    """Tensors by their keys."""
-
-    def shapes(self) -> dict[str, torch.Size]: ...
-    def dtypes(self) -> dict[str, Any]: ...
-    def read(self, key: str) -> Tensor: ...
-
-
-class _Safetensors:
-    """An open file of weights, of which one tensor at a time is read."""
-
-    def __init__(self, path: Path) -> None:
-        self._open: Any = safe_open(path, framework="pt")
-        self._slices = {key: self._open.get_slice(key) for key in self._open.keys()}  # noqa: SIM118
-
-    def shapes(self) -> dict[str, torch.Size]:
-        return {key: torch.Size(part.get_shape()) for key, part in self._slices.items()}
-
-    def dtypes(self) -> dict[str, Any]:
-        return {k: _FORMATS.get(s.get_dtype(), s.get_dtype()) for k, s in self._slices.items()}
-
-    def read(self, key: str) -> Tensor:
-        return self._open.get_tensor(key)
-
-
-class _Tensors:
-    """The same of tensors that are at hand."""
-
-    def __init__(self, content: dict[str, Tensor]) -> None:
-        self._content = content
-
-    def shapes(self) -> dict[str, torch.Size]:
-        return {key: tensor.shape for key, tensor in self._content.items()}
-
-    def dtypes(self) -> dict[str, Any]:
-        return {key: tensor.dtype for key, tensor in self._content.items()}
-
-    def read(self, key: str) -> Tensor:
-        return self._content[key]
-
-
 class Stored(NamedTuple):
-    """A tensor in a file."""
+    """A tensor in an open file; ``read`` gives it.
 
-    file: _File
+    ``dtype`` is torch's; of what is no weight it may be the file's own name for it.
+    """
+
     key: str
     shape: torch.Size
     dtype: Any
-    """torch's, or of those that are no weights' the file's own name."""
+    read: Callable[[], Tensor]
 
     @property
     def is_value(self) -> bool:
@@ -171,18 +134,13 @@ def open_weights(model: PreTrainedModel, folder: Path, where: str) -> list[Store
     Raises:
         ConfigError: a file is damaged or holds something else.
     """
-    quantised = quantisation(PreTrainedConfig.get_config_dict(folder)[0])
+    quantised = PreTrainedConfig.get_config_dict(folder)[0].get("quantization_config")
     if quantised is not None:
         return _dequantised(model, folder, quantised, where)
     found = []
     for path in weight_files(folder, where):
         found += _tensors(path, where)
     return found
-
-
-def quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
-    """How the weights of a stored config are quantised, None if they are not."""
-    return config.get("quantization_config")
 
 
 def refuse_quantised(how: Any, where: str) -> None:
@@ -202,14 +160,21 @@ def refuse_quantised(how: Any, where: str) -> None:
 
 def _tensors(path: Path, where: str) -> list[Stored]:
     try:
-        file = _Safetensors(path) if path.suffix == ".safetensors" else _Tensors(_pickled(path))
-    except Exception as problem:  # whatever a file of anything may raise
+        return list(_safetensors(path) if path.suffix == ".safetensors" else _pickled(path))
+    except Exception as problem:  # whatever a file of any content may raise
         raise ConfigError(f"{where}: {path} is damaged ({problem})") from problem
-    dtypes = file.dtypes()
-    return [Stored(file, key, shape, dtypes[key]) for key, shape in file.shapes().items()]
 
 
-def _pickled(path: Path) -> dict[str, Tensor]:
+def _safetensors(path: Path) -> Iterator[Stored]:
+    file: Any = safe_open(path, framework="pt")
+    keys = file.keys()
+    for key in keys:
+        part = file.get_slice(key)
+        dtype = _FORMATS.get(part.get_dtype(), part.get_dtype())
+        yield Stored(key, torch.Size(part.get_shape()), dtype, partial(file.get_tensor, key))
+
+
+def _pickled(path: Path) -> Iterator[Stored]:
     content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__}, not tensors by name")
@@ -218,7 +183,11 @@ def _pickled(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"its tensors lie under {key!r}; save that part alone")
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             raise ValueError(f"{key!r} is a {type(value).__name__}, not a tensor")
-    return content
+        yield _at_hand(key, value)
+
+
+def _at_hand(key: str, value: Tensor) -> Stored:
+    return Stored(key, value.shape, value.dtype, lambda: value)
 
 
 def _dequantised(
@@ -232,8 +201,7 @@ def _dequantised(
         whole = type(model).from_pretrained(folder, quantization_config=how, dtype=torch.float32)
     except (ImportError, OSError, ValueError, RuntimeError) as problem:
         raise ConfigError(f"{where}: cannot dequantise {folder}: {problem}") from problem
-    tensors = _Tensors(dict(whole.named_parameters(remove_duplicate=False)))
-    return [Stored(tensors, k, s, torch.float32) for k, s in tensors.shapes().items()]
+    return [_at_hand(key, p.data) for key, p in whole.named_parameters(remove_duplicate=False)]
 
 
 def _download(path: str, revision: str | None, patterns: list[str]) -> Path:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,13 @@ class _Reader:
 
     def run(self, name: str, tree: Tree, over: Tree, out: Any = None) -> None:
         """Build the run ``name``, written to the folder ``out`` if that is given."""
-        tree = yaml_tree.merge(_with_defaults(Run(), with_kinds(Run, tree), over), over)
+        tree = with_kinds(Run, tree)
+        tree = yaml_tree.merge(tree if self.where else _with_defaults(Run(), tree, over), over)
         tree = with_kinds(Run, tree)  # again: which settings are paths depends on the kinds
         problems: list[Problem] = []
+        if self.where:  # nothing of the toy is laid under a file
+            tree = {"teacher": None, **tree}
+            problems += _missing(tree)
         resolved = self._resolve(Run, tree if out is None else tree | {"out": out}, (), problems)
         run, more = build_section(Run, resolved)
         for place, text in problems + more:
@@ -217,6 +221,24 @@ class _Reader:
         if not isinstance(teachers.get(domain), CachedTeacher):
             raise ConfigError(f"'run:{name}' has no cache, its teacher is not a cached one")
         return str(cache_folder(run, domain))
+
+
+def _missing(tree: Tree) -> Iterator[Problem]:
+    """What the settings of a run from a file must name, and do not."""
+    for name in ("method", "model"):
+        if name not in tree:
+            yield (name,), "missing; a settings file names its own"
+    data = tree.get("data", {})
+    if isinstance(data, dict) and "sources" not in data:
+        yield ("data", "sources"), "missing; a settings file names its own"
+    teachers = {("teacher",): tree["teacher"]}
+    if isinstance(tree["teacher"], dict) and isinstance(tree["teacher"].get("domains"), dict):
+        domains = tree["teacher"]["domains"]
+        teachers |= {("teacher", "domains", domain): of for domain, of in domains.items()}
+    for place, teacher in teachers.items():
+        live = isinstance(teacher, dict) and teacher.get("kind", "live") == "live"
+        if live and "model" not in teacher:
+            yield (*place, "model"), "missing; a live teacher is some model"
 
 
 def _with_defaults(default: BaseModel, tree: Tree, over: Tree) -> Tree:

@@ -28,7 +28,8 @@ from dskd.errors import ConfigError, DiskError, StoreError
 from dskd.hardness.question import question
 from dskd.hardness.scoring import ScoringView, scoring_view
 from dskd.hardness.store import Hardness, hardness_spec, identity
-from dskd.models.configs import hidden_size, model_fingerprint
+from dskd.models.build import model_fingerprint
+from dskd.models.configs import hidden_size
 from dskd.models.frozen import evaluating, frozen_model
 from dskd.settings.data import HardTokens
 from dskd.settings.folders import questions_folder, student_settings

@@ -212,6 +212,8 @@ def named_object(target: str, where: str) -> Any:
     except Exception as problem:  # of code that is not ours
         if _names_module(problem, module_name):
             raise ConfigError(f"{where}: no module {module_name!r} on the path") from problem
+        if module_name.partition(".")[0] == __name__.partition(".")[0]:
+            raise  # a defect of our own
         raise ConfigError(
             f"{where}: importing {module_name!r} fails: {type(problem).__name__}: {problem}"
         ) from problem

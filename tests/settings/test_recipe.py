@@ -6,6 +6,7 @@ import pytest
 from pydantic import Field, field_validator
 
 from dskd.errors import ConfigError
+from dskd.settings import yaml_tree
 from dskd.settings.base import Section
 from dskd.settings.compare import differences
 from dskd.settings.data import HardTokens, Masking, PretrainedTokenizer
@@ -36,9 +37,26 @@ runs:
 """
 
 
+WHOLE = {
+    "method": {"kind": "ki"},
+    "model": {"path": "m"},
+    "teacher": {"kind": "live", "model": {"path": "t"}},
+    "data": {"sources": [{"kind": "builtin"}]},
+}
+"""What a settings file must name."""
+
+
 def _write(tmp_path, text):
+    """A file of these settings, and of what they lack of those that it must name."""
     path = tmp_path / "a.yaml"
     path.write_text(text)
+    tree = yaml_tree.load(path)
+    if isinstance(tree, dict):
+        if not tree.keys() & {"base", "runs"}:
+            path.write_text(yaml_tree.dump(yaml_tree.merge(WHOLE, tree)))
+        elif isinstance(tree.get("base", {}), dict):
+            tree["base"] = yaml_tree.merge(WHOLE, tree.get("base", {}))
+            path.write_text(yaml_tree.dump(tree))
     return path
 
 
@@ -113,6 +131,33 @@ def test_a_masking_without_kind_is_random(tmp_path):
     assert masking == hard.model_copy(update={"probability": 0.3})
 
 
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("train: {steps: 3}", ["method", "model", "data.sources"]),
+        ("method: {kind: lm}\ndata: {objective: causal}", ["model", "data.sources"]),
+        ("method: {kind: ki}\nteacher: {precision: fp32}\nmodel: {path: m}\n"
+         "data: {sources: [{kind: builtin}]}", ["teacher.model"]),
+        ("method: {kind: ki}\nteacher: {kind: routed, domains: {x: {kind: live}}}\n"
+         "model: {path: m}\ndata: {sources: [{kind: builtin}]}", ["teacher.domains.x.model"]),
+    ],
+)  # fmt: skip
+def test_nothing_of_the_toy_is_laid_under_a_file(tmp_path, text, missing):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    found = [line.removeprefix(f"{path}: ").split(":")[0] for line in f"{caught.value}".split("\n")]
+    assert found == missing
+
+
+def test_a_file_without_a_teacher_has_none(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml_tree.dump({name: WHOLE[name] for name in ("method", "model", "data")}))
+    assert read(path).runs[SINGLE].teacher is None
+    assert read(path, ["teacher.model.path=x"]).runs[SINGLE].teacher.model.path == "x"
+
+
 def test_an_entry_of_a_list_can_be_overridden(tmp_path):
     path = _write(tmp_path, "data: {sources: [{kind: builtin}, {kind: text, path: x}]}")
     sources = read(path, ["data.sources.1.path=y"]).runs[SINGLE].data.sources
@@ -146,7 +191,7 @@ def test_home_is_expanded(monkeypatch):
         ("teacher: {kind: liv}", "teacher.kind: 'liv' is not one of live, cached, routed, self"),
         ("teacher: {kind: routed, domains: {x: {model: {}}}}",
          "teacher.domains.x.kind: missing; one of live, cached"),
-        ("teacher: {kind: routed, domains: {x: {kind: live, modle: {}}}}",
+        ("teacher: {kind: routed, domains: {x: {kind: live, model: {}, modle: {}}}}",
          "teacher.domains.x.modle: no such setting; did you mean 'model'?"),
         ("data: {sources: [{path: x}]}",
          "data.sources.0.kind: missing; one of builtin, text, jsonl, datasets"),
@@ -332,6 +377,18 @@ def test_overrides_of_all_runs_and_of_one(tmp_path):
 def test_a_mistake_in_a_recipe_is_named(tmp_path, change, line):
     assert RECIPE.replace(*change) != RECIPE
     assert _refused(tmp_path, RECIPE.replace(*change)) == [f"FILE: {line}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("runs.student=0", "runs.student: expected settings (name: value)"),
+        ("runs.student=null", "runs.student: expected settings (name: value)"),
+        ("runs=0", "command line: runs: write runs.NAME.a.b=value"),
+    ],
+)
+def test_an_override_that_is_nothing_is_not_passed_over(tmp_path, change, problem):
+    assert any(problem in line for line in _refused(tmp_path, RECIPE, change))
 
 
 def test_mistakes_in_overrides_of_a_recipe(tmp_path):

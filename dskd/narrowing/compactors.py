@@ -201,9 +201,7 @@ class CompactedConv1D(MergedLayer):
         """The weight seen as that of ``nn.Linear``, part by part."""
         parts = self.parts or 1
         weight_PNK = self.weight.unflatten(1, (parts, -1)).permute(1, 2, 0)
-        matrices = (self.left, self.right)
-        if self.parts is None:
-            matrices = (self.left[None], self.right[None])
+        matrices = (m.view(parts, *m.shape[-2:]) for m in (self.left, self.right))
         bias_PN = self.bias.unflatten(0, (parts, -1))
         return Factors(weight_PNK, bias_PN, *matrices, self.keep_in, self.keep_out)
 
@@ -242,17 +240,14 @@ class CompactedProjection(Compacted, LinearProjection):
         self.right = None
 
     def forward(self, hidden_ND: Tensor, use: Use | None = None) -> Any:
-        """Logits, or what ``use`` makes of (compacted hidden states, weight, bias)."""
-        return super().forward(self._compacted(hidden_ND), use)
-
-    def _compacted(self, x: Tensor) -> Tensor:
-        """x CL^T, [..., K], of [..., K] (or k)."""
-        kept = x.flatten(0, -2)
+        """Logits of x [..., K] (or k), or what ``use`` makes of (x CL^T [..., K], weight, bias)."""
+        kept = hidden_ND.flatten(0, -2)
         left, rows = self.left, kept
         if self.keep_in is not None:
             left = left[:, self.keep_in]
             rows = kept.new_zeros(len(kept), self.in_features).index_copy(1, self.keep_in, kept)
-        return torch.addmm(rows, kept, left.mT).unflatten(0, x.shape[:-1])
+        compacted = torch.addmm(rows, kept, left.mT).unflatten(0, hidden_ND.shape[:-1])
+        return super().forward(compacted, use)
 
 
 def _identity(size: int, like: nn.Parameter, parts: int | None = None) -> nn.Parameter:

@@ -37,7 +37,7 @@ from dskd.narrowing.layouts import (
     projected,
     widths_of,
 )
-from dskd.narrowing.masked_norm import MaskedLayerNorm, MaskedNorm, MaskedRMSNorm
+from dskd.narrowing.masked_norm import MaskedLayerNorm, MaskedRMSNorm
 from dskd.narrowing.units import Whole, spread
 from dskd.narrowing.widths import Widths
 
@@ -57,7 +57,7 @@ class Surgery:
         """Have the norms count the kept units only. All else stays as it is ("soft")."""
         for name, group in self.groups.items():
             for path in group.norms:
-                norm = self._norm(path)
+                norm = self.model.get_submodule(path)
                 keep_H = spread(keep[name], full_shape(norm.weight)[0]).to(norm.weight.device)
                 norm.keep = None if keep_H.all() else keep_H
 
@@ -83,7 +83,7 @@ class Surgery:
         projection.keep_in = _indices(keep[projected(config)], projection.left)
         for name, group in self.groups.items():
             for path in group.norms:
-                norm = self._norm(path)
+                norm = self.model.get_submodule(path)
                 norm.keep, norm.keep_in = None, _indices(keep[name], norm.weight)
         if layout.sizes is not None:
             sizes = (widths.heads, widths.head_dim, widths.heads * widths.head_dim)
@@ -93,11 +93,6 @@ class Surgery:
                     assert isinstance(getattr(attention, attribute), int)
                     setattr(attention, attribute, size)
         self.merging.forget()
-
-    def _norm(self, path: str) -> MaskedNorm:
-        norm = self.model.get_submodule(path)
-        assert isinstance(norm, MaskedNorm)
-        return norm
 
 
 def insert(model: PreTrainedModel) -> Surgery:
@@ -157,20 +152,18 @@ def kept_widths(config: PreTrainedConfig, keep: Keep) -> Widths:
     """
     full = widths_of(config)
     rotary = layout_of(config).demands.rotary
-    kept: dict[str, set[int]] = {"R": set(), "T": set(), "A": set(), "F": set()}
-    entries: set[int] = set()
+    own_heads = full.kv_heads if rotary else full.heads
+    sets: tuple[set[int], ...] = (set(), set(), set(), set())
+    streams, parts, attentions, entries = sets
     for name, keep_U in keep.items():
-        kind = name[0]
-        if kind != "A":
-            size = full.intermediate if kind == "F" else full.hidden
-            kept[kind].add(int(spread(keep_U, size).sum()))
-            continue
-        heads = full.kv_heads if rotary else full.heads
-        in_head = spread(keep_U, heads * full.head_dim).view(heads, full.head_dim).sum(1)
-        kept["A"].add(int((in_head > 0).sum()))
-        entries |= set(in_head[in_head > 0].tolist())
-    streams = kept["R"] | kept["T"]
-    sets = (streams, kept["F"], kept["A"], entries)
+        if name[0] == "A":
+            in_head = spread(keep_U, own_heads * full.head_dim).view(own_heads, -1).sum(1)
+            attentions.add(int((in_head > 0).sum()))
+            entries |= set(in_head[in_head > 0].tolist())
+        elif name[0] == "F":
+            parts.add(int(spread(keep_U, full.intermediate).sum()))
+        else:
+            streams.add(int(spread(keep_U, full.hidden).sum()))
     if any(len(found) != 1 for found in sets):
         raise _no_model(keep)
     hidden, intermediate, heads, head_dim = (found.pop() for found in sets)

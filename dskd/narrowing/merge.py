@@ -78,7 +78,8 @@ class _Compacted:
         values = {n: self._value(f"{own.path}.{n}") for n, _ in layer.named_parameters()}
         dtype = values["weight"].dtype
         shadow = copy.copy(layer)  # the layer's own view of parts, over other values
-        shadow._parameters = {n: _parameter(values.get(n)) for n in layer._parameters}
+        wide = {n: nn.Parameter(v.double(), requires_grad=False) for n, v in values.items()}
+        shadow._parameters = {n: wide.get(n) for n in layer._parameters}
         factors = shadow.factors()
         device = values["weight"].device
         kept = {
@@ -114,10 +115,6 @@ class _Compacted:
         parameter = self.model.get_parameter(name)
         with gathered([parameter]):
             return parameter.detach().clone()
-
-
-def _parameter(value: Tensor | None) -> nn.Parameter | None:
-    return None if value is None else nn.Parameter(value.double(), requires_grad=False)
 
 
 class Exactness(NamedTuple):

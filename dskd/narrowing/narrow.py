@@ -62,9 +62,8 @@ def narrow(source: UnitSource, keep: Keep) -> PreTrainedModel:
     for path in layout.tables:
         values[f"{path}.weight"] = source.table(path, keep["R"])
     dtype = values[f"{layout.tables[0]}.weight"].dtype
-    attention = config._attn_implementation
     config_n = narrowed_config(config, kept_widths(config, keep))
-    small = construct(config_n, attention, None, dtype, "the student's config")
+    small = construct(config_n, config._attn_implementation, None, dtype, "the student's config")
     tie_head_bias(small)
     for own in maps_of(config):
         weight_Pnk, bias_Pn = source.map(own, keep[own.reads], keep[own.writes])

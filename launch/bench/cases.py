@@ -159,11 +159,7 @@ def label(sizes: Sizes) -> Case:
     student_NV = sizes.logits(torch.bfloat16)
     labels_N = torch.randint(columns, (tokens,), device=device)
     work_NV = student_NV.clone()
-
-    def ours() -> Outcome:
-        found = ops.label_ce(work_NV, labels_N, label_weight=1 / tokens, out=work_NV)
-        return Outcome(found.total, (work_NV,))
-
+    ours = partial(_in_place, ops.label_ce, work_NV, labels_N, label_weight=1 / tokens)
     return Case(
         "label",
         "cross entropy bf16",
@@ -182,16 +178,11 @@ def topk(sizes: Sizes) -> Case:
     tokens, columns, kept, device, compiled = sizes
     student_NV, teacher = sizes.logits(torch.bfloat16), sizes.kept_teacher()
     work_NV = student_NV.clone()
-
-    def ours() -> Outcome:
-        found = ops.topk_kd(work_NV, *teacher, weight=1 / tokens, out=work_NV)
-        return Outcome(found.total, (work_NV,))
-
     return Case(
         "topk",
         f"tail bf16, K {kept}",
         {"N": tokens, "V": columns, "K": kept},
-        {OURS: ours}
+        {OURS: partial(_in_place, ops.topk_kd, work_NV, *teacher, weight=1 / tokens)}
         | peers.logits_peers(
             student_NV, lambda x: reference.topk_divergence(x, *teacher).mean(), compiled=compiled
         ),
@@ -208,10 +199,7 @@ def mixture(sizes: Sizes) -> Case:
     weights_N2 = torch.rand(tokens, 2, device=device)
     weights_N2 /= weights_N2.sum(1, keepdim=True)
     work_NV = student_NV.clone()
-
-    def ours() -> Outcome:
-        found = ops.mixture_kd(work_NV, teachers, weights_N2 / tokens, out=work_NV)
-        return Outcome(found.total, (work_NV,))
+    ours = partial(_in_place, ops.mixture_kd, work_NV, teachers, weights_N2 / tokens)
 
     def divergence(logits_CV: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
         others = [logits_NV[rows].to(dtype) for logits_NV in teachers]
@@ -264,6 +252,12 @@ def vocab_parallel(sizes: Sizes, kind: str) -> Case:
         stream(tokens * columns * 6, reads=2, device=device),
         through_logits(student_NV, partial(_dense_per_token, teacher_NV, kind)),
     )
+
+
+def _in_place(
+    loss: Callable[..., ops.Losses], work_NV: Tensor, *given: Any, **weights: float
+) -> Outcome:
+    return Outcome(loss(work_NV, *given, out=work_NV, **weights).total, (work_NV,))
 
 
 def topk_per_token(

@@ -14,10 +14,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Python put this folder first (not under -P), whose kernels.py passes for the package kernels
-    # that transformers imports
-    sys.path.pop(0)
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # not under python -P
+    sys.path.pop(0)  # this folder's kernels.py passes for the package that transformers imports
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
@@ -126,8 +124,8 @@ class Trial(NamedTuple):
         if self.steps is not None:
             # the same share of warm-up, and one checkpoint, as the recipe's steps have
             own = merge(own, {"train": {"steps": self.steps, "warmup": self.steps // 20}})
-            own = merge(own, {"evaluation": {"every": self.steps}})
-            own = merge(own, {"checkpoint": {"every": self.steps}})
+            every = {"every": self.steps}
+            own = merge(own, {"evaluation": every, "checkpoint": every})
         return own
 
 
@@ -171,9 +169,8 @@ class Comparison:
         # One rank: the whole batch at once.
         over = [f"train.micro_batch={content['base']['train']['batch']}", *self.over]
         command = [sys.executable, str(ROOT / "dskd/train.py"), str(path), *over]
-        done = subprocess.run(command, check=False)
-        if done.returncode:
-            raise SystemExit(done.returncode)
+        if status := subprocess.run(command, check=False).returncode:
+            raise SystemExit(status)
 
     def loss(self, name: str) -> float:
         """An exported model's loss on random masks of the validation rows, nats a token."""
@@ -196,12 +193,6 @@ class Comparison:
         """Multiplications of a run of a way."""
         return run_products(self.runs[way], self.origin, steps)
 
-    def scorers(self) -> dict[str, Callable[[str], float]]:
-        """What gives each score of a run by its name."""
-        if self.plan.hard is None:
-            return {LOSS: self.loss}
-        return {HARD: hard_loss(self.plan.hard, self.origin), RANDOM: self.loss}
-
     def result(self, seeds: list[int]) -> dict[str, Any]:
         """All three goes; the numbers of the table."""
         plan, (first, *others) = self.plan, seeds
@@ -216,7 +207,9 @@ class Comparison:
             lines += [(way, round(whole / self.products(way, 1))) for way in plan.longer]
             longer = [(way, steps) for way, steps in lines if steps is not None]
             self.carry_out([Trial(w, chosen[w], seed, n) for w, n in longer for seed in seeds])
-        scorers = self.scorers()
+        scorers = {LOSS: self.loss}
+        if plan.hard is not None:
+            scorers = {HARD: hard_loss(plan.hard, self.origin), RANDOM: self.loss}
         rows = [
             self._row([Trial(way, chosen[way], seed, steps) for seed in seeds], scorers)
             for way, steps in lines
@@ -381,7 +374,6 @@ def _cells(plan: Plan, row: Mapping[str, Any], origin: Mapping[str, float]) -> l
 
 
 def main() -> None:
-    """Run what is missing; print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     parser.add_argument("--seeds", default="1,2,3", help="the first one chooses learning rates")
@@ -389,8 +381,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     words = parser.parse_intermixed_args()
     if names := refused(words.overrides):
-        listed = ", ".join(names)
-        parser.error(f"{listed}: every trial has its own (--seeds, {words.recipe}, its .json)")
+        own = f"every trial has its own (--seeds, {words.recipe}, its .json)"
+        parser.error(f"{', '.join(names)}: {own}")
     comparison = Comparison(words.recipe, words.overrides)
     result = comparison.result([int(seed) for seed in words.seeds.split(",")])
     print(table(result), flush=True)

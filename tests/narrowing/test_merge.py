@@ -65,10 +65,9 @@ def test_logits_of_the_originals_export(strategy):
     keep = golden_keep(strategy)
     merged = merged_student(surgery, keep).eval()
     logits = golden_logits(merged).detach()
-    expected = MODEL["merge"][strategy]["hf_export"]["logits_1_3"]
-    torch.testing.assert_close(
-        logits[1, 3], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9
-    )
+    golden = MODEL["merge"][strategy]["hf_export"]["logits_1_3"]
+    expected = torch.tensor(golden, dtype=torch.float64)
+    torch.testing.assert_close(logits[1, 3], expected, rtol=0, atol=1e-9)
     zero_removed(surgery, keep)
     surgery.mask(keep)
     hard = golden_logits(surgery.model.eval()).detach()

@@ -47,9 +47,8 @@ def test_the_ramp():
     for step in range(LAST):
         before = annealed.keep
         (changed,) = toy.step([annealed], step, 1e-3)
-        assert set(changed) == {
-            g for g, k in annealed.keep.items() if not torch.equal(k, before[g])
-        }
+        keep = annealed.keep.items()
+        assert set(changed) == {name for name, k in keep if not torch.equal(k, before[name])}
         for group, keep_U in annealed.keep.items():
             assert not (keep_U & ~before[group]).any()  # never taken back
         sizes.append(tuple(annealed.kept().values()))

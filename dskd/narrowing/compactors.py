@@ -206,6 +206,14 @@ class CompactedConv1D(MergedLayer):
         return Factors(weight_PNK, bias_PN, *matrices, self.keep_in, self.keep_out)
 
 
+def compacted(layer: nn.Module, path: str, parts: int, merging: Merging) -> MergedLayer:
+    """What stands in the place of a model's linear layer."""
+    if isinstance(layer, Conv1D):
+        return CompactedConv1D(layer, merging, None if parts == 1 else parts)
+    assert type(layer) is nn.Linear, f"{path} is a {type(layer).__name__}"
+    return CompactedLinear(layer, merging)
+
+
 class CompactedEmbeddings(Compacted):
     """The right compactor of the summed embedding, as a module of its own behind the sum."""
 
@@ -246,8 +254,8 @@ class CompactedProjection(Compacted, LinearProjection):
         if self.keep_in is not None:
             left = left[:, self.keep_in]
             rows = kept.new_zeros(len(kept), self.in_features).index_copy(1, self.keep_in, kept)
-        compacted = torch.addmm(rows, kept, left.mT).unflatten(0, hidden_ND.shape[:-1])
-        return super().forward(compacted, use)
+        compacted_ND = torch.addmm(rows, kept, left.mT).unflatten(0, hidden_ND.shape[:-1])
+        return super().forward(compacted_ND, use)
 
 
 def _identity(size: int, like: nn.Parameter, parts: int | None = None) -> nn.Parameter:

@@ -13,22 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dskd.engine.zero import full_shape
 from dskd.errors import DskdError
 from dskd.models.build import construct
 from dskd.models.families import lm_head, tie_head_bias
-from dskd.narrowing.compactors import (
-    CompactedConv1D,
-    CompactedEmbeddings,
-    CompactedLinear,
-    CompactedProjection,
-    Merging,
-)
+from dskd.narrowing.compactors import CompactedEmbeddings, CompactedProjection, Merging, compacted
 from dskd.narrowing.layouts import (
     Group,
-    Map,
     groups_of,
     kept_entries,
     layout_of,
@@ -107,18 +99,19 @@ def insert(model: PreTrainedModel) -> Surgery:
     layout = layout_of(config)
     merging = Merging()
     for own in maps_of(config):
-        _replace(model, own.path, _compacted(model.get_submodule(own.path), own, merging))
+        layer = model.get_submodule(own.path)
+        model.set_submodule(own.path, compacted(layer, own.path, own.parts, merging))
     for path, _ in norms_of(config):
         norm = model.get_submodule(path)
         masked = MaskedLayerNorm if isinstance(norm, nn.LayerNorm) else MaskedRMSNorm
-        _replace(model, path, masked(norm))
+        model.set_submodule(path, masked(norm))
     summed = model.get_submodule(layout.summed)
     table = model.get_submodule(layout.tables[0]).weight
     embedded = CompactedEmbeddings(full_shape(table)[1], table)
     pair = (summed, embedded) if layout.summed in layout.tables else (embedded, summed)
-    _replace(model, layout.summed, nn.Sequential(*pair))
+    model.set_submodule(layout.summed, nn.Sequential(*pair))
     projection = lm_head(config.model_type).projection
-    _replace(model, projection, CompactedProjection(model.get_submodule(projection)))
+    model.set_submodule(projection, CompactedProjection(model.get_submodule(projection)))
     model.train(model.training)
     return Surgery(model, groups_of(model), merging)
 
@@ -179,18 +172,6 @@ def _no_model(keep: Keep) -> DskdError:
     return DskdError(
         f"the units kept of each group make no dense model (is the ramp over?): {counts}"
     )
-
-
-def _compacted(layer: nn.Module, own: Map, merging: Merging) -> nn.Module:
-    if isinstance(layer, Conv1D):
-        return CompactedConv1D(layer, merging, None if own.parts == 1 else own.parts)
-    assert type(layer) is nn.Linear, f"{own.path} is a {type(layer).__name__}"
-    return CompactedLinear(layer, merging)
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def _indices(keep_U: Tensor, parameter: Tensor) -> Tensor | None:

@@ -321,7 +321,6 @@ HEADER = (
 
 
 def line(report: Report) -> str:
-    """A line of the table."""
     by_loop = " + ".join(f"{count:.1f}" for count in report.instructions)
     return (
         f"{report.name:56} {report.target:7} {report.registers:4} {report.spilled:5} "

@@ -61,16 +61,9 @@ LOSS, HARD, RANDOM = "loss", "hard tokens", "random tokens"
 """What a model is scored by, in nats a masked token: the loss of random masks alone, or those of
 hard tokens and of random ones."""
 FIXED = (
-    "train.steps",
-    "train.lr",
-    "train.warmup",
-    "seed",
-    "evaluation.every",
-    "checkpoint.every",
-    "method",
-    "base",
-    "runs",
-)
+    "train.steps", "train.lr", "train.warmup", "seed", "evaluation.every", "checkpoint.every",
+    "method", "base", "runs",
+)  # fmt: skip
 """Settings of the trials' own, which an override of all runs would silently replace."""
 
 
@@ -322,7 +315,6 @@ def claims(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as markdown."""
     plan, seeds = Plan(**result["plan"]), result["seeds"]
     costed = plan.budget is not None
     about = f"{plan.about}; seeds {', '.join(map(str, seeds))}"

@@ -156,11 +156,8 @@ class Bench:
         found = {
             name: self._prove(case, name, call, expected) for name, call in case.variants.items()
         }
-        calls = {
-            name: case.variants[name]
-            for name, row in found.items()
-            if not (row.get("wrong") or "failed" in row)
-        }
+        sound = [name for name, row in found.items() if not (row.get("wrong") or "failed" in row)]
+        calls = {name: case.variants[name] for name in sound}
         for name, peak in (peaks or {}).items():
             found[name] |= {"peak_bytes": peak} if isinstance(peak, int) else {"peak_note": peak}
         samples, floor, untimed = {}, {}, ""
@@ -288,7 +285,6 @@ def _times(samples: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def table(result: Row) -> str:
-    """The result as markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
     held = [row for row in result["rows"] if row["held"]]
     header = ["operation", "variant", "ms, median [quartiles]", "CPU ms", "times ours"]

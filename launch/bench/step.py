@@ -267,12 +267,6 @@ def _at_port(work: Callable[..., Any], args: tuple[Any, ...], turn: int) -> Any:
     return work(*args, engine.start())
 
 
-def make_folder(device: torch.device) -> Path:
-    """A temporary folder that all ranks share."""
-    del device
-    return Path(dist.on_rank0(lambda: tempfile.mkdtemp(prefix="dskd-bench-")))
-
-
 def make_files(run: Run, device: torch.device) -> None:
     """Prepare the data and capture the cache."""
     stages.cache(RunContext(run, build_method(run.method), device))
@@ -320,7 +314,6 @@ def summarise(measured: dict[str, Any], peaks: Mapping[str, int]) -> dict[str, A
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as markdown."""
     train = result["settings"]["train"]
     header = ["step", "ms, median [quartiles]", "CPU ms", "tokens/s", "times the plain step"]
     rows = []
@@ -368,7 +361,9 @@ def main() -> None:
     words = parser.parse_args()
     if words.rounds < 2:
         parser.error("--rounds: a spread needs at least 2")
-    first, folder = os.environ.get("RANK", "0") == "0", apart(make_folder)
+    first = os.environ.get("RANK", "0") == "0"
+    # one that all ranks share
+    folder = apart(lambda _: Path(dist.on_rank0(lambda: tempfile.mkdtemp(prefix="dskd-bench-"))))
     try:
         runs = variants(words.settings, words.overrides, folder, WARM_UP + words.rounds)
         apart(make_files, runs["cached"], turn=1)

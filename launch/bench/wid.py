@@ -99,8 +99,7 @@ def chained(teacher: BertForMaskedLM) -> BertForMaskedLM:
     """A copy with the original's compactors in its layers."""
     model = copy.deepcopy(teacher)
     for own in maps_of(model.config):
-        parent, _, name = own.path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Chained(model.get_submodule(own.path)))
+        model.set_submodule(own.path, Chained(model.get_submodule(own.path)))
     return model
 
 
@@ -333,7 +332,6 @@ def verdicts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as markdown."""
     header = ["tokens", "step", "ms, median [quartiles]", "CPU ms", "times the teacher's step"]
     rows = [
         [

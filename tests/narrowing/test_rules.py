@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 
 EVERY, RAMP, ANNEAL = 3, 4, 5
 LAST = EVERY * RAMP + ANNEAL - 1
-SHARES = ((0.0, 0.31), (0.31, 1.0))
+SHARES, COPIES = ((0.0, 0.31), (0.31, 1.0)), ((0.0, 1.0), (0.0, 1.0))
 
 
 def rule(**options):
@@ -193,35 +193,24 @@ def test_the_end_comes_when_foretold():
     assert settled == [False] * (end - 1) + [True]
 
 
-def _state_and_norm(share, more=0.0):
+def _state_and_norm(rank, shares, more=0.0):
+    """Of a rank whose scores are not rank 0's, if there is ``more``."""
     annealed, toy = rule(), Toy()
-    toy.parameters["stream.right"].data[[1, 5]] += more
-    run([annealed], toy, range(4), [share])
-    return annealed.state(), annealed.removed_norm(toy.weights(share))
-
-
-def _other_scores(rank):
-    """A rank whose scores are not rank 0's."""
-    return _state_and_norm((0.0, 1.0), 3.0 * rank)
-
-
-def _piece(rank):
-    return _state_and_norm(SHARES[rank])
-
-
-def _copy(rank):
-    return _state_and_norm((0.0, 1.0))
+    toy.parameters["stream.right"].data[[1, 5]] += more * rank
+    run([annealed], toy, range(4), [shares[rank]])
+    return annealed.state(), annealed.removed_norm(toy.weights(shares[rank]))
 
 
 def test_all_ranks_take_rank_0s_masks():
-    alone = [_other_scores(rank)[0] for rank in (0, 1)]
+    alone = [_state_and_norm(rank, COPIES, 3.0)[0] for rank in (0, 1)]
     assert alone[0] != alone[1]
-    assert [state for state, _ in run_ranks(_other_scores)] == [alone[0], alone[0]]
+    found = run_ranks(_state_and_norm, COPIES, 3.0)
+    assert [state for state, _ in found] == [alone[0], alone[0]]
 
 
-@pytest.mark.parametrize("rank", [_copy, _piece], ids=["copies", "pieces"])
-def test_ranks_have_the_norm_of_one(rank):
-    state, norm = _copy(0)
-    for its_state, its_norm in run_ranks(rank):
+@pytest.mark.parametrize("shares", [COPIES, SHARES], ids=["copies", "pieces"])
+def test_ranks_have_the_norm_of_one(shares):
+    state, norm = _state_and_norm(0, COPIES)
+    for its_state, its_norm in run_ranks(_state_and_norm, shares):
         assert its_state == state
         assert its_norm == pytest.approx(norm, rel=1e-12)

@@ -37,6 +37,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from xml.etree import ElementTree
 
@@ -252,16 +253,12 @@ def on_cuda(words: argparse.Namespace, device: torch.device, begin: float) -> Be
 def on_cpu(words: argparse.Namespace, device: torch.device) -> Bench:
     """The fused linear forward KL in fp32."""
     shape = CPU_SMALL if words.small else CPU_SHAPE
-    compiled = not words.small
-
-    def call_of(name: str) -> Peer:
-        return cases.linear_on_cpu(*shape, compiled=compiled).variants[name]
-
+    make = partial(cases.linear_on_cpu, compiled=not words.small)
     # before anything of size runs here
-    names = cases.linear_on_cpu(shape[0], 8, 4, compiled=compiled).variants
-    peaks = {name: measure.peak_in_child(call_of, name) for name in names}
+    names = make(shape[0], 8, 4).variants
+    peaks = {n: measure.peak_in_child(lambda name: make(*shape).variants[name], n) for n in names}
     bench = Bench(device, words, "")
-    bench.measure(cases.linear_on_cpu(*shape, compiled=compiled), peaks)
+    bench.measure(make(*shape), peaks)
     return bench
 
 

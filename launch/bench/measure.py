@@ -129,12 +129,7 @@ def orders(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
 
 
 def interleave(
-    calls: Mapping[str, Call],
-    clock: Clock,
-    *,
-    before: Call,
-    rounds: int | None,
-    seconds: float,
+    calls: Mapping[str, Call], clock: Clock, *, before: Call, rounds: int | None, seconds: float
 ) -> dict[str, dict[str, list[float]]]:
     """Samples of every variant: ``{"wall_ms": {name: [...]}, "cpu_ms": {name: [...]}}``.
 
@@ -315,8 +310,7 @@ def through_head(head: Head, per_token: PerToken) -> Truth:
         return Outcome(total, (torch.cat(rows), into_RD))
 
     return Truth(
-        compute,
-        lambda outcome: (outcome.gradients[0][tokens_R], outcome.gradients[1][columns_R]),
+        compute, lambda outcome: (outcome.gradients[0][tokens_R], outcome.gradients[1][columns_R])
     )
 
 

@@ -17,6 +17,7 @@ from dskd.narrowing.merge import (
     zero_removed,
 )
 from dskd.narrowing.narrow import narrowed_config
+from dskd.narrowing.widths import Widths
 from dskd.system.dist import sum_over_ranks
 from tests.models.tiny import auto_of, batch, tokenizer, zero3
 from tests.narrowing.test_insert import golden_keep, golden_logits
@@ -100,12 +101,9 @@ def test_counts_of_student_sizes():
     """Embeddings and encoder of 12-layer students (the original's tables have 3 token types)."""
     for name, count in GOLDEN["counts"]["student_embedding_plus_encoder"].items():
         hidden = int(name.partition("-")[2])
-        base = BertConfig()
-        widths = widths_of(base)
-        widths = type(widths)(hidden, 4 * hidden, 12, 12, hidden // 12)
-        if hidden % 12:  # not a model of 12 heads, which the count does not depend on
-            widths = type(widths)(hidden, 4 * hidden, 1, 1, hidden)
-        config = narrowed_config(base, widths)
+        heads = 1 if hidden % 12 else 12  # which the count does not depend on
+        widths = Widths(hidden, 4 * hidden, heads, heads, hidden // heads)
+        config = narrowed_config(BertConfig(), widths)
         with torch.device("meta"):
             model = BertModel(config, add_pooling_layer=False)
         assert sum(p.numel() for p in model.parameters()) == count, name

@@ -21,16 +21,6 @@ def rule(**options):
     return Annealed(GROUPS, **{"every": EVERY, "ramp": RAMP, "anneal": ANNEAL, **options})
 
 
-class Nothing:
-    """A rule that changes nothing."""
-
-    def before_step(self, weights, step):
-        return []
-
-    def after_step(self, weights, step, lr):
-        pass
-
-
 def removed_entries(rule, name):
     """Which entries of a compactor are removed, bool of its shape."""
     (group,) = (group for group, sides in SIDES.items() if name in sides)
@@ -66,7 +56,7 @@ def test_removed_entries_are_exactly_zero_and_kept_ones_untouched(decay):
     annealed, toy, plain = rule(), Toy(decay=decay), Toy(decay=decay)
     for step in range(LAST + 10):
         toy.step([annealed], step, 1e-3)
-        plain.step([Nothing()], step, 1e-3)
+        plain.step([], step, 1e-3, shares=[])
         assert annealed.settled(step + 1) == (step + 1 >= 9 + ANNEAL - 1)  # the last go at t = 9
     for name, value in toy.values().items():
         removed = torch.zeros_like(value, dtype=torch.bool)

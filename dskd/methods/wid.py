@@ -139,7 +139,7 @@ class WeightInheritance(Method):
                 f"gradients before method wid edits them; set it to 0"
             )
         if self.rule == "original" and train.clip:
-            # which is part of the gradient, and far larger
+            # the penalty is part of the gradient, and far larger
             raise ConfigError(
                 f"train.clip: {train.clip} would clip the penalty of method.rule original together "
                 f"with the gradient; it must be 0"

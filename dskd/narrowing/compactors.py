@@ -59,20 +59,17 @@ class Merging:
 
     Attributes:
         last: whether the micro-batch under way is the last of its optimizer step.
+        layers: those that are merged together.
     """
 
     def __init__(self) -> None:
         self.last = True
-        self._layers: list[MergedLayer] = []
+        self.layers: list[MergedLayer] = []
         self._merged: dict[MergedLayer, Merged] = {}
-
-    def add(self, layer: MergedLayer) -> None:
-        """Have a layer merged together with the others."""
-        self._layers.append(layer)
 
     def forget(self) -> None:
         """Merge anew at the next use."""
-        assert not any(layer.waiting for layer in self._layers), (
+        assert not any(layer.waiting for layer in self.layers), (
             "weights change while gradients of an unfinished optimizer step wait for its end"
         )
         self._merged.clear()
@@ -81,7 +78,7 @@ class Merging:
         """The layer's merged weight; all layers are merged as soon as one is needed."""
         if not self._merged:
             alike: dict[object, list[MergedLayer]] = {}
-            for other in self._layers:
+            for other in self.layers:
                 alike.setdefault(other.look(), []).append(other)
             for layers in alike.values():
                 merged = merge_layers([other.factors() for other in layers])
@@ -112,7 +109,7 @@ class MergedLayer(Compacted):
         self.parts = parts
         self.merging = merging
         self.waiting: tuple[Tensor, Tensor | None] | None = None
-        merging.add(self)
+        merging.layers.append(self)
 
     def factors(self) -> Factors:
         """Views of the parameters, of which autograd knows."""

@@ -145,18 +145,18 @@ def kept_widths(config: PreTrainedConfig, keep: Keep) -> Widths:
     """
     full = widths_of(config)
     rotary = layout_of(config).demands.rotary
-    own_heads = full.kv_heads if rotary else full.heads
+    count = full.kv_heads if rotary else full.heads
     sets: tuple[set[int], ...] = (set(), set(), set(), set())
-    streams, parts, attentions, entries = sets
+    hiddens, intermediates, counts, head_dims = sets
     for name, keep_U in keep.items():
         if name[0] == "A":
-            in_head = spread(keep_U, own_heads * full.head_dim).view(own_heads, -1).sum(1)
-            attentions.add(int((in_head > 0).sum()))
-            entries |= set(in_head[in_head > 0].tolist())
+            in_head = spread(keep_U, count * full.head_dim).view(count, -1).sum(1)
+            counts.add(int((in_head > 0).sum()))
+            head_dims |= set(in_head[in_head > 0].tolist())
         elif name[0] == "F":
-            parts.add(int(spread(keep_U, full.intermediate).sum()))
+            intermediates.add(int(spread(keep_U, full.intermediate).sum()))
         else:
-            streams.add(int(spread(keep_U, full.hidden).sum()))
+            hiddens.add(int(spread(keep_U, full.hidden).sum()))
     if any(len(found) != 1 for found in sets):
         raise _no_model(keep)
     hidden, intermediate, heads, head_dim = (found.pop() for found in sets)

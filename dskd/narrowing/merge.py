@@ -98,12 +98,11 @@ class _Compacted:
     def _chained(self, weight: str, compactor: str, keep_K: Tensor) -> Tensor:
         """W (I + DL)[:, i], which for an embedding is E (I + DR)[i, :]^T: [V, k]."""
         weight_VK, difference_KK = self._value(weight), self._value(compactor)
+        if compactor == self._embedded:
+            difference_KK = difference_KK.mT
         kept = kept_entries(keep_K, weight_VK.shape[1]).to(weight_VK.device)
-        columns_Kk = (
-            difference_KK.mT[:, kept] if compactor == self._embedded else difference_KK[:, kept]
-        )
         wide_VK = weight_VK.double()
-        return (wide_VK[:, kept] + wide_VK @ columns_Kk.double()).to(weight_VK.dtype)
+        return (wide_VK[:, kept] + wide_VK @ difference_KK[:, kept].double()).to(weight_VK.dtype)
 
     def _value(self, name: str) -> Tensor:
         return self._whole(self._names[id(self.model.get_parameter(name))])

@@ -30,19 +30,15 @@ class UnitSource(Protocol):
 
     def table(self, path: str, keep_R: Tensor) -> Tensor:
         """An embedding's rows [V, n]."""
-        ...
 
     def map(self, own: Map, keep_in: Tensor, keep_out: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight [P, n, k] and bias [P, n] of a linear map, given its kept units."""
-        ...
 
     def projection(self, path: str, keep_in: Tensor) -> Tensor:
         """The vocabulary projection's weight [V, k]."""
-        ...
 
     def whole(self, name: str) -> Tensor:
         """A parameter as it is."""
-        ...
 
 
 def narrow(source: UnitSource, keep: Keep) -> PreTrainedModel:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dskd.engine.shards import ParameterShards
-from dskd.narrowing.rule import Edit, Rule
+from dskd.narrowing.rule import Edit, Groups, Rule
 from dskd.narrowing.units import Ranking, Units, original_count, ramp_count
 
 NEAR_ZERO = 0.01
@@ -38,13 +38,7 @@ class Annealed(Rule):
     """
 
     def __init__(
-        self,
-        groups: Mapping[str, Units],
-        *,
-        every: int,
-        ramp: int,
-        anneal: int,
-        ranking: Ranking = "group",
+        self, groups: Groups, *, every: int, ramp: int, anneal: int, ranking: Ranking = "group"
     ) -> None:
         super().__init__(groups, every, ranking)
         self.ramp = ramp
@@ -115,7 +109,7 @@ class Original(Rule):
 
     def __init__(
         self,
-        groups: Mapping[str, Units],
+        groups: Groups,
         *,
         every: int,
         penalty: float,

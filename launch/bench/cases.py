@@ -322,12 +322,8 @@ def linear_topk(sizes: Sizes, hidden: tuple[int, int]) -> Case:
     tokens, columns, kept, *_ = sizes
     head, teacher = head_of(sizes, hidden, torch.bfloat16), sizes.kept_teacher()
 
-    def eager() -> Outcome:
-        return peers.differentiate(
-            lambda h, w: reference.topk_divergence((h @ w.t()).float(), *teacher).mean(),
-            head.hidden_ND,
-            head.weight_VD,
-        )
+    def eager(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        return reference.topk_divergence((hidden_ND @ weight_VD.t()).float(), *teacher).mean()
 
     return Case(
         "linear_topk",
@@ -335,7 +331,7 @@ def linear_topk(sizes: Sizes, hidden: tuple[int, int]) -> Case:
         {"N": tokens, "V": columns, "D": hidden[0], "K": kept},
         {
             OURS: partial(_linear, head, ops.TopKTeacher(*teacher[:2], {1.0: teacher[2]})),
-            "torch eager": eager,
+            "torch eager": partial(peers.differentiate, eager, head.hidden_ND, head.weight_VD),
         },
         products(Head(head.hidden_ND, head.weight_VD, None, None, head.labels_N)),
         through_head(head, partial(topk_per_token, teacher)),

@@ -175,13 +175,6 @@ class Comparison:
             shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
         return sum(math.prod(shape) for shape in shapes)
 
-    def best(self, rates: Mapping[str, list[float | None]], seed: int) -> dict[str, float | None]:
-        """By way, the learning rate of the lowest loss on one seed."""
-        return {
-            way: min(own, key=lambda lr, way=way: self.loss(Trial(way, lr, seed).name))
-            for way, own in rates.items()
-        }
-
     def products(self, way: str, steps: int) -> float:
         """Multiplications of a run of a way."""
         return run_products(self.runs[way], self.origin, steps)
@@ -192,7 +185,10 @@ class Comparison:
         ways = [way for way in self.runs if way != plan.origin]
         rates = dict(plan.rates) or {way: [None] for way in ways}
         self.carry_out([Trial(way, lr, first) for way, own in rates.items() for lr in own])
-        chosen = self.best(rates, first)
+        chosen = {
+            way: min(own, key=lambda lr, way=way: self.loss(Trial(way, lr, first).name))
+            for way, own in rates.items()
+        }
         self.carry_out([Trial(way, lr, seed) for way, lr in chosen.items() for seed in others])
         lines = [(way, None) for way in chosen]
         if plan.budget is not None:

@@ -281,7 +281,8 @@ def through_logits(student_NV: Tensor, per_token: PerToken) -> Truth:
 
     def compute() -> Outcome:
         total, rows = 0.0, []
-        for slice_, _, grad_CV, loss in _chunks(student_NV, lambda x: x, per_token):
+        for slice_, logits_CV, grad_CV, loss in _chunks(student_NV, lambda x: x, per_token):
+            del logits_CV
             total = total + loss
             inside = (picked_R >= slice_.start) & (picked_R < slice_.stop)
             rows.append(grad_CV[picked_R[inside] - slice_.start])

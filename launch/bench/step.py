@@ -362,7 +362,7 @@ def main() -> None:
     if words.rounds < 2:
         parser.error("--rounds: a spread needs at least 2")
     first = os.environ.get("RANK", "0") == "0"
-    # one that all ranks share
+    # shared by all ranks
     folder = apart(lambda _: Path(dist.on_rank0(lambda: tempfile.mkdtemp(prefix="dskd-bench-"))))
     try:
         runs = variants(words.settings, words.overrides, folder, WARM_UP + words.rounds)

@@ -151,6 +151,8 @@ class Checkpoints:
 
     def _best_name(self) -> str:
         names = self._listed()
+        if not names:
+            raise CheckpointError(f"{self.folder}: no checkpoint is left to export; train again")
         selection = self._selection
         if selection is None:
             return names[-1]

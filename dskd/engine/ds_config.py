@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from dskd.engine.ds_values import problems_of
 from dskd.engine.ds_words import BROKEN, NESTED, TOP, UNUSED
 from dskd.errors import ConfigError
 from dskd.settings.parsing import nearest, show
@@ -125,6 +126,8 @@ def fill_auto(
         per_node = world if ranks_per_node is None else ranks_per_node
         filling.zero(hidden, world, per_node, run.out / "swap" / role)
         filling.left(filling.ds)
+    if not filling.problems:
+        filling.problems += problems_of(filling.ds)
     if filling.problems:
         where = where or run.deepspeed
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in filling.problems))
@@ -268,8 +271,9 @@ class _Filling:
             "zero_quantized_weights": self.cuda,  # it has no CPU operator
         }
         _fill(zero, autos)
-        if world % max(zero.get("zero_hpz_partition_size", 1), 1):
-            name, size = "zero_hpz_partition_size", zero["zero_hpz_partition_size"]
+        name = "zero_hpz_partition_size"
+        size = zero.get(name, 1)
+        if isinstance(size, int) and size > 0 and world % size:
             self.problems.append(f"zero_optimization.{name} {size} does not divide {world} ranks")
         # A buffer must hold the largest parameter: the embedding of at most 2^18 tokens.
         size = max(100_000_000, hidden * 2**18)

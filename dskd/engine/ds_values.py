@@ -55,6 +55,10 @@ class _DataTypes(_Typed):
     keep_in_fp32_modules: Literal["auto"] | list[str] = "auto"
 
 
+class _Zero(_Typed):
+    sub_group_size: PositiveInt = 1
+
+
 class _Unchecked(_Typed):
     """What DeepSpeed takes as it comes."""
 
@@ -64,6 +68,7 @@ class _Unchecked(_Typed):
     communication_data_type: Number | None = None
     prescale_gradients: bool = False
     gradient_predivide_factor: NonNegativeFloat = 1.0
+    zero_optimization: _Zero = _Zero()
     aio: _Aio = _Aio()
     steps_per_print: PositiveInt | None = None
     log_level: str | None = None
@@ -96,7 +101,9 @@ _ZERO3_ONLY += ("zero_quantized_gradients", "memory_efficient_linear")
 def problems_of(ds: dict[str, Any]) -> list[str]:
     """What is wrong with the values of a filled config, ``name: problem`` each."""
     found = [problem for part, read in _READERS.items() for problem in _read(part, read, ds)]
-    found += [*_monitors(ds), *_without_effect(ds.get("zero_optimization", {}))]
+    if found:  # what has the wrong type would be stumbled over
+        return found
+    found = [*_monitors(ds), *_without_effect(ds.get("zero_optimization", {}))]
     if "optimizer" in ds:
         found += _optimizer(ds)
     return found or _whole(ds)
@@ -128,7 +135,7 @@ def _without_effect(zero: dict[str, Any]) -> Iterator[str]:
     for name in _ZERO3_ONLY:
         if zero.get(name) and stage < 3:
             yield f"zero_optimization.{name}: has no effect at stage {stage}, only at 3"
-    if zero.get("zero_hpz_partition_size", 1) > 1 and stage < 3:
+    if zero.get("zero_hpz_partition_size", 1) != 1 and stage < 3:
         name = "zero_optimization.zero_hpz_partition_size"
         yield f"{name}: has no effect at stage {stage}, only at 3"
 

@@ -22,6 +22,7 @@ _PARALLEL = """
     pipeline tensor_parallel expert_parallel use_data_before_expert_parallelism
     sequence_parallel_size seq_parallel_communication_data_type
 """
+_CHECKPOINTS = "dskd writes and reads checkpoints its own way; leave it out"
 _REMOVED = """
     compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula
     progressive_layer_drop quantize_training sparse_attention sparse_gradients
@@ -41,7 +42,7 @@ UNUSED: dict[str, str] = {
     "hybrid_engine": "it is for generation in the training loop; leave it out",
     "autotuning": "it restarts the launcher with settings of its own; leave it out",
     "weight_quantization": "it is for inference; leave it out",
-    "datastates_ckpt": "dskd writes checkpoints its own way; leave it out",
+    "datastates_ckpt": _CHECKPOINTS,
     "disable_allgather": "without effect in DeepSpeed itself; leave it out",
     "vocabulary_size": "the tokenizer decides, see model.vocab_multiple; leave it out",
     "amp": "DeepSpeed has removed it; set train.precision instead",
@@ -86,6 +87,9 @@ NESTED: dict[str, frozenset[str]] = {
         "comms_logger": "enabled prof_all prof_ops verbose debug",
         "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules"
         " detailed output_file",
+        "checkpoint": "tag_validation load_universal use_node_local_storage parallel_write writer"
+        " checkpoint_serialization",
+        "checkpoint.parallel_write": "pipeline_stage",
     }.items()
 }
 """Words of the nested objects, by dotted name; other objects are passed on as they are."""
@@ -94,5 +98,8 @@ BROKEN: dict[str, str] = {
     "zero_optimization.round_robin_gradients": "with several ranks, checkpoints continued at "
     "another world size or stage get wrong weights in silence (DeepSpeed 0.19.8 maps parameters "
     "to other places); leave it out",
+    "checkpoint.load_universal": _CHECKPOINTS,
+    "checkpoint.use_node_local_storage": _CHECKPOINTS,
+    "checkpoint.writer": _CHECKPOINTS,
 }
 """Nested words that must not be set, by dotted name, and why."""

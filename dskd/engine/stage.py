@@ -68,6 +68,7 @@ class Stage:
         leaves: patterns, in the run's folder, of all that it makes and that depends on settings.
         whole: what is there when all of it is, below the run's folder; None: nothing says so (a
             store's manifest does not: it comes first).
+        wanted: whether a run of these settings has to leave anything here.
         chosen: whether what it leaves depends on settings that are marked ``CHOSEN_LATER``.
         report: HTML for ``report.html``, of the folders of a recipe's finished runs by name; empty
             where it has nothing to show.
@@ -78,6 +79,7 @@ class Stage:
     before: str | None = None
     leaves: tuple[str, ...] = ()
     whole: str | None = None
+    wanted: Callable[[Run], bool] = lambda run: True
     chosen: bool = True
     report: Callable[[Mapping[str, RunFolder]], str] | None = None
 

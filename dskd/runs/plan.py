@@ -66,7 +66,7 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
             if teacher.deepspeed is not None:
                 ds, precision = teacher.deepspeed, teacher.precision
                 teacher_config(ds, precision, run, NOMINAL_HIDDEN, world=world)
-        _refuse_other_settings(run, stages_of(masks_of(run), methods[name]))
+    _refuse_changes(recipe, methods)
 
 
 def refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
@@ -133,11 +133,12 @@ def _refuse_later_export(recipe: Recipe, name: str, model: Model, where: str) ->
 
 
 def is_done(recipe: Recipe, methods: Mapping[str, Method]) -> bool:
-    """Whether every run has left what its last stage leaves."""
+    """Whether every run has left what its stages leave, as far as the last one says so."""
     known = _known(recipe, methods)
     for name, run in recipe.runs.items():
-        last = _to_do(stages_of(masks_of(run), methods[name]), run.until, known)[-1]
-        if last.whole is None or not (run.out / last.whole).exists():
+        stages = _to_do(stages_of(masks_of(run), methods[name]), run.until, known)
+        wholes = [run.out / s.whole for s in stages if s.whole is not None and s.wanted(run)]
+        if stages[-1].whole is None or not all(whole.exists() for whole in wholes):
             return False
     return True
 
@@ -165,6 +166,8 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Carry out what is not done yet; then print the table and write ``report.html``."""
     device, known = engine.start(), _known(recipe, methods)
     with alone(recipe.out):
+        # Another job may have worked here while this one waited.
+        dist.on_rank0(lambda: _refuse_changes(recipe, methods))
         dist.on_rank0(lambda: _write_settings(recipe))
         for name, run in recipe.runs.items():
             say(f"== {name}: {run.method['kind']}, {run.out}")
@@ -209,12 +212,23 @@ def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:
 
 def _write_settings(recipe: Recipe) -> None:
     for run in recipe.runs.values():
-        write_atomic(folder_of(run).config, dump_run(run).encode())
+        write_atomic(folder_of(run).config, dump_run(run, here=True).encode())
+
+
+def _refuse_changes(recipe: Recipe, methods: Mapping[str, Method]) -> None:
+    """Refuse settings other than those by which what lies in the runs' folders was made."""
+    for name, run in recipe.runs.items():
+        _refuse_other_settings(run, stages_of(masks_of(run), methods[name]))
 
 
 def _refuse_other_settings(run: Run, stages: Sequence[Stage]) -> None:
     path = folder_of(run).config
     if not path.is_file():
+        if _left(run, stages):
+            raise ConfigError(
+                f"{run.out} holds results, but no {path.name} that says by which settings they "
+                f"were made; choose another `out`, or delete the folder"
+            )
         return
     before = read(path).runs[SINGLE]
     # With other masks, or by another method, it had stages whose files these know nothing of.

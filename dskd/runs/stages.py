@@ -27,6 +27,7 @@ from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
 from dskd.settings.folders import cache_folder
 from dskd.settings.model import Model
+from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, each_teacher
 from dskd.stores.fingerprints import expected
 from dskd.system import dist
@@ -62,12 +63,14 @@ def cache(context: RunContext) -> None:
         free_memory()  # before the next domain's teacher
 
 
+def _sliced(run: Run) -> bool:
+    return run.model.slice is not None
+
+
 def slice_student(context: RunContext) -> None:
     """Write the folder that a sliced student starts from."""
-    if context.run.model.slice is None:
-        return
     folder = context.folder.sliced
-    if not dist.broadcast_object(folder.exists()):
+    if _sliced(context.run) and not dist.broadcast_object(folder.exists()):
         make_slice(context.run, context.prepared.tokenizer)
         say(f"cut {context.run.model.path} to {folder}")
 
@@ -211,7 +214,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 STAGES = (
     Stage("data", lambda context: context.view),  # which prepares the rows
-    Stage("slice", slice_student, leaves=("sliced",), whole="sliced", chosen=False),
+    Stage("slice", slice_student, None, ("sliced",), "sliced", _sliced, chosen=False),
     Stage("cache", cache, leaves=("cache",)),
     Stage("train", train, leaves=("train",), whole="train/summary.json"),
     Stage("export", export_best, leaves=("export",), whole="export"),

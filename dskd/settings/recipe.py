@@ -44,6 +44,8 @@ from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, each_teacher
 from dskd.settings.yaml_tree import SettingName, Tree
 
+_NAME, _PATH = 255, 4095  # bytes of a file's name, and of a whole path (Linux)
+
 SINGLE = "run"
 """Name of the only run of a file that is no recipe."""
 
@@ -82,9 +84,13 @@ def read(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recip
     return Recipe(runs[SINGLE].out, runs)
 
 
-def dump_run(run: Run) -> str:
-    """The whole of a run's settings as YAML; :func:`read` gives the same run back."""
-    return yaml_tree.dump(run.model_dump(mode="json"))
+def dump_run(run: Run, *, here: bool = False) -> str:
+    """The whole of a run's settings as YAML; :func:`read` gives the same run back.
+
+    ``here``: for a file that lies in the run's folder, wherever that is moved.
+    """
+    tree = run.model_dump(mode="json")
+    return yaml_tree.dump(tree | {"out": None} if here else tree)
 
 
 def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
@@ -146,6 +152,8 @@ class _Reader:
         if self.where:  # nothing of the toy is laid under a file
             tree = {"teacher": None, **tree}
             problems += _missing(tree)
+        if self.where and out is None and tree.get("out", "") is None:
+            out = str(Path(self.where).parent)
         resolved = self._resolve(Run, tree if out is None else tree | {"out": out}, (), problems)
         run, more = build_section(Run, resolved)
         for place, text in problems + more:
@@ -196,7 +204,9 @@ class _Reader:
                 return self._left_by(value.removeprefix("run:"), mark.output, place)
             except ConfigError as problem:
                 problems.append((place, str(problem)))
-        return os.path.expanduser(value) if value.startswith("~/") else value
+        value = os.path.expanduser(value) if value.startswith("~/") else value
+        problems += [(place, text) for text in _unusable(value, place)]
+        return value
 
     def _left_by(self, name: str, output: str | None, place: SettingName) -> str:
         """The folder of what the run ``name`` leaves, for the setting at ``place``."""
@@ -221,6 +231,15 @@ class _Reader:
         if not isinstance(teachers.get(domain), CachedTeacher):
             raise ConfigError(f"'run:{name}' has no cache, its teacher is not a cached one")
         return str(cache_folder(run, domain))
+
+
+def _unusable(path: str, place: SettingName) -> Iterator[str]:
+    """What no file system or not DeepSpeed can do with a path."""
+    longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
+    if longest > _NAME or len(os.fsencode(path)) > _PATH:
+        yield f"{show(path)} has a name of {longest} bytes; file systems take {_NAME}"
+    if place == ("out",) and set(path) & set("*?["):
+        yield f"{show(path)}: DeepSpeed reads checkpoints by patterns; without * ? and [, please"
 
 
 def _missing(tree: Tree) -> Iterator[Problem]:

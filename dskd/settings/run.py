@@ -77,7 +77,7 @@ class Run(Section):
     """One run: a student trained by a method."""
 
     out: Annotated[Path, RunPath(), FREE] = Path("runs/toy")
-    """Folder of everything the run writes."""
+    """Folder of everything the run writes; null in a settings file: the folder that it lies in."""
     seed: int = Field(1, ge=0, lt=2**63)
     until: Annotated[str, FREE] = "evaluate"
     """Last stage to run."""

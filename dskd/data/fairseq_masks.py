@@ -9,7 +9,6 @@ Shape letters: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import numpy as np
-from numpy.random import RandomState
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -25,8 +24,6 @@ class FairseqMask:
     """Masks one row, given its random numbers.
 
     Args:
-        masking: the shares.
-        tokenizer: of the rows.
         sampler: the value of ``data.masking.sampler``, for messages.
 
     Attributes:
@@ -56,17 +53,17 @@ class FairseqMask:
     def __call__(
         self,
         item: NDArray[np.int64],
-        numbers: RandomState,
+        seed: int,
         besides: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """The selected positions and the masked row (``data/mask_tokens_dataset.py:97-172``).
 
         Args:
             item: the row, without padding.
-            numbers: its random numbers, from :func:`fairseq_seed`.
+            seed: of its random numbers, from :func:`fairseq_seed`.
             besides: bool, positions that are selected in any case; random others are, too.
         """
-        settings = self._masking
+        settings, numbers = self._masking, np.random.RandomState(seed)
         size = len(item)
         chosen = np.zeros(size, dtype=bool) if besides is None else besides.copy()
         others = np.flatnonzero(~chosen)

@@ -10,7 +10,7 @@ Shape letters: B rows, T tokens, N supervised positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dskd.batch import Batch
 from dskd.data.counter import mix
-from dskd.data.prepared import RowBatch, RowSet
-from dskd.data.views import Reader, Shown, View
+from dskd.data.prepared import RowSet
+from dskd.data.views import Reader, View
 
 _ORDER = 5  # stream of random numbers, apart from those of the masks
 
@@ -34,8 +34,6 @@ class Loader:
         view: makes inputs and labels of them.
         batch: rows of an optimiser step over all ranks, a multiple of ``micro_batch * world``.
         micro_batch: rows of a forward pass on a rank.
-        rank: this rank.
-        world: number of ranks.
         seed: of the order.
         readers: add columns to the batches.
         ready: whether the batch of a position can be made yet; None: always. If it cannot, it is
@@ -139,32 +137,20 @@ def make_batch(
     epochs_B: NDArray[np.int64],
     readers: Sequence[Reader] = (),
 ) -> Batch:
-    """The batch, on the CPU, of the given rows as the given epochs show them.
-
-    Args:
-        rowset: where the rows are.
-        view: makes inputs and labels of them.
-        row_ids_B: ids of the rows.
-        epochs_B: the epoch of each.
-        readers: add columns, each its own.
-    """
+    """The batch, on the CPU, of some rows, each as ``view`` shows it in its epoch; the readers add
+    columns, each its own."""
     rows = rowset.rows(row_ids_B, epochs_B)
     shown = view(rows)
+    columns: dict[str, Tensor] = {}
+    for reader in readers:
+        for name, array in reader(rows, shown).items():
+            assert name not in columns, f"two readers make the column {name!r}"
+            columns[name] = torch.from_numpy(array)
     return Batch.of(
         row_ids_B=torch.from_numpy(rows.ids_B),
         domains_B=torch.from_numpy(rows.domains_B),
         ids_BT=torch.from_numpy(shown.inputs_BT),
         mask_BT=torch.from_numpy(rows.real_BT.astype(np.int64)),
         labels_BT=torch.from_numpy(shown.labels_BT),
-        columns=_columns(rows, shown, readers),
+        columns=columns,
     )
-
-
-def _columns(rows: RowBatch, shown: Shown, readers: Sequence[Reader]) -> Mapping[str, Tensor]:
-    """What the readers add, by the name of the column."""
-    columns: dict[str, Tensor] = {}
-    for reader in readers:
-        for name, array in reader(rows, shown).items():
-            assert name not in columns, f"two readers make the column {name!r}"
-            columns[name] = torch.from_numpy(array)
-    return columns

@@ -56,8 +56,6 @@ class Replacer:
 
     Args:
         masking: its ``keep`` and ``random`` count here.
-        tokenizer: of the rows.
-        seed: of the run.
 
     Raises:
         ConfigError: the tokenizer has no mask token.
@@ -80,9 +78,6 @@ class Replacer:
         """The rows without the chosen tokens, which become the labels.
 
         Args:
-            draws_B: the draw of each row.
-            row_ids_B: row ids.
-            ids_BT: the rows.
             chosen_BT: the tokens to replace.
             drawn_at_BT: of each token, the place whose draw (kept, random, masked) it shares;
                 None: its own.
@@ -91,32 +86,16 @@ class Replacer:
             inputs_BT, labels_BT: int64; labels are IGNORE where nothing is predicted.
         """
         rows, places = np.nonzero(chosen_BT)
-        labels_BT = np.full_like(ids_BT, IGNORE)
-        labels_BT[rows, places] = ids_BT[rows, places]
-        inputs_BT = ids_BT.copy()
-        inputs_BT[rows, places] = self._replace(
-            draws_B[rows],
-            row_ids_B[rows],
-            places,
-            places if drawn_at_BT is None else drawn_at_BT[rows, places],
-            ids_BT[rows, places],
-        )
-        return inputs_BT, labels_BT
-
-    def _replace(
-        self,
-        draws: NDArray[np.int64],
-        row_ids: NDArray[np.int64],
-        places: NDArray[np.int64],
-        drawn_at: NDArray[np.int64],
-        ids: NDArray[np.int64],
-    ) -> NDArray[np.int64]:
-        """What the model sees at the chosen places: the token itself, a random one, or the mask."""
+        draws, row_ids, ids = draws_B[rows], row_ids_B[rows], ids_BT[rows, places]
+        drawn_at = places if drawn_at_BT is None else drawn_at_BT[rows, places]
         replacement = uniform(self._seed, _KIND, draws, row_ids, drawn_at)
         kept = replacement < self._keep
         random = ~kept & (replacement < self._keep + self._random)
         drawn = self._pool[below(len(self._pool), self._seed, _TOKEN, draws, row_ids, places)]
-        return np.where(kept, ids, np.where(random, drawn, self._mask_id))
+        inputs_BT, labels_BT = ids_BT.copy(), np.full_like(ids_BT, IGNORE)
+        inputs_BT[rows, places] = np.where(kept, ids, np.where(random, drawn, self._mask_id))
+        labels_BT[rows, places] = ids
+        return inputs_BT, labels_BT
 
 
 def checked_mask_id(masking: MaskShares, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -7,7 +7,7 @@ TokenBlockDataset makes them (Liu et al. 2019, section 4.2: FULL-SENTENCES and D
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,21 +20,12 @@ from dskd.settings.data import Data
 TokenSpan = tuple[int, int]
 
 
-def complete(sizes: Iterable[int], block: int) -> list[TokenSpan]:
+def complete(sizes: Sequence[int], block: int) -> list[TokenSpan]:
     """Whole sentences, greedily, until the next would not fit; documents are crossed.
 
     A sentence longer than ``block`` becomes a row of its own (:func:`cut` leaves none).
     """
-    slices: list[TokenSpan] = []
-    begin = end = 0
-    for size in sizes:
-        if end > begin and end - begin + size > block:
-            slices.append((begin, end))
-            begin = end
-        end += size
-    if end > begin:
-        slices.append((begin, end))
-    return slices
+    return _greedy(sizes, block, [False] * len(sizes), least=1)
 
 
 def complete_doc(
@@ -50,18 +41,23 @@ def complete_doc(
     """
     if separators is None:
         separators = [size == 1 for size in sizes]
+    return _greedy(sizes, block, separators, least=2)
+
+
+def _greedy(
+    sizes: Sequence[int], block: int, separators: Sequence[bool], least: int
+) -> list[TokenSpan]:
+    """Whole sentences until a separator or one that would not fit; rows below ``least`` go."""
     slices: list[TokenSpan] = []
     begin = end = 0
-    for size, separator in zip(sizes, separators, strict=True):
+    for size, separator in [*zip(sizes, separators, strict=True), (0, True)]:  # ends the last row
         if separator or end - begin + size > block:
-            if end - begin > 1:
+            if end - begin >= least:
                 slices.append((begin, end))
             begin = end
         end += size
         if separator:
             begin = end
-    if end - begin > 1:
-        slices.append((begin, end))
     return slices
 
 
@@ -70,22 +66,15 @@ def contiguous(total: int, block: int) -> list[TokenSpan]:
     return [(begin, min(begin + block, total)) for begin in range(0, total, block)]
 
 
-def cut(sizes: Iterable[int], block: int) -> list[int]:
-    """``sizes`` with every one above ``block`` cut into full pieces and a rest of at least two
-    tokens (one token would look like a document separator)."""
-    pieces: list[int] = []
-    for size in sizes:
-        if size <= block:
-            pieces.append(size)
-            continue
-        full, rest = divmod(size, block)
-        pieces += [block] * full
-        if rest == 1:
-            pieces[-1] -= 1
-            rest = 2
-        if rest:
-            pieces.append(rest)
-    return pieces
+def cut(size: int, block: int) -> list[int]:
+    """``size`` or, if it is above ``block``, full pieces and a rest of at least two tokens (one
+    token would look like a document separator)."""
+    if size <= block:
+        return [size]
+    full, rest = divmod(size, block)
+    if rest == 1:
+        return [block] * (full - 1) + [block - 1, 2]
+    return [block] * full + [rest] * (rest > 0)
 
 
 class Items(NamedTuple):
@@ -140,7 +129,7 @@ class Encoder:
         for number, tokens in enumerate(sentences, 1):
             ends = self._masked or number == len(sentences)
             items.ids.extend(tokens + [self._end] * ends)
-            pieces = cut([len(tokens) + ends], self.block)
+            pieces = cut(len(tokens) + ends, self.block)
             items.sizes.extend(pieces)
             items.separators.extend([False] * len(pieces))
         items.ids.extend([self._end] * self._masked)
@@ -172,7 +161,9 @@ class Packer:
         begin = len(items.ids)
         if self._packing != "complete_doc" and slices:  # the last row may still grow
             begin = slices.pop()[0]
-        self._open = _from(items, begin)
+        starts = np.cumsum([0, *items.sizes])  # one of them is begin if sizes count
+        first = int(np.searchsorted(starts, begin))
+        self._open = Items(items.ids[begin:], items.sizes[first:], items.separators[first:])
         return [items.ids[a:b] for a, b in slices]
 
     def finish(self) -> list[NDArray[np.int64]]:
@@ -185,11 +176,3 @@ class Packer:
         if self._packing == "complete":
             return complete(items.sizes, self._block)
         return complete_doc(items.sizes, self._block, items.separators)
-
-
-def _from(items: Items, begin: int) -> Items:
-    """The end of ``items`` from token ``begin`` on (the start of a sentence, or any token when the
-    sizes are not looked at)."""
-    starts = np.cumsum([0, *items.sizes])
-    first = int(np.searchsorted(starts, begin))
-    return Items(items.ids[begin:], items.sizes[first:], items.separators[first:])

@@ -95,9 +95,8 @@ class RowSet:
         lengths_B = self._offsets[row_ids_B + 1] - begins_B
         width = min(-(-int(lengths_B.max()) // 8) * 8, self.block_size)
         tokens_BT = np.full((len(row_ids_B), width), self._pad, dtype=np.int64)
-        for b, (begin, length) in enumerate(
-            zip(begins_B.tolist(), lengths_B.tolist(), strict=True)
-        ):
+        spans = zip(begins_B.tolist(), lengths_B.tolist(), strict=True)
+        for b, (begin, length) in enumerate(spans):
             tokens_BT[b, :length] = self._ids[begin : begin + length]
         return RowBatch(row_ids_B, epochs_B, self.domains_B(row_ids_B), tokens_BT, lengths_B)
 
@@ -133,9 +132,8 @@ def prepare(data: Data, progress: bool = True) -> Path:
         DataError, ConfigError: see ``sources.documents`` and ``tokenizers.load_tokenizer``; also
             when there is less text than one row, or no row to validate on.
     """
-    tokenizer = (
-        load_tokenizer(data, ()) if isinstance(data.tokenizer, PretrainedTokenizer) else None
-    )
+    pretrained = isinstance(data.tokenizer, PretrainedTokenizer)
+    tokenizer = load_tokenizer(data, ()) if pretrained else None
     key = _key(data, tokenizer)
     folder = data.folder / key[:16]
     if folder.exists():
@@ -160,7 +158,6 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
     """Open a folder of :func:`prepare`.
 
     Args:
-        folder: the folder.
         verify: compare the checksums of the rows, too (else only their sizes; the manifest and the
             tokenizer are always compared).
 
@@ -200,9 +197,8 @@ def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
 
     def described(source: Source) -> dict[str, Any]:
         # Where local text lies does not matter; a HubSource's path may name a builder or a hub id.
-        settings = source.model_dump(
-            mode="json", exclude=None if isinstance(source, HubSource) else {"path"}
-        )
+        left_out = set() if isinstance(source, HubSource) else {"path"}
+        settings = source.model_dump(mode="json", exclude=left_out)
         return {**settings, "content": sources.content_hash(source)}
 
     return fingerprint(
@@ -226,11 +222,7 @@ def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
 def _publish(temporary: Path, folder: Path) -> None:
     """Flush everything and give the folder its name."""
     for path in [temporary, *temporary.rglob("*")]:
-        if path.is_dir():
-            sync_folder(path)
-            continue
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync_folder(path)  # or file
     try:
         temporary.rename(folder)
     except OSError:
@@ -241,20 +233,13 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 def _remove_abandoned(parent: Path) -> None:
     """Remove what killed builds on this machine left behind."""
-    host = socket.gethostname()
-    for path in parent.glob(f".*.{host}.*.tmp"):
-        if not _alive(int(path.name.split(".")[-2])):
+    for path in parent.glob(f".*.{socket.gethostname()}.*.tmp"):
+        try:
+            os.kill(int(path.name.split(".")[-2]), 0)
+        except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        except PermissionError:
+            pass  # alive, and another user's
 
 
 def _bar(progress: bool) -> Progress:

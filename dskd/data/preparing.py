@@ -6,9 +6,9 @@ not grow with the corpus. ``prepared.py`` says what the files are and gives the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +67,6 @@ class _SplitWriter:
 
     def close(self) -> None:
         for stream in self._files.values():
-            stream.flush()
-            os.fsync(stream.fileno())
             stream.close()
 
 
@@ -78,8 +76,7 @@ def build_rows(
     """Fill ``folder`` with the rows, the tokenizer and the manifest.
 
     Args:
-        data: the settings.
-        tokenizer: the tokenizer; None: train it on the training documents.
+        tokenizer: None: train one on the training documents.
         key: what the finished folder is named by; recorded.
         folder: an empty folder.
         bar: shows how far each source is read.
@@ -139,14 +136,8 @@ def _parts(data: Data) -> list[tuple[Source, str | None]]:
 
 def _training_texts(data: Data) -> Iterator[str]:
     """The training documents, the sources taking turns."""
-    turns = [_training_documents(source, data) for source in data.sources]
-    while turns:
-        for turn in list(turns):
-            text = next(turn, None)
-            if text is None:
-                turns.remove(turn)
-            else:
-                yield text
+    for turn in zip_longest(*(_training_documents(source, data) for source in data.sources)):
+        yield from (text for text in turn if text is not None)
 
 
 def _training_documents(source: Source, data: Data) -> Iterator[str]:
@@ -200,13 +191,12 @@ def _refuse_small(data: Data, writers: dict[str, _SplitWriter]) -> None:
 
 
 def _write_manifest(made: _RowBuild, writers: dict[str, _SplitWriter]) -> None:
-    paths = sorted(path for path in made.folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(made.folder).as_posix(): {
             "bytes": path.stat().st_size,
             "xxh3": file_hash(path),
         }
-        for path in paths
+        for path in sorted(path for path in made.folder.rglob("*") if path.is_file())
     }
     written_in = {
         "block_size": made.data.block_size,

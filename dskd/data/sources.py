@@ -13,7 +13,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def documents(source: Source, advance: Advance = int) -> Iterator[str]:
     else:
         found = _table(source, advance)
     count = 0
-    for text in islice((text for text in found if not _blank(text)), source.documents):
+    for text in islice((text for text in found if text.strip()), source.documents):
         count += 1
         yield text
     if not count:
@@ -66,9 +66,7 @@ def files(source: Source) -> list[Path]:
         return _library()
     if isinstance(source, HubSource):
         return _table_files(source)
-    return _matching(
-        source.path, f"*.{'txt' if isinstance(source, TextSource) else 'jsonl'}", source
-    )
+    return _matching(source, "*.txt" if isinstance(source, TextSource) else "*.jsonl")
 
 
 def content_hash(source: Source) -> str | None:
@@ -137,15 +135,15 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 # Files.
 
 
-def _matching(path: str, pattern: str, source: Source) -> list[Path]:
-    where = Path(path).expanduser()
+def _matching(source: TextSource | JsonlSource, pattern: str) -> list[Path]:
+    where = Path(source.path).expanduser()
     if where.is_file():
         return [where]
     if where.is_dir():
         found = sorted(p for p in where.rglob(pattern) if p.is_file())
         missing = f"no {pattern} in this folder"
     else:
-        matches = glob.glob(str(where), recursive=True) if glob.has_magic(path) else []
+        matches = glob.glob(str(where), recursive=True) if glob.has_magic(source.path) else []
         found = sorted(p for p in map(Path, matches) if p.is_file())
         missing = "no such file or folder, and no pattern that matches one"
     if not found:
@@ -172,20 +170,15 @@ def _lines(path: Path, advance: Advance) -> Iterator[tuple[int, str]]:
 
 def _paragraphs(path: Path, advance: Advance) -> Iterator[str]:
     """Documents of a text file: stretches of lines between blank ones."""
-    lines: list[str] = []
-    for _, line in _lines(path, advance):
-        if not _blank(line):
-            lines.append(line)
-        elif lines:
-            yield "\n".join(lines)
-            lines = []
-    if lines:
-        yield "\n".join(lines)
+    lines = (line for _, line in _lines(path, advance))
+    for blank, stretch in groupby(lines, key=lambda line: not line.strip()):
+        if not blank:
+            yield "\n".join(stretch)
 
 
 def _json_lines(path: Path, field: str, advance: Advance) -> Iterator[str]:
     for number, line in _lines(path, advance):
-        if _blank(line):
+        if not line.strip():
             continue
         try:
             row = json.loads(line)
@@ -255,10 +248,6 @@ def _open_table(source: HubSource) -> Any:
     if source.split not in table:
         raise ConfigError(f"{_name(source)}: no split {source.split!r}; it has {sorted(table)}")
     return table[source.split]
-
-
-def _blank(text: str) -> bool:
-    return not text or text.isspace()
 
 
 def _name(source: Source) -> str:

@@ -24,12 +24,7 @@ _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0..3; <mask> comes last, as
 _MASK = "<mask>"
 _TRAINING_CHARACTERS = 100_000_000  # more text hardly changes the merges
 _SHOWN = 5
-_BYTE_SPACES = (
-    "\u0120",
-    "\u0109",
-    "\u010a",
-    "\u010d",
-)  # space, tab and line ends in byte-level BPE
+_BYTE_SPACES = ("\u0120", "\u0109", "\u010a", "\u010d")  # space, tab, line ends in byte-level BPE
 _METASPACE = "\u2581"
 
 
@@ -62,7 +57,7 @@ def start_id(tokenizer: PreTrainedTokenizerBase, objective: str) -> int | None:
     """The token every row begins with, if the tokenizer has one: cls or bos of a masked LM; bos of
     a causal LM, unless it is its end-of-text token too (GPT-2)."""
     if objective == "masked":
-        return _first_of(tokenizer.cls_token_id, tokenizer.bos_token_id)
+        return first_of(tokenizer.cls_token_id, tokenizer.bos_token_id)
     start = tokenizer.bos_token_id
     return None if start == tokenizer.eos_token_id else start
 
@@ -70,8 +65,13 @@ def start_id(tokenizer: PreTrainedTokenizerBase, objective: str) -> int | None:
 def end_id(tokenizer: PreTrainedTokenizerBase, objective: str) -> int | None:
     """The token that ends a sentence of a masked LM (sep or eos), or a document of a causal LM."""
     if objective == "masked":
-        return _first_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
+        return first_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
     return tokenizer.eos_token_id
+
+
+def first_of(first: int | None, second: int | None) -> int | None:
+    """The first id, if there is one (it may be 0), else the second."""
+    return second if first is None else first
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -125,25 +125,23 @@ def continues_word(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Fingerprint of what a tokenizer does: vocabulary, merges, normaliser, pre-tokeniser and
     special tokens; names, folders and chat templates do not count."""
-    spec = json.loads(_backend(tokenizer).to_str())
-    model = {k: v for k, v in spec["model"].items() if k not in ("vocab", "merges")}
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
     roles = {
         role: tokenizer.convert_tokens_to_ids(str(token))
         for role, token in tokenizer.special_tokens_map.items()
         if isinstance(token, str)
     }
-    return fingerprint(
-        {
-            "vocab": _tokens(tokenizer),
-            "merges": spec["model"].get("merges"),
-            "scores": spec["model"]["vocab"] if isinstance(spec["model"]["vocab"], list) else None,
-            "model": model,
-            "normalizer": spec["normalizer"],
-            "pre_tokenizer": spec["pre_tokenizer"],
-            "added": spec["added_tokens"],
-            "roles": roles,
-        }
-    )
+    about = {
+        "vocab": _tokens(tokenizer),
+        "merges": spec["model"].get("merges"),
+        "scores": spec["model"]["vocab"] if isinstance(spec["model"]["vocab"], list) else None,
+        "model": {k: v for k, v in spec["model"].items() if k not in ("vocab", "merges")},
+        "normalizer": spec["normalizer"],
+        "pre_tokenizer": spec["pre_tokenizer"],
+        "added": spec["added_tokens"],
+        "roles": roles,
+    }
+    return fingerprint(about)
 
 
 def check_same_vocabulary(
@@ -155,11 +153,7 @@ def check_same_vocabulary(
         ConfigError: they differ; the message shows the first entries that do.
     """
     tokens_a, tokens_b = dict(_tokens(a)), dict(_tokens(b))
-    different = [
-        index
-        for index in sorted(tokens_a.keys() | tokens_b.keys())
-        if tokens_a.get(index) != tokens_b.get(index)
-    ]
+    different = sorted({index for index, _ in tokens_a.items() ^ tokens_b.items()})
     if different:
         shown = "".join(
             f"\n  id {index}: {_shown(tokens_a, index)} in {name_a}, "
@@ -180,7 +174,7 @@ def check_same_vocabulary(
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A private copy of the Rust tokenizer that neither truncates nor pads, and takes the names of
     special tokens in the text for plain text (a corpus that writes ``<mask>`` is not masked)."""
-    backend = Tokenizer.from_str(_backend(tokenizer).to_str())
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -238,16 +232,8 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
         limit -= len(text)
 
 
-def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    return tokenizer.backend_tokenizer
-
-
 def _tokens(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
     return sorted((index, token) for token, index in tokenizer.get_vocab().items())
-
-
-def _first_of(first: int | None, second: int | None) -> int | None:
-    return second if first is None else first
 
 
 def _shown(tokens: dict[int, str], index: int) -> str:

@@ -10,7 +10,7 @@ Shape letters: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -110,9 +110,7 @@ class MaskedView:
         head_of_BT = np.maximum.accumulate(np.where(heads_BT, places_T, 0), axis=1)
         chosen_BT = self._choose(draws_B, rows.ids_B, heads_BT)
         chosen_BT = np.take_along_axis(chosen_BT, head_of_BT, axis=1) & maskable_BT
-        return Shown(
-            *self._replace(draws_B, rows.ids_B, rows.tokens_BT, chosen_BT, drawn_at_BT=head_of_BT)
-        )
+        return Shown(*self._replace(draws_B, rows.ids_B, rows.tokens_BT, chosen_BT, head_of_BT))
 
     def _heads(
         self, ids_BT: NDArray[np.int64], maskable_BT: NDArray[np.bool_]
@@ -126,10 +124,7 @@ class MaskedView:
         return maskable_BT & ~(self._continues_V[ids_BT] & follows_BT)
 
     def _choose(
-        self,
-        draws_B: NDArray[np.int64],
-        row_ids_B: NDArray[np.int64],
-        heads_BT: NDArray[np.bool_],
+        self, draws_B: NDArray[np.int64], row_ids_B: NDArray[np.int64], heads_BT: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
         """``int(p * heads + u)`` of each row's heads, those with the smallest keys."""
         heads_B = heads_BT.sum(axis=1)
@@ -155,18 +150,29 @@ class FairseqView:
 
     def __call__(self, rows: RowBatch) -> Shown:
         """The rows with masks, the masked tokens as labels; see :class:`View`."""
-        inputs_BT = rows.tokens_BT.copy()
-        labels_BT = np.full_like(rows.tokens_BT, IGNORE)
-        draws_B = draws_of(rows, self.draws)
-        for b, (row, draw, length) in enumerate(
-            zip(rows.ids_B.tolist(), draws_B.tolist(), rows.lengths_B.tolist(), strict=True)
-        ):
-            item = rows.tokens_BT[b, :length]
-            numbers = np.random.RandomState(fairseq_seed(self._seed, draw, row))
-            chosen, seen = self._mask_row(item, numbers)
-            labels_BT[b, :length][chosen] = item[chosen]
-            inputs_BT[b, :length] = seen
-        return Shown(inputs_BT, labels_BT)
+        mask_row = self._mask_row
+        return masked_rows(rows, self.draws, self._seed, lambda b, item, seed: mask_row(item, seed))
+
+
+def masked_rows(
+    rows: RowBatch,
+    draws: int | None,
+    seed: int,
+    mask_row: Callable[[int, NDArray[np.int64], int], tuple[NDArray[np.bool_], NDArray[np.int64]]],
+) -> Shown:
+    """Rows that are masked one after the other, as fairseq does it.
+
+    ``mask_row`` takes a row's place in the batch, its tokens without padding and its own seed, and
+    returns what :class:`~dskd.data.fairseq_masks.FairseqMask` does.
+    """
+    inputs_BT, labels_BT = rows.tokens_BT.copy(), np.full_like(rows.tokens_BT, IGNORE)
+    draws_B = draws_of(rows, draws)
+    each = zip(rows.ids_B.tolist(), draws_B.tolist(), rows.lengths_B.tolist(), strict=True)
+    for b, (row, draw, length) in enumerate(each):
+        item = rows.tokens_BT[b, :length]
+        chosen, inputs_BT[b, :length] = mask_row(b, item, fairseq_seed(seed, draw, row))
+        labels_BT[b, :length][chosen] = item[chosen]
+    return Shown(inputs_BT, labels_BT)
 
 
 def draws_of(rows: RowBatch, draws: int | None) -> NDArray[np.int64]:
@@ -195,12 +201,11 @@ def at_random(masking: MaskShares) -> Masking:
 
 
 def _masking_fingerprint(masking: Masking, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
-    return fingerprint(
-        {
-            "view": "masked",
-            # Draw d is the same in any number of draws.
-            "masking": masking.model_dump(exclude={"draws", "kind"}),
-            "seed": seed,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-        }
-    )
+    about = {
+        "view": "masked",
+        # Draw d is the same in any number of draws.
+        "masking": masking.model_dump(exclude={"draws", "kind"}),
+        "seed": seed,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    return fingerprint(about)

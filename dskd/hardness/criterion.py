@@ -6,13 +6,13 @@ Shape letters: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dskd.data.mask_draws import smallest
 from dskd.data.prepared import RowBatch, RowSet
+from dskd.hardness.store import Hardness
 from dskd.settings.data import HardTokens
 
 _LARGEST_BITS = np.uint64(0x7FFFFFFF)  # of a float32 without its sign
@@ -20,19 +20,7 @@ _NOT_HARD = np.uint64(1 << 63)
 _HALF = np.uint64(32)
 
 
-class HardnessReader(Protocol):
-    """How hard a model found the tokens of the training rows (``dskd.hardness.store.Hardness``)."""
-
-    def read(self, rows: RowBatch) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """``(nll_BT, wrong_BT)``, NaN and False at tokens without a score."""
-        ...
-
-    def quantile(self, share: float, rowset: RowSet, special_V: NDArray[np.bool_]) -> float:
-        """The smallest NLL that at most ``share`` of the rows' tokens exceed."""
-        ...
-
-
-HardnessOf = Callable[[int], HardnessReader]
+HardnessOf = Callable[[int], Hardness]
 """Opens a store: 0 is the one made before training, g the one after ``g * refresh`` epochs."""
 
 
@@ -86,9 +74,8 @@ class HardCriterion:
         if masking.metric == "confidence":
             return masking.threshold
         if refresh_index not in self._cuts:
-            hardness = self._hardness_of(refresh_index)
-            share, rowset = masking.quantile, self._rowset
-            self._cuts[refresh_index] = hardness.quantile(share, rowset, self._special_V)
+            cut = self._hardness_of(refresh_index).quantile
+            self._cuts[refresh_index] = cut(masking.quantile, self._rowset, self._special_V)
         return self._cuts[refresh_index]
 
 

@@ -10,18 +10,16 @@ Shape letters: B rows, T tokens, N supervised positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import IGNORE
-from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
+from dskd.data.fairseq_masks import FairseqMask
 from dskd.data.mask_draws import Replacer, maskable, number, order_keys
 from dskd.data.prepared import RowBatch, RowSet
 from dskd.data.tokenizers import special_ids, tokenizer_fingerprint
-from dskd.data.views import CausalView, Shown, draws_of
+from dskd.data.views import CausalView, Shown, draws_of, masked_rows
 from dskd.hardness.criterion import HardCriterion, HardnessOf, select
 from dskd.settings.data import Data, HardTokens
 from dskd.system.files import fingerprint
@@ -37,15 +35,15 @@ class HardTokenView:
     """What the views of hard tokens have in common.
 
     Args:
-        masking: the settings.
-        tokenizer: of the rows.
-        seed: of the run.
         criterion: which tokens are hard.
         scores: fingerprint of the first store.
 
     Raises:
         ConfigError: the masks cannot be made with this tokenizer.
     """
+
+    _unused: tuple[str, ...] = ()
+    """Settings of the masking that the view does not look at."""
 
     def __init__(
         self,
@@ -60,25 +58,20 @@ class HardTokenView:
         self._special_V = special_ids(tokenizer)
         self.criterion = criterion
         self._prepare(tokenizer)
-        of_metric = {"confidence": "threshold", "quantile": "quantile", "correctness": None}
-        idle = {name for metric, name in of_metric.items() if name and metric != masking.metric}
-        unused = {*_NOT_OF_THE_MASKS, *idle, *self._unused()}
-        self.fingerprint = fingerprint(
-            {
-                "view": "hard",
-                "masking": masking.model_dump(exclude=unused),
-                "store": scores,
-                "seed": seed,
-                "tokenizer": tokenizer_fingerprint(tokenizer),
-            }
-        )
+        of_metric = {"confidence": "threshold", "quantile": "quantile"}
+        idle = {name for metric, name in of_metric.items() if metric != masking.metric}
+        unused = {*_NOT_OF_THE_MASKS, *idle, *self._unused}
+        about = {
+            "view": "hard",
+            "masking": masking.model_dump(exclude=unused),
+            "store": scores,
+            "seed": seed,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
+        self.fingerprint = fingerprint(about)
 
     def _prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Get ready what makes this view's masks."""
-
-    def _unused(self) -> Sequence[str]:
-        """Settings of the masking that this view does not look at."""
-        raise NotImplementedError
 
 
 class HardView(HardTokenView):
@@ -91,14 +84,13 @@ class HardView(HardTokenView):
 
     def _prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         masking = self._masking
-        all_mask = {"keep": 0.0, "random": 0.0} if masking.replacement == "all_mask" else {}
-        self._replace = Replacer(masking.model_copy(update=all_mask), tokenizer, self._seed)
+        if masking.replacement == "all_mask":
+            masking = masking.model_copy(update={"keep": 0.0, "random": 0.0})
+            self._unused = ("keep", "random")
+        self._replace = Replacer(masking, tokenizer, self._seed)
         self.draws = masking.draws
         self._least = masking.probability if masking.least is None else masking.least
         self._most = masking.probability if masking.most is None else masking.most
-
-    def _unused(self) -> Sequence[str]:
-        return ("keep", "random") if self._masking.replacement == "all_mask" else ()
 
     def __call__(self, rows: RowBatch) -> Shown:
         """The rows with masks, the masked tokens as labels; see :class:`~dskd.data.views.View`."""
@@ -128,31 +120,25 @@ class OriginalHardView(HardTokenView):
     the original and, stored as 0.09998, not here.
     """
 
+    _unused = ("least", "most", "replacement")
+
     def _prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._mask_row = FairseqMask(self._masking, tokenizer, "original")
         self.draws = self._masking.draws
 
-    def _unused(self) -> Sequence[str]:
-        return ("least", "most", "replacement")
-
     def __call__(self, rows: RowBatch) -> Shown:
         """The rows with masks, the masked tokens as labels; see :class:`~dskd.data.views.View`."""
         _, hard_BT = self.criterion(rows)
-        draws_B = draws_of(rows, self.draws)
-        inputs_BT = rows.tokens_BT.copy()
-        labels_BT = np.full_like(inputs_BT, IGNORE)
-        for b, (row, draw, length) in enumerate(
-            zip(rows.ids_B.tolist(), draws_B.tolist(), rows.lengths_B.tolist(), strict=True)
-        ):
-            item, hard = rows.tokens_BT[b, :length], hard_BT[b, :length]
+
+        def mask_row(
+            b: int, item: NDArray[np.int64], seed: int
+        ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+            hard = hard_BT[b, : len(item)]
             if hard.sum() > 1:
-                chosen, seen = hard, np.where(hard, self._mask_row.mask_id, item)
-            else:
-                numbers = np.random.RandomState(fairseq_seed(self._seed, draw, row))
-                chosen, seen = self._mask_row(item, numbers, besides=hard)
-            labels_BT[b, :length][chosen] = item[chosen]
-            inputs_BT[b, :length] = seen
-        return Shown(inputs_BT, labels_BT)
+                return hard, np.where(hard, self._mask_row.mask_id, item)
+            return self._mask_row(item, seed, besides=hard)
+
+        return masked_rows(rows, self.draws, self._seed, mask_row)
 
 
 class HardCausalView(HardTokenView, CausalView):
@@ -161,8 +147,7 @@ class HardCausalView(HardTokenView, CausalView):
     :meth:`read_hard` is the reader that makes the column :data:`HARD_LABELS`.
     """
 
-    def _unused(self) -> Sequence[str]:
-        return ("probability", "keep", "random", "least", "replacement", "sampler")
+    _unused = ("probability", "keep", "random", "least", "replacement", "sampler")
 
     def read_hard(self, rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
         """A :class:`~dskd.data.views.Reader`: float32 [N], 1 where the label is hard (the hardest

@@ -16,13 +16,12 @@ from torch.nn.functional import linear
 from dskd.batch import Batch, Positions
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
-from dskd.errors import NonFiniteError
 from dskd.hardness.scoring import ScoringView
 from dskd.hardness.store import describe_scores, encode, hardness_spec
 from dskd.models.families import positions_of
 from dskd.settings.data import HardTokens
 from dskd.stores.fill import Words, fill
-from dskd.stores.sweep import Scored
+from dskd.stores.sweep import Scored, refuse_non_finite
 
 _CHUNK = 1 << 24  # logits at once: bounds their float32 copies to some 64 MiB each
 
@@ -108,10 +107,10 @@ def token_scores(positions: Positions, vocabulary: int) -> TokenScores:
         bias_V = None if bias_V is None else bias_V[:vocabulary]
         step = max(1, _CHUNK // vocabulary)
         # once with an empty chunk where there is no place at all
-        parts = [slice(first, first + step) for first in range(0, max(len(labels_N), 1), step)]
+        chunks = zip(hidden_ND.split(step), labels_N.split(step), strict=True)
         found = [
-            _chunk_scores(linear(hidden_ND[part], weight_VD, bias_V), labels_N[part])
-            for part in parts
+            _chunk_scores(linear(part_ND, weight_VD, bias_V), label_N)
+            for part_ND, label_N in chunks
         ]
         return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
 
@@ -127,8 +126,5 @@ def _chunk_scores(logits_NV: Tensor, labels_N: Tensor) -> TokenScores:
 def _score(batch: Batch, scores: TokenScores) -> Scored:
     """The store's column; a NaN says that a logit is one or infinite, or that all are ``-inf``."""
     nll_N = scores.nll_N.cpu()
-    bad_N = nll_N.isnan()
-    if bad_N.any():
-        row_N = batch.row_ids_B.repeat_interleave(batch.counts_B)
-        raise NonFiniteError(f"the model's logits are not finite in row {row_N[bad_N][0].item()}")
+    refuse_non_finite(batch, nll_N.isnan(), "the model's")
     return Scored(batch.counts_B.numpy(), encode(nll_N.numpy(), scores.wrong_N.cpu().numpy()))

@@ -99,16 +99,7 @@ class HardnessStores(StepHooks):
         """
         if 0 in self._opened or self._oldest(position) > 0:
             return
-        question(
-            self._masking,
-            self._first_model,
-            self._prepared,
-            self._view,
-            questions_folder(self._run, 0),
-            fingerprints=self._prints,
-            device=self._device,
-        )
-        self._open(0)
+        self._question(0, self._first_model)
 
     def begin(self, position: int) -> None:
         """Open what the optimiser batches from ``position`` on need of stores that exist already:
@@ -167,20 +158,29 @@ class HardnessStores(StepHooks):
             say(f"the student scored the rows for the epochs to come (batch {position})")
 
     def _score(self, refresh_index: int, stop: Callable[[], bool]) -> bool:
-        """Make and open a store; whether anything of it was missing."""
+        """:meth:`_question` of the student as it is."""
         student = self.student
         assert student is not None
         with evaluating(student):
-            scored = question(
-                self._masking,
-                lambda: student,
-                self._prepared,
-                self._view,
-                questions_folder(self._run, refresh_index),
-                fingerprints=self._prints_of(refresh_index),
-                device=self._device,
-                stop=stop,
-            )
+            return self._question(refresh_index, lambda: student, stop)
+
+    def _question(
+        self,
+        refresh_index: int,
+        model: Callable[[], nn.Module],
+        stop: Callable[[], bool] | None = None,
+    ) -> bool:
+        """Let a model score the rows and open the store; whether anything of it was missing."""
+        scored = question(
+            self._masking,
+            model,
+            self._prepared,
+            self._view,
+            questions_folder(self._run, refresh_index),
+            fingerprints=self._prints_of(refresh_index),
+            device=self._device,
+            stop=stop,
+        )
         self._open(refresh_index)
         return scored
 

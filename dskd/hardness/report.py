@@ -20,14 +20,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dskd.batch import IGNORE
-from dskd.data.prepared import Prepared, RowBatch, open_prepared, prepare
+from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.data.tokenizers import special_ids, vocabulary_size
 from dskd.errors import ConfigError, StoreError
-from dskd.hardness.masks import HARD_LABELS, AnyHardView, HardCausalView, hard_view
+from dskd.hardness.masks import HARD_LABELS, HardCausalView, hard_view
 from dskd.hardness.row_masks import HardTokenMasks
 from dskd.hardness.scoring import scoring_view
 from dskd.hardness.store import Hardness
@@ -90,7 +90,14 @@ class Findings:
 
 
 def main(words: Sequence[str]) -> int:
-    """The command ``dskd hard-tokens RUN [a.b=value ...]``; returns the exit status."""
+    """The command ``dskd hard-tokens RUN [a.b=value ...]``; returns the exit status.
+
+    ``--epoch`` is the one whose masks, and with ``refresh`` whose scores, are looked at.
+
+    Raises:
+        ConfigError: no single run there has a masking of hard tokens, or its settings are wrong.
+        StoreError: its store is missing, damaged or of other rows.
+    """
     parser = argparse.ArgumentParser(
         prog="dskd hard-tokens", description="Say which tokens are hard for a run's model."
     )
@@ -100,34 +107,15 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--top", type=int, default=30, metavar="N", help="tokens to show (30)")
     parser.add_argument("--epoch", type=int, default=0, metavar="N", help="epoch to look at (0)")
     options = parser.parse_args(words)
-    show_hard_tokens(options.path, options.overrides, options.plot, options.top, options.epoch)
-    return 0
-
-
-def show_hard_tokens(
-    path: Path,
-    overrides: Iterable[str],
-    plot: Path | None = None,
-    top: int = 30,
-    epoch: int = 0,
-) -> None:
-    """Print the tables of a run, and write the plot.
-
-    ``epoch`` is the one whose masks, and with ``refresh`` whose scores, are looked at; the other
-    arguments are those of the command (:func:`main`).
-
-    Raises:
-        ConfigError: no single run there has a masking of hard tokens, or its settings are wrong.
-        StoreError: its store is missing, damaged or of other rows.
-    """
+    plot, epoch = options.plot, options.epoch
     if plot is not None and plot.suffix[1:] not in FORMATS:
         raise ConfigError(f"hard-tokens: --plot: {plot} is not one of {', '.join(FORMATS)}")
     if epoch < 0:
         raise ConfigError(f"hard-tokens: --epoch: {epoch} is less than 0, the first")
-    run = run_at(path, overrides)
+    run = run_at(options.path, options.overrides)
     prepared, hardness = _opened(run, epoch)
     found = find(run, prepared, hardness, epoch)
-    names = prepared.tokenizer.convert_ids_to_tokens(found.most_often_hard(top).tolist())
+    names = prepared.tokenizer.convert_ids_to_tokens(found.most_often_hard(options.top).tolist())
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -141,6 +129,7 @@ def show_hard_tokens(
         _figure(found, names).savefig(buffer, format=plot.suffix[1:], dpi=110)
         write_atomic(plot, buffer.getvalue())
         console.print(f"plot: {plot}")
+    return 0
 
 
 def run_at(path: Path, overrides: Iterable[str]) -> Run:
@@ -188,11 +177,13 @@ def find(run: Run, prepared: Prepared, hardness: Hardness, epoch: int = 0) -> Fi
         _, wrong_BT = hardness.read(rows)
         targets_BT = hardness.plan.targets(rows)
         counted_BT = ~np.isnan(nll_BT) & ~special_V[targets_BT]
+        causal = isinstance(view, HardCausalView)  # then it is the labels that count as hard
+        taken_BT = view.hard(rows) if causal else view(rows).labels_BT != IGNORE
         values = {
             "tokens": counted_BT,
             "hard": hard_BT & counted_BT,
             "wrong": wrong_BT & counted_BT,
-            "taken": _taken(view, rows) & counted_BT,
+            "taken": taken_BT & counted_BT,
             "nll": np.where(counted_BT, nll_BT, 0.0),
         }
         for name, value_BT in values.items():
@@ -230,19 +221,11 @@ def _opened(run: Run, epoch: int) -> tuple[Prepared, Hardness]:
     return prepared, Hardness(folder, prints)
 
 
-def _taken(view: AnyHardView, rows: RowBatch) -> NDArray[np.bool_]:
-    """What is masked; of a causal LM, the labels that count as hard."""
-    return view.hard(rows) if isinstance(view, HardCausalView) else view(rows).labels_BT != IGNORE
-
-
 def _shares(run: Run, found: Findings) -> Table:
-    causal = run.data.objective == "causal"
-    table = _table(
-        f"Hard tokens: {_criterion(run.data.masking, found)}",
-        ["domain", "tokens", "hard", "hard %"]
-        + (["after most", "%"] if causal else ["masked", "masked %"])
-        + ["not first guess %", "mean NLL"],
-    )
+    title = f"Hard tokens: {_criterion(run.data.masking, found)}"
+    taken = ("after most", "%") if run.data.objective == "causal" else ("masked", "masked %")
+    names = ("domain", "tokens", "hard", "hard %", *taken, "not first guess %", "mean NLL")
+    table = _table(title, *names)
     rows = [(name, [index]) for index, name in enumerate(found.domains)]
     rows += [("all", list(range(len(found.domains))))] * (len(rows) > 1)
     for name, where in rows:
@@ -272,7 +255,7 @@ def _criterion(masking: HardTokens, found: Findings) -> str:
 
 
 def _spread(found: Findings) -> Table:
-    table = _table("NLL (nats)", ["from", "tokens", "%", "above %"])
+    table = _table("NLL (nats)", "from", "tokens", "%", "above %")
     table.add_column("", justify="left")
     bounds_E = np.searchsorted(_NLL_BY_MAGNITUDE, EDGES)
     tokens_E = np.add.reduceat(found.magnitudes, bounds_E)
@@ -285,18 +268,16 @@ def _spread(found: Findings) -> Table:
 
 
 def _tokens(found: Findings, names: list[str]) -> Table:
-    table = _table("Most often hard", ["token", "id", "occurs", "hard", "hard %"])
+    table = _table("Most often hard", "token", "id", "occurs", "hard", "hard %")
     for name, index in zip(names, found.most_often_hard(len(names)).tolist(), strict=True):
         seen, hard = int(found.seen_V[index]), int(found.hard_V[index])
         table.add_row(Text(name), str(index), f"{seen:,}", f"{hard:,}", f"{hard / seen:.2%}")
     return table
 
 
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    return table
+def _table(title: str, first: str, *numbers: str) -> Table:
+    columns = [Column(name, justify="right") for name in numbers]
+    return Table(first, *columns, title=title, title_justify="left")
 
 
 def _figure(found: Findings, names: list[str]) -> Figure:

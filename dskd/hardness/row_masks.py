@@ -54,10 +54,8 @@ class HardTokenMasks(RowMasks):
         if not cached:
             return
         if self._causal:
-            yield (
-                "teacher.kind",
-                "cached, but a causal LM is to weigh hard tokens; use a live teacher",
-            )
+            why = "cached, but a causal LM is to weigh hard tokens; use a live teacher"
+            yield "teacher.kind", why
         elif refresh is not None:
             yield (
                 f"{_PLACE}.refresh",
@@ -114,15 +112,8 @@ class HardTokenMasks(RowMasks):
 
     def stages(self) -> Sequence[Stage]:
         """``question``: score the training rows."""
-        return (
-            Stage(
-                "question",
-                self._score,
-                before="cache",
-                leaves=("questions", "questions-epoch-*"),
-                chosen=False,
-            ),
-        )
+        leaves = ("questions", "questions-epoch-*")
+        return (Stage("question", self._score, before="cache", leaves=leaves, chosen=False),)
 
     def _score(self, context: StageContext) -> None:
         # Of a finished run only a cache may still want masks.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -64,7 +63,7 @@ class ScoringPlan:
         if self.shown != "mask":
             ends_B = rows.lengths_B - (self.shown == "next")
             return np.where(places_T < ends_B[:, None], 0, -1)
-        maskable_BT = ~self._is_special(rows.tokens_BT) & rows.real_BT
+        maskable_BT = ~np.isin(rows.tokens_BT, self.special) & rows.real_BT
         keys_BT = mix(self.seed, _RANK, rows.ids_B[:, None], places_T)
         keys_BT[~maskable_BT] = np.iinfo(np.uint64).max
         order_BT = np.argsort(keys_BT, axis=1, kind="stable")  # of equal keys the first place first
@@ -76,16 +75,6 @@ class ScoringPlan:
         """The token [B, T] that is scored at each place; anything where none is."""
         tokens_BT = rows.tokens_BT
         return np.roll(tokens_BT, -1, axis=1) if self.shown == "next" else tokens_BT
-
-    def _is_special(self, ids_BT: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return self._special_S[np.minimum(ids_BT, len(self._special_S) - 1)]
-
-    @cached_property
-    def _special_S(self) -> NDArray[np.bool_]:
-        """True for the special ids; its last entry stands for all larger ids."""
-        special_S = np.zeros(max(self.special, default=-1) + 2, bool)
-        special_S[list(self.special)] = True
-        return special_S
 
 
 class ScoringView:

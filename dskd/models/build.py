@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from dskd.data.tokenizers import check_same_vocabulary, vocabulary_size
+from dskd.data.tokenizers import check_same_vocabulary, first_of, vocabulary_size
 from dskd.engine.zero import sharded_construction
 from dskd.errors import ConfigError
 from dskd.models.families import (
@@ -38,18 +37,15 @@ from dskd.models.families import (
 from dskd.models.initial import initialise
 from dskd.models.reading import load_weights, local_folder, weight_files
 from dskd.settings.model import Model
+from dskd.settings.parsing import nearest
 from dskd.system.files import file_hash, fingerprint
 
 _AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
+_SPECIALS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 _SET_BY_OTHERS = {
     "vocab_size": "comes from the tokenizer (and vocab_multiple)",
-    "pad_token_id": "comes from the tokenizer",
-    "bos_token_id": "comes from the tokenizer",
-    "eos_token_id": "comes from the tokenizer",
-    "cls_token_id": "comes from the tokenizer",
-    "sep_token_id": "comes from the tokenizer",
-    "dtype": "comes from the precision setting",
-    "torch_dtype": "comes from the precision setting",
+    **dict.fromkeys(_SPECIALS, "comes from the tokenizer"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "comes from the precision setting"),
 }
 _ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # read into rope_parameters
 
@@ -207,8 +203,8 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, objective: str) -> dict[str
     return {
         # As the embeddings' padding index a token gets no gradient: never one that text contains.
         "pad_token_id": None if objective == "causal" and pad == end else pad,
-        "bos_token_id": _either(tokenizer.bos_token_id, tokenizer.cls_token_id),
-        "eos_token_id": _either(end, tokenizer.sep_token_id),
+        "bos_token_id": first_of(tokenizer.bos_token_id, tokenizer.cls_token_id),
+        "eos_token_id": first_of(end, tokenizer.sep_token_id),
         "cls_token_id": tokenizer.cls_token_id,
         "sep_token_id": tokenizer.sep_token_id,
     }
@@ -246,9 +242,8 @@ def _check_fields(fields: dict[str, Any], cls: type[PreTrainedConfig], where: st
         if name in _SET_BY_OTHERS:
             problems.append(f"{where}.{name}: {_SET_BY_OTHERS[name]}")
         elif name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            problems.append(f"{where}.{name}: a {cls.model_type} config has no such field{hint}")
+            near = nearest(name, known)
+            problems.append(f"{where}.{name}: a {cls.model_type} config has no such field{near}")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -308,7 +303,3 @@ def _complaints(where: str) -> Iterator[None]:
 
 def _fields(cls: type[PreTrainedConfig]) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
-
-
-def _either(first: int | None, second: int | None) -> int | None:
-    return second if first is None else first

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from transformers import (
 
 from dskd.batch import Batch, Positions, Use
 from dskd.errors import ConfigError
+from dskd.settings.parsing import nearest
 
 Transform = Callable[[Any, Tensor], Tensor]
 """(model, the body's hidden states [N, D]) -> those its last linear map takes, [N, D']."""
@@ -77,9 +77,7 @@ _ROBERTA = Head("masked", "lm_head.decoder", _roberta_transform, bias="lm_head")
 _DISTILBERT = Head("masked", "vocab_projector", _distilbert_transform)
 _MODERNBERT = Head("masked", "decoder", lambda model, hidden_ND: model.head(hidden_ND))
 _ELECTRA = Head(
-    "masked",
-    "generator_lm_head",
-    lambda model, hidden_ND: model.generator_predictions(hidden_ND),
+    "masked", "generator_lm_head", lambda model, hidden_ND: model.generator_predictions(hidden_ND)
 )
 _CAUSAL = Head("causal", "lm_head")
 
@@ -114,9 +112,8 @@ def refuse_unknown(model_type: str, where: str) -> None:
         ConfigError: the message names the setting ``where`` and the nearest type.
     """
     if model_type not in MODEL_TYPES:
-        close = get_close_matches(model_type, MODEL_TYPES, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"{where}: '{model_type}' is not one of {', '.join(MODEL_TYPES)}{hint}")
+        near = nearest(model_type, MODEL_TYPES)
+        raise ConfigError(f"{where}: '{model_type}' is not one of {', '.join(MODEL_TYPES)}{near}")
 
 
 def head_of(config: PreTrainedConfig, objective: ObjectiveName, where: str) -> Head:

@@ -21,7 +21,8 @@ from dskd.system.files import fingerprint
 
 def initialise(model: PreTrainedModel, seed: int) -> None:
     """Fill every parameter with the model's own kind of random numbers (collective if sharded)."""
-    shadow = _shadow(model)
+    with torch.device("meta"):
+        shadow = type(model)(copy.deepcopy(model.config))  # the same model without memory
     tied = set(model.all_tied_weights_keys)
     for path, module in model.named_modules():
         own = {
@@ -35,12 +36,6 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
                 drawn = _draw(shadow, path, seed)
                 for name, parameter in own.items():
                     parameter.copy_(drawn[name])
-
-
-def _shadow(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model without memory."""
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
 
 
 def _draw(shadow: PreTrainedModel, path: str, seed: int) -> dict[str, Tensor]:

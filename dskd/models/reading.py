@@ -8,7 +8,8 @@ bit for bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dskd.engine.zero import full_shape, gathered, is_sharded
-from dskd.errors import ConfigError, DskdError
+from dskd.errors import ConfigError
 from dskd.models.families import head_in
 from dskd.system import dist
 from dskd.system.log import say
@@ -95,65 +96,44 @@ def load_weights(model: PreTrainedModel, folder: Path, where: str) -> None:
             config ties them; on every rank.
     """
     mine = dist.rank() == 0 or not any(is_sharded(p) for p in model.parameters())
-    plan: dict[str, _Source] = {}
-    problem: DskdError | None = None
-    if mine:
-        try:
-            plan = _plan(model, _open(folder, where), where)
-        except DskdError as found:
-            problem = found
-    dist.agree(problem)
+    with dist.agreed():
+        plan = _plan(model, _open(folder, where), where) if mine else {}
     for name, parameter in model.named_parameters():
         with gathered([parameter], write=True), torch.no_grad():
             if mine:
-                source = plan[name]
-                parameter.copy_(source.file.read(source.key))
-
-
-class _Safetensors:
-    """An open file of weights: their shapes by key, and one tensor at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._open: Any = safe_open(path, framework="pt")
-
-    def shapes(self) -> dict[str, torch.Size]:
-        keys = self._open.keys()
-        return {key: torch.Size(self._open.get_slice(key).get_shape()) for key in keys}
-
-    def read(self, key: str) -> Tensor:
-        return self._open.get_tensor(key)
-
-
-class _Pickled:
-    """The same of a pickled file."""
-
-    def __init__(self, path: Path) -> None:
-        self._content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-    def shapes(self) -> dict[str, torch.Size]:
-        return {key: tensor.shape for key, tensor in self._content.items()}
-
-    def read(self, key: str) -> Tensor:
-        return self._content[key]
+                parameter.copy_(plan[name].read())
 
 
 class _Source(NamedTuple):
-    """Where one parameter's values are."""
+    """One parameter's values in an open file; ``read`` gives them."""
 
-    file: _Safetensors | _Pickled
     key: str
     shape: torch.Size
+    read: Callable[[], Tensor]
 
 
 def _open(folder: Path, where: str) -> list[_Source]:
     sources = []
     for path in weight_files(folder, where):
         try:
-            file = _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
+            sources += _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
         except (SafetensorError, RuntimeError, OSError, ValueError) as problem:
             raise ConfigError(f"{where}: {path} is damaged ({problem})") from problem
-        sources += [_Source(file, key, shape) for key, shape in file.shapes().items()]
     return sources
+
+
+def _safetensors(path: Path) -> Iterator[_Source]:
+    file: Any = safe_open(path, framework="pt")
+    keys = file.keys()
+    for key in keys:
+        shape = torch.Size(file.get_slice(key).get_shape())
+        yield _Source(key, shape, partial(file.get_tensor, key))
+
+
+def _pickled(path: Path) -> Iterator[_Source]:
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    for key, tensor in content.items():
+        yield _Source(key, tensor.shape, lambda tensor=tensor: tensor)
 
 
 def _plan(model: PreTrainedModel, sources: list[_Source], where: str) -> dict[str, _Source]:
@@ -191,8 +171,7 @@ def _the_one(
         return f"{head.projection}.bias"  # the head's own copy is not in the forward pass
     first, *others = found
     for other in others:
-        a, b = stored[first], stored[other]
-        if not torch.equal(a.file.read(a.key), b.file.read(b.key)):
+        if not torch.equal(stored[first].read(), stored[other].read()):
             raise ConfigError(
                 f"{where}: the config ties {first} and {other}, but they are stored with different "
                 "values; set tie_word_embeddings: false in the model's config settings"

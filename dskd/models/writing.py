@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,13 +57,12 @@ def export(
 
 def _on_rank0(folder: Path, work: Callable[[], None]) -> None:
     """Do something on rank 0; every rank raises if it failed there, so that none waits for ever."""
-    problem = None
-    if dist.rank() == 0:
-        try:
-            work()
-        except (OSError, SafetensorError) as found:
-            problem = DskdError(f"{folder}: cannot export ({found})")
-    dist.agree(problem)
+    with dist.agreed():
+        if dist.rank() == 0:
+            try:
+                work()
+            except (OSError, SafetensorError) as problem:
+                raise DskdError(f"{folder}: cannot export ({problem})") from problem
 
 
 def _files(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
@@ -145,13 +143,8 @@ def _card(card: Mapping[str, Any]) -> str:
 
 def _replace(temporary: Path, folder: Path) -> None:
     """Flush the temporary folder to disk and give it its name."""
-    for path in temporary.iterdir():
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    sync_folder(temporary)
+    for path in [*temporary.iterdir(), temporary]:
+        sync_folder(path)  # or file
     earlier = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(earlier, ignore_errors=True)
     if folder.exists():

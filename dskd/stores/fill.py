@@ -56,15 +56,10 @@ def fill(
     Args:
         folder: the store's folder.
         spec: what the store is.
-        rowset: the rows of which it holds values.
-        view: what the model sees of them.
-        forward: builds the model and returns its forward pass (see
-            :func:`~dskd.stores.sweep.sweep`); called only if something is missing.
-        score: the store's values for a batch.
-        micro_batch: rows of a forward pass on a rank.
+        forward: builds the model and returns its forward pass; called only if something is missing.
         words: for the log.
-        present_R: bool, which of the R rows to take; None: all.
-        stop: whether to stop, called now and then on every rank; None: never.
+
+    The other arguments are those of :func:`~dskd.stores.sweep.sweep`.
 
     Returns:
         Whether anything was missing.

@@ -15,9 +15,8 @@ from dskd.system.files import fingerprint
 
 def prints_of_rows(run: Run, prepared: Prepared) -> dict[str, str]:
     """Fingerprints that any store about the training rows must carry."""
-    blocking = {"block_size": run.data.block_size, "packing": run.data.packing}
     return {
-        "blocking": fingerprint(blocking),
+        "blocking": fingerprint({"block_size": run.data.block_size, "packing": run.data.packing}),
         "tokenizer": prepared.tokenizer_fingerprint,
         "data": prepared.train.fingerprint,
     }

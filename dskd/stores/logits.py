@@ -34,9 +34,10 @@ from torch import Tensor
 from dskd.batch import IGNORE, Batch
 from dskd.data.prepared import RowBatch
 from dskd.data.views import CausalView, Shown, draws_of
-from dskd.errors import ConfigError, NonFiniteError, StoreError
+from dskd.errors import ConfigError, StoreError
 from dskd.stores.shard import Column, StoreSpec
 from dskd.stores.store import Store, read_spec
+from dskd.stores.sweep import refuse_non_finite
 
 KIND = "logits"
 
@@ -144,7 +145,7 @@ class LogitLayout:
         ids_NK, logprobs_NK, tail_NS = (
             torch.cat(parts).cpu() for parts in zip(*chunks, strict=True)
         )
-        self._refuse_non_finite(batch, logprobs_NK)
+        refuse_non_finite(batch, ~torch.isfinite(logprobs_NK[:, 0]), "the teacher's")
         columns = {
             **_split("ids", ids_NK.numpy(), self.vocabulary),
             "logprobs": logprobs_NK.numpy().astype(self.columns()["logprobs"].dtype),
@@ -170,14 +171,6 @@ class LogitLayout:
         rest_NV = logprobs_NV.scatter(1, ids_NK, -math.inf)
         tails = [torch.logsumexp(rest_NV / temperature, 1) for temperature in self.temperatures]
         return ids_NK, logprobs_NK, torch.stack(tails, 1)
-
-    def _refuse_non_finite(self, batch: Batch, logprobs_NK: Tensor) -> None:
-        bad_N = ~torch.isfinite(logprobs_NK[:, 0])
-        if bad_N.any():
-            row_N = batch.row_ids_B.repeat_interleave(batch.counts_B)
-            raise NonFiniteError(
-                f"the teacher's logits are not finite in row {row_N[bad_N][0].item()}"
-            )
 
 
 class LogitCache:
@@ -243,9 +236,10 @@ class CachedMasks:
         Raises:
             StoreError: the cache has not got a row, or a row has another length than it had.
         """
-        return self._masked(rows) if self._cache.layout.masked else self._causal(rows)
-
-    def _masked(self, rows: RowBatch) -> Shown:
+        if not self._cache.layout.masked:
+            counts_B, _ = self._cache.read(rows)
+            self._refuse_misfits(rows.ids_B[counts_B != rows.lengths_B - 1])
+            return CausalView()(rows)
         counts_B, columns = self._cache.read(rows, "pos", *self._cache.layout.parts("input"))
         row_N, pos_N = np.repeat(np.arange(len(counts_B)), counts_B), columns["pos"]
         self._refuse_misfits(rows.ids_B[row_N[pos_N >= rows.lengths_B[row_N]]])
@@ -253,11 +247,6 @@ class CachedMasks:
         labels_BT[row_N, pos_N] = rows.tokens_BT[row_N, pos_N]
         inputs_BT[row_N, pos_N] = _join("input", columns)
         return Shown(inputs_BT, labels_BT)
-
-    def _causal(self, rows: RowBatch) -> Shown:
-        counts_B, _ = self._cache.read(rows)
-        self._refuse_misfits(rows.ids_B[counts_B != rows.lengths_B - 1])
-        return CausalView()(rows)
 
     def _refuse_misfits(self, row_ids: NDArray[np.int64]) -> None:
         if len(row_ids):

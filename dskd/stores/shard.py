@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ class Column:
     def nbytes(self) -> int:
         """Bytes per position."""
         return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+
+    def joined(self, pieces: Iterable[np.ndarray]) -> np.ndarray:
+        """The values of some stretches of positions (maybe of none), one behind the other."""
+        return np.concatenate([np.empty((0, *self.shape), self.dtype), *pieces])
 
 
 @dataclass(frozen=True, kw_only=True)

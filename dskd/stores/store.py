@@ -114,19 +114,16 @@ class Writer:
         wanting = []
         for shard in shards:
             path = shard_path(self.folder, shard)
-            if not path.exists():
-                wanting.append(shard)
-                continue
             try:
                 arrays = check_shard(path, self.spec, shard)
             except ForeignShard:
                 raise
-            except StoreError:
-                path.unlink()
+            except (StoreError, FileNotFoundError):
+                path.unlink(missing_ok=True)
                 wanting.append(shard)
-                continue
-            positions = int(arrays["row_ptr"][-1])
-            self.records[shard] = ShardRecord(path.stat().st_size, file_hash(path), positions)
+            else:
+                positions = int(arrays["row_ptr"][-1])
+                self.records[shard] = ShardRecord(path.stat().st_size, file_hash(path), positions)
         return wanting
 
     def write_shard(
@@ -136,14 +133,8 @@ class Writer:
         present_R: NDArray[np.bool_],
         columns: Mapping[str, np.ndarray],
     ) -> None:
-        """Write one shard, whole or not at all.
-
-        Args:
-            shard: its number.
-            counts_R: positions of each of its rows.
-            present_R: False where the row is left out of the store.
-            columns: arrays [sum of counts, ...], positions in row order.
-        """
+        """Write one shard, whole or not at all; the arguments are those of
+        :func:`~dskd.stores.shard.encode_shard`."""
         data = encode_shard(self.spec, shard, counts_R, present_R, columns)
         write_atomic(shard_path(self.folder, shard), data)
         hash_ = xxhash.xxh3_128(data).hexdigest()
@@ -248,10 +239,8 @@ class Store:
         counts_B = np.array([end - begin for _, begin, end in places], np.int64)
         found = {}
         for name in columns:
-            column = self.spec.columns[name]
             pieces = [arrays[name][begin:end] for arrays, begin, end in places]
-            empty = np.empty((0, *column.shape), column.dtype)
-            found[name] = np.concatenate(pieces) if pieces else empty
+            found[name] = self.spec.columns[name].joined(pieces)
         return counts_B, found
 
     def _map(self, shard: int) -> dict[str, np.ndarray]:

@@ -9,18 +9,20 @@ the ranks make would hang them.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dskd.batch import Batch
 from dskd.data.loader import make_batch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
-from dskd.errors import DskdError
+from dskd.errors import DskdError, NonFiniteError
 from dskd.stores.shard import StoreSpec
 from dskd.stores.store import Writer
 from dskd.system import dist
@@ -46,10 +48,6 @@ class Scored(NamedTuple):
     columns: Mapping[str, np.ndarray]
 
 
-ProgressReport = Callable[[int, int], None]
-"""``progress(done, total)``: row views kept so far by all ranks, and how many there are."""
-
-
 def sweep(
     forward: Callable[[Batch], Output],
     rowset: RowSet,
@@ -59,7 +57,7 @@ def sweep(
     micro_batch: int,
     score: Callable[[Batch, Output], Scored],
     present_R: NDArray[np.bool_] | None = None,
-    progress: ProgressReport | None = None,
+    progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> None:
     """Fill a store; collective, and called again after an interruption it goes on.
@@ -73,7 +71,8 @@ def sweep(
         micro_batch: rows of a forward pass.
         score: the store's values for a batch and what the model returned for it.
         present_R: bool, which of the R rows to take; None: all.
-        progress: called after each forward pass.
+        progress: ``progress(done, total)`` is called after each forward pass: row views kept so far
+            by all ranks, and how many there are.
         stop: whether to stop, called before each round on every rank; None: never.
 
     Raises:
@@ -121,6 +120,17 @@ def sweep(
     _finish(writer)
 
 
+def refuse_non_finite(batch: Batch, bad_N: Tensor, whose: str) -> None:
+    """Refuse logits by the row of the first supervised position that is bad (bool, on the CPU).
+
+    Raises:
+        NonFiniteError: there is one.
+    """
+    if bad_N.any():
+        row_N = batch.row_ids_B.repeat_interleave(batch.counts_B)
+        raise NonFiniteError(f"{whose} logits are not finite in row {row_N[bad_N][0].item()}")
+
+
 def _missing(writer: Writer) -> list[int]:
     """The shards to be written, the same list on every rank; each checks its share."""
     with dist.agreed():
@@ -144,9 +154,7 @@ def _write(
     if parts:
         counts_S[ids - begin] = np.concatenate([part.counts_B for part in parts])
     columns = {
-        name: np.concatenate(
-            [np.empty((0, *column.shape), column.dtype), *(part.columns[name] for part in parts)]
-        )
+        name: column.joined(part.columns[name] for part in parts)
         for name, column in writer.spec.columns.items()
     }
     writer.write_shard(shard, counts_S, present_R[begin:end], columns)
@@ -154,9 +162,7 @@ def _write(
 
 def _finish(writer: Writer) -> None:
     """Declare the store complete, once all ranks have written what was theirs."""
-    records = {}
-    for theirs in dist.gather_objects(writer.records):
-        records |= theirs
+    records = ChainMap(*dist.gather_objects(writer.records))
     with dist.agreed():
         if dist.rank() == 0:
             writer.finish(records)

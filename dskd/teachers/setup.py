@@ -79,11 +79,10 @@ def set_up(
             for domain, cache in caches.items()
         }
         return _stored(caches, logits, prepared, temperature)
+    vocabulary = vocabulary_size(prepared.tokenizer)
     live = {
-        domain: FrozenTeacher(
-            frozen(run, domain, prepared, device), vocabulary_size(prepared.tokenizer)
-        )
-        for domain, teacher in teachers.items()
+        domain: FrozenTeacher(frozen(run, domain, prepared, device), vocabulary)
+        for domain in teachers
     }
     if None in live:
         return TeacherSetup(live[None])

@@ -8,8 +8,8 @@ All return a Signal in the order of the batch, so that a loss cannot tell them a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,13 +22,9 @@ from dskd.models.families import positions_of
 from dskd.models.frozen import evaluating
 from dskd.stores.logits import TOPK_IDS, TOPK_LOGPROBS, TOPK_TAIL
 
-
-class Teacher(Protocol):
-    """Maps a batch to the signal of its N supervised positions."""
-
-    def __call__(self, batch: Batch) -> Signal:
-        """The signal in the order of the batch; no gradient flows into it."""
-        ...
+Teacher = Callable[[Batch], Signal]
+"""Maps a batch to the signal of its N supervised positions, in the order of the batch; no gradient
+flows into it."""
 
 
 class FrozenTeacher:
@@ -159,11 +155,7 @@ def group_by_domain(rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
     row_N, place_N = np.nonzero(shown.labels_BT != IGNORE)
     places_N = np.argsort(rows.domains_B[row_N], kind="stable")
     position_N = rank_B[row_N] * shown.labels_BT.shape[1] + place_N
-    return {
-        GROUPED_ROWS: rows_B,
-        GROUPED_PLACES: places_N,
-        GROUPED_POSITIONS: position_N[places_N],
-    }
+    return {GROUPED_ROWS: rows_B, GROUPED_PLACES: places_N, GROUPED_POSITIONS: position_N[places_N]}
 
 
 def _part(

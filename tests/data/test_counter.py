@@ -33,12 +33,7 @@ def test_broadcasts_like_one_call_per_element() -> None:
     rows, places = np.array([3, 9, -4]), np.arange(5)
     got = mix(11, rows[:, None], places)
     assert got.dtype == np.uint64 and got.shape == (3, 5)
-    want = [[reference(11, int(r), int(p)) for p in places] for r in rows]
-    assert got.tolist() == want
-
-
-def test_order_of_the_parts_matters() -> None:
-    assert int(mix(1, 2)) != int(mix(2, 1))
+    assert got.tolist() == [[reference(11, int(r), int(p)) for p in places] for r in rows]
 
 
 def test_uniform_is_uniform() -> None:

@@ -41,9 +41,8 @@ def content(batches: list[Batch]) -> dict[int, tuple]:
 @pytest.mark.parametrize(("world", "micro"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
 def test_all_geometries_see_the_same_step(prepared: Prepared, world: int, micro: int) -> None:
     want = [content(step) for step in steps(loader(prepared, micro_batch=4), 20)]
-    ranks = [
-        steps(loader(prepared, micro_batch=micro, rank=r, world=world), 20) for r in range(world)
-    ]
+    loaders = [loader(prepared, micro_batch=micro, rank=r, world=world) for r in range(world)]
+    ranks = [steps(one, 20) for one in loaders]
     for s in range(20):
         micro_batches = [batch for rank in ranks for batch in rank[s]]
         assert len(ranks[0][s]) == 8 // (micro * world)

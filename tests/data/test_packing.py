@@ -34,7 +34,7 @@ def test_complete_doc_with_named_separators() -> None:
 
 @pytest.mark.parametrize("size", range(1, 40))
 def test_cut_keeps_every_token_and_no_piece_of_one(size: int) -> None:
-    pieces = cut([size], 8)
+    pieces = cut(size, 8)
     assert sum(pieces) == size and max(pieces) <= 8
     assert size == 1 or min(pieces) > 1
     assert len(pieces) == -(-size // 8)
@@ -75,11 +75,8 @@ def test_masked_items(prepared: Prepared) -> None:
     encode = Encoder(Data(block_size=32), prepared.tokenizer)
     items = encode(["the cat\n\n  sat on  ", "\n \n", "a mat"])
     end = prepared.tokenizer.sep_token_id
-    sentences = [
-        prepared.tokenizer.encode(s, add_special_tokens=False)
-        for s in ("the cat", "sat on", "a mat")
-    ]
-    one, two, three = [[*ids, end] for ids in sentences]
+    plain = prepared.tokenizer(["the cat", "sat on", "a mat"], add_special_tokens=False)
+    one, two, three = [[*ids, end] for ids in plain.input_ids]
     assert items.ids.tolist() == [*one, *two, end, *three, end]  # the empty document left no trace
     assert items.sizes == [len(one), len(two), 1, len(three), 1]
     assert items.separators == [False, False, True, False, True]

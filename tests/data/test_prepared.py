@@ -14,7 +14,9 @@ from dskd.data import prepared, preparing
 from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.errors import ConfigError, DataError
 from dskd.settings.data import Masking, PretrainedTokenizer, TextSource, TrainedTokenizer
+from dskd.system.files import write_manifest
 from tests.data.conftest import all_rows, make_corpus, settings
+from tests.stores.caches import flip
 
 
 def test_read_pads_to_a_multiple_of_eight(prepared: Prepared) -> None:
@@ -108,15 +110,12 @@ def test_damaged_file_is_named(prepared: Prepared, tmp_path: Path, name: str, da
     folder = tmp_path / "rows"
     shutil.copytree(prepared.folder, folder)
     path = folder / name
-    raw = bytearray(path.read_bytes())
-    for place in {0, len(raw) // 2, len(raw) - 1} if damage == "flip" else {0}:
-        raw = bytearray((prepared.folder / name).read_bytes())
+    whole = path.read_bytes()
+    for place in (0, len(whole) // 2, -1) if damage == "flip" else (0,):
+        path.write_bytes(whole[:-1] if damage == "cut" else whole)
         if damage == "flip":
-            raw[place] ^= 1
-            path.write_bytes(raw)
-        elif damage == "cut":
-            path.write_bytes(raw[:-1])
-        else:
+            flip(path, place)
+        elif damage == "remove":
             path.unlink()
         with pytest.raises(DataError, match=f"{name}: "):
             open_prepared(folder)
@@ -140,8 +139,6 @@ def test_unverified_opening_still_checks_sizes_and_tokenizer(
 
 
 def test_other_manifest_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    from dskd.system.files import write_manifest
-
     write_manifest(tmp_path / "manifest.json", {"kind": "store", "format": 1})
     with pytest.raises(DataError, match="not of prepared rows"):
         open_prepared(tmp_path)
@@ -159,9 +156,8 @@ def test_killed_build_leaves_nothing_that_is_reused(tmp_path: Path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(prepared, "_publish", wait)  # everything is written, only the name is missing
-        child = multiprocessing.get_context("fork").Process(
-            target=prepare, args=(settings(tmp_path),)
-        )
+        fork = multiprocessing.get_context("fork")
+        child = fork.Process(target=prepare, args=(settings(tmp_path),))
         child.start()
         deadline = time.monotonic() + 30
         while not (tmp_path / "reached").exists():

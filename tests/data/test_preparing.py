@@ -16,23 +16,18 @@ from dskd.settings.data import Data, HubSource, JsonlSource, PretrainedTokenizer
 from tests.data.conftest import all_rows, make_corpus, settings
 
 
-def documents_of(corpus: Path) -> list[str]:
-    return (corpus / "corpus.txt").read_text().strip().split("\n\n")
-
-
-def split_documents(corpus: Path, fraction: float = 0.2) -> tuple[list[str], list[str]]:
-    held = [preparing._held_out(text, fraction) for text in documents_of(corpus)]
-    pairs = list(zip(held, documents_of(corpus), strict=True))
-    return [t for h, t in pairs if not h], [t for h, t in pairs if h]
+def split_documents(corpus: Path) -> tuple[list[str], list[str]]:
+    texts = (corpus / "corpus.txt").read_text().strip().split("\n\n")
+    held = {text for text in texts if preparing._held_out(text, 0.2)}
+    return [text for text in texts if text not in held], [text for text in texts if text in held]
 
 
 @pytest.mark.parametrize("packing", ["complete", "complete_doc", "contiguous"])
 def test_masked_rows_hold_the_corpus(corpus: Path, packing: str) -> None:
     prepared = open_prepared(prepare(settings(corpus, packing=packing)))
     tokenizer = prepared.tokenizer
-    for rows, texts in zip(
-        (prepared.train, prepared.validation), split_documents(corpus), strict=True
-    ):
+    splits = (prepared.train, prepared.validation)
+    for rows, texts in zip(splits, split_documents(corpus), strict=True):
         stream: list[int] = []
         sizes: list[int] = []
         for text in texts:
@@ -90,11 +85,9 @@ def test_domains(tmp_path: Path) -> None:
     assert domains_B.dtype == np.int64
     changes = np.flatnonzero(np.diff(domains_B))
     assert domains_B[[0, *(changes + 1)]].tolist() == [0, 1, 0]
-    lines = {
-        prepared.tokenizer.decode(row, skip_special_tokens=True)
-        for row, domain in zip(all_rows(rows), domains_B, strict=True)
-        if domain == 1
-    }
+    mine = [row for row, domain in zip(all_rows(rows), domains_B, strict=True) if domain == 1]
+    lines = [prepared.tokenizer.decode(row, skip_special_tokens=True) for row in mine]
+    assert mine
     assert all("old dogs ran round the wall" in line and "cat" not in line for line in lines)
     held = prepared.validation
     assert held.domains_B(np.arange(len(held))).tolist() == [2] * len(held)
@@ -107,9 +100,8 @@ def test_table_source_streamed_or_not(tmp_path: Path, monkeypatch) -> None:
     datasets.disable_progress_bars()
     texts = make_corpus(tmp_path / "corpus.txt")
     plain = open_prepared(prepare(settings(tmp_path)))
-    (tmp_path / "a.csv").write_text(
-        "id,body\n" + "".join(f'{i},"{t}"\n' for i, t in enumerate(texts))
-    )
+    lines = [f'{i},"{t}"\n' for i, t in enumerate(texts)]
+    (tmp_path / "a.csv").write_text("id,body\n" + "".join(lines))
     for streaming in (False, True):
         about = {"path": "csv", "data_files": [str(tmp_path / "a.csv")], "field": "body"}
         source = HubSource(kind="datasets", **about, streaming=streaming, domain="text")
@@ -140,10 +132,7 @@ def test_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
         (b"the cat\n\n" * 2, "shorter than one row .data.block_size: 32"),
         (b"the cat sat on a mat by the wall " * 40, "no document was held out"),
         (b"", r"corpus.txt: no text in it"),
-        (
-            b"the cat sat\n\n" * 40 + b"na\xefve\n",
-            r"corpus.txt: not UTF-8 at byte \d+ \(line \d+\)",
-        ),
+        (b"the cat sat\n\n" * 40 + b"na\xefve\n", r"corpus.txt: not UTF-8 at byte \d+ .line \d+."),
     ],
 )
 def test_unusable_corpus(tmp_path: Path, text: bytes, problem: str) -> None:

@@ -49,9 +49,8 @@ def test_each_row_is_its_domains():
     shown = view(ROWS)
     assert shown.inputs_BT.tolist() == [[10, 11, -2], [0, 0, 0], [16, 17, -2], [19, -1, -1]]
     assert view.draws == 2
-    columns = RoutedReader({0: read(1), 1: read(4), 2: read(2)}, {"many": -1, "one": 0})(
-        ROWS, shown
-    )
+    reader = RoutedReader({0: read(1), 1: read(4), 2: read(2)}, {"many": -1, "one": 0})
+    columns = reader(ROWS, shown)
     wanted = [12, 13, 14, 15, 18, 20, 21]
     assert columns["one"].tolist() == wanted == shown.labels_BT[shown.labels_BT != IGNORE].tolist()
     assert columns["one"].dtype == np.float32 and columns["many"].dtype == np.int64

@@ -23,10 +23,8 @@ def tokenizer_of(size: int, pieces: bool = False) -> PreTrainedTokenizerFast:
     tokens = ["<s>", "<pad>", "</s>", "<unk>"]
     tokens += [f"##t{i}" if pieces and i % 3 == 0 else f"t{i}" for i in range(4, size - 1)]
     vocab = {token: i for i, token in enumerate([*tokens, "<mask>"])}
-    model = (
-        models.WordPiece(vocab, unk_token="<unk>") if pieces else models.WordLevel(vocab, "<unk>")
-    )
-    backend = Tokenizer(model)
+    kind = models.WordPiece if pieces else models.WordLevel
+    backend = Tokenizer(kind(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     roles = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="<mask>", **roles)
@@ -125,9 +123,8 @@ def test_share_and_replacements() -> None:
 
 @pytest.mark.parametrize("masking", [{}, {"whole_word": True}, {"sampler": "fairseq"}])
 def test_a_mask_depends_on_its_own_row_only(masking: dict) -> None:
-    kind = FairseqView if masking.get("sampler") else MaskedView
     tokenizer = tokenizer_of(SIZE, pieces="whole_word" in masking)
-    masker = kind(Masking(**masking), tokenizer, 1)
+    masker = view_for(Data(masking=Masking(**masking)), tokenizer, 1)
     ids_BT, lengths_B = rows_of(20, 40)
     rows_B, epochs_B = np.arange(20) + 5, np.arange(20) % 3
     inputs_BT, labels_BT = masker(row_batch(rows_B, epochs_B, ids_BT, lengths_B))
@@ -157,8 +154,7 @@ def test_seed_epoch_and_row_each_change_the_mask() -> None:
 
 @pytest.mark.parametrize("sampler", ["counter", "fairseq"])
 def test_draws_repeat(sampler: str) -> None:
-    data = Data(masking=Masking(draws=3, sampler=sampler))
-    masker = view_for(data, TOKENIZER, 1)
+    masker = view_for(Data(masking=Masking(draws=3, sampler=sampler)), TOKENIZER, 1)
     endless = view_for(Data(masking=Masking(sampler=sampler)), TOKENIZER, 1)
     assert masker.draws == 3 and endless.draws is None
     ids_BT, lengths_B = rows_of(1, 64)
@@ -180,8 +176,8 @@ def test_whole_words_are_replaced_alike() -> None:
     joined_BT[:, 1:] = maskable_BT[:, 1:] & (ids_BT[:, 1:] % 3 == 0) & maskable_BT[:, :-1]
     assert joined_BT.sum() > 10_000
     rows, places = np.nonzero(joined_BT)
-    assert (chosen_BT[rows, places] == chosen_BT[rows, places - 1]).all()
     both = chosen_BT[rows, places]
+    assert (both == chosen_BT[rows, places - 1]).all()
     first, second = inputs_BT[rows, places - 1][both], inputs_BT[rows, places][both]
     assert ((first == SIZE - 1) == (second == SIZE - 1)).all()
     heads_B = (maskable_BT & ~joined_BT).sum(axis=1)
@@ -240,8 +236,7 @@ def test_refusals() -> None:
     no_mask = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend_tokenizer)
     with pytest.raises(ConfigError, match="needs a tokenizer with a mask token"):
         view_for(Data(), no_mask, 1)
-    fairseq = Masking(sampler="fairseq")
     other = tokenizer_of(SIZE)
     other.add_tokens(["more"])
     with pytest.raises(ConfigError, match="needs RoBERTa's vocabulary"):
-        FairseqView(fairseq, other, 1)
+        FairseqView(Masking(sampler="fairseq"), other, 1)

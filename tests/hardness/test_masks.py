@@ -7,10 +7,9 @@ import pytest
 
 from dskd.batch import IGNORE
 from dskd.data.loader import Loader
-from dskd.data.tokenizers import special_ids
 from dskd.data.views import MaskedView, at_random
 from dskd.errors import ConfigError
-from dskd.hardness.criterion import HardCriterion, select
+from dskd.hardness.criterion import select
 from dskd.hardness.masks import HARD_LABELS, HardCausalView, HardView, hard_view
 from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
@@ -50,10 +49,12 @@ def hardness(tmp_path_factory):
     return store_of(tmp_path_factory.mktemp("store"), ALL, NLL_RT, WRONG_RT)
 
 
-def view_of(hardness, objective="masked", seed=1, hardness_of=None, scores="S", **masking):
+def view_of(
+    hardness, objective="masked", seed=1, scores="S", rows=ALL, tokenizer=TOKENIZER, **masking
+):
     data = Data(objective=objective, masking=HardTokens(kind="hard_tokens", **masking))
-    opened = hardness_of or {0: hardness}
-    return hard_view(data, TOKENIZER, seed, opened.__getitem__, scores=scores, rowset=ALL)
+    hardness_of = hardness if callable(hardness) else lambda _: hardness
+    return hard_view(data, tokenizer, seed, hardness_of, scores=scores, rowset=rows)
 
 
 def seen(view, epoch=0, row_ids=None):
@@ -87,9 +88,8 @@ def test_select_against_a_loop():
 def test_equally_hard_tokens_are_chosen_evenly(tmp_path):
     rows = PlainRows(*(np.repeat(array[:1], ROWS, axis=0) for array in rows_of(1, WIDTH)))
     answers = store_of(tmp_path / "s", rows, np.full((ROWS, WIDTH), 3.0))
-    masking = HardTokens(kind="hard_tokens", least=0.25, most=0.25)
-    criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))
-    view = HardView(masking, TOKENIZER, 1, criterion, "S")
+    view = view_of(answers, least=0.25, most=0.25, rows=rows)
+    assert isinstance(view, HardView)
     row_ids = np.tile(np.arange(ROWS), 10)
     labels_BT = view(rows.rows(row_ids, np.repeat(np.arange(10), ROWS))).labels_BT
     rate_T = (labels_BT != IGNORE).mean(0)[1:63]
@@ -192,8 +192,7 @@ def test_refresh_reads_the_store_of_the_epoch(tmp_path, hardness):
         return {0: hardness, 1: later}[refresh_index]
 
     settings = {"metric": "quantile", "quantile": 0.2, "least": 0, "most": 1, "refresh": 2}
-    data = Data(masking=HardTokens(kind="hard_tokens", **settings))
-    view = hard_view(data, TOKENIZER, 1, hardness_of, scores="S", rowset=ALL)
+    view = view_of(hardness_of, **settings)
     assert not opened  # nothing before there are rows to mask
     row_ids_B = np.arange(ROWS)
     epochs_B = row_ids_B % 4  # a batch over the border
@@ -242,13 +241,12 @@ def test_causal_labels_say_which_are_hard(tmp_path, most):
     assert len(again) == ROWS
 
 
-def test_causal_needs_no_mask_token(tmp_path):
+def test_causal_needs_no_mask_token():
     bare = tokenizer_of(SIZE)
     bare.mask_token = None
-    data = Data(objective="causal", masking=HardTokens(kind="hard_tokens"))
-    hard_view(data, bare, 1, {}.__getitem__, scores="S", rowset=ALL)
+    view_of(None, "causal", tokenizer=bare)
     with pytest.raises(ConfigError, match="needs a tokenizer with a mask token"):
-        hard_view(Data(masking=data.masking), bare, 1, {}.__getitem__, scores="S", rowset=ALL)
+        view_of(None, tokenizer=bare)
 
 
 # Fingerprints and refusals
@@ -259,14 +257,9 @@ def test_fingerprint_covers_what_masks_depend_on():
         return view_of(None, **settings).fingerprint
 
     base = of()
-    for same in (
-        {"draws": 4},
-        {"micro_batch": 2},
-        {"rows_per_shard": 9},
-        {"store": Path("x")},
-        {"shown": "mask"},  # the store's own fingerprint says it
-        {"quantile": 0.5},
-    ):
+    alike = [{"draws": 4}, {"micro_batch": 2}, {"rows_per_shard": 9}, {"store": Path("x")}]
+    alike += [{"shown": "mask"}]  # the store's own fingerprint says it
+    for same in [*alike, {"quantile": 0.5}]:
         assert of(**same) == base, same
     different = [
         {"scores": "T"}, {"seed": 2}, {"threshold": 0.2}, {"metric": "correctness"},

@@ -4,13 +4,10 @@ import numpy as np
 import pytest
 
 from dskd.batch import IGNORE
-from dskd.data.tokenizers import special_ids
 from dskd.errors import ConfigError
-from dskd.hardness.criterion import HardCriterion
-from dskd.hardness.masks import OriginalHardView, hard_view
 from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.hardness.store import Hardness, encode, hardness_spec
-from dskd.settings.data import Data, HardTokens
+from dskd.settings.data import HardTokens
 from dskd.stores.store import Writer
 from tests.data.row_batches import PlainRows
 from tests.data.test_views import SIZE, TOKENIZER, tokenizer_of
@@ -33,11 +30,9 @@ def test_golden_masks_of_the_original(tmp_path, case):
     # cannot hold one (Hardness.read refuses it), so what is left of these rows is an empty entry.
     if max(stored, default=0) < ids_RT.shape[1]:
         nll_RT[case["index"], stored] = 2.0
-    masking = HardTokens(kind="hard_tokens", sampler="original")
     answers = store_of(tmp_path / "s", rows, nll_RT)
     tokenizer = tokenizer_of(golden["vocab_size"])
-    criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(tokenizer))
-    view = OriginalHardView(masking, tokenizer, 1, criterion, "S")
+    view = view_of(answers, sampler="original", rows=rows, tokenizer=tokenizer)
     row_ids_B = np.array([case["index"]])
     inputs_BT, labels_BT = view(rows.rows(row_ids_B, np.array([case["epoch"]])))
     assert inputs_BT[0].tolist() == case["source"]
@@ -92,9 +87,8 @@ def test_what_several_ranks_found_is_merged(tmp_path, rows_per_shard):
 def test_the_original_needs_its_vocabulary():
     other = tokenizer_of(SIZE)
     other.add_tokens(["more"])
-    data = Data(masking=HardTokens(kind="hard_tokens", sampler="original"))
     with pytest.raises(ConfigError, match="sampler: original needs RoBERTa's vocabulary"):
-        hard_view(data, other, 1, {}.__getitem__, scores="S", rowset=ALL)
+        view_of(None, sampler="original", tokenizer=other)
 
 
 def test_the_store_rounds_across_the_threshold(tmp_path):
@@ -102,10 +96,6 @@ def test_the_store_rounds_across_the_threshold(tmp_path):
     rows = PlainRows(ALL.ids_RT[:1], np.array([WIDTH]))
     nll_RT = np.full((1, WIDTH), 0.05)
     nll_RT[0, [3, 7, 9, 20]] = 0.100005, 0.10001, 0.2, 0.09999
-    masking = HardTokens(kind="hard_tokens", sampler="original")
-    answers = store_of(tmp_path / "s", rows, nll_RT)
-    criterion = HardCriterion(masking, {0: answers}.__getitem__, rows, special_ids(TOKENIZER))
-    view = OriginalHardView(masking, TOKENIZER, 1, criterion, "S")
-    row_ids_B = np.array([0])
-    _, labels_BT = view(rows.rows(row_ids_B, np.array([0])))
+    view = view_of(store_of(tmp_path / "s", rows, nll_RT), sampler="original", rows=rows)
+    _, labels_BT = view(rows.rows(np.array([0]), np.array([0])))
     assert np.flatnonzero(labels_BT[0] != IGNORE).tolist() == [7, 9]

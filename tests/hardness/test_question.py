@@ -1,6 +1,7 @@
 """Self-questioning: the original's scores, a real model's, and the same bytes whatever happens."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from dskd.batch import Positions
 from dskd.data.loader import make_batch
 from dskd.data.prepared import open_prepared
 from dskd.data.tokenizers import special_ids
-from dskd.engine.engine import shard_teacher
 from dskd.errors import NonFiniteError, StoreError
 from dskd.hardness import question as question_module
 from dskd.hardness.question import question, token_scores
@@ -25,7 +25,8 @@ from tests.data.test_views import tokenizer_of
 from tests.goldens import golden
 from tests.models.tiny import zero3
 from tests.ranks import run_ranks
-from tests.stores.real import another_fills, no_model, prepared_folders, random_model
+from tests.stores.caches import files
+from tests.stores.real import fill_while_another_does, no_model, prepared_folders, random_model
 
 STAGE1 = golden("self_evolution")["stage1"]
 KINDS = [("masked", "token"), ("masked", "mask"), ("causal", "token")]
@@ -53,26 +54,18 @@ def model_of(prepared, objective, ds=None):
     return random_model(prepared, objective, ds, vocab_multiple=7, initializer_range=0.3)
 
 
-def run_question(folder, prepared, objective, *, ds=None, masking=None, **options):
+def run_question(folder, prepared, objective, *, ds=None, masking=None, model=None, **options):
     masking = masking or masking_of()
     view = scoring_view(Data(objective=objective, masking=masking), prepared.tokenizer, 1)
-
-    def model():
-        built = model_of(prepared, objective, ds)
-        return built if ds is None else shard_teacher(built.requires_grad_(False), ds)
-
-    options = {"model": model, "fingerprints": PRINTS, "device": CPU} | options
-    question(masking, options.pop("model"), prepared, view, folder, **options)
+    model = model or (lambda: model_of(prepared, objective, ds))
+    options = {"fingerprints": PRINTS, "device": CPU} | options
+    question(masking, model, prepared, view, folder, **options)
     return view
 
 
 def everything(folder, prepared):
     row_ids = np.arange(len(prepared.train))
     return Hardness(folder, PRINTS).read(prepared.train.rows(row_ids, row_ids * 0))
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # ---- the original's numbers ----------------------------------------------------------------------
@@ -99,20 +92,14 @@ def score_golden(monkeypatch):
             return through_a_head(forward(batch), batch.labels_N)
 
         monkeypatch.setattr(question_module, "positions_of", positions_of)
-        return _score_golden(folder, prepared)
+        ids_RT = np.array(STAGE1["tokens"])
+        rows = PlainRows(ids_RT, (ids_RT != STAGE1["pad"]).sum(1), "golden")
+        prepared = replace(prepared, train=rows, tokenizer=tokenizer_of(8))
+        masking = masking_of(rows_per_shard=3, micro_batch=2)
+        run_question(folder, prepared, "masked", masking=masking, model=torch.nn.Identity)
+        return prepared
 
     return score
-
-
-def _score_golden(folder, prepared):
-    ids_RT = np.array(STAGE1["tokens"])
-    rows = PlainRows(ids_RT, (ids_RT != STAGE1["pad"]).sum(1), "golden")
-    prepared = replace(prepared, train=rows, tokenizer=tokenizer_of(8))
-    masking = masking_of(rows_per_shard=3, micro_batch=2)
-    view = scoring_view(Data(masking=masking), prepared.tokenizer, 1)
-    prints = {"fingerprints": PRINTS, "device": CPU}
-    question(masking, torch.nn.Identity, prepared, view, folder, **prints)
-    return prepared
 
 
 def test_golden_scores(tmp_path, folders, score_golden):
@@ -191,8 +178,8 @@ def test_store_holds_what_the_model_says(tmp_path, folders, objective, shown):
     *_, ids_BT, lengths_B = prepared.train.rows(every, every * 0)
     if objective == "masked":  # it guesses one token right; llama does so untrained
         model.lm_head.bias.data[np.bincount(ids_BT[ids_BT > 5]).argmax()] += 9
-    made = {"masking": masking, "model": lambda: model}
-    view = run_question(tmp_path / "s", prepared, objective, **made)
+    fill = partial(run_question, tmp_path / "s", prepared, objective)
+    view = fill(masking=masking, model=lambda: model)
     assert not model.training
     nll_BT, wrong_BT = everything(tmp_path / "s", prepared)
     size = len(prepared.tokenizer)
@@ -263,9 +250,8 @@ def test_a_complete_store_needs_no_model(tmp_path, folders, monkeypatch):
     run_question(tmp_path / "s", prepared, "masked")
     assert f"holds the NLL of {prepared.train.tokens:,} tokens in 3.74 bytes" in said[-1]
     before = files(tmp_path / "s")
-
-    again = {"model": no_model}
-    run_question(tmp_path / "s", prepared, "masked", masking=masking_of(rows_per_shard=7), **again)
+    other = masking_of(rows_per_shard=7)
+    run_question(tmp_path / "s", prepared, "masked", masking=other, model=no_model)
     assert said[-1] == f"question: {tmp_path / 's'} is complete"
     assert files(tmp_path / "s") == before
 
@@ -273,12 +259,8 @@ def test_a_complete_store_needs_no_model(tmp_path, folders, monkeypatch):
 def test_while_another_job_asks_one_waits(tmp_path, folders):
     """Two runs that name one store: the second needs no model, and finds the store whole."""
     prepared = open_prepared(folders["masked"])
-
-    def fill(model):
-        run_question(tmp_path / "s", prepared, "masked", model=model)
-
-    with another_fills(fill, lambda: model_of(prepared, "masked")):
-        fill(no_model)
+    fill = partial(run_question, tmp_path / "s", prepared, "masked")
+    fill_while_another_does(fill, lambda: model_of(prepared, "masked"))
     Hardness(tmp_path / "s", PRINTS)
 
 

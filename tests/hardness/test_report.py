@@ -112,10 +112,9 @@ def test_counts_are_those_of_a_loop(made, causal, objective):
     assert found.above(0.1) == found.hard_D.sum() and found.above(-1) == total
     assert found.above(0) == total  # 0.01 at least
     assert {i: n for i, n in enumerate(found.seen_V.tolist()) if n} == seen
-    assert {i: n for i, n in enumerate(found.hard_V.tolist()) if n} == {
-        i: n for i, n in hard_of.items() if n
-    }
-    want = sorted((i for i, n in hard_of.items() if n), key=lambda i: (-hard_of[i], i))
+    hard_of = {i: n for i, n in hard_of.items() if n}
+    assert {i: n for i, n in enumerate(found.hard_V.tolist()) if n} == hard_of
+    want = sorted(hard_of, key=lambda i: (-hard_of[i], i))
     assert found.most_often_hard(7).tolist() == want[:7]
     assert found.most_often_hard(10_000).tolist() == want
 
@@ -215,7 +214,6 @@ def test_refusals(made, capsys, tmp_path):
     after = refused(run.out, "data.masking.refresh=2", "--epoch", 5)
     assert "questions-epoch-00004: no such store; training, once 4 epochs are over" in after
     recipe = tmp_path / "a.yaml"
-    recipe.write_text(
-        "base: {out: o, data: {masking: {kind: hard_tokens}}}\nruns: {a: {}, b: {}}\n"
-    )
+    runs = "runs: {a: {}, b: {}}\n"
+    recipe.write_text("base: {out: o, data: {masking: {kind: hard_tokens}}}\n" + runs)
     assert "name the folder of one: o/a, o/b" in refused(recipe)

@@ -66,10 +66,8 @@ def test_a_row_is_asked_alike_in_any_batch() -> None:
     plan = view(shown="mask").plan
     whole_BT = plan.draw_of(row_batch(ROWS, 0, IDS, LENGTHS))
     for b in (0, 6, 13):
-        alone_BT = plan.draw_of(
-            row_batch(ROWS[b : b + 1], 0, IDS[b : b + 1, : LENGTHS[b]], LENGTHS[b : b + 1])
-        )
-        np.testing.assert_array_equal(alone_BT[0], whole_BT[b, : LENGTHS[b]])
+        alone = row_batch(ROWS[b : b + 1], 0, IDS[b : b + 1, : LENGTHS[b]], LENGTHS[b : b + 1])
+        np.testing.assert_array_equal(plan.draw_of(alone)[0], whole_BT[b, : LENGTHS[b]])
         assert (whole_BT[b, LENGTHS[b] :] == -1).all()
 
 
@@ -78,7 +76,7 @@ def test_the_next_token_of_a_causal_model() -> None:
     rows = row_batch(ROWS, 0, IDS, LENGTHS)
     for got, want in zip(shown(rows), CausalView()(rows), strict=True):
         np.testing.assert_array_equal(got, want)
-    asked_BT = shown.plan.draw_of(row_batch(ROWS, 0, IDS, LENGTHS)) == 0
+    asked_BT = shown.plan.draw_of(rows) == 0
     labels_BT = shown(rows).labels_BT
     np.testing.assert_array_equal(asked_BT, labels_BT != IGNORE)
     np.testing.assert_array_equal(shown.plan.targets(rows)[asked_BT], labels_BT[asked_BT])
@@ -88,13 +86,10 @@ def test_fingerprints_tell_what_matters() -> None:
     token, mask = view(shown="token").fingerprint, view(shown="mask").fingerprint
     causal = view("causal").fingerprint
     assert len({token, mask, causal}) == 3
-    assert (
-        view(shown="token", seed=2, probability=0.3, tokenizer=tokenizer_of(40)).fingerprint
-        == token
-    )
-    assert (
-        view(shown="mask", threshold=3.0, keep=0.5, probability=0.16).fingerprint == mask
-    )  # 7 draws
+    alike = view(shown="token", seed=2, probability=0.3, tokenizer=tokenizer_of(40))
+    assert alike.fingerprint == token
+    alike = view(shown="mask", threshold=3.0, keep=0.5, probability=0.16)  # 7 draws
+    assert alike.fingerprint == mask
     for other in ({"seed": 2}, {"probability": 0.2}, {"tokenizer": tokenizer_of(40)}):
         assert view(shown="mask", **other).fingerprint != mask
 
@@ -102,12 +97,8 @@ def test_fingerprints_tell_what_matters() -> None:
 def test_settings_are_kept_as_json() -> None:
     for shown in (view(shown="token"), view(shown="mask"), view("causal")):
         assert ScoringPlan.from_tree(shown.plan.tree()) == shown.plan
-    assert view(shown="mask").plan.tree() == {
-        "shown": "mask",
-        "draws": 7,
-        "seed": 1,
-        "special": SPECIAL,
-    }
+    tree = {"shown": "mask", "draws": 7, "seed": 1, "special": SPECIAL}
+    assert view(shown="mask").plan.tree() == tree
 
 
 def test_no_mask_token() -> None:

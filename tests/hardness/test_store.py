@@ -12,15 +12,12 @@ from dskd.hardness.store import Hardness, describe_scores, encode, hardness_spec
 from dskd.settings.data import HardTokens
 from dskd.stores.store import Writer, shard_path
 from tests.data.test_views import tokenizer_of
-from tests.stores.caches import ToyRows, write_store
+from tests.stores.caches import ToyRows, flip, write_store
 
 PRINTS = {"model": "M", "tokenizer": "V", "data": "D", "blocking": "B", "scoring": "S"}
 SPECIAL = (5, 6, 7)
-PLANS = {
-    "token": ScoringPlan("token"),
-    "mask": ScoringPlan("mask", 4, 9, SPECIAL),
-    "next": ScoringPlan("next"),
-}
+PLANS = {"token": ScoringPlan("token"), "mask": ScoringPlan("mask", 4, 9, SPECIAL)}
+PLANS["next"] = ScoringPlan("next")
 LARGEST = 65504.0
 
 
@@ -37,11 +34,8 @@ def truth(plan, rows, row_ids, seed=3):
     wrong_RT = random.rand(len(rows), rows.block_size) < 0.3
     asked_BT = plan.draw_of(here) >= 0
     width = here.tokens_BT.shape[1]
-    return (
-        np.where(asked_BT, nll_RT[row_ids, :width], np.nan),
-        wrong_RT[row_ids, :width] & asked_BT,
-        asked_BT,
-    )
+    nll_BT = np.where(asked_BT, nll_RT[row_ids, :width], np.nan)
+    return nll_BT, wrong_RT[row_ids, :width] & asked_BT, asked_BT
 
 
 def store_all(folder, plan, rows, rows_per_shard=10, change=lambda nll_N: nll_N):
@@ -95,14 +89,11 @@ def test_quantiles_are_exact(tmp_path, shown):
     The NLLs are rounded to 1/16, so that many are equal.
     """
     rows, plan = ToyRows(rows=1500), PLANS[shown]
-    hardness = store_all(
-        tmp_path / "s", plan, rows, 400, change=lambda nll_N: np.round(nll_N * 16) / 16
-    )
+    hardness = store_all(tmp_path / "s", plan, rows, 400, lambda nll_N: np.round(nll_N * 16) / 16)
     row_ids = np.arange(len(rows))
     every = rows.rows(row_ids, row_ids * 0)
     special_V = np.isin(np.arange(50), SPECIAL)
-    asked_BT = plan.draw_of(every) >= 0
-    counted_BT = asked_BT & ~special_V[plan.targets(every)]
+    counted_BT = (plan.draw_of(every) >= 0) & ~special_V[plan.targets(every)]
     values_N = hardness.read(every)[0][counted_BT]
     total = len(values_N)
     for share in (0.0, 0.01, 0.2, 0.5, 0.9, 0.999):
@@ -119,12 +110,9 @@ def test_quantiles_are_exact(tmp_path, shown):
 def test_share_of_distinct_values_is_met_to_a_token(tmp_path):
     """29 of 100 tokens, though 0.29 * 100 is 28.999999999999996 in floating point."""
     rows = ToyRows(rows=10, block_size=10, equal=True)
-    hardness = store_all(
-        tmp_path / "s", PLANS["token"], rows, change=lambda nll_N: np.argsort(nll_N) / 8
-    )
+    hardness = store_all(tmp_path, PLANS["token"], rows, 10, lambda nll_N: np.argsort(nll_N) / 8)
     special_V = np.zeros(50, bool)
-    found = hardness.quantile(0.29, rows, special_V)
-    assert found == (100 - 29 - 1) / 8
+    assert hardness.quantile(0.29, rows, special_V) == (100 - 29 - 1) / 8
     special_V[:] = True
     with pytest.raises(StoreError, match="holds no token that is not special"):
         hardness.quantile(0.29, rows, special_V)
@@ -183,10 +171,7 @@ def test_other_rows_are_refused(tmp_path):
 def test_damage_and_interruption_are_told(tmp_path):
     rows = ToyRows()
     store_all(tmp_path / "s", PLANS["token"], rows)
-    path = shard_path(tmp_path / "s", 1)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    flip(shard_path(tmp_path / "s", 1))
     with pytest.raises(StoreError, match="damaged"):
         Hardness(tmp_path / "s", PRINTS)
     writer = Writer(tmp_path / "t", spec_of(PLANS["token"], rows))

@@ -8,6 +8,7 @@ from dskd.models.build import build, hidden_size, model_fingerprint, parameter_c
 from dskd.models.families import lm_head, longest_row
 from dskd.settings.model import Model
 from tests.models.tiny import ALL, BLOCK, make, settings, stored, tokenizer
+from tests.stores.caches import flip
 
 
 def _load(chosen, model_type, **more):
@@ -70,6 +71,7 @@ def test_other_names_of_known_fields_are_taken():
     ("fields", "text"),
     [
         ({"model_type": "t5"}, r"model\.config\.model_type: 't5' is not one of bert, "),
+        ({"model_type": "qwen3_moe"}, r"'qwen3_moe' is not one of bert, .*'qwen3'\?"),
         ({}, r"model\.config\.model_type: needed without model\.path"),
         ({"model_type": "bert", "hidden_size": "big"}, r"model\.config: .*hidden_size.*"),
         ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}, r"model.*30"),
@@ -190,7 +192,5 @@ def test_fingerprint_is_of_the_content(tmp_path):
     here = stored(tmp_path / "a", "bert")
     there = stored(tmp_path / "b", "bert")
     assert of(here) == of(there) == of(here, seed=2)
-    weights = bytearray((tmp_path / "b" / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (tmp_path / "b" / "model.safetensors").write_bytes(weights)
+    flip(tmp_path / "b" / "model.safetensors")
     assert of(here) != of(there)

@@ -69,16 +69,13 @@ def test_half_precision_rounds_the_same_numbers():
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 16
+ROPES = {"linear": {"factor": 2.0}, "dynamic": {"factor": 2.0}, "yarn": {"factor": 4.0}}
+ROPES["llama3"] = LLAMA3
 
 
 def _rope(rank, stage3):
     found = {}
-    for kind, more in {
-        "linear": {"factor": 2.0},
-        "dynamic": {"factor": 2.0},
-        "yarn": {"factor": 4.0},
-        "llama3": LLAMA3,
-    }.items():
+    for kind, more in ROPES.items():
         ds = zero3(2, bf16={"enabled": True}) if stage3 else None
         rope = {"rope_type": kind, "rope_theta": 1e4, **more}
         model = make("llama", ds=ds, dtype=torch.bfloat16, rope_parameters=rope)
@@ -137,9 +134,8 @@ def test_distribution_is_huggingfaces_own(model_type, tied):
         assert ((mine == 0).all(-1) == (reference == 0).all(-1)).all(), name  # the padding row
         within = [(x.abs() < x.std()).float().mean().item() for x in (mine, reference)]
         assert abs(within[0] - within[1]) < 4 / mine.numel() ** 0.5, name  # cut off alike
-    for (name, mine), (_, reference) in zip(
-        model.named_buffers(), theirs.named_buffers(), strict=True
-    ):
+    buffers = zip(model.named_buffers(), theirs.named_buffers(), strict=True)
+    for (name, mine), (_, reference) in buffers:
         assert torch.equal(mine, reference), name
 
 
@@ -174,10 +170,7 @@ def _largest(rank, model_type):
     original = deepspeed.zero.Init._post_init_method
     deepspeed.zero.Init._post_init_method = convert
     model = make(model_type, ds=zero3(2))
-    own = [
-        sum(full_shape(p).numel() for p in module.parameters(recurse=False))
-        for module in model.modules()
-    ]
+    own = [sum(full_shape(p).numel() for p in m.parameters(recurse=False)) for m in model.modules()]
     assert sum(p.numel() for p in model.parameters()) == 0
     return max(seen), len(seen), max(own), sum(full_shape(p).numel() for p in model.parameters())
 

@@ -30,21 +30,16 @@ from tests.models.tiny import (
 )
 from tests.ranks import run_ranks
 
-CARD = {
-    "title": "A small one",
-    "recipe": {"method": {"kind": "ki"}, "lr": 1e-4},
-    "note": "Words.",
-    "nll": 3.25,
-}
+CARD = {"title": "A small one", "recipe": {"method": {"kind": "ki"}, "lr": 1e-4}}
+CARD |= {"note": "Words.", "nll": 3.25}
 
 
 def _trained(model):
     """As after training: no parameter at its initial value, the same on every rank."""
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
-            parameter.add_(
-                torch.linspace(-0.3, 0.2 + index / 100, parameter.numel()).view_as(parameter)
-            )
+            moved = torch.linspace(-0.3, 0.2 + index / 100, parameter.numel())
+            parameter.add_(moved.view_as(parameter))
     return model.eval()
 
 

@@ -100,10 +100,8 @@ def geometry(world: int, micro: int = 1, rows: int | None = None) -> dict:
     """DeepSpeed's sizes of steps of ``micro`` micro-batches of ``rows``, by default one a rank."""
     rows = rows or world
     steps = {"gradient_accumulation_steps": micro, "steps_per_print": 10**9}
-    return steps | {
-        "train_batch_size": micro * rows,
-        "train_micro_batch_size_per_gpu": rows // world,
-    }
+    sizes = {"train_batch_size": micro * rows, "train_micro_batch_size_per_gpu": rows // world}
+    return steps | sizes
 
 
 def zero3(world: int, **more) -> dict:

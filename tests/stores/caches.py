@@ -4,38 +4,29 @@ import numpy as np
 import torch
 
 from dskd.batch import IGNORE, DenseTeacher
-from dskd.data.prepared import RowBatch
 from dskd.data.views import Shown
 from dskd.stores.logits import CachedLogits, CachedMasks
 from dskd.stores.store import Writer
+from tests.data.row_batches import PlainRows
 
 MASK = 4
 
 
-class ToyRows:
-    """Rows of 2 to ``block_size`` tokens drawn once; row r belongs to domain ``r % domains``."""
+class ToyRows(PlainRows):
+    """Rows of 2 to ``block_size`` tokens drawn once, as wide as the longest of a batch."""
 
     def __init__(self, rows=23, block_size=16, vocabulary=50, domains=1, equal=False):
         random = np.random.RandomState(5)
         low = block_size if equal else 2
-        self.lengths = random.randint(low, block_size + 1, rows).astype(np.int64)
-        self.ids = random.randint(5, vocabulary, (rows, block_size)).astype(np.int64)
-        self.block_size = block_size
-        self.domains = domains
-        self.fingerprint = "toy-rows"
-
-    def __len__(self):
-        return len(self.lengths)
+        lengths_R = random.randint(low, block_size + 1, rows).astype(np.int64)
+        ids_RT = random.randint(5, vocabulary, (rows, block_size)).astype(np.int64)
+        super().__init__(ids_RT, lengths_R, "toy-rows", domains)
 
     def rows(self, row_ids_B, epochs_B):
-        lengths_B = self.lengths[row_ids_B]
+        lengths_B = self.lengths_R[row_ids_B]
         width = min(-(-int(lengths_B.max()) // 8) * 8, self.block_size)
-        ids_BT = self.ids[row_ids_B, :width].copy()
-        ids_BT[np.arange(width) >= lengths_B[:, None]] = 1
-        return RowBatch(row_ids_B, epochs_B, self.domains_B(row_ids_B), ids_BT, lengths_B)
-
-    def domains_B(self, row_ids_B):
-        return np.asarray(row_ids_B, np.int64) % self.domains
+        ids_BT = np.where(np.arange(width) < lengths_B[:, None], self.ids_RT[row_ids_B, :width], 1)
+        return super().rows(row_ids_B, epochs_B)._replace(tokens_BT=ids_BT)
 
 
 class ToyMasks:
@@ -71,6 +62,18 @@ def write_store(folder, spec, content):
         counts, columns = content(draw, np.arange(begin, end))
         writer.write_shard(shard, counts, np.ones(end - begin, bool), columns)
     writer.finish(writer.records)
+
+
+def flip(path, place=-1):
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def files(folder):
+    """The bytes of every file of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 class ToyTeacher:

@@ -61,6 +61,12 @@ def read(cache, rows, row_ids, epochs, *, use_k=None, temperature=1.0):
     return caches.read(cache, here, use_k=use_k, temperature=temperature)
 
 
+def scattered(ids_NK, logprobs_NK):
+    """Log-probabilities of all 50 tokens [N, 50]."""
+    whole_NV = torch.zeros(len(ids_NK), 50)
+    return whole_NV.scatter(1, torch.from_numpy(ids_NK), torch.from_numpy(logprobs_NK))
+
+
 def test_all_of_the_vocabulary_gives_back_the_dense_distribution(tmp_path):
     rows, view = ToyRows(), ToyMasks()
     cache = store_all(tmp_path / "c", layout_of(k=50), rows, view, teach)
@@ -71,28 +77,20 @@ def test_all_of_the_vocabulary_gives_back_the_dense_distribution(tmp_path):
         inputs, labels, extra = read(cache, rows, row_ids, epoch)
         np.testing.assert_array_equal(inputs, batch.ids_BT)
         np.testing.assert_array_equal(labels, batch.labels_BT)
-        found = torch.zeros_like(dense).scatter(
-            1, torch.from_numpy(extra["topk_ids"]), torch.from_numpy(extra["topk_logprobs"])
-        )
+        found = scattered(extra["topk_ids"], extra["topk_logprobs"])
         torch.testing.assert_close(found, dense, rtol=1e-6, atol=1e-6)
         assert (extra["tail"] == -math.inf).all()
         assert (np.sort(extra["topk_ids"]) == np.arange(50)).all()
         assert (np.diff(extra["topk_logprobs"]) <= 0).all()
-    assert {name: array.dtype.name for name, array in extra.items()} == {
-        "topk_ids": "int64",
-        "topk_logprobs": "float32",
-        "tail": "float32",
-    }
+    dtypes = {"topk_ids": "int64", "topk_logprobs": "float32", "tail": "float32"}
+    assert {name: array.dtype.name for name, array in extra.items()} == dtypes
 
 
 def test_stored_values_are_the_teachers_bit_for_bit():
     batch, logits = batch_of(3, 4), torch.randn(12, 50) * 5
     columns = layout_of(k=50).encode(batch, logits)
     dense = torch.log_softmax(logits, 1)
-    found = torch.zeros(12, 50).scatter(
-        1, torch.from_numpy(columns["ids"].astype(np.int64)), torch.from_numpy(columns["logprobs"])
-    )
-    assert torch.equal(found, dense)
+    assert torch.equal(scattered(columns["ids"].astype(np.int64), columns["logprobs"]), dense)
     half = layout_of(k=50, values="fp16").encode(batch, logits)
     np.testing.assert_array_equal(half["logprobs"], columns["logprobs"].astype(np.float16))
 
@@ -149,13 +147,8 @@ def test_row_without_finite_logits_is_named(bad):
 
 def test_batch_without_supervised_position():
     columns = layout_of().encode(batch_of(2, 0), torch.empty(0, 50))
-    assert {name: array.shape for name, array in columns.items()} == {
-        "ids": (0, 5),
-        "logprobs": (0, 5),
-        "tail": (0, 2),
-        "pos": (0,),
-        "input": (0,),
-    }
+    shapes = {"ids": (0, 5), "logprobs": (0, 5), "tail": (0, 2), "pos": (0,), "input": (0,)}
+    assert {name: array.shape for name, array in columns.items()} == shapes
 
 
 def test_encoding_in_chunks_changes_nothing(monkeypatch):
@@ -190,7 +183,7 @@ def test_every_id_of_a_large_vocabulary(vocabulary):
 def test_large_vocabulary_from_disk(tmp_path):
     vocabulary = 70_000
     rows, view = ToyRows(rows=6, vocabulary=vocabulary), ToyMasks(draws=1)
-    assert rows.ids.max() > 65_536
+    assert rows.ids_RT.max() > 65_536
     teacher = ToyTeacher(vocabulary)
     layout = layout_of(k=8, vocabulary=vocabulary)
     cache = store_all(tmp_path / "c", layout, rows, view, lambda batch: teacher(batch).logits_NV)
@@ -211,7 +204,7 @@ def test_causal_rows_store_neither_places_nor_inputs(tmp_path):
     inputs, labels, extra = read(cache, rows, np.arange(len(rows)), 7)
     np.testing.assert_array_equal(inputs, batch.ids_BT)
     np.testing.assert_array_equal(labels, batch.labels_BT)
-    assert len(extra["tail"]) == (rows.lengths - 1).sum()
+    assert len(extra["tail"]) == (rows.lengths_R - 1).sum()
     top = torch.log_softmax(teach(batch), 1).topk(5)
     np.testing.assert_array_equal(extra["topk_ids"], top.indices)
 
@@ -221,14 +214,10 @@ def test_row_of_another_length_is_named(tmp_path, masked):
     rows = ToyRows()
     view = ToyMasks() if masked else CausalView()
     cache = store_all(tmp_path / "c", layout_of(masked=masked), rows, view, teach)
-    last = np.array([batch_row_with_most_places(rows, view)])
-    rows.lengths[last] = 1
+    last = whole_batch(rows, view).counts_B.argmax(0, keepdim=True).numpy()  # of most places
+    rows.lengths_R[last] = 1
     with pytest.raises(StoreError, match=f"row {last[0]} has another length"):
         read(cache, rows, last, 0)
-
-
-def batch_row_with_most_places(rows, view):
-    return int(whole_batch(rows, view).supervised_BT.sum(1).argmax())
 
 
 def test_what_is_not_stored_is_refused(tmp_path):
@@ -302,8 +291,7 @@ def test_describe_interrupted_and_foreign_stores(tmp_path):
     assert not about["complete"] and "positions" not in about
     with pytest.raises(StoreError, match="not complete"):
         verify(tmp_path / "c")
-    other = replace(spec, kind="x")
-    Writer(tmp_path / "x", other).prepare()
+    Writer(tmp_path / "x", replace(spec, kind="x")).prepare()
     with pytest.raises(StoreError, match="holds 'x', not 'logits'"):
         describe_cache(tmp_path / "x")
 

@@ -15,7 +15,7 @@ from dskd.stores.logits import LogitCache, LogitLayout
 from dskd.stores.store import Writer, shard_path
 from dskd.stores.sweep import Scored, Stopped, sweep
 from tests.ranks import run_ranks
-from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, read
+from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, files, read
 
 PRINTS = {"teacher": "T", "data": "D"}
 LAYOUT = LogitLayout(
@@ -37,10 +37,6 @@ def fill(folder, *, micro_batch=3, rows=None, domain=None, forward=None, progres
     options = {"score": _score, "present_R": present, "progress": progress, "stop": stop}
     sweep(teacher, rows, view, Writer(folder, spec), micro_batch=micro_batch, **options)
     return teacher
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def everything(folder, rows):
@@ -149,15 +145,11 @@ def test_failure_of_one_rank_ends_all_after_the_round(tmp_path, reference):
     assert sorted(files(tmp_path / "one")) == kept
 
 
-def _fill_until(rank, folder):
+def _fill_until_stopped(rank, folder):
     """Rank 1 is told to stop after the second round."""
     calls = iter([False, False, True])
-    fill(folder, stop=lambda: rank == 1 and next(calls))
-
-
-def _fill_until_stopped(rank, folder):
     with pytest.raises(Stopped):
-        _fill_until(rank, folder)
+        fill(folder, stop=lambda: rank == 1 and next(calls))
 
 
 def test_told_to_stop_all_ranks_do_after_the_round(tmp_path, reference):

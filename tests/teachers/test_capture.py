@@ -10,7 +10,6 @@ import torch
 from dskd.data.loader import make_batch
 from dskd.data.prepared import open_prepared
 from dskd.data.views import view_for
-from dskd.engine.engine import shard_teacher
 from dskd.errors import ConfigError, StoreError
 from dskd.settings.data import Data, Masking, TextSource
 from dskd.settings.teachers import CachedTeacher
@@ -19,15 +18,18 @@ from dskd.stores.store import shard_path
 from dskd.teachers.capture import capture
 from dskd.teachers.teacher import FrozenTeacher, StoredTeacher
 from tests.data.conftest import make_corpus
+from tests.models.tiny import zero3
 from tests.ranks import run_ranks
 from tests.stores.caches import read
-from tests.stores.real import OBJECTIVES, another_fills, no_model, prepared_folders, random_model
+from tests.stores.real import (
+    OBJECTIVES,
+    fill_while_another_does,
+    no_model,
+    prepared_folders,
+    random_model,
+)
 
 PRINTS = {"teacher": "T", "tokenizer": "V", "data": "D", "masking": "M"}
-ZERO3 = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-}
 CPU = torch.device("cpu")
 
 
@@ -51,14 +53,9 @@ def cached(**changes):
     return CachedTeacher(**{**fields, **changes})
 
 
-def teacher_of(prepared, objective, ds=None):
-    model = random_model(prepared, objective, ds).requires_grad_(False)
-    return model if ds is None else shard_teacher(model, ds)
-
-
 def run_capture(folder, prepared, objective, *, settings=None, ds=None, model=None, **options):
     view = view_for(data_of(objective), prepared.tokenizer, 1)
-    model = model or (lambda: teacher_of(prepared, objective, ds))
+    model = model or (lambda: random_model(prepared, objective, ds))
     options = {"fingerprints": PRINTS, "device": CPU, **options}
     capture(settings or cached(), model, prepared, view, folder, **options)
     return view
@@ -71,7 +68,7 @@ def test_cached_signal_is_the_live_one_when_all_is_kept(tmp_path, folders, objec
     settings = cached(k=vocabulary, temperatures=[2.0])
     view = run_capture(tmp_path / "c", prepared, objective, settings=settings)
     cache = LogitCache(tmp_path / "c", PRINTS)
-    live = FrozenTeacher(teacher_of(prepared, objective), vocabulary)
+    live = FrozenTeacher(random_model(prepared, objective), vocabulary)
     row_ids, epochs = np.array([5, 0, len(prepared.train) - 1]), np.array([0, 1, 2])
     with_view = make_batch(prepared.train, view, row_ids, epochs)
     masks, logits = CachedMasks(cache), CachedLogits(cache, None, 2.0)
@@ -90,7 +87,7 @@ def _capture_rank(rank, folder, prepared_folder, objective, ds):
     run_capture(folder, open_prepared(prepared_folder), objective, ds=ds)
 
 
-@pytest.mark.parametrize("ds", [None, ZERO3], ids=["replicated", "zero3"])
+@pytest.mark.parametrize("ds", [None, zero3(2)], ids=["replicated", "zero3"])
 def test_two_ranks_capture_what_one_does(tmp_path, folders, ds):
     prepared = open_prepared(folders["masked"])
     run_capture(tmp_path / "one", prepared, "masked")
@@ -151,10 +148,6 @@ def test_more_logits_than_tokens_are_refused(tmp_path, folders):
 def test_while_another_job_captures_one_waits(tmp_path, folders):
     """Two runs that name one cache: the second needs no teacher, and finds the cache whole."""
     prepared = open_prepared(folders["masked"])
-
-    def fill(model):
-        run_capture(tmp_path / "c", prepared, "masked", model=model)
-
-    with another_fills(fill, lambda: teacher_of(prepared, "masked")):
-        fill(no_model)
+    fill = partial(run_capture, tmp_path / "c", prepared, "masked")
+    fill_while_another_does(fill, lambda: random_model(prepared, "masked"))
     LogitCache(tmp_path / "c", PRINTS)

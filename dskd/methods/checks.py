@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dskd.engine.row_masks import RowMasks, masks_of
+from dskd.engine.row_masks import masks_of
 from dskd.methods.base import Method
 from dskd.settings.checks import Problems, problems_of, refuse_problems
 from dskd.settings.run import Run
@@ -13,8 +13,6 @@ def validate(run: Run, method: Method, *, world: int, prefix: str = "") -> None:
     """Refuse settings that contradict each other.
 
     Args:
-        run: the settings.
-        method: the run's.
         world: number of ranks.
         prefix: dotted name of the run in its recipe, put before the names in messages.
 
@@ -30,13 +28,6 @@ def _problems(run: Run, method: Method, world: int) -> Problems:
         isinstance(teacher, CachedTeacher) for teacher in each_teacher(run.teacher).values()
     )
     yield from problems_of(run, world)
-    yield from _selection(run, method, masks)
-    if method.wants_teacher():
-        yield from _teacher(run, method)
-    yield from masks.problems(method.columns(), cached=cached)
-
-
-def _selection(run: Run, method: Method, masks: RowMasks) -> Problems:
     selects = masks.selects and method.selection() is not None
     if selects and run.checkpoint.every % run.evaluation.every:
         yield (
@@ -44,6 +35,9 @@ def _selection(run: Run, method: Method, masks: RowMasks) -> Problems:
             f"{run.checkpoint.every} is not a multiple of evaluation.every {run.evaluation.every};"
             " the best checkpoint is chosen by its evaluation",
         )
+    if method.wants_teacher():
+        yield from _teacher(run, method)
+    yield from masks.problems(method.columns(), cached=cached)
 
 
 def _teacher(run: Run, method: Method) -> Problems:

@@ -20,7 +20,7 @@ from dskd.fused.reference import Divergence, TopKMode
 from dskd.ops import positions_ce, positions_kd
 from dskd.settings.base import Section
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, RoutedTeacher
+from dskd.settings.teachers import CachedTeacher, each_teacher
 
 RateSchedule = Literal["linear", "switch", "constant", "cosine"]
 
@@ -77,17 +77,14 @@ class InheritanceLoss(Section):
         """Refuse a divergence that the run's teacher cannot give.
 
         Args:
-            run: the settings.
-            section: dotted name of this section in them, for the message.
+            section: dotted name of this section in the settings, for the message.
 
         Raises:
             ConfigError: names the setting.
         """
         if self.divergence == "forward_kl" or self.alpha(0) == 0.0:
             return
-        teacher = run.teacher
-        several = teacher.domains.values() if isinstance(teacher, RoutedTeacher) else [teacher]
-        if any(isinstance(each, CachedTeacher) for each in several):
+        if any(isinstance(each, CachedTeacher) for each in each_teacher(run.teacher).values()):
             raise ConfigError(
                 f"{section}.divergence: {self.divergence} needs all of a teacher's logits, but a "
                 f"cached one keeps its largest only; set it to forward_kl, or use a live teacher"

@@ -9,6 +9,7 @@ plain language modelling; a distribution may be inherited beside the weights.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -120,8 +121,8 @@ class WeightInheritance(Method):
         self._check_rule()
         if self.inherit is not None:
             self.inherit.check_teacher(run, "method.inherit")
-        itself = run.teacher if isinstance(run.teacher, SelfTeacher) else None
-        if itself is not None and self.wants_teacher() and itself.weights == "current":
+        itself = isinstance(run.teacher, SelfTeacher) and run.teacher.weights == "current"
+        if itself and self.wants_teacher():
             raise ConfigError(
                 "teacher.weights: current, but by method wid the student would learn from itself "
                 "while it shrinks; frozen is the model that it shrinks from"
@@ -137,8 +138,12 @@ class WeightInheritance(Method):
                 f"train.clip: {train.clip}: an offloaded optimizer ({run.deepspeed}) measures "
                 f"gradients before method wid edits them; set it to 0"
             )
-        if self.rule == "original":
-            Original.check_clipping(train.clip)
+        if self.rule == "original" and train.clip:
+            # the penalty is part of the gradient, and far larger
+            raise ConfigError(
+                f"train.clip: {train.clip} would clip the penalty of method.rule original together "
+                f"with the gradient; it must be 0"
+            )
         self._check_length(train.steps, config)
 
     def _check_rule(self) -> None:
@@ -177,14 +182,7 @@ class WeightInheritance(Method):
         return narrowed_config(config, self._widths(config))
 
     def _widths(self, config: PreTrainedConfig) -> Widths:
-        target = Target(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            strategy=self.strategy,
-            rule=self.rule,
-        )
+        target = Target(**self.model_dump(include={field.name for field in fields(Target)}))
         return student_widths(widths_of(config), target, layout_of(config).demands)
 
     def _cuts(self, config: PreTrainedConfig) -> dict[str, Cut]:
@@ -214,37 +212,16 @@ class Narrowing(StepHooks):
         self, method: WeightInheritance, run: Run, surgery: Surgery, units: dict[str, Units]
     ) -> None:
         self._method = method
-        self._train = run.train
         self._surgery = surgery
-        self._units = units
         self._names = {id(p): name for name, p in surgery.model.named_parameters()}
-        members = [member.name for group in units.values() for member in group.members]
-        self._compactors = frozenset(members)
+        self._compactors = {member.name for group in units.values() for member in group.members}
         self._scale = method.lr / run.train.lr
-        self._rule = self._make_rule()
+        self._compactor_decay = run.train.weight_decay * self._scale
+        self._rule = _rule_of(method, units, run.train.eps)
         self._offloaded = optimizer_device(run.deepspeed) != "none"
         self._stays = is_adam(run)
         self._compacted = False
         self._weights: ParameterShards | None = None
-
-    def _make_rule(self) -> Rule:
-        method, train = self._method, self._train
-        if method.rule == "annealed":
-            return Annealed(
-                self._units,
-                every=method.every,
-                ramp=method.ramp,
-                anneal=method.anneal,
-                ranking=method.ranking or "group",
-            )
-        return Original(
-            self._units,
-            every=method.every,
-            penalty=method.penalty,
-            eps=train.eps,
-            decay={},
-            ranking=method.ranking or "original",
-        )
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """A last group for the compactors, which do not decay: away from identity is their way.
@@ -254,9 +231,8 @@ class Narrowing(StepHooks):
         """
         rest, compactors = [], []
         for group in groups:
-            mine = [p for p in group["params"] if self._names[id(p)] in self._compactors]
+            compactors += [p for p in group["params"] if self._names[id(p)] in self._compactors]
             others = [p for p in group["params"] if self._names[id(p)] not in self._compactors]
-            compactors += mine
             if others:
                 rest.append({**group, "params": others})
         rest.append({"params": compactors, "weight_decay": 0.0, "lr_scale": self._scale})
@@ -265,8 +241,7 @@ class Narrowing(StepHooks):
                 decay, group["weight_decay"] = group["weight_decay"], 0.0
                 for parameter in group["params"]:
                     self._rule.decay[self._names[id(parameter)]] = decay
-            compactor_decay = self._train.weight_decay * self._scale
-            self._rule.decay |= dict.fromkeys(self._compactors, compactor_decay)
+            self._rule.decay |= dict.fromkeys(self._compactors, self._compactor_decay)
         return rest
 
     def before_micro_batch(self, last: bool) -> None:
@@ -357,3 +332,11 @@ class Narrowing(StepHooks):
             f"within {exact.soft:.1e} as it is; largest removed norm {exact.removed:.1e}"
         )
         return merged
+
+
+def _rule_of(method: WeightInheritance, units: dict[str, Units], eps: float) -> Rule:
+    if method.rule == "annealed":
+        own = {"ramp": method.ramp, "anneal": method.anneal}
+        return Annealed(units, every=method.every, ranking=method.ranking or "group", **own)
+    own = {"penalty": method.penalty, "eps": eps, "decay": {}}
+    return Original(units, every=method.every, ranking=method.ranking or "original", **own)

@@ -59,20 +59,17 @@ class Merging:
 
     Attributes:
         last: whether the micro-batch under way is the last of its optimizer step.
+        layers: those that are merged together.
     """
 
     def __init__(self) -> None:
         self.last = True
-        self._layers: list[MergedLayer] = []
+        self.layers: list[MergedLayer] = []
         self._merged: dict[MergedLayer, Merged] = {}
-
-    def add(self, layer: MergedLayer) -> None:
-        """Have a layer merged together with the others."""
-        self._layers.append(layer)
 
     def forget(self) -> None:
         """Merge anew at the next use."""
-        assert not any(layer.waiting for layer in self._layers), (
+        assert not any(layer.waiting for layer in self.layers), (
             "weights change while gradients of an unfinished optimizer step wait for its end"
         )
         self._merged.clear()
@@ -81,7 +78,7 @@ class Merging:
         """The layer's merged weight; all layers are merged as soon as one is needed."""
         if not self._merged:
             alike: dict[object, list[MergedLayer]] = {}
-            for other in self._layers:
+            for other in self.layers:
                 alike.setdefault(other.look(), []).append(other)
             for layers in alike.values():
                 merged = merge_layers([other.factors() for other in layers])
@@ -112,7 +109,7 @@ class MergedLayer(Compacted):
         self.parts = parts
         self.merging = merging
         self.waiting: tuple[Tensor, Tensor | None] | None = None
-        merging.add(self)
+        merging.layers.append(self)
 
     def factors(self) -> Factors:
         """Views of the parameters, of which autograd knows."""
@@ -201,11 +198,17 @@ class CompactedConv1D(MergedLayer):
         """The weight seen as that of ``nn.Linear``, part by part."""
         parts = self.parts or 1
         weight_PNK = self.weight.unflatten(1, (parts, -1)).permute(1, 2, 0)
-        matrices = (self.left, self.right)
-        if self.parts is None:
-            matrices = (self.left[None], self.right[None])
+        matrices = (m.view(parts, *m.shape[-2:]) for m in (self.left, self.right))
         bias_PN = self.bias.unflatten(0, (parts, -1))
         return Factors(weight_PNK, bias_PN, *matrices, self.keep_in, self.keep_out)
+
+
+def compacted(layer: nn.Module, path: str, parts: int, merging: Merging) -> MergedLayer:
+    """What stands in the place of a model's linear layer."""
+    if isinstance(layer, Conv1D):
+        return CompactedConv1D(layer, merging, None if parts == 1 else parts)
+    assert type(layer) is nn.Linear, f"{path} is a {type(layer).__name__}"
+    return CompactedLinear(layer, merging)
 
 
 class CompactedEmbeddings(Compacted):
@@ -242,17 +245,14 @@ class CompactedProjection(Compacted, LinearProjection):
         self.right = None
 
     def forward(self, hidden_ND: Tensor, use: Use | None = None) -> Any:
-        """Logits, or what ``use`` makes of (compacted hidden states, weight, bias)."""
-        return super().forward(self._compacted(hidden_ND), use)
-
-    def _compacted(self, x: Tensor) -> Tensor:
-        """x CL^T, [..., K], of [..., K] (or k)."""
-        kept = x.flatten(0, -2)
+        """Logits of x [..., K] (or k), or what ``use`` makes of (x CL^T [..., K], weight, bias)."""
+        kept = hidden_ND.flatten(0, -2)
         left, rows = self.left, kept
         if self.keep_in is not None:
             left = left[:, self.keep_in]
             rows = kept.new_zeros(len(kept), self.in_features).index_copy(1, self.keep_in, kept)
-        return torch.addmm(rows, kept, left.mT).unflatten(0, x.shape[:-1])
+        compacted_ND = torch.addmm(rows, kept, left.mT).unflatten(0, hidden_ND.shape[:-1])
+        return super().forward(compacted_ND, use)
 
 
 def _identity(size: int, like: nn.Parameter, parts: int | None = None) -> nn.Parameter:

@@ -36,8 +36,7 @@ def slice_model(teacher: PreTrainedModel, student: Widths, strategy: Strategy) -
 def heaviest(teacher: PreTrainedModel, student: Widths, strategy: Strategy) -> Keep:
     """Which units of each group stay, bool [U]. Ties go by index, the first first."""
     config = teacher.config
-    demands = layout_of(config).demands
-    cut_of = cuts(widths_of(config), student, strategy, "annealed", demands)
+    cut_of = cuts(widths_of(config), student, strategy, "annealed", layout_of(config).demands)
     keep = {}
     for name, weights_K in unit_weights(teacher, cut_of["A"].size).items():
         cut = cut_of[name[0]]

@@ -13,22 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dskd.engine.zero import full_shape
 from dskd.errors import DskdError
 from dskd.models.build import construct
 from dskd.models.families import lm_head, tie_head_bias
-from dskd.narrowing.compactors import (
-    CompactedConv1D,
-    CompactedEmbeddings,
-    CompactedLinear,
-    CompactedProjection,
-    Merging,
-)
+from dskd.narrowing.compactors import CompactedEmbeddings, CompactedProjection, Merging, compacted
 from dskd.narrowing.layouts import (
     Group,
-    Map,
     groups_of,
     kept_entries,
     layout_of,
@@ -37,7 +29,7 @@ from dskd.narrowing.layouts import (
     projected,
     widths_of,
 )
-from dskd.narrowing.masked_norm import MaskedLayerNorm, MaskedNorm, MaskedRMSNorm
+from dskd.narrowing.masked_norm import MaskedLayerNorm, MaskedRMSNorm
 from dskd.narrowing.units import Whole, spread
 from dskd.narrowing.widths import Widths
 
@@ -57,7 +49,7 @@ class Surgery:
         """Have the norms count the kept units only. All else stays as it is ("soft")."""
         for name, group in self.groups.items():
             for path in group.norms:
-                norm = self._norm(path)
+                norm = self.model.get_submodule(path)
                 keep_H = spread(keep[name], full_shape(norm.weight)[0]).to(norm.weight.device)
                 norm.keep = None if keep_H.all() else keep_H
 
@@ -83,7 +75,7 @@ class Surgery:
         projection.keep_in = _indices(keep[projected(config)], projection.left)
         for name, group in self.groups.items():
             for path in group.norms:
-                norm = self._norm(path)
+                norm = self.model.get_submodule(path)
                 norm.keep, norm.keep_in = None, _indices(keep[name], norm.weight)
         if layout.sizes is not None:
             sizes = (widths.heads, widths.head_dim, widths.heads * widths.head_dim)
@@ -93,11 +85,6 @@ class Surgery:
                     assert isinstance(getattr(attention, attribute), int)
                     setattr(attention, attribute, size)
         self.merging.forget()
-
-    def _norm(self, path: str) -> MaskedNorm:
-        norm = self.model.get_submodule(path)
-        assert isinstance(norm, MaskedNorm)
-        return norm
 
 
 def insert(model: PreTrainedModel) -> Surgery:
@@ -112,18 +99,19 @@ def insert(model: PreTrainedModel) -> Surgery:
     layout = layout_of(config)
     merging = Merging()
     for own in maps_of(config):
-        _replace(model, own.path, _compacted(model.get_submodule(own.path), own, merging))
+        layer = model.get_submodule(own.path)
+        model.set_submodule(own.path, compacted(layer, own.path, own.parts, merging))
     for path, _ in norms_of(config):
         norm = model.get_submodule(path)
         masked = MaskedLayerNorm if isinstance(norm, nn.LayerNorm) else MaskedRMSNorm
-        _replace(model, path, masked(norm))
+        model.set_submodule(path, masked(norm))
     summed = model.get_submodule(layout.summed)
     table = model.get_submodule(layout.tables[0]).weight
     embedded = CompactedEmbeddings(full_shape(table)[1], table)
     pair = (summed, embedded) if layout.summed in layout.tables else (embedded, summed)
-    _replace(model, layout.summed, nn.Sequential(*pair))
+    model.set_submodule(layout.summed, nn.Sequential(*pair))
     projection = lm_head(config.model_type).projection
-    _replace(model, projection, CompactedProjection(model.get_submodule(projection)))
+    model.set_submodule(projection, CompactedProjection(model.get_submodule(projection)))
     model.train(model.training)
     return Surgery(model, groups_of(model), merging)
 
@@ -157,20 +145,18 @@ def kept_widths(config: PreTrainedConfig, keep: Keep) -> Widths:
     """
     full = widths_of(config)
     rotary = layout_of(config).demands.rotary
-    kept: dict[str, set[int]] = {"R": set(), "T": set(), "A": set(), "F": set()}
-    entries: set[int] = set()
+    count = full.kv_heads if rotary else full.heads
+    sets: tuple[set[int], ...] = (set(), set(), set(), set())
+    hiddens, intermediates, counts, head_dims = sets
     for name, keep_U in keep.items():
-        kind = name[0]
-        if kind != "A":
-            size = full.intermediate if kind == "F" else full.hidden
-            kept[kind].add(int(spread(keep_U, size).sum()))
-            continue
-        heads = full.kv_heads if rotary else full.heads
-        in_head = spread(keep_U, heads * full.head_dim).view(heads, full.head_dim).sum(1)
-        kept["A"].add(int((in_head > 0).sum()))
-        entries |= set(in_head[in_head > 0].tolist())
-    streams = kept["R"] | kept["T"]
-    sets = (streams, kept["F"], kept["A"], entries)
+        if name[0] == "A":
+            in_head = spread(keep_U, count * full.head_dim).view(count, -1).sum(1)
+            counts.add(int((in_head > 0).sum()))
+            head_dims |= set(in_head[in_head > 0].tolist())
+        elif name[0] == "F":
+            intermediates.add(int(spread(keep_U, full.intermediate).sum()))
+        else:
+            hiddens.add(int(spread(keep_U, full.hidden).sum()))
     if any(len(found) != 1 for found in sets):
         raise _no_model(keep)
     hidden, intermediate, heads, head_dim = (found.pop() for found in sets)
@@ -186,18 +172,6 @@ def _no_model(keep: Keep) -> DskdError:
     return DskdError(
         f"the units kept of each group make no dense model (is the ramp over?): {counts}"
     )
-
-
-def _compacted(layer: nn.Module, own: Map, merging: Merging) -> nn.Module:
-    if isinstance(layer, Conv1D):
-        return CompactedConv1D(layer, merging, None if own.parts == 1 else own.parts)
-    assert type(layer) is nn.Linear, f"{own.path} is a {type(layer).__name__}"
-    return CompactedLinear(layer, merging)
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def _indices(keep_U: Tensor, parameter: Tensor) -> Tensor | None:

@@ -88,17 +88,11 @@ class UnitLayout:
 def _bert(body: str, transform: tuple[str, str]) -> UnitLayout:
     embeddings = f"{body}.embeddings"
     return UnitLayout(
-        tables=(
-            f"{embeddings}.word_embeddings",
-            f"{embeddings}.position_embeddings",
-            f"{embeddings}.token_type_embeddings",
-        ),
+        tables=tuple(f"{embeddings}.{of}_embeddings" for of in ("word", "position", "token_type")),
         summed=f"{embeddings}.LayerNorm",
         layers=f"{body}.encoder.layer",
         maps=(
-            Map("attention.self.query", "R", "A"),
-            Map("attention.self.key", "R", "A"),
-            Map("attention.self.value", "R", "A"),
+            *(Map(f"attention.self.{what}", "R", "A") for what in ("query", "key", "value")),
             Map("attention.output.dense", "A", "R"),
             Map("intermediate.dense", "R", "F"),
             Map("output.dense", "F", "R"),
@@ -118,12 +112,9 @@ def _rotary(*, divides: bool = False) -> UnitLayout:
         summed="model.embed_tokens",
         layers="model.layers",
         maps=(
-            Map("self_attn.q_proj", "R", "A"),
-            Map("self_attn.k_proj", "R", "A"),
-            Map("self_attn.v_proj", "R", "A"),
+            *(Map(f"self_attn.{what}_proj", "R", "A") for what in "qkv"),
             Map("self_attn.o_proj", "A", "R"),
-            Map("mlp.gate_proj", "R", "F"),
-            Map("mlp.up_proj", "R", "F"),
+            *(Map(f"mlp.{what}_proj", "R", "F") for what in ("gate", "up")),
             Map("mlp.down_proj", "F", "R"),
         ),
         # The norms of Qwen3's queries and keys are over a head's entries, which all stay.

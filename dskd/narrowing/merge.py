@@ -76,16 +76,14 @@ class _Compacted:
         layer = self.model.get_submodule(own.path)
         assert isinstance(layer, MergedLayer)
         values = {n: self._value(f"{own.path}.{n}") for n, _ in layer.named_parameters()}
-        dtype = values["weight"].dtype
+        dtype, device = values["weight"].dtype, values["weight"].device
         shadow = copy.copy(layer)  # the layer's own view of parts, over other values
-        shadow._parameters = {n: _parameter(values.get(n)) for n in layer._parameters}
+        wide = {n: nn.Parameter(v.double(), requires_grad=False) for n, v in values.items()}
+        shadow._parameters = {n: wide.get(n) for n in layer._parameters}
         factors = shadow.factors()
-        device = values["weight"].device
-        kept = {
-            "keep_in": kept_entries(keep_in, factors.left_PKK.shape[-1]).to(device),
-            "keep_out": kept_entries(keep_out, factors.right_PNN.shape[-1]).to(device),
-        }
-        (merged,) = ops.merge_layers([factors._replace(**kept)])
+        inputs = kept_entries(keep_in, factors.left_PKK.shape[-1]).to(device)
+        outputs = kept_entries(keep_out, factors.right_PNN.shape[-1]).to(device)
+        (merged,) = ops.merge_layers([factors._replace(keep_in=inputs, keep_out=outputs)])
         bias = merged.bias_Pn
         return merged.weight_Pnk.to(dtype), None if bias is None else bias.to(dtype)
 
@@ -100,12 +98,11 @@ class _Compacted:
     def _chained(self, weight: str, compactor: str, keep_K: Tensor) -> Tensor:
         """W (I + DL)[:, i], which for an embedding is E (I + DR)[i, :]^T: [V, k]."""
         weight_VK, difference_KK = self._value(weight), self._value(compactor)
+        if compactor == self._embedded:
+            difference_KK = difference_KK.mT
         kept = kept_entries(keep_K, weight_VK.shape[1]).to(weight_VK.device)
-        columns_Kk = (
-            difference_KK.mT[:, kept] if compactor == self._embedded else difference_KK[:, kept]
-        )
         wide_VK = weight_VK.double()
-        return (wide_VK[:, kept] + wide_VK @ columns_Kk.double()).to(weight_VK.dtype)
+        return (wide_VK[:, kept] + wide_VK @ difference_KK[:, kept].double()).to(weight_VK.dtype)
 
     def _value(self, name: str) -> Tensor:
         return self._whole(self._names[id(self.model.get_parameter(name))])
@@ -114,10 +111,6 @@ class _Compacted:
         parameter = self.model.get_parameter(name)
         with gathered([parameter]):
             return parameter.detach().clone()
-
-
-def _parameter(value: Tensor | None) -> nn.Parameter | None:
-    return None if value is None else nn.Parameter(value.double(), requires_grad=False)
 
 
 class Exactness(NamedTuple):
@@ -230,17 +223,16 @@ def check_exact(
 
 def largest_removed(student: Surgery, keep: Keep) -> tuple[float, str]:
     """Largest norm of a removed unit's column (left) or row (right) in a compactor, and where."""
-    largest = (0.0, "none")
+    found = [(0.0, "none")]
     for name, group in student.groups.items():
         for member in group.members:
             compactor = student.model.get_parameter(member.name).detach().double()
             compactor = compactor + torch.eye(compactor.shape[-1], device=compactor.device)
             norms = torch.linalg.vector_norm(compactor, dim=-2 if member.side == "left" else -1)
             gone = ~spread(keep[name], norms.shape[-1]).to(norms.device)
-            found = float(norms[..., gone].max()) if gone.any() else 0.0
-            if found > largest[0]:
-                largest = found, member.name
-    return largest
+            if gone.any():
+                found.append((float(norms[..., gone].max()), member.name))
+    return max(found, key=lambda pair: pair[0])
 
 
 @torch.no_grad()

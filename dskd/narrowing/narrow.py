@@ -30,19 +30,15 @@ class UnitSource(Protocol):
 
     def table(self, path: str, keep_R: Tensor) -> Tensor:
         """An embedding's rows [V, n]."""
-        ...
 
     def map(self, own: Map, keep_in: Tensor, keep_out: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight [P, n, k] and bias [P, n] of a linear map, given its kept units."""
-        ...
 
     def projection(self, path: str, keep_in: Tensor) -> Tensor:
         """The vocabulary projection's weight [V, k]."""
-        ...
 
     def whole(self, name: str) -> Tensor:
         """A parameter as it is."""
-        ...
 
 
 def narrow(source: UnitSource, keep: Keep) -> PreTrainedModel:
@@ -62,9 +58,8 @@ def narrow(source: UnitSource, keep: Keep) -> PreTrainedModel:
     for path in layout.tables:
         values[f"{path}.weight"] = source.table(path, keep["R"])
     dtype = values[f"{layout.tables[0]}.weight"].dtype
-    attention = config._attn_implementation
     config_n = narrowed_config(config, kept_widths(config, keep))
-    small = construct(config_n, attention, None, dtype, "the student's config")
+    small = construct(config_n, config._attn_implementation, None, dtype, "the student's config")
     tie_head_bias(small)
     for own in maps_of(config):
         weight_Pnk, bias_Pn = source.map(own, keep[own.reads], keep[own.writes])

@@ -23,6 +23,7 @@ from dskd.narrowing.units import Ranking, Units, lost, lowest, scores, spread
 from dskd.ops import Piece, update
 from dskd.system import dist
 
+Groups = Mapping[str, Units]
 Edit = Callable[[Tensor], dict[str, Tensor]]
 """From a group's ``removed_at`` [U] to the units' values [U], by their names in ``Piece``."""
 
@@ -44,7 +45,7 @@ class Rule(ABC):
         ranking: what the units are ranked by.
     """
 
-    def __init__(self, groups: Mapping[str, Units], every: int, ranking: Ranking) -> None:
+    def __init__(self, groups: Groups, every: int, ranking: Ranking) -> None:
         self.groups = dict(groups)
         self.every = every
         self.ranking = ranking

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from dskd.engine.shards import ParameterShards
-from dskd.errors import ConfigError
-from dskd.narrowing.rule import Edit, Rule
+from dskd.narrowing.rule import Edit, Groups, Rule
 from dskd.narrowing.units import Ranking, Units, original_count, ramp_count
 
 NEAR_ZERO = 0.01
@@ -39,13 +38,7 @@ class Annealed(Rule):
     """
 
     def __init__(
-        self,
-        groups: Mapping[str, Units],
-        *,
-        every: int,
-        ramp: int,
-        anneal: int,
-        ranking: Ranking = "group",
+        self, groups: Groups, *, every: int, ramp: int, anneal: int, ranking: Ranking = "group"
     ) -> None:
         super().__init__(groups, every, ranking)
         self.ramp = ramp
@@ -116,7 +109,7 @@ class Original(Rule):
 
     def __init__(
         self,
-        groups: Mapping[str, Units],
+        groups: Groups,
         *,
         every: int,
         penalty: float,
@@ -128,21 +121,7 @@ class Original(Rule):
         self.penalty = penalty
         self.eps = eps
         self.decay = dict(decay)
-        members = [member for units in self.groups.values() for member in units.members]
-        self._compactors = {member.name for member in members}
-
-    @staticmethod
-    def check_clipping(clip: float) -> None:
-        """Refuse ``train.clip``: the penalty is part of the gradient, and far larger.
-
-        Raises:
-            ConfigError: gradients would be clipped.
-        """
-        if clip > 0:
-            raise ConfigError(
-                f"train.clip: {clip} would clip the penalty of method.rule original together with"
-                " the gradient; it must be 0"
-            )
+        self._compactors = {m.name for units in self.groups.values() for m in units.members}
 
     def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
         """Decay C of compactors, and the other parameters named in ``decay``."""

@@ -23,14 +23,9 @@ from dskd.settings.run import Run
 from dskd.system import dist
 
 _SLICED = (
-    "hidden_size",
-    "intermediate_size",
-    "n_inner",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
-)
+    "hidden_size", "intermediate_size", "n_inner", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "tie_word_embeddings",
+)  # fmt: skip
 """Fields of a config that a cut sets."""
 
 

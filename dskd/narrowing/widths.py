@@ -95,13 +95,18 @@ def student_widths(teacher: Widths, target: Target, family: Family) -> Widths:
     Raises:
         ConfigError: they cannot be reached; names the setting and the nearest values that can.
     """
-    hidden = _hidden(teacher, target, family)
+    hidden = target.hidden_size
+    problem = _hidden_problem(teacher, target, family, hidden)
+    if problem is not None:
+        sizes = range(1, teacher.hidden + 1)
+        possible = [n for n in sizes if _hidden_problem(teacher, target, family, n) is None]
+        raise _impossible(target, "hidden_size", hidden, problem, possible)
     asked = target.intermediate_size
     intermediate = _share(teacher.intermediate, hidden, teacher.hidden) if asked is None else asked
     if not 1 <= intermediate <= teacher.intermediate:
         text = f"is not within the teacher's {teacher.intermediate}"
-        possible = range(1, teacher.intermediate + 1)
-        raise _impossible(target, "intermediate_size", intermediate, text, possible)
+        sizes = range(1, teacher.intermediate + 1)
+        raise _impossible(target, "intermediate_size", intermediate, text, sizes)
     if family.rotary:
         kv_heads = _kv_heads(teacher, target, hidden)
         heads = kv_heads * (teacher.heads // teacher.kv_heads)
@@ -122,32 +127,21 @@ def cuts(
     The original code's rule cuts the residual stream like attention, in as many chunks as there are
     heads, though it has none; the default one ranks its entries as a whole.
     """
-    width, gone = teacher.hidden, teacher.hidden - student.hidden
-    per_head = teacher.head_dim - student.head_dim
-    by_head = Cut(teacher.heads, teacher.heads - student.heads, pace="heads")
-    by_dim = Cut(
-        teacher.heads * teacher.head_dim, teacher.heads * per_head, teacher.heads, "eighths"
-    )
+    width, gone, heads = teacher.hidden, teacher.hidden - student.hidden, teacher.heads
     stream = Cut(width, gone)
     if rule == "original" and strategy == "dim":
-        stream = Cut(width, gone, teacher.heads, "eighths")
+        stream = Cut(width, gone, heads, "eighths")
     elif rule == "original":
-        stream = Cut(teacher.heads, gone // (width // teacher.heads), pace="heads")
-    attention = by_dim if strategy == "dim" else by_head
+        stream = Cut(heads, gone // (width // heads), pace="heads")
     if family.rotary:
         attention = Cut(teacher.kv_heads, teacher.kv_heads - student.kv_heads, pace="heads")
+    elif strategy == "dim":
+        lost = heads * (teacher.head_dim - student.head_dim)
+        attention = Cut(heads * teacher.head_dim, lost, heads, "eighths")
+    else:
+        attention = Cut(heads, heads - student.heads, pace="heads")
     feed_forward = Cut(teacher.intermediate, teacher.intermediate - student.intermediate)
     return {"R": stream, "T": Cut(width, gone), "A": attention, "F": feed_forward}
-
-
-def _hidden(teacher: Widths, target: Target, family: Family) -> int:
-    hidden = target.hidden_size
-    problem = _hidden_problem(teacher, target, family, hidden)
-    if problem is None:
-        return hidden
-    sizes = range(1, teacher.hidden + 1)
-    possible = [n for n in sizes if _hidden_problem(teacher, target, family, n) is None]
-    raise _impossible(target, "hidden_size", hidden, problem, possible)
 
 
 def _hidden_problem(teacher: Widths, target: Target, family: Family, hidden: int) -> str | None:

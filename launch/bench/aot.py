@@ -106,7 +106,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--targets", type=_words, default=TARGETS)
     parser.add_argument("--spread", type=_words, default=())
@@ -322,7 +321,6 @@ HEADER = (
 
 
 def line(report: Report) -> str:
-    """A line of the table."""
     by_loop = " + ".join(f"{count:.1f}" for count in report.instructions)
     return (
         f"{report.name:56} {report.target:7} {report.registers:4} {report.spilled:5} "

@@ -134,13 +134,11 @@ def dense(sizes: Sizes, kind: str, dtype: torch.dtype) -> Case:
     student_NV, teacher_NV = (sizes.logits(dtype) for _ in range(2))
     in_place = dtype == torch.bfloat16
     work_NV = student_NV.clone() if in_place else student_NV
-    arguments = {"kind": kind, "weight": 1 / tokens}
 
     def ours() -> Outcome:
         grad_NV = work_NV if in_place else torch.empty_like(student_NV, dtype=torch.bfloat16)
-        return Outcome(
-            ops.dense_kd(work_NV, teacher_NV, out=grad_NV, **arguments).total, (grad_NV,)
-        )
+        found = ops.dense_kd(work_NV, teacher_NV, kind=kind, weight=1 / tokens, out=grad_NV)
+        return Outcome(found.total, (grad_NV,))
 
     return Case(
         "dense",
@@ -159,11 +157,7 @@ def label(sizes: Sizes) -> Case:
     student_NV = sizes.logits(torch.bfloat16)
     labels_N = torch.randint(columns, (tokens,), device=device)
     work_NV = student_NV.clone()
-
-    def ours() -> Outcome:
-        found = ops.label_ce(work_NV, labels_N, label_weight=1 / tokens, out=work_NV)
-        return Outcome(found.total, (work_NV,))
-
+    ours = partial(_in_place, ops.label_ce, work_NV, labels_N, label_weight=1 / tokens)
     return Case(
         "label",
         "cross entropy bf16",
@@ -182,16 +176,11 @@ def topk(sizes: Sizes) -> Case:
     tokens, columns, kept, device, compiled = sizes
     student_NV, teacher = sizes.logits(torch.bfloat16), sizes.kept_teacher()
     work_NV = student_NV.clone()
-
-    def ours() -> Outcome:
-        found = ops.topk_kd(work_NV, *teacher, weight=1 / tokens, out=work_NV)
-        return Outcome(found.total, (work_NV,))
-
     return Case(
         "topk",
         f"tail bf16, K {kept}",
         {"N": tokens, "V": columns, "K": kept},
-        {OURS: ours}
+        {OURS: partial(_in_place, ops.topk_kd, work_NV, *teacher, weight=1 / tokens)}
         | peers.logits_peers(
             student_NV, lambda x: reference.topk_divergence(x, *teacher).mean(), compiled=compiled
         ),
@@ -208,10 +197,7 @@ def mixture(sizes: Sizes) -> Case:
     weights_N2 = torch.rand(tokens, 2, device=device)
     weights_N2 /= weights_N2.sum(1, keepdim=True)
     work_NV = student_NV.clone()
-
-    def ours() -> Outcome:
-        found = ops.mixture_kd(work_NV, teachers, weights_N2 / tokens, out=work_NV)
-        return Outcome(found.total, (work_NV,))
+    ours = partial(_in_place, ops.mixture_kd, work_NV, teachers, weights_N2 / tokens)
 
     def divergence(logits_CV: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
         others = [logits_NV[rows].to(dtype) for logits_NV in teachers]
@@ -264,6 +250,12 @@ def vocab_parallel(sizes: Sizes, kind: str) -> Case:
         stream(tokens * columns * 6, reads=2, device=device),
         through_logits(student_NV, partial(_dense_per_token, teacher_NV, kind)),
     )
+
+
+def _in_place(
+    loss: Callable[..., ops.Losses], work_NV: Tensor, *given: Any, **weights: float
+) -> Outcome:
+    return Outcome(loss(work_NV, *given, out=work_NV, **weights).total, (work_NV,))
 
 
 def topk_per_token(
@@ -330,12 +322,8 @@ def linear_topk(sizes: Sizes, hidden: tuple[int, int]) -> Case:
     tokens, columns, kept, *_ = sizes
     head, teacher = head_of(sizes, hidden, torch.bfloat16), sizes.kept_teacher()
 
-    def eager() -> Outcome:
-        return peers.differentiate(
-            lambda h, w: reference.topk_divergence((h @ w.t()).float(), *teacher).mean(),
-            head.hidden_ND,
-            head.weight_VD,
-        )
+    def eager(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        return reference.topk_divergence((hidden_ND @ weight_VD.t()).float(), *teacher).mean()
 
     return Case(
         "linear_topk",
@@ -343,7 +331,7 @@ def linear_topk(sizes: Sizes, hidden: tuple[int, int]) -> Case:
         {"N": tokens, "V": columns, "D": hidden[0], "K": kept},
         {
             OURS: partial(_linear, head, ops.TopKTeacher(*teacher[:2], {1.0: teacher[2]})),
-            "torch eager": eager,
+            "torch eager": partial(peers.differentiate, eager, head.hidden_ND, head.weight_VD),
         },
         products(Head(head.hidden_ND, head.weight_VD, None, None, head.labels_N)),
         through_head(head, partial(topk_per_token, teacher)),

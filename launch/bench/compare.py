@@ -14,10 +14,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Python put this folder first (not under -P), whose kernels.py passes for the package kernels
-    # that transformers imports
-    sys.path.pop(0)
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # not under python -P
+    sys.path.pop(0)  # this folder's kernels.py passes for the package that transformers imports
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
@@ -63,16 +61,9 @@ LOSS, HARD, RANDOM = "loss", "hard tokens", "random tokens"
 """What a model is scored by, in nats a masked token: the loss of random masks alone, or those of
 hard tokens and of random ones."""
 FIXED = (
-    "train.steps",
-    "train.lr",
-    "train.warmup",
-    "seed",
-    "evaluation.every",
-    "checkpoint.every",
-    "method",
-    "base",
-    "runs",
-)
+    "train.steps", "train.lr", "train.warmup", "seed", "evaluation.every", "checkpoint.every",
+    "method", "base", "runs",
+)  # fmt: skip
 """Settings of the trials' own, which an override of all runs would silently replace."""
 
 
@@ -126,8 +117,8 @@ class Trial(NamedTuple):
         if self.steps is not None:
             # the same share of warm-up, and one checkpoint, as the recipe's steps have
             own = merge(own, {"train": {"steps": self.steps, "warmup": self.steps // 20}})
-            own = merge(own, {"evaluation": {"every": self.steps}})
-            own = merge(own, {"checkpoint": {"every": self.steps}})
+            every = {"every": self.steps}
+            own = merge(own, {"evaluation": every, "checkpoint": every})
         return own
 
 
@@ -171,9 +162,8 @@ class Comparison:
         # One rank: the whole batch at once.
         over = [f"train.micro_batch={content['base']['train']['batch']}", *self.over]
         command = [sys.executable, str(ROOT / "dskd/train.py"), str(path), *over]
-        done = subprocess.run(command, check=False)
-        if done.returncode:
-            raise SystemExit(done.returncode)
+        if status := subprocess.run(command, check=False).returncode:
+            raise SystemExit(status)
 
     def loss(self, name: str) -> float:
         """An exported model's loss on random masks of the validation rows, nats a token."""
@@ -185,22 +175,9 @@ class Comparison:
             shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
         return sum(math.prod(shape) for shape in shapes)
 
-    def best(self, rates: Mapping[str, list[float | None]], seed: int) -> dict[str, float | None]:
-        """By way, the learning rate of the lowest loss on one seed."""
-        return {
-            way: min(own, key=lambda lr, way=way: self.loss(Trial(way, lr, seed).name))
-            for way, own in rates.items()
-        }
-
     def products(self, way: str, steps: int) -> float:
         """Multiplications of a run of a way."""
         return run_products(self.runs[way], self.origin, steps)
-
-    def scorers(self) -> dict[str, Callable[[str], float]]:
-        """What gives each score of a run by its name."""
-        if self.plan.hard is None:
-            return {LOSS: self.loss}
-        return {HARD: hard_loss(self.plan.hard, self.origin), RANDOM: self.loss}
 
     def result(self, seeds: list[int]) -> dict[str, Any]:
         """All three goes; the numbers of the table."""
@@ -208,7 +185,10 @@ class Comparison:
         ways = [way for way in self.runs if way != plan.origin]
         rates = dict(plan.rates) or {way: [None] for way in ways}
         self.carry_out([Trial(way, lr, first) for way, own in rates.items() for lr in own])
-        chosen = self.best(rates, first)
+        chosen = {
+            way: min(own, key=lambda lr, way=way: self.loss(Trial(way, lr, first).name))
+            for way, own in rates.items()
+        }
         self.carry_out([Trial(way, lr, seed) for way, lr in chosen.items() for seed in others])
         lines = [(way, None) for way in chosen]
         if plan.budget is not None:
@@ -216,7 +196,9 @@ class Comparison:
             lines += [(way, round(whole / self.products(way, 1))) for way in plan.longer]
             longer = [(way, steps) for way, steps in lines if steps is not None]
             self.carry_out([Trial(w, chosen[w], seed, n) for w, n in longer for seed in seeds])
-        scorers = self.scorers()
+        scorers = {LOSS: self.loss}
+        if plan.hard is not None:
+            scorers = {HARD: hard_loss(plan.hard, self.origin), RANDOM: self.loss}
         rows = [
             self._row([Trial(way, chosen[way], seed, steps) for seed in seeds], scorers)
             for way, steps in lines
@@ -329,7 +311,6 @@ def claims(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as markdown."""
     plan, seeds = Plan(**result["plan"]), result["seeds"]
     costed = plan.budget is not None
     about = f"{plan.about}; seeds {', '.join(map(str, seeds))}"
@@ -381,7 +362,6 @@ def _cells(plan: Plan, row: Mapping[str, Any], origin: Mapping[str, float]) -> l
 
 
 def main() -> None:
-    """Run what is missing; print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     parser.add_argument("--seeds", default="1,2,3", help="the first one chooses learning rates")
@@ -389,8 +369,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     words = parser.parse_intermixed_args()
     if names := refused(words.overrides):
-        listed = ", ".join(names)
-        parser.error(f"{listed}: every trial has its own (--seeds, {words.recipe}, its .json)")
+        own = f"every trial has its own (--seeds, {words.recipe}, its .json)"
+        parser.error(f"{', '.join(names)}: {own}")
     comparison = Comparison(words.recipe, words.overrides)
     result = comparison.result([int(seed) for seed in words.seeds.split(",")])
     print(table(result), flush=True)

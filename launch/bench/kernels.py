@@ -27,10 +27,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Python put this folder first (not under -P), whose kernels.py passes for the package kernels
-    # that transformers imports
-    sys.path.pop(0)
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # not under python -P
+    sys.path.pop(0)  # this folder's kernels.py passes for the package that transformers imports
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
@@ -39,6 +37,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from xml.etree import ElementTree
 
@@ -143,9 +142,8 @@ class Bench:
         self.device, self._words = device, words
         self._red = red_operations(words.tests)
         self._clock = measure.clock_for(device)
-        settings = {key: str(value) for key, value in vars(words).items() if value is not None}
         self.result = measure.about(device, LIBRARIES) | {
-            "settings": settings,
+            "settings": {k: str(v) for k, v in vars(words).items() if v is not None},
             "note": note,
             "small": words.small,
             "red": self._red,
@@ -159,11 +157,8 @@ class Bench:
         found = {
             name: self._prove(case, name, call, expected) for name, call in case.variants.items()
         }
-        calls = {
-            name: case.variants[name]
-            for name, row in found.items()
-            if not (row.get("wrong") or "failed" in row)
-        }
+        sound = [name for name, row in found.items() if not (row.get("wrong") or "failed" in row)]
+        calls = {name: case.variants[name] for name in sound}
         for name, peak in (peaks or {}).items():
             found[name] |= {"peak_bytes": peak} if isinstance(peak, int) else {"peak_note": peak}
         samples, floor, untimed = {}, {}, ""
@@ -238,8 +233,7 @@ class Bench:
 def on_cuda(words: argparse.Namespace, device: torch.device, begin: float) -> Bench:
     """All cases, as far as the time goes."""
     shapes = cases.SMALL if words.small else cases.LARGE
-    note = "Small sizes; times mean nothing." if words.small else ""
-    bench = Bench(device, words, note)
+    bench = Bench(device, words, "Small sizes; times mean nothing." if words.small else "")
     for what, make in cases.cases(words.ops, shapes, device):
         left = words.seconds - (time.perf_counter() - begin)
         if left < LEFT_AT_LEAST:
@@ -259,16 +253,12 @@ def on_cuda(words: argparse.Namespace, device: torch.device, begin: float) -> Be
 def on_cpu(words: argparse.Namespace, device: torch.device) -> Bench:
     """The fused linear forward KL in fp32."""
     shape = CPU_SMALL if words.small else CPU_SHAPE
-    compiled = not words.small
-
-    def call_of(name: str) -> Peer:
-        return cases.linear_on_cpu(*shape, compiled=compiled).variants[name]
-
+    make = partial(cases.linear_on_cpu, compiled=not words.small)
     # before anything of size runs here
-    names = cases.linear_on_cpu(shape[0], 8, 4, compiled=compiled).variants
-    peaks = {name: measure.peak_in_child(call_of, name) for name in names}
+    names = make(shape[0], 8, 4).variants
+    peaks = {n: measure.peak_in_child(lambda name: make(*shape).variants[name], n) for n in names}
     bench = Bench(device, words, "")
-    bench.measure(cases.linear_on_cpu(*shape, compiled=compiled), peaks)
+    bench.measure(make(*shape), peaks)
     return bench
 
 
@@ -292,7 +282,6 @@ def _times(samples: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def table(result: Row) -> str:
-    """The result as markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
     held = [row for row in result["rows"] if row["held"]]
     header = ["operation", "variant", "ms, median [quartiles]", "CPU ms", "times ours"]
@@ -320,7 +309,8 @@ def _cells(one: Row) -> list[str]:
     """What the table holds of one variant."""
     if "failed" in one:
         return [one["failed"], *[""] * 6]
-    errors = [_error(one, "loss"), _error(one, "gradient")]
+    names = ("loss_error", "gradient_error")
+    errors = [f"{one[name]:.1e}" if name in one else "" for name in names]
     if "ms" not in one:
         return ["WRONG, not timed" if one.get("wrong") else "not timed", *[""] * 4, *errors]
     peak, share = one.get("peak_bytes"), one.get("of_floor")
@@ -334,16 +324,10 @@ def _cells(one: Row) -> list[str]:
     ]
 
 
-def _error(one: Row, which: str) -> str:
-    value = one.get(f"{which}_error")
-    return "" if value is None else f"{value:.1e}"
-
-
 # ---- the command ---------------------------------------------------------------------------------
 
 
 def read_words() -> argparse.Namespace:
-    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ops")
@@ -373,7 +357,6 @@ def read_words() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print the table, and write it with all numbers into the folder of results."""
     begin = time.perf_counter()
     words = read_words()
     on_gpu = words.device == "cuda" and torch.cuda.is_available()

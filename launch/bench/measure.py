@@ -114,7 +114,6 @@ Clock = HostClock | CudaClock
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device."""
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
@@ -130,12 +129,7 @@ def orders(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
 
 
 def interleave(
-    calls: Mapping[str, Call],
-    clock: Clock,
-    *,
-    before: Call,
-    rounds: int | None,
-    seconds: float,
+    calls: Mapping[str, Call], clock: Clock, *, before: Call, rounds: int | None, seconds: float
 ) -> dict[str, dict[str, list[float]]]:
     """Samples of every variant: ``{"wall_ms": {name: [...]}, "cpu_ms": {name: [...]}}``.
 
@@ -146,16 +140,15 @@ def interleave(
         rounds: how many; None: what fits into ``seconds``, from 5 to 40.
         seconds: see ``rounds``.
     """
-    names = list(calls)
     begin = time.perf_counter()
     clock.round(calls, before)  # not counted: caches, allocator and clock frequency settle
     each = time.perf_counter() - begin
     if rounds is None:
         rounds = min(MOST, max(FEWEST, int(seconds / each)))
     samples: dict[str, dict[str, list[float]]] = {
-        key: {name: [] for name in names} for key in ("wall_ms", "cpu_ms")
+        key: {name: [] for name in calls} for key in ("wall_ms", "cpu_ms")
     }
-    for order in orders(names, rounds):
+    for order in orders(list(calls), rounds):
         taken = clock.round({name: calls[name] for name in order}, before)
         for name, (wall, cores) in taken.items():
             samples["wall_ms"][name].append(wall)
@@ -185,19 +178,25 @@ def peak_in_child(make: Callable[[str], Call], name: str) -> int | str:
     high-water mark back (``/proc/self/clear_refs``) and calls again. This process must not have run
     anything in parallel yet: a fork cannot use its threads.
     """
+    try:
+        return forked(_peak, make, name)
+    except EOFError:
+        return f"the measuring process died ({name})"
+
+
+def forked(work: Callable[..., Any], *args: Any) -> Any:
+    """``work(*args)`` in a fork of this process; EOFError: it died, its traceback is printed."""
     here, there = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_measure, args=(make, name, there))
+    child = multiprocessing.get_context("fork").Process(target=lambda: there.send(work(*args)))
     child.start()
     there.close()
     try:
         return here.recv()
-    except EOFError:
-        return f"the measuring process died ({name})"
     finally:
         child.join()
 
 
-def _measure(make: Callable[[str], Call], name: str, there: Any) -> None:
+def _peak(make: Callable[[str], Call], name: str) -> int | str:
     libc = ctypes.CDLL("libc.so.6")
     # M_MMAP_THRESHOLD: a freed tensor leaves the process at once instead of waiting in the heap
     libc.mallopt(-3, 1 << 16)
@@ -209,12 +208,12 @@ def _measure(make: Callable[[str], Call], name: str, there: Any) -> None:
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
         call()
-        there.send(_resident("VmHWM") - before)
+        return _resident("VmHWM") - before
     except ImportError as error:
-        there.send(short(error))
+        return short(error)
     except Exception as error:  # a peer's, whatever it is, is its row of the table
         traceback.print_exc()
-        there.send(short(error))
+        return short(error)
 
 
 def _resident(key: str) -> int:
@@ -312,8 +311,7 @@ def through_head(head: Head, per_token: PerToken) -> Truth:
         return Outcome(total, (torch.cat(rows), into_RD))
 
     return Truth(
-        compute,
-        lambda outcome: (outcome.gradients[0][tokens_R], outcome.gradients[1][columns_R]),
+        compute, lambda outcome: (outcome.gradients[0][tokens_R], outcome.gradients[1][columns_R])
     )
 
 

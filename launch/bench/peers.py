@@ -98,9 +98,6 @@ def dense_peers(
 ) -> dict[str, Peer]:
     """Peers of the dense loss."""
 
-    def by_autograd() -> Outcome:
-        return differentiate(lambda logits: eager(logits, teacher_NV, kind), student_NV)
-
     def by_liger() -> Outcome:
         apply = _named("liger_kernel.ops.jsd", "LigerJSDFunction").apply
         log_p_NV = F.log_softmax(teacher_NV.float(), -1)
@@ -109,7 +106,8 @@ def dense_peers(
             student_NV,
         )
 
-    peers: dict[str, Peer] = {"torch eager": by_autograd, "Liger jsd": by_liger}
+    peers = logits_peers(student_NV, lambda x: eager(x, teacher_NV, kind), compiled=False)
+    peers["Liger jsd"] = by_liger
     if compiled:
         compute = torch.compile(closed_form, dynamic=False)
 

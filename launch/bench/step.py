@@ -19,15 +19,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Python put this folder first (not under -P), whose kernels.py passes for the package kernels
-    # that transformers imports
-    sys.path.pop(0)
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # not under python -P
+    sys.path.pop(0)  # this folder's kernels.py passes for the package that transformers imports
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import gc
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -120,8 +117,7 @@ def variants(settings: Path, overrides: list[str], folder: Path, steps: int) -> 
         "live": (inherited, LiveTeacher(model=teacher)),
         "eager": ({**inherited, "kind": EAGER}, _cached(student, teacher)),
     }
-    train = student.train.model_copy(update={"steps": steps})
-    shared = {"out": folder, "train": train}
+    shared = {"out": folder, "train": student.train.model_copy(update={"steps": steps})}
     return {
         name: student.model_copy(update={**shared, "method": method, "teacher": taught_by})
         for name, (method, taught_by) in ways.items()
@@ -134,16 +130,11 @@ def _cached(student: Run, model: Model) -> CachedTeacher:
     return student.teacher.model_copy(update={"model": model, "path": None})
 
 
-def context_of(run: Run, device: torch.device) -> RunContext:
-    """What the stages need of a run."""
-    return RunContext(run, build_method(run.method), device)
-
-
 class Step:
     """One variant, ready to train: ``step()`` takes an optimiser step like ``dskd/train.py``."""
 
     def __init__(self, run: Run, device: torch.device) -> None:
-        context = context_of(run, device)
+        context = RunContext(run, build_method(run.method), device)
         setup = TeacherSetup()
         if context.method.wants_teacher():
             heat = context.method.temperature
@@ -193,10 +184,9 @@ def loader_of(context: RunContext, setup: TeacherSetup) -> Loader:
 
 def forwards(run: Run, device: torch.device, rounds: int) -> Callable[[], None]:
     """A function that runs the live teacher on the next step's batches, read beforehand."""
-    context = context_of(run, device)
-    teacher = set_up(
-        run, context.method.temperature, context.prepared, context.view, device
-    ).teacher
+    context = RunContext(run, build_method(run.method), device)
+    heat = context.method.temperature
+    teacher = set_up(run, heat, context.prepared, context.view, device).teacher
     assert teacher is not None
     loader = loader_of(context, TeacherSetup())
     steps: list[list[Batch]] = [loader.next_step() for _ in range(rounds)]
@@ -265,35 +255,21 @@ def apart(work: Callable[..., Any], *args: Any, turn: int = 0) -> Any:
     """
     if torch.cuda.is_available():
         return work(*args, engine.start())
-    here, there = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(
-        target=_child, args=(work, args, turn, there)
-    )
-    child.start()
-    there.close()
     try:
-        return here.recv()
+        return measure.forked(_at_port, work, args, turn)
     except EOFError:
         raise SystemExit("a measuring process died; its traceback is above") from None
-    finally:
-        child.join()
 
 
-def _child(work: Callable[..., Any], args: tuple[Any, ...], turn: int, there: Any) -> None:
+def _at_port(work: Callable[..., Any], args: tuple[Any, ...], turn: int) -> Any:
     if "MASTER_PORT" in os.environ:
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + turn)
-    there.send(work(*args, engine.start()))
-
-
-def make_folder(device: torch.device) -> Path:
-    """A temporary folder that all ranks share."""
-    del device
-    return Path(dist.on_rank0(lambda: tempfile.mkdtemp(prefix="dskd-bench-")))
+    return work(*args, engine.start())
 
 
 def make_files(run: Run, device: torch.device) -> None:
     """Prepare the data and capture the cache."""
-    stages.cache(context_of(run, device))
+    stages.cache(RunContext(run, build_method(run.method), device))
 
 
 def about(run: Run, words: argparse.Namespace) -> dict[str, Any]:
@@ -338,7 +314,6 @@ def summarise(measured: dict[str, Any], peaks: Mapping[str, int]) -> dict[str, A
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as markdown."""
     train = result["settings"]["train"]
     header = ["step", "ms, median [quartiles]", "CPU ms", "tokens/s", "times the plain step"]
     rows = []
@@ -376,12 +351,7 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def main() -> None:
-    """Measure, print the table, and write it with all numbers into the folder of results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--settings", type=Path, default=ROOT / "launch/ki/quickstart.yaml")
@@ -391,21 +361,22 @@ def main() -> None:
     words = parser.parse_args()
     if words.rounds < 2:
         parser.error("--rounds: a spread needs at least 2")
-    folder = apart(make_folder)
+    first = os.environ.get("RANK", "0") == "0"
+    # shared by all ranks
+    folder = apart(lambda _: Path(dist.on_rank0(lambda: tempfile.mkdtemp(prefix="dskd-bench-"))))
     try:
-        steps = WARM_UP + words.rounds
-        runs = variants(words.settings, words.overrides, folder, steps)
+        runs = variants(words.settings, words.overrides, folder, WARM_UP + words.rounds)
         apart(make_files, runs["cached"], turn=1)
         peaks = {
             name: apart(peak_of, run, turn=turn) for turn, (name, run) in enumerate(runs.items(), 2)
         }
         measured = apart(lambda device: clock_rounds(runs, device, words.rounds), turn=9)
     finally:
-        if _first():
+        if first:
             shutil.rmtree(folder)
     result = {**about(runs["cached"], words), "rounds": words.rounds, **measured}
     result |= summarise(measured, peaks)
-    if _first():
+    if first:
         print(table(result), flush=True)
         stem = f"{result['date']}-{slug(result['device'])}-{result['ranks']}ranks"
         measure.write(words.results, stem, result, table(result))

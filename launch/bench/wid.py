@@ -21,16 +21,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Python put this folder first (not under -P), whose kernels.py passes for the package kernels
-    # that transformers imports
-    sys.path.pop(0)
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # not under python -P
+    sys.path.pop(0)  # this folder's kernels.py passes for the package that transformers imports
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import copy
 import os
 from collections.abc import Mapping
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -100,8 +99,7 @@ def chained(teacher: BertForMaskedLM) -> BertForMaskedLM:
     """A copy with the original's compactors in its layers."""
     model = copy.deepcopy(teacher)
     for own in maps_of(model.config):
-        parent, _, name = own.path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Chained(model.get_submodule(own.path)))
+        model.set_submodule(own.path, Chained(model.get_submodule(own.path)))
     return model
 
 
@@ -163,9 +161,8 @@ def check_equal(width: int, tokens: int, device: torch.device) -> float:
     with torch.no_grad():
         for name, parameter in found.items():
             if name.rpartition(".")[2] in ("left", "right"):
-                off = torch.randn(parameter.shape, generator=generator).to(device) * 1e-2
-                parameter.copy_(off)
-                expected[name].add_(off)
+                parameter.copy_(1e-2 * torch.randn(parameter.shape, generator=generator))
+                expected[name].add_(parameter)
     assert found.keys() == expected.keys() and ours.surgery is not None
     ours.surgery.merging.forget()
     errors = [measure.relative_error(ours.gradients().detach(), theirs.gradients().detach())]
@@ -281,10 +278,7 @@ def run_products(run: Run, teacher: Run, steps: int) -> float:
 
 def peaks_in_children(width: int, tokens: int) -> dict[str, int | str]:
     """Bytes that a step of each variant adds to a process; before this one runs in parallel."""
-
-    def make(name: str) -> Step:
-        return Step(name, width, tokens, torch.device("cpu"))
-
+    make = partial(Step, width=width, tokens=tokens, device=torch.device("cpu"))
     return {name: measure.peak_in_child(make, name) for name in VARIANTS}
 
 
@@ -338,7 +332,6 @@ def verdicts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as markdown."""
     header = ["tokens", "step", "ms, median [quartiles]", "CPU ms", "times the teacher's step"]
     rows = [
         [
@@ -374,7 +367,6 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print the table, and write it with all numbers into the folder of results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")

@@ -40,29 +40,20 @@ def test_a_trial_changes_rate_seed_and_length_only():
     assert trial.settings(own) == own | {"seed": 3, "train": {"lr": 1.5e-2, "clip": 2.0}}
     longer = trial._replace(steps=3600)
     assert longer.name == "slice-150e-4-seed3-3600steps"
-    assert longer.settings(own)["train"] == {
-        "lr": 1.5e-2,
-        "clip": 2.0,
-        "steps": 3600,
-        "warmup": 180,
-    }
+    train = {"lr": 1.5e-2, "clip": 2.0, "steps": 3600, "warmup": 180}
+    assert longer.settings(own)["train"] == train
 
 
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("train.steps=100", "train.steps"),
-        ("train.lr=0.5", "train.lr"),
-        ("train.warmup=0", "train.warmup"),
+        ("train.steps=100", "train.steps"), ("train.lr=0.5", "train.lr"),
+        ("train.warmup=0", "train.warmup"), ("seed=7", "seed"), ("method.every=3", "method"),
         ("train={steps: 3, warmup: 0}", "train.steps, train.warmup"),
-        ("seed=7", "seed"),
-        ("evaluation.every=10", "evaluation.every"),
-        ("checkpoint={every: 10}", "checkpoint.every"),
-        ("method.every=3", "method"),
-        ("method={kind: lm}", "method"),
-        ("runs.wid-dim.train.lr=1", "runs"),
+        ("evaluation.every=10", "evaluation.every"), ("checkpoint={every: 10}", "checkpoint.every"),
+        ("method={kind: lm}", "method"), ("runs.wid-dim.train.lr=1", "runs"),
     ],
-)
+)  # fmt: skip
 def test_what_is_a_trials_own_is_refused(override, named, monkeypatch, capsys, tmp_path):
     """As an override of all runs it would replace the grid's rate, the longer runs' steps ..."""
     monkeypatch.setattr(sys, "argv", ["compare.py", str(WID), f"out={tmp_path}", override])
@@ -197,10 +188,9 @@ def test_a_comparison_from_the_command_line(tmp_path):
         "than": ["random"],
     }  # fmt: skip
     recipe.with_suffix(".json").write_text(json.dumps(plan))
-    script, results = str(ROOT / "launch/bench/compare.py"), tmp_path / "results"
-    words = [str(recipe), "--seeds", "1,2", "--results", str(results)]
-    done = python(script, *words, "train.clip=0.5")
-    (path,) = results.glob("*.json")
+    words = [str(recipe), "--seeds", "1,2", "--results", str(tmp_path / "results")]
+    done = python(str(ROOT / "launch/bench/compare.py"), *words, "train.clip=0.5")
+    (path,) = (tmp_path / "results").glob("*.json")
     result = json.loads(path.read_text())
     random, again = result["rows"]
     grid = {float(lr): loss for lr, loss in result["grid"]["random"].items()}

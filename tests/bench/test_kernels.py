@@ -37,8 +37,7 @@ def test_the_order_of_the_cases_and_the_choice_of_operations():
         "linear forward_kl (64, 64) V 1003",
     ]
     assert {what.split()[0] for what in MADE} == set(kernels.OPS)
-    chosen = dict(cases.cases(["topk"], cases.SMALL, CPU))
-    assert list(chosen) == ["topk V 1003"]
+    assert list(dict(cases.cases(["topk"], cases.SMALL, CPU))) == ["topk V 1003"]
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
@@ -117,8 +116,7 @@ def test_the_cpu_table_from_the_command_line(tmp_path):
 
 def test_bf16_logits_of_the_fused_linear_loss_are_judged_wrong():
     """The defect that the limits are for: 1 % of error in place of 0.2 %."""
-    sizes = cases.Sizes(16, 4000, 0, torch.device("cpu"), False)
-    case = cases.linear(sizes, "forward_kl", (256, 256))
+    case = cases.linear(cases.Sizes(16, 4000, 0, CPU, False), "forward_kl", (256, 256))
     expected = case.truth.compute()
     right = case.truth.errors(case.variants[OURS](), expected)
     rounded = partial(case.variants[OURS], logits_dtype=torch.bfloat16)
@@ -151,13 +149,11 @@ def test_limits_lie_above_one_rounding_more_and_above_truncation():
         ("tests.kernels.test_topk", {"topk", "linear_topk"}),
         ("tests.kernels.test_dense.TestIt", {"dense", "linear"}),
         ("tests.fused.test_linear", {"linear", "linear_topk"}),
-        ("tests.kernels.test_mixture", {"mixture"}),
-        ("tests.fused.test_ops", set(kernels.OPS)),
+        ("tests.kernels.test_mixture", {"mixture"}), ("tests.fused.test_ops", set(kernels.OPS)),
         ("tests.fused.test_vocab_parallel", {"vocab_parallel"}),
-        ("tests.kernels.test_aot", set()),
-        ("tests.fused.cpu.test_topk", set()),
+        ("tests.kernels.test_aot", set()), ("tests.fused.cpu.test_topk", set()),
     ],
-)
+)  # fmt: skip
 def test_red_tests_make_operations_red(tmp_path, name, red):
     report = tmp_path / "tests.xml"
     report.write_text(

@@ -35,14 +35,15 @@ runs:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The results of two rounds of the script."""
+def page(tmp_path_factory) -> Path:
+    """The page of two rounds of the script, beside its numbers."""
     folder = tmp_path_factory.mktemp("bench")
     recipe = folder / "tiny.yaml"
     recipe.write_text(RECIPE.format(folder=folder))
     words = ["--rounds", "2", "--settings", str(recipe), "--results", str(folder / "results")]
     python(str(ROOT / "launch/bench/step.py"), *words, "train.lr=0.01")
-    return folder / "results"
+    (page,) = (folder / "results").glob("*.md")
+    return page
 
 
 @pytest.mark.parametrize("script", ["step", "kernels", "wid"])
@@ -62,9 +63,8 @@ def test_the_scripts_folder_is_off_the_path_and_the_checkout_on_it(tmp_path, scr
     assert not [place for place in places if place.endswith("bench")]
 
 
-def test_the_numbers_of_every_variant_are_there(folder):
-    (path,) = folder.glob("*.json")
-    result = json.loads(path.read_text())
+def test_the_numbers_of_every_variant_are_there(page):
+    result = json.loads(page.with_suffix(".json").read_text())
     assert result["rounds"] == 2
     assert result["tokens_per_step"] == 4 * 32
     assert set(result["wall_ms"]) == {"plain", "cached", "eager", "live", "forward"}
@@ -81,9 +81,8 @@ def test_the_numbers_of_every_variant_are_there(folder):
     assert {"device", "cpu", "ranks", "load"} <= set(result)
 
 
-def test_the_bounds_are_taken_within_a_round(folder):
-    (path,) = folder.glob("*.json")
-    result = json.loads(path.read_text())
+def test_the_bounds_are_taken_within_a_round(page):
+    result = json.loads(page.with_suffix(".json").read_text())
     plain, cached, live, forward = (
         result["wall_ms"][name] for name in ("plain", "cached", "live", "forward")
     )
@@ -98,8 +97,7 @@ def test_the_bounds_are_taken_within_a_round(folder):
         assert target["met"] == (target["median"] <= limit)
 
 
-def test_the_table_is_markdown(folder):
-    (path,) = folder.glob("*.md")
-    rows = [line for line in path.read_text().splitlines() if line.startswith("|")]
+def test_the_table_is_markdown(page):
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 5
     assert len({row.count("|") for row in rows}) == 1

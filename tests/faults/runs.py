@@ -143,6 +143,12 @@ def refused(folder: Path, *words: str, world: int = 1) -> str:
     return ranks.output()
 
 
+def steps_saved(run: Path) -> list[int]:
+    """The steps of a run's checkpoints."""
+    folders = (run / "train" / "checkpoints").glob("step-*")
+    return sorted(int(path.name.removeprefix("step-")) for path in folders)
+
+
 def die() -> None:
     """SIGKILL this very process."""
     os.kill(os.getpid(), signal.SIGKILL)

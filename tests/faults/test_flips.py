@@ -1,6 +1,5 @@
 """Damage, changed inputs and settings, losses out of range: named, and nothing trained on them."""
 
-import os
 import random
 import shutil
 import signal
@@ -10,28 +9,23 @@ import pytest
 import torch
 
 from dskd.engine.engine import Engine
-from dskd.training import trainer
-from tests.faults.runs import Ranks, refused, train, write_recipe
+from tests.faults.runs import Ranks, refused, steps_saved, train, write_recipe
+from tests.faults.test_kills import signal_in_step
 from tests.launching import losses
 
 CHECKPOINT = "run/train/checkpoints/step-00000004"
 FILES = [
     "data/*/manifest.json",
-    *(
-        f"data/*/{split}.{part}"
-        for split in ("train", "validation")
-        for part in ("ids", "offsets", "domains")
-    ),
+    *(f"data/*/train.{part}" for part in ("ids", "offsets", "domains")),
+    *(f"data/*/validation.{part}" for part in ("ids", "offsets", "domains")),
     "data/*/tokenizer/tokenizer.json",
     "data/*/tokenizer/tokenizer_config.json",
     "run/inputs.json",
     "run/cache/manifest.json",
-    "run/cache/shard-00000.safetensors",
-    "run/cache/shard-00001.safetensors",
+    *(f"run/cache/shard-0000{shard}.safetensors" for shard in (0, 1)),
     f"{CHECKPOINT}/manifest.json",
     f"{CHECKPOINT}/mp_rank_00_model_states.pt",
-    f"{CHECKPOINT}/zero_pp_rank_0_mp_rank_00_optim_states.pt",
-    f"{CHECKPOINT}/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    *(f"{CHECKPOINT}/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)),
 ]
 """Every kind of file that training reads, in a run that was stopped at step 5."""
 
@@ -41,18 +35,7 @@ def stopped(tmp_path_factory) -> tuple[Path, str]:
     """The folder of a run killed after step 5, saved at step 4, and its recipe."""
     folder = tmp_path_factory.mktemp("stopped")
     recipe = write_recipe(folder)
-
-    def dies_in_step_6(rank: int) -> None:
-        original = trainer.learning_rate
-
-        def rate(settings, step):
-            if step == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(settings, step)
-
-        trainer.learning_rate = rate
-
-    ranks = Ranks(folder, recipe, trap=dies_in_step_6)
+    ranks = Ranks(folder, recipe, trap=signal_in_step(6, signal.SIGKILL, rank=0))
     assert -signal.SIGKILL in ranks.statuses(), ranks.output()
     assert (folder / CHECKPOINT).is_dir()
     return folder, recipe
@@ -67,12 +50,10 @@ def trained(folder: Path) -> tuple[bytes, list[str]]:
 def test_every_kind_of_file_is_flipped(stopped):
     folder, _ = stopped
     listed = {path for pattern in FILES for path in folder.glob(pattern)}
-    read = {
-        path for top in ("data", "run/cache", CHECKPOINT) for path in folder.glob(f"{top}/**/*")
-    }
-    files = {path for path in read - listed if path.is_file() and "shard" not in path.name}
-    missed = {path for path in files if path.stat().st_size}  # not a lock, which is empty
-    assert not missed
+    for top in ("data", "run/cache", CHECKPOINT):
+        read = {path for path in folder.glob(f"{top}/**/*") if path.is_file()}
+        files = {path for path in read - listed if "shard" not in path.name}
+        assert not {path for path in files if path.stat().st_size}  # not a lock, which is empty
 
 
 @pytest.mark.parametrize("pattern", FILES)
@@ -132,17 +113,12 @@ def test_a_changed_corpus(stopped, tmp_path):
     folder, recipe = stopped
     before, corpus = trained(folder), folder / "corpus.txt"
     text = corpus.read_text()
-    given = [
-        f"out={tmp_path / 'run'}",
-        "teacher.model=null",
-        f"teacher.path={folder / 'run/cache'}",
-    ]
+    cache = folder / "run/cache"
+    given = [f"out={tmp_path / 'run'}", "teacher.model=null", f"teacher.path={cache}"]
     try:
         corpus.write_text(text + " more")
         assert f"{folder / 'run'}: data changed" in refused(folder, recipe)
-        assert f"{folder / 'run' / 'cache'}: made with another data" in refused(
-            folder, recipe, *given
-        )
+        assert f"{cache}: made with another data" in refused(folder, recipe, *given)
     finally:
         corpus.write_text(text)
     assert trained(folder) == before
@@ -151,11 +127,6 @@ def test_a_changed_corpus(stopped, tmp_path):
 
 EACH_STEP = ["evaluation.every=1", "checkpoint.every=1"]
 PLAIN = ["method={kind: lm}", "teacher=null", "train.warmup=3", *EACH_STEP]
-
-
-def steps_saved(run: Path) -> list[int]:
-    folders = (run / "train" / "checkpoints").glob("step-*")
-    return sorted(int(path.name.removeprefix("step-")) for path in folders)
 
 
 def test_a_loss_out_of_range(stopped, tmp_path):

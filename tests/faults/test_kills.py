@@ -21,7 +21,7 @@ from dskd.runs import stages
 from dskd.stores import store
 from dskd.system.log import Metrics, read_metrics
 from dskd.training import trainer
-from tests.faults.runs import STEPS, Ranks, Trap, die, train, write_recipe
+from tests.faults.runs import STEPS, Ranks, Trap, die, steps_saved, train, write_recipe
 from tests.launching import evaluations, losses
 
 KILLS = 10
@@ -174,14 +174,12 @@ def test_killed_at_every_delicate_moment(undisturbed, tmp_path):
         ranks = Ranks(tmp_path, *words, trap=trap)
         statuses = ranks.statuses()  # of the other rank too, or that of a lost connection
         assert -signal.SIGKILL in statuses and not {0, 2} & {*statuses}, (moment, ranks.output())
-        folders = (tmp_path / "run" / "train" / "checkpoints").glob("step-*")
-        saved = sorted(int(path.name.removeprefix("step-")) for path in folders)
-        assert saved == steps, moment
+        assert steps_saved(tmp_path / "run") == steps, moment
     train(tmp_path, *words)
     assert_same(tmp_path / "run", undisturbed.run)
 
 
-def _signal_in_step(step: int, number: int, rank: int) -> Trap:
+def signal_in_step(step: int, number: int, rank: int) -> Trap:
     """The rank gets a signal while it takes a step."""
 
     def work(original, train, taken):
@@ -197,7 +195,7 @@ def test_stopped_by_signals(undisturbed, tmp_path):
     shutil.copytree(undisturbed.run / "cache", tmp_path / "run" / "cache")
     words = undisturbed.elsewhere(tmp_path)
     for number, rank, step in ((signal.SIGTERM, 1, 5), (signal.SIGINT, 0, 7)):
-        ranks = Ranks(tmp_path, *words, trap=_signal_in_step(step - 1, number, rank))
+        ranks = Ranks(tmp_path, *words, trap=signal_in_step(step - 1, number, rank))
         assert ranks.statuses() == [75, 75], ranks.output()
         assert f"stopped by a signal; step {step} is saved" in ranks.output()
         assert (tmp_path / "run" / "train" / "checkpoints" / f"step-{step:08d}").is_dir()

@@ -57,13 +57,9 @@ def test_the_toy_is_sound():
 
 
 def test_hard_tokens_that_are_sound():
-    for masking in (
-        "kind: hard_tokens",
-        "kind: hard_tokens, least: 0, most: 0.3",
-        "kind: hard_tokens, sampler: original, probability: 0.2",
-        "kind: hard_tokens, refresh: 1, model: {path: x}",
-    ):
-        validate(_run(f"data.masking={{{masking}}}"), _Method(), world=1)
+    bounds, original = "least: 0, most: 0.3", "sampler: original, probability: 0.2"
+    for more in ("", bounds, original, "refresh: 1, model: {path: x}"):
+        validate(_run(f"data.masking={{kind: hard_tokens, {more}}}"), _Method(), world=1)
 
 
 CAUSAL_HARD = ["data.objective=causal", "data.masking.kind=hard_tokens"]
@@ -81,9 +77,8 @@ def test_a_causal_model_needs_a_method_that_weighs_hard_tokens():
         ("self_evolution", {}, False),
         ("self_evolution", {"hard_weight": 0.5}, True),
     ):
-        assert build_method({"kind": kind, **settings}).columns() == (
-            {HARD_LABELS} if weighs else set()
-        )
+        columns = {HARD_LABELS} if weighs else set()
+        assert build_method({"kind": kind, **settings}).columns() == columns
 
 
 @pytest.mark.parametrize(
@@ -110,9 +105,8 @@ def test_a_causal_run_can_be_read_back(tmp_path):
 def test_a_cached_teacher_is_refused_with_hard_tokens_of_a_causal_model():
     words = [*CAUSAL_HARD, "teacher={kind: cached, path: somewhere}"]
     (line,) = _problems(*words, method=_Method(weighs=True))
-    assert (
-        line == "teacher.kind: cached, but a causal LM is to weigh hard tokens; use a live teacher"
-    )
+    told = "teacher.kind: cached, but a causal LM is to weigh hard tokens; use a live teacher"
+    assert line == told
 
 
 @pytest.mark.parametrize("kind", ["ki", "self_evolution"])
@@ -120,9 +114,8 @@ def test_a_causal_model_is_not_taught_by_what_it_is(kind):
     words = ["data.objective=causal", "teacher.kind=self"]
     (line,) = _problems(*words, method=_Method(kind=kind))
     assert line.startswith("teacher.weights: current, but a causal LM always sees its rows")
-    validate(
-        _run(*words), _Method(kind="lm", wants=False), world=1
-    )  # as any teacher it does not want
+    other = _Method(kind="lm", wants=False)  # takes any teacher, which it does not want
+    validate(_run(*words), other, world=1)
     for weights in ("frozen", "average"):
         validate(_run(*words, f"teacher.weights={weights}"), _Method(kind=kind), world=1)
     validate(_run("teacher.kind=self"), _Method(kind=kind), world=1)
@@ -169,14 +162,10 @@ def test_checkpoints_without_evaluation_where_it_does_not_select():
         (["data.masking={kind: hard_tokens, sampler: original, replacement: all_mask}"],
          "data.masking.replacement: all_mask, but data.masking.sampler original replaces in its"
          " own way"),
-        (
-            [
-                "data.masking={kind: hard_tokens, refresh: 2}",
-                "teacher={kind: cached, path: somewhere}",
-            ],
-            "data.masking.refresh: 2, but a cached teacher holds all masks beforehand; use a live"
-            " one, or leave it null",
-        ),
+        (["data.masking={kind: hard_tokens, refresh: 2}",
+          "teacher={kind: cached, path: somewhere}"],
+         "data.masking.refresh: 2, but a cached teacher holds all masks beforehand; use a live one,"
+         " or leave it null"),
         (["data.masking={kind: hard_tokens, model: {}}"],
          "data.masking.model.config.model_type: missing; name a model type to build at random,"
          " or set data.masking.model.path"),
@@ -202,25 +191,12 @@ def test_checkpoints_without_evaluation_where_it_does_not_select():
          " chosen by its evaluation"),
         ([CACHED, "teacher.k=8", "teacher.use_k=9", "data.masking.draws=3"],
          "teacher.use_k: 9 is more than teacher.k 8"),
-        (
-            [
-                ROUTED,
-                SOURCES,
-                "teacher.domains.b.kind=cached",
-                "teacher.domains.b.path=x",
-                "data.masking.draws=1",
-            ],
-            "teacher.domains: all must be live or all cached, but: a live, b cached",
-        ),
-        (
-            [
-                SOURCES,
-                "data.masking.draws=1",
-                "teacher={kind: routed, domains: {a: {kind: cached, path: x},"
-                " b: {kind: cached, path: x}}}",
-            ],
-            "teacher.domains.b.path: the same folder as that of 'a'",
-        ),
+        ([ROUTED, SOURCES, "teacher.domains.b.kind=cached", "teacher.domains.b.path=x",
+          "data.masking.draws=1"],
+         "teacher.domains: all must be live or all cached, but: a live, b cached"),
+        ([SOURCES, "data.masking.draws=1", "teacher={kind: routed, domains:"
+          " {a: {kind: cached, path: x}, b: {kind: cached, path: x}}}"],
+         "teacher.domains.b.path: the same folder as that of 'a'"),
     ],
 )  # fmt: skip
 def test_a_contradiction(overrides, line):

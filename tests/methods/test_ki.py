@@ -165,10 +165,7 @@ def test_a_cached_teacher_gives_the_forward_kl_only(divergence, teacher):
     """Refused before a run, unless no step has a teacher."""
     section = {"schedule": "constant", "divergence": divergence}
     wid = {"kind": "wid", "hidden_size": 4}
-    cases = [
-        ({"kind": "ki"} | section, "method"),
-        (wid | {"inherit": section}, r"method\.inherit"),
-    ]
+    cases = [({"kind": "ki"} | section, "method"), (wid | {"inherit": section}, r"method\.inherit")]
     run = Run(model={"path": "teacher"}, teacher=teacher, train={"steps": 20000, "clip": 0.0})
     for method, place in cases:
         if divergence == "forward_kl":
@@ -222,9 +219,8 @@ def test_the_factor_keeps_the_gradient_at_high_temperatures(divergence):
     sizes = []
     for temperature in (200.0, 400.0):
         section = {"kind": "ki", "schedule": "constant", "temperature": temperature}
-        terms, student_BTV, _ = forward(
-            build_method(section | {"divergence": divergence}), inputs, 0
-        )
+        method = build_method(section | {"divergence": divergence})
+        terms, student_BTV, _ = forward(method, inputs, 0)
         (gradient_BTV,) = torch.autograd.grad(terms["tokens"].total, student_BTV)
         sizes.append(gradient_BTV.norm().item())
     assert sizes[0] > 0
@@ -289,6 +285,5 @@ def test_topk_modes_reach_the_loss(topk):
         for step in (0, 1):
             terms, _, _ = forward(build_method(section), inputs, step, k=case["K"])
             assert ("ce" in terms["tokens"].parts) == (step == 1)
-            assert terms["tokens"].parts["kl"].item() == pytest.approx(
-                case[MODES[topk]], rel=1e-9, abs=1e-9
-            )
+            wanted = pytest.approx(case[MODES[topk]], rel=1e-9, abs=1e-9)
+            assert terms["tokens"].parts["kl"].item() == wanted

@@ -163,6 +163,5 @@ def test_a_store_that_is_only_begun_is_not_done(mine, one, tmp_path):
     (tmp_path / "surprise").mkdir()
     shutil.copy(one / "surprise" / "manifest.json", tmp_path / "surprise")
     recipe = read(mine.recipe, ["until=surprise", f"out={tmp_path}"])
-    assert not is_done(
-        recipe, {name: build_method(run.method) for name, run in recipe.runs.items()}
-    )
+    methods = {name: build_method(run.method) for name, run in recipe.runs.items()}
+    assert not is_done(recipe, methods)

@@ -55,10 +55,8 @@ def test_unit_weights_are_sums_over_the_group():
     assert teacher.transformer.wte.weight.shape[0] == 43
     found = unit_weights(teacher, 4)
     assert set(found) == {"R", "A.0", "F.0", "A.1", "F.1"}
-    torch.testing.assert_close(
-        found["R"],
-        torch.full((H,), 4.0 * (tables + layers * (3 * H + H + 2 * F)), dtype=torch.float64),
-    )
+    stream = 4.0 * (tables + layers * (3 * H + H + 2 * F))
+    torch.testing.assert_close(found["R"], torch.full((H,), stream, dtype=torch.float64))
     # a head: 8 entries, each a row of 3 maps of H and a column of one
     torch.testing.assert_close(found["A.1"], torch.full((4,), 4.0 * 8 * 4 * H, dtype=torch.float64))
     torch.testing.assert_close(found["F.0"], torch.full((F,), 4.0 * 2 * H, dtype=torch.float64))

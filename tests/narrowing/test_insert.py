@@ -89,15 +89,12 @@ def test_insertion_leaves_logits_bit_for_bit(model_type, tied):
 def test_insertion_leaves_the_teachers_gradients(model_type):
     model = make(model_type).eval()
     twin = insert(copy.deepcopy(model)).model
-    moved = {}
     layout = layout_of(model.config)
-    for name, _ in model.named_parameters():
-        path, _, last = name.rpartition(".")
-        moved[name] = f"{layout.moved(path)}.{last}"
     loss_of(model, batch()).backward()
     loss_of(twin, batch()).backward()
     for name, parameter in model.named_parameters():
-        found = twin.get_parameter(moved[name]).grad
+        path, _, last = name.rpartition(".")
+        found = twin.get_parameter(f"{layout.moved(path)}.{last}").grad
         torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -105,13 +102,8 @@ def test_insertion_leaves_the_teachers_gradients(model_type):
 def test_every_compactor_and_norm_has_one_group(model_type):
     surgery = insert(make(model_type))
     members = [member for group in surgery.groups.values() for member in group.members]
-    compactors = [
-        f"{path}.{side}"
-        for path, module in surgery.model.named_modules()
-        if isinstance(module, Compacted)
-        for side in ("left", "right")
-        if getattr(module, side) is not None
-    ]
+    parameters = dict(surgery.model.named_parameters(remove_duplicate=False))
+    compactors = [name for name in parameters if name.endswith((".left", ".right"))]
     assert sorted(member.name for member in members) == sorted(compactors)
     assert all(member.name.endswith(member.side) for member in members)
     norms = [path for group in surgery.groups.values() for path in group.norms]
@@ -126,8 +118,7 @@ def test_the_originals_groups_and_ranking_tensors():
     """What is masked together, and the one matrix that ranks it."""
     groups = insert(make("bert")).groups
     layer = "bert.encoder.layer.1"
-    ranking = {name: group.ranking for name, group in groups.items()}
-    assert ranking == {
+    assert {name: group.ranking for name, group in groups.items()} == {
         "R": "bert.encoder.layer.0.attention.self.value.left",
         "A.0": "bert.encoder.layer.0.attention.output.dense.left",
         "F.0": "bert.encoder.layer.0.output.dense.left",
@@ -136,16 +127,12 @@ def test_the_originals_groups_and_ranking_tensors():
         "T": "cls.predictions.decoder.left",
     }
     assert [member.name for member in groups["A.1"].members] == [
-        f"{layer}.attention.self.query.right",
-        f"{layer}.attention.self.key.right",
-        f"{layer}.attention.self.value.right",
+        *(f"{layer}.attention.self.{what}.right" for what in ("query", "key", "value")),
         f"{layer}.attention.output.dense.left",
     ]
-    assert [vector.name for vector in groups["T"].vectors] == [
-        "cls.predictions.transform.dense.bias",
-        "cls.predictions.transform.LayerNorm.weight",
-        "cls.predictions.transform.LayerNorm.bias",
-    ]
+    vectors = ("dense.bias", "LayerNorm.weight", "LayerNorm.bias")
+    wanted = [f"cls.predictions.transform.{name}" for name in vectors]
+    assert [vector.name for vector in groups["T"].vectors] == wanted
     # embedding, 4 readers and 2 writers a layer, head transform
     assert len(groups["R"].members) == 1 + 2 * 6 + 1
     # 2 biases and 2 norms a layer, and the embedding's norm
@@ -192,9 +179,8 @@ def test_compact_gradients_are_those_of_the_kept_entries(model_type, shape):
             for found in (soft, hard):
                 grad = found[member.name]
                 (grad if member.side == "left" else grad.mT)[..., gone] = 0
-            torch.testing.assert_close(
-                hard[member.name], soft[member.name], rtol=1e-4, atol=1e-5, msg=member.name
-            )
+            close = {"rtol": 1e-4, "atol": 1e-5, "msg": member.name}
+            torch.testing.assert_close(hard[member.name], soft[member.name], **close)
 
 
 def test_compacted_activations_are_small():
@@ -207,18 +193,12 @@ def test_compacted_activations_are_small():
                 lambda module, args, out, path=path: widths.update({path: out.shape[-1]})
             )
     logits_of(surgery.model)
-    first = "model.layers.0"
-    assert {n: widths[n] for n in widths if n.startswith(first)} == {
-        f"{first}.input_layernorm": 16,
-        f"{first}.self_attn.q_proj": 16,
-        f"{first}.self_attn.k_proj": 8,
-        f"{first}.self_attn.v_proj": 8,
-        f"{first}.self_attn.o_proj": 16,
-        f"{first}.post_attention_layernorm": 16,
-        f"{first}.mlp.gate_proj": 24,
-        f"{first}.mlp.up_proj": 24,
-        f"{first}.mlp.down_proj": 16,
-    }
+    first = "model.layers.0."
+    assert {n.removeprefix(first): widths[n] for n in widths if n.startswith(first)} == {
+        "input_layernorm": 16, "self_attn.q_proj": 16, "self_attn.k_proj": 8,
+        "self_attn.v_proj": 8, "self_attn.o_proj": 16, "post_attention_layernorm": 16,
+        "mlp.gate_proj": 24, "mlp.up_proj": 24, "mlp.down_proj": 16,
+    }  # fmt: skip
 
 
 def test_a_replica_is_the_student_in_fp32():

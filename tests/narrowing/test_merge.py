@@ -17,6 +17,7 @@ from dskd.narrowing.merge import (
     zero_removed,
 )
 from dskd.narrowing.narrow import narrowed_config
+from dskd.narrowing.widths import Widths
 from dskd.system.dist import sum_over_ranks
 from tests.models.tiny import auto_of, batch, tokenizer, zero3
 from tests.narrowing.test_insert import golden_keep, golden_logits
@@ -65,10 +66,9 @@ def test_logits_of_the_originals_export(strategy):
     keep = golden_keep(strategy)
     merged = merged_student(surgery, keep).eval()
     logits = golden_logits(merged).detach()
-    expected = MODEL["merge"][strategy]["hf_export"]["logits_1_3"]
-    torch.testing.assert_close(
-        logits[1, 3], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9
-    )
+    golden = MODEL["merge"][strategy]["hf_export"]["logits_1_3"]
+    expected = torch.tensor(golden, dtype=torch.float64)
+    torch.testing.assert_close(logits[1, 3], expected, rtol=0, atol=1e-9)
     zero_removed(surgery, keep)
     surgery.mask(keep)
     hard = golden_logits(surgery.model.eval()).detach()
@@ -101,12 +101,9 @@ def test_counts_of_student_sizes():
     """Embeddings and encoder of 12-layer students (the original's tables have 3 token types)."""
     for name, count in GOLDEN["counts"]["student_embedding_plus_encoder"].items():
         hidden = int(name.partition("-")[2])
-        base = BertConfig()
-        widths = widths_of(base)
-        widths = type(widths)(hidden, 4 * hidden, 12, 12, hidden // 12)
-        if hidden % 12:  # not a model of 12 heads, which the count does not depend on
-            widths = type(widths)(hidden, 4 * hidden, 1, 1, hidden)
-        config = narrowed_config(base, widths)
+        heads = 1 if hidden % 12 else 12  # which the count does not depend on
+        widths = Widths(hidden, 4 * hidden, heads, heads, hidden // heads)
+        config = narrowed_config(BertConfig(), widths)
         with torch.device("meta"):
             model = BertModel(config, add_pooling_layer=False)
         assert sum(p.numel() for p in model.parameters()) == count, name

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dskd.engine.shards import Shard
-from dskd.errors import ConfigError
 from dskd.narrowing.rule import Held
 from dskd.narrowing.rules import Original
 from dskd.narrowing.units import Member, Units, Vector
@@ -214,9 +213,3 @@ def _set_removed(rule, toy, size):
             ones = of_units(one_U, name).expand(SHAPES[name])
             first[ones[:, 0] if side == "right" else ones[..., 0, :]] = size
             toy.parameters[name].data.copy_(value - identity(name))
-
-
-def test_clipping_is_refused():
-    Original.check_clipping(0.0)
-    with pytest.raises(ConfigError, match=r"train\.clip: 1\.0 would clip the penalty"):
-        Original.check_clipping(1.0)

@@ -14,21 +14,11 @@ from tests.ranks import run_ranks
 
 EVERY, RAMP, ANNEAL = 3, 4, 5
 LAST = EVERY * RAMP + ANNEAL - 1
-SHARES = ((0.0, 0.31), (0.31, 1.0))
+SHARES, COPIES = ((0.0, 0.31), (0.31, 1.0)), ((0.0, 1.0), (0.0, 1.0))
 
 
 def rule(**options):
     return Annealed(GROUPS, **{"every": EVERY, "ramp": RAMP, "anneal": ANNEAL, **options})
-
-
-class Nothing:
-    """A rule that changes nothing."""
-
-    def before_step(self, weights, step):
-        return []
-
-    def after_step(self, weights, step, lr):
-        pass
 
 
 def removed_entries(rule, name):
@@ -47,9 +37,8 @@ def test_the_ramp():
     for step in range(LAST):
         before = annealed.keep
         (changed,) = toy.step([annealed], step, 1e-3)
-        assert set(changed) == {
-            g for g, k in annealed.keep.items() if not torch.equal(k, before[g])
-        }
+        keep = annealed.keep.items()
+        assert set(changed) == {name for name, k in keep if not torch.equal(k, before[name])}
         for group, keep_U in annealed.keep.items():
             assert not (keep_U & ~before[group]).any()  # never taken back
         sizes.append(tuple(annealed.kept().values()))
@@ -67,7 +56,7 @@ def test_removed_entries_are_exactly_zero_and_kept_ones_untouched(decay):
     annealed, toy, plain = rule(), Toy(decay=decay), Toy(decay=decay)
     for step in range(LAST + 10):
         toy.step([annealed], step, 1e-3)
-        plain.step([Nothing()], step, 1e-3)
+        plain.step([], step, 1e-3, shares=[])
         assert annealed.settled(step + 1) == (step + 1 >= 9 + ANNEAL - 1)  # the last go at t = 9
     for name, value in toy.values().items():
         removed = torch.zeros_like(value, dtype=torch.bool)
@@ -194,35 +183,24 @@ def test_the_end_comes_when_foretold():
     assert settled == [False] * (end - 1) + [True]
 
 
-def _state_and_norm(share, more=0.0):
+def _state_and_norm(rank, shares, more=0.0):
+    """Of a rank whose scores are not rank 0's, if there is ``more``."""
     annealed, toy = rule(), Toy()
-    toy.parameters["stream.right"].data[[1, 5]] += more
-    run([annealed], toy, range(4), [share])
-    return annealed.state(), annealed.removed_norm(toy.weights(share))
-
-
-def _other_scores(rank):
-    """A rank whose scores are not rank 0's."""
-    return _state_and_norm((0.0, 1.0), 3.0 * rank)
-
-
-def _piece(rank):
-    return _state_and_norm(SHARES[rank])
-
-
-def _copy(rank):
-    return _state_and_norm((0.0, 1.0))
+    toy.parameters["stream.right"].data[[1, 5]] += more * rank
+    run([annealed], toy, range(4), [shares[rank]])
+    return annealed.state(), annealed.removed_norm(toy.weights(shares[rank]))
 
 
 def test_all_ranks_take_rank_0s_masks():
-    alone = [_other_scores(rank)[0] for rank in (0, 1)]
+    alone = [_state_and_norm(rank, COPIES, 3.0)[0] for rank in (0, 1)]
     assert alone[0] != alone[1]
-    assert [state for state, _ in run_ranks(_other_scores)] == [alone[0], alone[0]]
+    found = run_ranks(_state_and_norm, COPIES, 3.0)
+    assert [state for state, _ in found] == [alone[0], alone[0]]
 
 
-@pytest.mark.parametrize("rank", [_copy, _piece], ids=["copies", "pieces"])
-def test_ranks_have_the_norm_of_one(rank):
-    state, norm = _copy(0)
-    for its_state, its_norm in run_ranks(rank):
+@pytest.mark.parametrize("shares", [COPIES, SHARES], ids=["copies", "pieces"])
+def test_ranks_have_the_norm_of_one(shares):
+    state, norm = _state_and_norm(0, COPIES)
+    for its_state, its_norm in run_ranks(_state_and_norm, shares):
         assert its_state == state
         assert its_norm == pytest.approx(norm, rel=1e-12)

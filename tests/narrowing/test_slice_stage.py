@@ -1,7 +1,6 @@
 """``model.slice``: a student that starts as the heaviest units of its teacher, end to end."""
 
 import json
-import math
 import shutil
 
 import pytest
@@ -41,10 +40,10 @@ runs:
 """
 
 
-def recipe_in(folder, *overrides: str, stage: str = "zero0"):
+def recipe_in(folder, *overrides: str, stage: str = "zero0", more: str = ""):
     """The recipe's settings and methods."""
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=folder, stage=stage))
+    path.write_text(RECIPE.format(folder=folder, stage=stage) + more)
     recipe = read(path, list(overrides))
     return recipe, {name: build_method(run.method) for name, run in recipe.runs.items()}
 
@@ -78,9 +77,8 @@ def test_the_student_starts_there_and_is_exported_in_its_size(done):
     config = trained.config
     assert (config.hidden_size, config.intermediate_size) == (16, 24)
     assert config.num_attention_heads == 4
-    for (name, a), (_, b) in zip(
-        stored.named_parameters(), trained.named_parameters(), strict=True
-    ):
+    pairs = zip(stored.named_parameters(), trained.named_parameters(), strict=True)
+    for (name, a), (_, b) in pairs:
         if a.dim() == 2:  # 4 steps of at most 1e-3 from weights of about 2e-2
             assert cosine_similarity(a.flatten(), b.flatten(), dim=0).item() > 0.9, name
             assert not torch.equal(a, b), name
@@ -147,15 +145,10 @@ def test_every_stage_and_world_starts_from_the_same_slice(done, tmp_path, stage)
     shutil.copytree(done.parents[1] / "data", tmp_path / "data")
     student = carried_out(tmp_path, ranks=2, stage=stage)
     assert len(losses(student)) == 4
-    for a, b in zip(losses(student), losses(done), strict=True):
-        assert math.isclose(a, b, rel_tol=1e-4)
+    assert losses(student) == pytest.approx(losses(done), rel=1e-4)
 
 
 def test_what_a_sliced_run_exports_is_known_to_the_next(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    longer = '  last: {{model: {{path: "run:student", slice: {{hidden_size: 20}}}}}}\n'
-    path.write_text((RECIPE + longer).format(folder=tmp_path, stage="zero0"))
-    recipe = read(path)
-    methods = {name: build_method(run.method) for name, run in recipe.runs.items()}
+    longer = '  last: {model: {path: "run:student", slice: {hidden_size: 20}}}\n'
     with pytest.raises(ConfigError, match=r"runs.last.*hidden_size: 20 is not within .* 16;"):
-        check(recipe, methods, world=1)
+        check(*recipe_in(tmp_path, more=longer), world=1)

@@ -38,12 +38,10 @@ def original_cuts(case):
     ids=lambda case: "-".join(str(case[key]) for key in ("H", "target", "strategy", "step")),
 )
 def test_original_counts(case):
-    counts = {}
+    counts, suffixes = {}, {"eighths": "_per_head", "heads": "_heads", "sixteenths": ""}
     for name, cut in original_cuts(case).items():
         count = original_count(cut, case["step"], case["w_step"])
-        counts[{"eighths": f"{name}_per_head", "heads": f"{name}_heads"}.get(cut.pace, name)] = (
-            count // cut.chunks
-        )
+        counts[name + suffixes[cut.pace]] = count // cut.chunks
     assert counts == case["removed"]
 
 
@@ -86,13 +84,8 @@ def test_golden_norms():
 
 
 def test_original_end_is_the_first_step_with_all_removed():
-    cuts = [
-        Cut(768, 576, 12, "eighths"),
-        Cut(768, 648, 12, "eighths"),
-        Cut(12, 9, pace="heads"),
-        Cut(768, 576),
-        Cut(768, 252),
-    ]
+    cuts = [Cut(768, gone, 12, "eighths") for gone in (576, 648)]
+    cuts += [Cut(12, 9, pace="heads"), Cut(768, 576), Cut(768, 252)]
     ends = [original_end(cut, 500) for cut in cuts]
     assert ends == [4000, 4500, 9000, 8000, 8000]  # the first, third and fourth: spec, section 3.2
     for cut, end in zip(cuts, ends, strict=True):
@@ -127,12 +120,8 @@ def differences():
 def test_a_group_is_ranked_by_everything_that_would_be_lost():
     weights = differences()
     before = {name: weight.clone() for name, weight in weights.items()}
-    members = (
-        Member("left", "left"),
-        Member("right", "right"),
-        Member("stack", "right"),
-        Member("narrow", "left"),
-    )
+    sides = {"left": "left", "right": "right", "stack": "right", "narrow": "left"}
+    members = tuple(Member(*member) for member in sides.items())
     units = Units(Cut(2, 1), members, ranking="left")
     found_U = scores(units, weights.__getitem__, "group")
     wanted = []
@@ -143,8 +132,7 @@ def test_a_group_is_ranked_by_everything_that_would_be_lost():
                 compactor = matrix + torch.eye(len(matrix))
                 for entry in range(len(matrix)):
                     if entry * 2 // len(matrix) == unit:
-                        lost = compactor[:, entry] if "right" not in name else compactor[entry]
-                        lost = compactor[entry] if name == "stack" else lost
+                        lost = compactor[entry] if sides[name] == "right" else compactor[:, entry]
                         total += sum(float(value) ** 2 for value in lost)
         wanted.append(total)
     torch.testing.assert_close(found_U, torch.tensor(wanted, dtype=torch.float64))

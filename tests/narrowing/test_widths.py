@@ -81,16 +81,12 @@ def test_what_the_groups_of_bert_lose(strategy, rule, stream, attention):
     assert cuts(BERT, student, strategy, rule, JOINED) == wanted
 
 
-@pytest.mark.parametrize("strategy", ["dim", "head"])
-def test_rotary_attention_loses_kv_groups(strategy):
-    student = student_widths(LLAMA, Target(256, strategy=strategy), DIVIDING)
-    found = cuts(LLAMA, student, strategy, "annealed", DIVIDING)
+@pytest.mark.parametrize(
+    ("strategy", "rule"), [("dim", "annealed"), ("head", "annealed"), ("dim", "original")]
+)
+def test_rotary_attention_loses_kv_groups(strategy, rule):
+    """And the stream is cut in chunks by the original rule."""
+    student = student_widths(LLAMA, Target(256, strategy=strategy, rule=rule), DIVIDING)
+    found = cuts(LLAMA, student, strategy, rule, DIVIDING)
     assert found["A"] == Cut(4, 3, pace="heads")
-    assert found["R"] == Cut(1024, 768)
-
-
-def test_llama_with_the_original_rule_cuts_its_stream_in_chunks():
-    student = student_widths(LLAMA, Target(256, **ORIGINAL), DIVIDING)
-    found = cuts(LLAMA, student, "dim", "original", DIVIDING)
-    assert found["R"] == Cut(1024, 768, 16, "eighths")
-    assert found["A"] == Cut(4, 3, pace="heads")
+    assert found["R"] == Cut(1024, 768, *((16, "eighths") if rule == "original" else ()))

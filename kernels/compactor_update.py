@@ -225,11 +225,7 @@ def configurations() -> list[Configuration]:
         Configuration(
             name=f"{when}/{dtype}",
             kernel=update_kernel,
-            signature={
-                "table_ptr": "*i64",
-                "weight_ptr": "*fp32",
-                "gradient_ptr": f"*{dtype}",
-            },
+            signature={"table_ptr": "*i64", "weight_ptr": "*fp32", "gradient_ptr": f"*{dtype}"},
             constants={
                 **{what: what in edited.get(when, ()) for what in ("GRADIENT", "MOMENT", "WEIGHT")},
                 "R": ROWS,

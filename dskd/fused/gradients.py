@@ -131,9 +131,7 @@ def scaled(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Ten
 
 
 @torch.library.custom_op(
-    "dskd::scaled",
-    mutates_args=(),
-    schema="(Tensor x, Tensor by, ScalarType dtype) -> Tensor",
+    "dskd::scaled", mutates_args=(), schema="(Tensor x, Tensor by, ScalarType dtype) -> Tensor"
 )
 def _scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(x.shape, dtype=dtype, device=x.device)

@@ -76,8 +76,7 @@ def update(pieces: Sequence[Piece]) -> list[Tensor]:
         return []
     forms = {_form(piece) for piece in pieces}
     refuse(
-        len(forms) > 1,
-        lambda: "pieces: some have a gradient, a moment or a ratio that others lack",
+        len(forms) > 1, lambda: "pieces: some have a gradient, a moment or a ratio that others lack"
     )
     for piece in pieces:
         gated = piece.gate_K is not None and piece.pull_K is not None

@@ -59,10 +59,7 @@ def test_the_three_teachers_are_alike_at_first_only(references):
             assert line["loss"] == pytest.approx(0.5 * terms["ce"] + 0.5 * terms["kl"], rel=1e-6)
 
 
-GEOMETRIES = [
-    (2, 2, 4),
-    (3, 2, 2),
-]
+GEOMETRIES = [(2, 2, 4), (3, 2, 2)]
 
 
 @pytest.mark.parametrize(("stage", "ranks", "micro"), GEOMETRIES)
@@ -83,11 +80,7 @@ def test_activation_checkpointing_changes_nothing(runs, references):
     same(train(runs, "recomputed", 2, *words, weights="current"), references["current"])
 
 
-RESUMED = [
-    ("average", (3, 2), (3, 2)),
-    ("average", (2, 2), (3, 1)),
-    ("frozen", (0, 1), (2, 2)),
-]
+RESUMED = [("average", (3, 2), (3, 2)), ("average", (2, 2), (3, 1)), ("frozen", (0, 1), (2, 2))]
 
 
 @pytest.mark.parametrize(("weights", "saved", "loaded"), RESUMED)

@@ -64,8 +64,7 @@ def test_where_only_the_label_counts_a_top_k_teacher_may_be_anything(implementat
     options = {"mode": mode, "weight": torch.tensor([1.0, 0.0, 1.0, 2.0]), "label_weight": 0.7}
     tail_N = tail_N if mode == "tail" else None
     found, grad_NV = with_gradient(
-        student_NV,
-        lambda s_NV: ops.topk_kd(s_NV, ids_NK, logprobs_NK, tail_N, LABELS, **options),
+        student_NV, lambda s_NV: ops.topk_kd(s_NV, ids_NK, logprobs_NK, tail_N, LABELS, **options)
     )
     _, expected_NV = with_gradient(
         student_NV, lambda s_NV: ops.label_ce(s_NV, LABELS, label_weight=0.7)

@@ -5,16 +5,7 @@ import torch
 
 from dskd import ops
 from dskd.ops import DenseTeacher, LinearTeacher, LogitMap
-from tests.fused.cases import (
-    LABELS,
-    D,
-    N,
-    V,
-    W,
-    kept,
-    normal,
-    topk_teacher,
-)
+from tests.fused.cases import LABELS, D, N, V, W, kept, normal, topk_teacher
 
 S, T = normal(N, V), normal(N, V, seed=1)
 IDS, LOGPROBS, TAIL = kept(T, 1.0)

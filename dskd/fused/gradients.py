@@ -1,8 +1,7 @@
 """PyTorch operators of losses that compute their gradient themselves, together with the loss.
 
-A fused operator computes its gradient together with the loss. The backward pass multiplies it by
-the upstream gradient, a scalar that stays on the device, and leaves what was saved as it was, so
-that it may run again.
+The backward pass multiplies it by the upstream gradient, a scalar that stays on the device, and
+leaves what was saved as it was, so that it may run again.
 """
 
 from __future__ import annotations

@@ -36,14 +36,11 @@ def topk_kd(
     see :func:`~dskd.fused.dense.dense_kd`.
 
     Args:
-        student_NV: logits of any floating type and strides; may hold -inf.
         ids_NK: int32 or int64 tokens; negative on unused slots.
         logprobs_NK: the teacher's log-probabilities AT the temperature, over its whole vocabulary;
             -inf on unused slots.
         tail_N: for ``tail``: log of the mass of all that is not kept, at the temperature; -inf
             where nothing is left.
-        labels_N: int64; the cross entropy is at temperature 1.
-        out: takes the gradient, for a caller without autograd; it may be ``student_NV``.
 
     The other arguments are those of :func:`~dskd.fused.dense.dense_kd`.
 

@@ -222,7 +222,7 @@ def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
 def _publish(temporary: Path, folder: Path) -> None:
     """Flush everything and give the folder its name."""
     for path in [temporary, *temporary.rglob("*")]:
-        sync_to_disk(path)  # or file
+        sync_to_disk(path)
     try:
         temporary.rename(folder)
     except OSError:

@@ -144,7 +144,7 @@ def _card(card: Mapping[str, Any]) -> str:
 def _replace(temporary: Path, folder: Path) -> None:
     """Flush the temporary folder to disk and give it its name."""
     for path in [*temporary.iterdir(), temporary]:
-        sync_to_disk(path)  # or file
+        sync_to_disk(path)
     earlier = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(earlier, ignore_errors=True)
     if folder.exists():

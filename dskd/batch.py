@@ -113,13 +113,24 @@ class Batch:
     def select(self, rows_S: Tensor) -> Batch:
         """The sub-batch, of a batch on the CPU, of the rows with the given indices (``columns`` are
         not carried)."""
-        given = ("row_ids_B", "domains_B", "ids_BT", "mask_BT", "labels_BT")
-        return Batch.of(**{name: getattr(self, name)[rows_S] for name in given})
+        return Batch.of(
+            row_ids_B=self.row_ids_B[rows_S],
+            domains_B=self.domains_B[rows_S],
+            ids_BT=self.ids_BT[rows_S],
+            mask_BT=self.mask_BT[rows_S],
+            labels_BT=self.labels_BT[rows_S],
+        )
 
     def _copied(self, copy: Callable[[Tensor], Tensor]) -> Batch:
-        read = ("ids_BT", "mask_BT", "labels_BT", "positions_N", "labels_N")
-        columns = {name: copy(column) for name, column in self.columns.items()}
-        return replace(self, columns=columns, **{name: copy(getattr(self, name)) for name in read})
+        return replace(
+            self,
+            ids_BT=copy(self.ids_BT),
+            mask_BT=copy(self.mask_BT),
+            labels_BT=copy(self.labels_BT),
+            positions_N=copy(self.positions_N),
+            labels_N=copy(self.labels_N),
+            columns={name: copy(column) for name, column in self.columns.items()},
+        )
 
 
 Use = Callable[[Tensor, Tensor, Tensor | None], Any]

@@ -28,14 +28,10 @@ THREAD_COLUMNS = tl.constexpr(8)
 ALIGNED_COLUMNS = tl.constexpr(8)
 
 # how rows lie in memory, see `alignment`
-EVEN = tl.constexpr(0)
-RAGGED = tl.constexpr(1)
-LOOSE = tl.constexpr(2)
+EVEN, RAGGED, LOOSE = map(tl.constexpr, range(3))
 
 # what the logit map of a tensor is, see `map_kind`
-PLAIN = tl.constexpr(0)
-SCALED = tl.constexpr(1)
-CAPPED = tl.constexpr(2)
+PLAIN, SCALED, CAPPED = map(tl.constexpr, range(3))
 
 
 @triton.jit

@@ -27,28 +27,13 @@ from torch import Tensor
 from dskd.kernels.common import Configuration, table_on
 
 # where the kept indices belong
-WHOLE = tl.constexpr(0)
-A_ROWS = tl.constexpr(1)
-B_COLUMNS = tl.constexpr(2)
-A_INNER = tl.constexpr(3)
-B_INNER = tl.constexpr(4)
-C_ROWS = tl.constexpr(5)
-C_COLUMNS = tl.constexpr(6)
+WHOLE, A_ROWS, B_COLUMNS, A_INNER, B_INNER, C_ROWS, C_COLUMNS = map(tl.constexpr, range(7))
 
 # what the vectors are for
-NO_VECTORS = tl.constexpr(0)
-OUTER = tl.constexpr(1)
-EXTRA_COLUMN = tl.constexpr(2)
+NO_VECTORS, OUTER, EXTRA_COLUMN = map(tl.constexpr, range(3))
 
 # columns of the table of addresses; PLACE: for each of all units where it stands among the kept, -1
-AT_A = tl.constexpr(0)
-AT_B = tl.constexpr(1)
-AT_C = tl.constexpr(2)
-AT_Z = tl.constexpr(3)
-AT_U = tl.constexpr(4)
-AT_V = tl.constexpr(5)
-AT_KEEP = tl.constexpr(6)
-AT_PLACE = tl.constexpr(7)
+AT_A, AT_B, AT_C, AT_Z, AT_U, AT_V, AT_KEEP, AT_PLACE = map(tl.constexpr, range(8))
 ADDRESSES = tl.constexpr(8)
 
 
@@ -178,7 +163,10 @@ def product_kernel(
             tl.store(u + m, u_M.to(like_ptr.dtype.element_ty), mask=m < M)
 
 
+Tensors = Sequence[Tensor]
 Keeps = Sequence[Tensor | None]
+Both = tuple[list[Tensor], list[Tensor] | None]
+"""Matrices, and vectors if some were given."""
 
 
 class Tiles(NamedTuple):
@@ -205,38 +193,28 @@ class Operands(NamedTuple):
     v: Tensor | None = None
 
 
-def right(
-    xs_PNK: Sequence[Tensor],
-    xs_PN: Sequence[Tensor] | None,
-    factors_PNN: Sequence[Tensor],
-    keeps: Keeps,
-) -> tuple[list[Tensor], list[Tensor] | None]:
+def right(xs_PNK: Tensors, xs_PN: Tensors | None, factors_PNN: Tensors, keeps: Keeps) -> Both:
     """``(I + D) x``, of its kept rows, of a matrix and (if there are any) of a vector."""
     rows = xs_PNK[0].shape[1] if keeps[0] is None else len(keeps[0])
     return _right(A_ROWS, rows, xs_PNK, xs_PN, factors_PNN, keeps)
 
 
 def right_input(
-    grads_PnK: Sequence[Tensor],
-    grads_Pn: Sequence[Tensor] | None,
-    factors_PNN: Sequence[Tensor],
-    keeps: Keeps,
-) -> tuple[list[Tensor], list[Tensor] | None]:
+    grads_PnK: Tensors, grads_Pn: Tensors | None, factors_PNN: Tensors, keeps: Keeps
+) -> Both:
     """The gradient of :func:`right` for what D is applied to: ``(I + D)^T grad``."""
     turned = [factor.mT for factor in factors_PNN]
     return _right(A_INNER, turned[0].shape[1], grads_PnK, grads_Pn, turned, keeps)
 
 
-def left(xs_PNK: Sequence[Tensor], factors_PKK: Sequence[Tensor], keeps: Keeps) -> list[Tensor]:
+def left(xs_PNK: Tensors, factors_PKK: Tensors, keeps: Keeps) -> list[Tensor]:
     """``x (I + D)``, of its kept columns."""
     columns = xs_PNK[0].shape[2] if keeps[0] is None else len(keeps[0])
     given = [Operands(x, d, x) for x, d in zip(xs_PNK, factors_PKK, strict=True)]
     return _product(B_COLUMNS, (xs_PNK[0].shape[1], columns), given, keeps)
 
 
-def left_input(
-    grads_PNk: Sequence[Tensor], factors_PKK: Sequence[Tensor], keeps: Keeps
-) -> list[Tensor]:
+def left_input(grads_PNk: Tensors, factors_PKK: Tensors, keeps: Keeps) -> list[Tensor]:
     """The gradient of :func:`left` for what D is applied to: ``grad (I + D)^T``."""
     given = [Operands(g, d.mT, g) for g, d in zip(grads_PNk, factors_PKK, strict=True)]
     shape = grads_PNk[0].shape[1], factors_PKK[0].shape[1]
@@ -244,10 +222,10 @@ def left_input(
 
 
 def right_factor(
-    grads_PnK: Sequence[Tensor],
-    xs_PNK: Sequence[Tensor],
-    grads_Pn: Sequence[Tensor] | None,
-    xs_PN: Sequence[Tensor] | None,
+    grads_PnK: Tensors,
+    xs_PNK: Tensors,
+    grads_Pn: Tensors | None,
+    xs_PN: Tensors | None,
     keeps: Keeps,
 ) -> list[Tensor]:
     """The gradient of :func:`right` for D: 0 in the rows that are not kept."""
@@ -259,9 +237,7 @@ def right_factor(
     return _product(C_ROWS, (size, size), given, keeps, OUTER if xs_PN is not None else NO_VECTORS)
 
 
-def left_factor(
-    xs_PNK: Sequence[Tensor], grads_PNk: Sequence[Tensor], keeps: Keeps
-) -> list[Tensor]:
+def left_factor(xs_PNK: Tensors, grads_PNk: Tensors, keeps: Keeps) -> list[Tensor]:
     """The gradient of :func:`left` for D: 0 in the columns that are not kept."""
     given = [Operands(x.mT, g) for x, g in zip(xs_PNK, grads_PNk, strict=True)]
     size = xs_PNK[0].shape[2]
@@ -271,11 +247,11 @@ def left_factor(
 def _right(
     gather: tl.constexpr,
     rows: int,
-    matrices: Sequence[Tensor],
-    vectors: Sequence[Tensor] | None,
-    factors: Sequence[Tensor],
+    matrices: Tensors,
+    vectors: Tensors | None,
+    factors: Tensors,
     keeps: Keeps,
-) -> tuple[list[Tensor], list[Tensor] | None]:
+) -> Both:
     """A residual product with D on the left, of matrices and vectors."""
     given = [Operands(d, x, x) for d, x in zip(factors, matrices, strict=True)]
     shape = rows, matrices[0].shape[2]
@@ -297,16 +273,14 @@ def _product(
     """``a b + z`` of every layer, [P, *shape]; see the head of the file."""
     a, b, z = layers[0].a, layers[0].b, layers[0].z
     rows, columns = shape
-    kept = keeps[0] is not None
-    if not kept:
+    if keeps[0] is None:
         gather = WHOLE
     # what is not kept stays 0
-    spread = kept and gather in (C_ROWS, C_COLUMNS)
-    make = torch.zeros if spread else torch.empty
+    make = torch.zeros if gather in (C_ROWS, C_COLUMNS) else torch.empty
     out = [make((len(a), *shape), dtype=a.dtype, device=a.device) for _ in layers]
-    if spread and gather == C_ROWS:
+    if gather == C_ROWS:
         rows = len(keeps[0])
-    if spread and gather == C_COLUMNS:
+    if gather == C_COLUMNS:
         columns = len(keeps[0])
     places = [_places(keep, gather, shape) for keep in keeps]
     table, aligned = _table(layers, out, keeps, places)
@@ -348,7 +322,7 @@ def _places(keep: Tensor | None, gather: tl.constexpr, shape: tuple[int, int]) -
 
 
 def _table(
-    layers: Sequence[Operands], out: Sequence[Tensor], keeps: Keeps, places: Keeps
+    layers: Sequence[Operands], out: Tensors, keeps: Keeps, places: Keeps
 ) -> tuple[Tensor, bool]:
     """int64 [members, addresses], on the layers' device; whether all matrices are on 16 bytes."""
     rows = []

@@ -24,16 +24,8 @@ WARPS = 4
 """Four entries of a tile a thread: with more of them ptxas spills."""
 
 # columns of the table, one row a piece
-AT_WEIGHT = tl.constexpr(0)
-AT_GRADIENT = tl.constexpr(1)
-AT_MOMENT = tl.constexpr(2)
-AT_VALUES = tl.constexpr(3)
-AT_NORMS = tl.constexpr(4)
-AT_START = tl.constexpr(5)
-AT_COUNT = tl.constexpr(6)
-AT_COLUMNS = tl.constexpr(7)
-AT_SIDE = tl.constexpr(8)
-AT_STRIPS = tl.constexpr(9)
+AT_WEIGHT, AT_GRADIENT, AT_MOMENT, AT_VALUES, AT_NORMS = map(tl.constexpr, range(5))
+AT_START, AT_COUNT, AT_COLUMNS, AT_SIDE, AT_STRIPS = map(tl.constexpr, range(5, 10))
 FIELDS = tl.constexpr(10)
 
 SIDES = {"left": 0, "right": 1, "vector": 2}
@@ -225,11 +217,7 @@ def configurations() -> list[Configuration]:
         Configuration(
             name=f"{when}/{dtype}",
             kernel=update_kernel,
-            signature={
-                "table_ptr": "*i64",
-                "weight_ptr": "*fp32",
-                "gradient_ptr": f"*{dtype}",
-            },
+            signature={"table_ptr": "*i64", "weight_ptr": "*fp32", "gradient_ptr": f"*{dtype}"},
             constants={
                 **{what: what in edited.get(when, ()) for what in ("GRADIENT", "MOMENT", "WEIGHT")},
                 "R": ROWS,

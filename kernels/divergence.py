@@ -47,28 +47,21 @@ from dskd.kernels.common import (
     thread_sum,
 )
 
-FORWARD_KL = tl.constexpr(0)
-REVERSE_KL = tl.constexpr(1)
-MIXED = tl.constexpr(2)
-JSD = tl.constexpr(3)
-SKEW_FORWARD_KL = tl.constexpr(4)
-SKEW_REVERSE_KL = tl.constexpr(5)
-TOTAL_VARIATION = tl.constexpr(6)
 KINDS = {
-    "forward_kl": FORWARD_KL.value,
-    "reverse_kl": REVERSE_KL.value,
-    "mixed": MIXED.value,
-    "jsd": JSD.value,
-    "skew_forward_kl": SKEW_FORWARD_KL.value,
-    "skew_reverse_kl": SKEW_REVERSE_KL.value,
-    "total_variation": TOTAL_VARIATION.value,
+    "forward_kl": 0,
+    "reverse_kl": 1,
+    "mixed": 2,
+    "jsd": 3,
+    "skew_forward_kl": 4,
+    "skew_reverse_kl": 5,
+    "total_variation": 6,
 }
+FORWARD_KL, REVERSE_KL, MIXED, JSD, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION = map(
+    tl.constexpr, KINDS.values()
+)
 
 # labels: none; at the same temperature T = 1; at half of T = 2; at another one
-NO_LABELS = tl.constexpr(0)
-SAME = tl.constexpr(1)
-HALF = tl.constexpr(2)
-OTHER = tl.constexpr(3)
+NO_LABELS, SAME, HALF, OTHER = map(tl.constexpr, range(4))
 LABEL_NAMES = ("unlabelled", "same", "half", "other")
 
 

@@ -63,16 +63,11 @@ from dskd.kernels.common import (
     zero_row,
 )
 
-TAIL = tl.constexpr(0)
-RENORMALISED = tl.constexpr(1)
-TRUNCATED = tl.constexpr(2)
-MODES = {"tail": TAIL.value, "renormalised": RENORMALISED.value, "truncated": TRUNCATED.value}
+MODES = {"tail": 0, "renormalised": 1, "truncated": 2}
+TAIL, RENORMALISED, TRUNCATED = map(tl.constexpr, MODES.values())
 
 # labels: none; their softmax is q (T = 1), goes with q^2 (T = 2), or is another one
-UNLABELLED = tl.constexpr(0)
-SAME = tl.constexpr(1)
-SQUARE = tl.constexpr(2)
-OTHER = tl.constexpr(3)
+UNLABELLED, SAME, SQUARE, OTHER = map(tl.constexpr, range(4))
 LABEL_NAMES = ("unlabelled", "same", "square", "other")
 
 SLOTS_OF_A_WARP = 128

@@ -34,7 +34,7 @@ from dskd.data.preparing import FORMAT, MANIFEST, build_rows
 from dskd.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from dskd.errors import DataError
 from dskd.settings.data import Data, HubSource, PretrainedTokenizer, Source
-from dskd.system.files import file_hash, fingerprint, read_manifest, sync_folder
+from dskd.system.files import file_hash, fingerprint, read_manifest, sync_to_disk
 
 
 class RowBatch(NamedTuple):
@@ -222,13 +222,13 @@ def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
 def _publish(temporary: Path, folder: Path) -> None:
     """Flush everything and give the folder its name."""
     for path in [temporary, *temporary.rglob("*")]:
-        sync_folder(path)  # or file
+        sync_to_disk(path)
     try:
         temporary.rename(folder)
     except OSError:
         if not (folder / MANIFEST).is_file():  # else another run has just built the same
             raise
-    sync_folder(folder.parent)
+    sync_to_disk(folder.parent)
 
 
 def _remove_abandoned(parent: Path) -> None:

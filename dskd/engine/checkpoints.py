@@ -16,7 +16,7 @@ from typing import Any
 
 from dskd.errors import CheckpointError
 from dskd.system import dist
-from dskd.system.files import file_hash, read_manifest, sync_folder, write_manifest
+from dskd.system.files import file_hash, read_manifest, sync_to_disk, write_manifest
 from dskd.system.log import say
 
 MANIFEST = "manifest.json"
@@ -114,7 +114,7 @@ class Checkpoints:
             write_manifest(temporary / MANIFEST, content)
             final = self.folder / _name(step)
             temporary.rename(final)
-            sync_folder(self.folder)
+            sync_to_disk(self.folder)
             self._prune()
         dist.barrier()
 

@@ -162,16 +162,6 @@ class StepHooks:
         raise NotImplementedError
 
 
-def _in_turn(name: str) -> Callable[..., None]:
-    """The method of a chain that calls that of each hook, which sees the edits of those before."""
-
-    def call(chain: HookChain, *values: Any, **named: Any) -> None:
-        for each in chain.hooks.values():
-            getattr(each, name)(*values, **named)
-
-    return call
-
-
 class HookChain(StepHooks):
     """Several hooks as one, each called in turn.
 
@@ -181,47 +171,66 @@ class HookChain(StepHooks):
     """
 
     def __init__(self, hooks: Mapping[str, StepHooks]) -> None:
-        self.hooks = dict(hooks)
-        exporting = [name for name, each in self.hooks.items() if each.defines_export]
+        self._hooks = dict(hooks)
+        exporting = [name for name, each in self._hooks.items() if each.defines_export]
         assert len(exporting) <= 1, f"several hooks define the exported model: {exporting}"
-        self._exporting = self.hooks[exporting[0]] if exporting else None
+        self._exporting = self._hooks[exporting[0]] if exporting else None
         self.defines_export = self._exporting is not None
-
-    begin = _in_turn("begin")
-    before_passes = _in_turn("before_passes")
-    before_micro_batch = _in_turn("before_micro_batch")
-    before_step = _in_turn("before_step")
-    after_step = _in_turn("after_step")
 
     @property
     def touches_weights(self) -> bool:
         """Whether any of the hooks does."""
-        return any(each.touches_weights for each in self.hooks.values())
+        return any(each.touches_weights for each in self._hooks.values())
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The groups as each of the hooks leaves them to the next."""
-        for each in self.hooks.values():
+        for each in self._hooks.values():
             groups = each.groups(groups)
         return groups
 
+    def begin(self, position: int) -> None:
+        """Let each of them begin."""
+        for each in self._hooks.values():
+            each.begin(position)
+
     def waits(self, position: int) -> bool:
         """Whether the batch waits for any of them."""
-        return any(each.waits(position) for each in self.hooks.values())
+        return any(each.waits(position) for each in self._hooks.values())
 
     def prepare(self, position: int, step: int, stop: Callable[[], bool]) -> None:
         """Let those that the batch waits for prepare it."""
-        for each in self.hooks.values():
+        for each in self._hooks.values():
             if each.waits(position):
                 each.prepare(position, step, stop)
 
+    def before_passes(self, probe: Probe, step: int) -> None:
+        """Call each of the hooks in turn."""
+        for each in self._hooks.values():
+            each.before_passes(probe, step)
+
+    def before_micro_batch(self, last: bool) -> None:
+        """Call each of the hooks in turn."""
+        for each in self._hooks.values():
+            each.before_micro_batch(last)
+
+    def before_step(self, weights: ParameterShards, step: int, lr: float) -> None:
+        """Call each of the hooks in turn, seeing the edits of those before it."""
+        for each in self._hooks.values():
+            each.before_step(weights, step, lr)
+
+    def after_step(self, weights: ParameterShards, step: int, lr: float) -> None:
+        """Call each of the hooks in turn, seeing the edits of those before it."""
+        for each in self._hooks.values():
+            each.after_step(weights, step, lr)
+
     def complete(self, step: int) -> bool:
         """Whether the student is complete to all of them."""
-        return all(each.complete(step) for each in self.hooks.values())
+        return all(each.complete(step) for each in self._hooks.values())
 
     def rates(self) -> dict[str, float]:
         """The numbers of all; no two give one of the same name."""
         found: dict[str, float] = {}
-        for name, each in self.hooks.items():
+        for name, each in self._hooks.items():
             rates = each.rates()
             assert not found.keys() & rates.keys(), f"{name}: {found.keys() & rates.keys()} twice"
             found |= rates
@@ -229,22 +238,22 @@ class HookChain(StepHooks):
 
     def state(self) -> dict[str, Any]:
         """Each one's state by its name."""
-        return {name: each.state() for name, each in self.hooks.items()}
+        return {name: each.state() for name, each in self._hooks.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Each from what stands under its name; what is of hooks that are not here is left alone,
         for an export needs the method's only."""
-        for name, each in self.hooks.items():
+        for name, each in self._hooks.items():
             each.restore(state[name])
 
     def save(self, folder: Path) -> None:
         """Each into a folder of its name in the checkpoint ``folder``."""
-        for name, each in self.hooks.items():
+        for name, each in self._hooks.items():
             each.save(folder / _FOLDER / name)
 
     def load(self, folder: Path) -> None:
         """Each from its folder in the checkpoint ``folder``."""
-        for name, each in self.hooks.items():
+        for name, each in self._hooks.items():
             each.load(folder / _FOLDER / name)
 
     def exported(self, weights: ParameterShards, batch: Batch) -> PreTrainedModel:

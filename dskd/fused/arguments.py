@@ -75,6 +75,11 @@ def refuse(problem: bool, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
+def beside(name: str, value: Tensor, logits: Tensor) -> None:
+    """Check that a tensor is on the logits' device."""
+    refuse(value.device != logits.device, lambda: f"{name}: is on {value.device}, not the logits'")
+
+
 def matrix(
     name: str,
     value: Tensor,

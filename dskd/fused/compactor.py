@@ -152,11 +152,8 @@ def _checked(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None]:
     """Weights, lefts, rights and biases, none of them with a graph."""
     refuse(not layers, lambda: "layers: there are none")
-    alike = {_look(factors) for factors in layers}
-    refuse(
-        len(alike) > 1,
-        lambda: "layers: they differ in shapes, strides, dtype, device or kept units",
-    )
+    differ = len({_look(factors) for factors in layers}) > 1
+    refuse(differ, lambda: "layers: they differ in shapes, strides, dtype, device or kept units")
     weight, bias, left, right, *keeps = layers[0]
     refuse(
         weight.dim() != 3, lambda: f"weight: must have three axes, not shape {tuple(weight.shape)}"
@@ -165,11 +162,10 @@ def _checked(
         weight.dtype not in FLOATING, lambda: f"weight: must be floating-point, not {weight.dtype}"
     )
     parts, outputs, inputs = weight.shape
-    wanted = [("left", left, (parts, inputs, inputs)), ("right", right, (parts, outputs, outputs))]
+    _alike("left", left, (parts, inputs, inputs), weight)
+    _alike("right", right, (parts, outputs, outputs), weight)
     if bias is not None:
-        wanted.append(("bias", bias, (parts, outputs)))
-    for name, given, shape in wanted:
-        _alike(name, given, shape, weight)
+        _alike("bias", bias, (parts, outputs), weight)
     for name, keep in zip(("keep_in", "keep_out"), keeps, strict=True):
         indices = keep is None or (keep.dtype == torch.int64 and keep.dim() == 1)
         refuse(not indices, lambda name=name: f"{name}: must be int64 indices")
@@ -196,9 +192,8 @@ def _alike(name: str, given: Tensor, shape: tuple[int, ...], weight: Tensor) -> 
 
 def _look(factors: Factors) -> tuple[object, ...]:
     """What the layers of one call have in common."""
-    tensors = [factors.weight_PNK, factors.bias_PN, factors.left_PKK, factors.right_PNN]
+    *tensors, keep_in, keep_out = factors
     looks = [
         None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors
     ]
-    keeps = [factors.keep_in, factors.keep_out]
-    return *looks, *(None if keep is None else len(keep) for keep in keeps)
+    return *looks, *(None if keep is None else len(keep) for keep in (keep_in, keep_out))

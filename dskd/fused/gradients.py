@@ -1,8 +1,7 @@
 """PyTorch operators of losses that compute their gradient themselves, together with the loss.
 
-A fused operator computes its gradient together with the loss. The backward pass multiplies it by
-the upstream gradient, a scalar that stays on the device, and leaves what was saved as it was, so
-that it may run again.
+The backward pass multiplies it by the upstream gradient, a scalar that stays on the device, and
+leaves what was saved as it was, so that it may run again.
 """
 
 from __future__ import annotations
@@ -131,9 +130,7 @@ def scaled(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Ten
 
 
 @torch.library.custom_op(
-    "dskd::scaled",
-    mutates_args=(),
-    schema="(Tensor x, Tensor by, ScalarType dtype) -> Tensor",
+    "dskd::scaled", mutates_args=(), schema="(Tensor x, Tensor by, ScalarType dtype) -> Tensor"
 )
 def _scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(x.shape, dtype=dtype, device=x.device)

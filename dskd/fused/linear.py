@@ -96,8 +96,7 @@ def linear_kd(
     # as the row functions will see them
     logits_NV = hidden_ND.new_empty(0, dtype=dtype).expand(len(hidden_ND), 0)
     temperature = temperature_of(temperature)
-    cut = (columns, vocabulary)
-    form, tensors, narrower = _teacher(teacher, logits_NV, cut, mode, temperature)
+    form, tensors, narrower = _teacher(teacher, logits_NV, columns, vocabulary, mode, temperature)
     kind_of(kind, beta, reverse_weight, narrower)
     _check_form(form, kind, mode, vocabulary, teacher_map)
     weight = 0.0 if teacher is None else weight
@@ -108,20 +107,11 @@ def linear_kd(
         teacher is None and weights.label_N is None, lambda: "teacher: neither a teacher nor labels"
     )
     inputs = (hidden_ND, weight_VD, bias_V)
-    outputs = _linear(
-        *inputs,
-        tensors,
-        *weights,
-        form,
-        kind if form in ("dense", "linear") else mode,
-        float(beta),
-        temperature,
-        [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)],
-        dtype,
-        chunk or 0,
-        [x is not None and wanted(x) for x in inputs],
-    )
-    return detached(outputs)
+    needs = [x is not None and wanted(x) for x in inputs]
+    maps = [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)]
+    kind = kind if form in ("dense", "linear") else mode
+    loss = (tensors, *weights, form, kind, float(beta), temperature, maps)
+    return detached(_linear(*inputs, *loss, dtype, chunk or 0, needs))
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -176,15 +166,15 @@ def _check_form(
 def _teacher(
     teacher: LogitTeacher,
     logits_NV: Tensor,
-    cut: tuple[int, int | None],
+    columns: int,
+    vocabulary: int | None,
     mode: str,
     temperature: float,
 ) -> tuple[str, list[Tensor], bool]:
     """Its form, its tensors, and whether it has fewer columns than the student.
 
-    ``cut``: how many columns the student has, and how many are real tokens.
+    ``columns``: of the student; ``vocabulary``: how many of them are real tokens.
     """
-    columns, vocabulary = cut
     count = len(logits_NV)
     if teacher is None:
         return "label", [], False

@@ -63,19 +63,11 @@ class LossForm(NamedTuple):
     ) -> tuple:
         """The same from the teacher's logits of these tokens."""
         weight_C, reverse_C, labels_C, label_C = self._weights(rows)
+        logits = (logits_CV, teacher_CW)
+        heat = {"kind": self.kind, "beta": self.beta, "temperature": self.temperature}
+        maps = {"student_map": tuple(self.maps[:2]), "teacher_map": tuple(self.maps[2:])}
         return row_functions("dense", logits_CV).dense_rows(
-            logits_CV,
-            teacher_CW,
-            labels_C,
-            weight_C,
-            reverse_C,
-            label_C,
-            kind=self.kind,
-            beta=self.beta,
-            temperature=self.temperature,
-            student_map=tuple(self.maps[:2]),
-            teacher_map=tuple(self.maps[2:]),
-            grad_NV=grad_CV,
+            *logits, labels_C, weight_C, reverse_C, label_C, **heat, **maps, grad_NV=grad_CV
         )
 
     def total(self, divergence_N: Tensor, label_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

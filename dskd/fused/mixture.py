@@ -14,6 +14,7 @@ from dskd.fused.arguments import (
     SAME,
     LogitMap,
     Losses,
+    beside,
     map_of,
     matrix,
     refuse,
@@ -96,10 +97,7 @@ def _check_weights(weights_Nn: Tensor, student_NV: Tensor, teachers: int) -> Non
         shape != wanted_shape or weights_Nn.dtype not in FLOATING,
         lambda: f"weights: must be floating-point {list(wanted_shape)}, not {shape}",
     )
-    refuse(
-        weights_Nn.device != student_NV.device,
-        lambda: f"weights: is on {weights_Nn.device}, not the logits'",
-    )
+    beside("weights", weights_Nn, student_NV)
     if looks(weights_Nn):
         refuse(bool((weights_Nn < 0).any()), lambda: "weights: a mixture has none below 0")
 
@@ -115,15 +113,9 @@ def _rows(
     grad_NV: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Total, divergence [N] and no label losses; the gradient into ``grad_NV``."""
-    divergence_N = row_functions("mixture", student_NV).mixture_rows(
-        student_NV,
-        teachers,
-        firsts,
-        weights_Nn,
-        temperature=temperature,
-        student_map=tuple(maps),
-        grad_NV=grad_NV,
-    )
+    rows = row_functions("mixture", student_NV).mixture_rows
+    how = {"temperature": temperature, "student_map": tuple(maps), "grad_NV": grad_NV}
+    divergence_N = rows(student_NV, teachers, firsts, weights_Nn, **how)
     return total_of(divergence_N, weights_Nn.sum(1), None, no_labels)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dskd.fused.arguments import FLOATING, MODES, TokenWeight, matrix, refuse, wide
+from dskd.fused.arguments import FLOATING, MODES, TokenWeight, beside, matrix, refuse, wide
 from dskd.fused.backend import on_triton
 
 DEBUG = os.environ.get("DSKD_DEBUG", "0") not in ("", "0")
@@ -55,7 +55,8 @@ def weights_of(
     if labels_N is None:
         refuse(not unlabelled, lambda: "label_weight: is not 0, and there are no labels")
         return TokenWeights(divergence_N, reverse_N, None, None)
-    indexvector("labels", labels_N, logits_NV)
+    _check_vector("labels", labels_N, logits_NV)
+    refuse(labels_N.dtype != torch.int64, lambda: f"labels: must be int64, not {labels_N.dtype}")
     kept_N = labels_N != ignore_index
     in_range("labels", labels_N, columns, kept_N)
     divergence_N = divergence_N.where(kept_N, 0.0)
@@ -73,25 +74,18 @@ def vector(name: str, value: TokenWeight, logits_NV: Tensor) -> Tensor:
         refuse(not -torch.inf < value < torch.inf, lambda: f"{name}: must be finite, not {value}")
         # not torch.full: torch.compile would write the number into its code, as one of many
         return torch.ones(count, dtype=dtype, device=logits_NV.device) * value
-    shape = tuple(value.shape)
-    refuse(shape != (count,), lambda: f"{name}: has shape {shape} where there are {count} tokens")
+    _check_vector(name, value, logits_NV)
     refuse(
         value.dtype not in FLOATING, lambda: f"{name}: must be floating-point, not {value.dtype}"
-    )
-    refuse(
-        value.device != logits_NV.device, lambda: f"{name}: is on {value.device}, not the logits'"
     )
     return value.detach().to(dtype).contiguous()
 
 
-def indexvector(name: str, value: Tensor, logits_NV: Tensor) -> None:
-    """Check int64 [N] on the logits' device."""
+def _check_vector(name: str, value: Tensor, logits_NV: Tensor) -> None:
+    """Check [N] on the logits' device."""
     shape, count = tuple(value.shape), len(logits_NV)
     refuse(shape != (count,), lambda: f"{name}: has shape {shape} where there are {count} tokens")
-    refuse(value.dtype != torch.int64, lambda: f"{name}: must be int64, not {value.dtype}")
-    refuse(
-        value.device != logits_NV.device, lambda: f"{name}: is on {value.device}, not the logits'"
-    )
+    beside(name, value, logits_NV)
 
 
 def looks(values: Tensor) -> bool:
@@ -144,9 +138,7 @@ def topk_of(
     )
     integers = (torch.int32, torch.int64)
     refuse(ids_NK.dtype not in integers, lambda: f"ids: must be int32 or int64, not {ids_NK.dtype}")
-    refuse(
-        ids_NK.device != student_NV.device, lambda: f"ids: is on {ids_NK.device}, not the logits'"
-    )
+    beside("ids", ids_NK, student_NV)
     in_range("ids", ids_NK, columns, ids_NK >= 0)
     _distinct("ids", ids_NK)
     matrix("logprobs", logprobs_NK, rows=count, like=student_NV)

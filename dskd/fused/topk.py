@@ -7,15 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dskd.fused.arguments import (
-    SAME,
-    LogitMap,
-    Losses,
-    TokenWeight,
-    map_of,
-    matrix,
-    temperature_of,
-)
+from dskd.fused.arguments import SAME, LogitMap, Losses, TokenWeight, map_of, matrix, temperature_of
 from dskd.fused.logit_loss import NO_BETA, LossForm, logit_loss
 from dskd.fused.per_token import topk_of, weights_of
 
@@ -44,14 +36,11 @@ def topk_kd(
     see :func:`~dskd.fused.dense.dense_kd`.
 
     Args:
-        student_NV: logits of any floating type and strides; may hold -inf.
         ids_NK: int32 or int64 tokens; negative on unused slots.
         logprobs_NK: the teacher's log-probabilities AT the temperature, over its whole vocabulary;
             -inf on unused slots.
         tail_N: for ``tail``: log of the mass of all that is not kept, at the temperature; -inf
             where nothing is left.
-        labels_N: int64; the cross entropy is at temperature 1.
-        out: takes the gradient, for a caller without autograd; it may be ``student_NV``.
 
     The other arguments are those of :func:`~dskd.fused.dense.dense_kd`.
 

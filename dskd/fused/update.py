@@ -74,11 +74,8 @@ def update(pieces: Sequence[Piece]) -> list[Tensor]:
     """
     if not pieces:
         return []
-    forms = {_form(piece) for piece in pieces}
-    refuse(
-        len(forms) > 1,
-        lambda: "pieces: some have a gradient, a moment or a ratio that others lack",
-    )
+    differ = len({_form(piece) for piece in pieces}) > 1
+    refuse(differ, lambda: "pieces: some have a gradient, a moment or a ratio that others lack")
     for piece in pieces:
         gated = piece.gate_K is not None and piece.pull_K is not None
         pushed = piece.fade_K is not None and piece.push_K is not None

@@ -87,13 +87,8 @@ def vocab_parallel_kd(
     weights = weights_of(
         student_NR, labels_N, ignore_index, columns, weight, reverse_weight, label_weight
     )
-    case = _Case(
-        unit_columns(teacher_NS.detach()),
-        weights,
-        group,
-        kind,
-        {"beta": float(beta), "temperature": temperature_of(temperature)},
-    )
+    settings = {"beta": float(beta), "temperature": temperature_of(temperature)}
+    case = _Case(unit_columns(teacher_NS.detach()), weights, group, kind, settings)
     if wanted(student_NR):
         return detached(_VocabParallel.apply(student_NR, case))
     return Losses(*_losses(student_NR, case, None))

@@ -19,7 +19,7 @@ from dskd.engine.zero import full_shape, gathered
 from dskd.errors import DskdError
 from dskd.models.families import longest_row
 from dskd.system import dist
-from dskd.system.files import sync_folder
+from dskd.system.files import sync_to_disk
 
 SHARD_BYTES = 4_000_000_000
 """Most bytes of a file of weights (a single larger parameter gets a file of its own)."""
@@ -147,11 +147,11 @@ def _card(card: Mapping[str, Any]) -> str:
 def _replace(temporary: Path, folder: Path) -> None:
     """Flush the temporary folder to disk and give it its name."""
     for path in [*temporary.iterdir(), temporary]:
-        sync_folder(path)  # or file
+        sync_to_disk(path)
     earlier = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(earlier, ignore_errors=True)
     if folder.exists():
         folder.rename(earlier)
     temporary.rename(folder)
-    sync_folder(folder.parent)
+    sync_to_disk(folder.parent)
     shutil.rmtree(earlier, ignore_errors=True)

@@ -34,9 +34,9 @@ def fingerprint(value: Any) -> str:
     ).hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename inside it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """Flush a file, or a folder's entries, so that a rename inside it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -52,7 +52,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync_to_disk(path.parent)
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:

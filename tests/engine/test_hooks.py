@@ -88,9 +88,7 @@ def test_each_is_called_in_order():
 
 def test_only_those_that_wait_prepare():
     calls: list[str] = []
-    chain = chain_of(
-        Recorded("a", calls, waits=True), Recorded("b", calls), Recorded("c", calls, waits=True)
-    )
+    chain = chain_of(*(Recorded(name, calls, waits=name != "b") for name in "abc"))
     assert not chain.waits(2) and chain.waits(3)
     chain.prepare(3, 5, lambda: False)
     assert calls == ["a prepares 3 at 5", "c prepares 3 at 5"]

@@ -192,9 +192,8 @@ def test_bf16_publishes_what_was_edited(stage, world, robin):
 def _gathered(rank: int, stage: int) -> tuple[dict, dict, int]:
     """Weights put together one by one and together, and how many collectives the latter took."""
     toy = Toy(always=True)
-    engine = Engine(
-        toy, groups_of(toy.student), settings(stage, "fp32", 2, False, False), monitor=False
-    )
+    ds = settings(stage, "fp32", 2, offload=False, robin=False)
+    engine = Engine(toy, groups_of(toy.student), ds, monitor=False)
     weights = engine.weights(gradients=False)
     names = [name for name, _ in toy.student.named_parameters()]
     one_by_one = {name: weights.whole(name).tolist() for name in names}

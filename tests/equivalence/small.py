@@ -1,5 +1,6 @@
 """Tiny runs on two domains of text, for tests that train through the user's command."""
 
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 from dskd.data.sources import documents
 from dskd.settings.data import BuiltinSource
 from dskd.settings.yaml_tree import dump, merge
-from tests.launching import evaluations, forked, losses
+from dskd.system.log import read_metrics
+from tests.launching import cut_back, evaluations, forked, losses
 
 STEPS = 4
 MASKED = {
@@ -105,6 +107,11 @@ def same(a: Path, b: Path) -> None:
     assert evaluations(a) == pytest.approx(evaluations(b), abs=1e-5)
 
 
+def step_lines(run: Path) -> list[dict[str, Any]]:
+    """What a run has logged of its steps, in order."""
+    return [line for line in read_metrics(run / "train" / "metrics.jsonl") if "loss" in line]
+
+
 class Runs:
     """Variations of the settings, in one folder."""
 
@@ -119,3 +126,11 @@ class Runs:
         recipe.write_text(dump(tree), encoding="utf-8")
         forked(ranks, str(recipe), f"out={self.folder / name}", *words)
         return self.folder / name
+
+    def copied(self, run: Path, name: str, step: int | None = None) -> Path:
+        """A copy of a run, cut back to a step if there is one."""
+        out = self.folder / name
+        shutil.copytree(run, out)
+        if step is not None:
+            cut_back(out, step)
+        return out

@@ -20,7 +20,6 @@ from dskd.ops import triton_everywhere
 from dskd.settings.model import Model
 from dskd.settings.parsing import parse
 from dskd.settings.run import Run
-from dskd.system.log import read_metrics
 from dskd.teachers.teacher import FrozenTeacher
 from tests.equivalence.small import (
     CAUSAL,
@@ -34,6 +33,7 @@ from tests.equivalence.small import (
     routed,
     same,
     settings,
+    step_lines,
 )
 from tests.launching import evaluations, losses
 
@@ -62,21 +62,26 @@ def learns(out: Path) -> bool:
     return evaluations(out)[-1] < evaluations(out)[0] - 0.02
 
 
+def counted(owner, name: str, file: Path, monkeypatch) -> Path:
+    """A file that grows by a letter with each call, of forked ranks as well: they inherit this."""
+    original = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        with file.open("a") as stream:
+            stream.write("x")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+    return file
+
+
 @pytest.mark.parametrize(
     ("teacher", "operation"), [(LIVE, "dense"), (cached(LIVE), "topk")], ids=["live", "cached"]
 )
 def test_the_kernels_train_like_the_closed_forms(runs, single, monkeypatch, teacher, operation):
     """In Triton's interpreter: every loss and gradient of the run, evaluations included."""
-    launches = runs.folder / f"launches-{operation}"
     kernels, name = import_module(f"dskd.kernels.{operation}"), f"{operation}_rows"
-    original = getattr(kernels, name)
-
-    def counted(*args, **kwargs):
-        with launches.open("a") as stream:
-            stream.write("x")
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(kernels, name, counted)
+    launches = counted(kernels, name, runs.folder / f"launches-{operation}", monkeypatch)
     with triton_everywhere():
         same(runs.run(f"kernels-{teacher['kind']}", 1, teacher=teacher), single)
     # at the least, every step's
@@ -132,17 +137,9 @@ def first_loss(folder: Path, teachers: dict) -> float:
     assert set(batch.domains_B.tolist()) == {0, 1}  # else this test could not tell
 
     def model(config: dict) -> torch.nn.Module:
-        made = build(
-            Model(config=config),
-            prepared.tokenizer,
-            objective="masked",
-            block_size=32,
-            seed=run.seed,
-            ds=None,
-            dtype=torch.float32,
-            where="model",
-        )
-        return made.eval()
+        how = {"objective": "masked", "block_size": 32, "seed": run.seed, "dtype": torch.float32}
+        tokenizer = prepared.tokenizer
+        return build(Model(config=config), tokenizer, **how, ds=None, where="model").eval()
 
     student = model(MASKED)
     by_domain = {name: model(teacher["model"]["config"]) for name, teacher in teachers.items()}
@@ -178,9 +175,8 @@ def test_causal_cached_teacher_is_the_live_one(runs):
     live = runs.run("llama", 1, **causal())
     teacher = cached(causal()["teacher"])
     for ranks, ds in [(1, "zero0"), (2, "zero3")]:
-        out = runs.run(
-            f"llama-cached-{ds}", ranks, f"deepspeed={ds}", **causal() | {"teacher": teacher}
-        )
+        changes = causal() | {"teacher": teacher}
+        out = runs.run(f"llama-cached-{ds}", ranks, f"deepspeed={ds}", **changes)
         same(out, live)
         assert (out / "cache" / "manifest.json").is_file()
 
@@ -220,18 +216,8 @@ def test_other_masks_train(runs, single, option):
 
 
 def test_the_teacher_rests_once_alpha_is_0(runs, monkeypatch):
-    """Forked ranks inherit the patch that counts the teacher's forward passes."""
-    calls = runs.folder / "calls"
-    original = FrozenTeacher.__call__
-
-    def counted(self, batch):
-        with calls.open("a") as stream:
-            stream.write("x")
-        return original(self, batch)
-
-    monkeypatch.setattr(FrozenTeacher, "__call__", counted)
-    out = runs.run("rest", 1, "method.steps=2")
-    lines = [line for line in read_metrics(out / "train" / "metrics.jsonl") if "loss" in line]
+    calls = counted(FrozenTeacher, "__call__", runs.folder / "calls", monkeypatch)
+    lines = step_lines(runs.run("rest", 1, "method.steps=2"))
     assert ["kl" in line["terms"] for line in lines] == [True, True, False, False]
     assert ["alpha" in line and line["alpha"] > 0 for line in lines] == [True, True, False, False]
     assert all("ce" in line["terms"] for line in lines[2:])

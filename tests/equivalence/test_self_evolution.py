@@ -118,9 +118,8 @@ def references(runs) -> dict[str, Path]:
 @pytest.fixture
 def copied(runs, references, request) -> Path:
     """The refreshed run, to be cut back."""
-    out = runs.folder / request.node.name.replace("[", "-").rstrip("]")
-    shutil.copytree(references["refreshed"], out)
-    return out
+    name = request.node.name.replace("[", "-").rstrip("]")
+    return runs.copied(references["refreshed"], name)
 
 
 # ---- one trajectory ------------------------------------------------------------------------------
@@ -181,9 +180,7 @@ def test_the_student_is_asked_again(references):
 
 
 def test_resumed(runs, references):
-    out = runs.folder / "evolution-resumed"
-    shutil.copytree(references["evolution"], out)
-    cut_back(out, step=2)
+    out = runs.copied(references["evolution"], "evolution-resumed", step=2)
     train(runs, out.name, 2, "deepspeed=zero2", of="evolution")
     same(out, references["evolution"])
 
@@ -217,9 +214,8 @@ def test_asking_goes_on_where_it_was_stopped(runs, references, copied, capfd):
     same(copied, references["refreshed"])
     for name in STORES:
         assert shards(copied / name).keys() == shards(references["refreshed"] / name).keys()
-        np.testing.assert_array_equal(
-            answers(copied / name), answers(references["refreshed"] / name)
-        )
+        asked = answers(references["refreshed"] / name)
+        np.testing.assert_array_equal(answers(copied / name), asked)
     assert kept == {name: shard_path(copied / name, 1).stat().st_mtime_ns for name in STORES[:2]}
     assert "is made anew" not in capfd.readouterr().out
 
@@ -259,9 +255,7 @@ def test_dropout_goes_on_after_a_store_is_made_anew(runs, capfd):
     dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
     model = {"config": STUDENT["config"] | dropout}
     whole = train(runs, "dropout", 1, of="refreshed", model=model)
-    copy = runs.folder / "dropout-copy"
-    shutil.copytree(whole, copy)
-    cut_back(copy, step=5)
+    copy = runs.copied(whole, "dropout-copy", step=5)
     path = copy / STORES[1] / "manifest.json"
     content = read_manifest(path, StoreError)
     content["store"]["fingerprints"]["model"] = "another"
@@ -305,18 +299,14 @@ def test_a_damaged_store_of_a_student_says_how_to_go_back(runs, references, copi
     assert "manifest.json" not in said
     shutil.rmtree(copied / STORES[1])
     forked(1, recipe, out, status=2)
-    assert (
-        "no such file; it holds the scores of the student after step 5: to "
-        in capfd.readouterr().err
-    )
+    said = capfd.readouterr().err
+    assert "no such file; it holds the scores of the student after step 5: to " in said
     for step in (4, 5):
         shutil.rmtree(copied / "train" / "checkpoints" / f"step-{step:08d}")
     forked(1, recipe, out, status=2)
     assert f"to train again from the beginning, delete {copied}/train" in capfd.readouterr().err
-    shutil.copytree(
-        references["refreshed"] / "train/checkpoints/step-00000005",
-        copied / "train/checkpoints/step-00000005",
-    )
+    saved = "train/checkpoints/step-00000005"
+    shutil.copytree(references["refreshed"] / saved, copied / saved)
     shutil.copytree(references["refreshed"] / STORES[1], copied / STORES[1])
     damage(copied / STORES[1])
     shutil.rmtree(copied / "train/checkpoints/step-00000008")

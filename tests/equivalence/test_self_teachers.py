@@ -1,15 +1,13 @@
 """Runs of students that teach themselves: alike in any geometry, resumed, exported."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dskd.system.log import read_metrics
 from tests.equivalence import small
-from tests.equivalence.small import STEPS, Runs, causal
+from tests.equivalence.small import STEPS, Runs, causal, step_lines
 from tests.launching import cut_back, evaluations, exported_nll, losses
 
 WEIGHTS = ("current", "frozen", "average")
@@ -40,8 +38,7 @@ def same(a: Path, b: Path) -> None:
 
 
 def column(run: Path, term: str) -> list[float]:
-    lines = read_metrics(run / "train" / "metrics.jsonl")
-    return [line["terms"][term] for line in lines if "terms" in line]
+    return [line["terms"][term] for line in step_lines(run)]
 
 
 def test_the_three_teachers_are_alike_at_first_only(references):
@@ -52,20 +49,12 @@ def test_the_three_teachers_are_alike_at_first_only(references):
     last = [kl[weights][-1] for weights in WEIGHTS]
     apart = [abs(a - b) for a, b in zip(last, last[1:] + last[:1], strict=True)]
     assert min(apart) > 1e-4
-    for run in references.values():
-        lines = [x for x in read_metrics(run / "train" / "metrics.jsonl") if "terms" in x]
-        for line in lines:
-            terms = line["terms"]
-            assert line["loss"] == pytest.approx(0.5 * terms["ce"] + 0.5 * terms["kl"], rel=1e-6)
+    for line in (line for run in references.values() for line in step_lines(run)):
+        terms = line["terms"]
+        assert line["loss"] == pytest.approx(0.5 * terms["ce"] + 0.5 * terms["kl"], rel=1e-6)
 
 
-GEOMETRIES = [
-    (2, 2, 4),
-    (3, 2, 2),
-]
-
-
-@pytest.mark.parametrize(("stage", "ranks", "micro"), GEOMETRIES)
+@pytest.mark.parametrize(("stage", "ranks", "micro"), [(2, 2, 4), (3, 2, 2)])
 def test_the_average_is_the_same_in_any_geometry(runs, references, stage, ranks, micro):
     """For the other teachers test_self_evolution.py shows it."""
     words = [f"deepspeed=zero{stage}", f"train.micro_batch={micro}"]
@@ -83,11 +72,7 @@ def test_activation_checkpointing_changes_nothing(runs, references):
     same(train(runs, "recomputed", 2, *words, weights="current"), references["current"])
 
 
-RESUMED = [
-    ("average", (3, 2), (3, 2)),
-    ("average", (2, 2), (3, 1)),
-    ("frozen", (0, 1), (2, 2)),
-]
+RESUMED = [("average", (3, 2), (3, 2)), ("average", (2, 2), (3, 1)), ("frozen", (0, 1), (2, 2))]
 
 
 @pytest.mark.parametrize(("weights", "saved", "loaded"), RESUMED)
@@ -116,15 +101,9 @@ def test_causal_students(runs, weights):
 
 def test_the_last_checkpoint_is_exported_whatever_its_loss(runs, references):
     """Of a run whose validation loss rises: its learning rate grows far too high."""
-    out = train(
-        runs,
-        "rising",
-        1,
-        "until=evaluate",
-        weights="current",
-        train={"steps": STEPS, "lr": 3.0, "warmup": STEPS, "clip": 0.0},
-        checkpoint={"keep": 1},
-    )
+    changes = {"train": {"steps": STEPS, "lr": 3.0, "warmup": STEPS, "clip": 0.0}}
+    changes["checkpoint"] = {"keep": 1}
+    out = train(runs, "rising", 1, "until=evaluate", weights="current", **changes)
     scores = evaluations(out)
     assert scores[-1] > scores[0]
     summary = json.loads((out / "train" / "summary.json").read_text())
@@ -136,8 +115,7 @@ def test_the_last_checkpoint_is_exported_whatever_its_loss(runs, references):
 
 
 def test_the_student_is_exported_and_not_its_average(runs, references):
-    out = runs.folder / "exported"
-    shutil.copytree(references["average"], out)
+    out = runs.copied(references["average"], "exported")
     train(runs, out.name, 2, "deepspeed=zero3", "until=evaluate", weights="average")
     assert exported_nll(out) == pytest.approx(evaluations(out)[-1], abs=1e-5)
 

@@ -5,15 +5,13 @@ Tiny students in forked ranks, by the user's command; losses and evaluations agr
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dskd.settings.yaml_tree import merge
-from dskd.system.log import read_metrics
-from tests.equivalence.small import LIVE, MASKED, Runs, cached, same
+from tests.equivalence.small import LIVE, MASKED, Runs, cached, same, step_lines
 from tests.launching import cut_back, evaluations, exported_nll, losses
 
 STEPS = 6
@@ -68,8 +66,7 @@ def score_of(checkpoint: Path) -> float | None:
 
 
 def column(run: Path, name: str) -> list[float]:
-    lines = read_metrics(run / "train" / "metrics.jsonl")
-    return [line[name] for line in lines if name in line]
+    return [line[name] for line in step_lines(run) if name in line]
 
 
 def test_units_are_removed_and_go_to_zero(references):
@@ -116,25 +113,20 @@ def halves(runs) -> dict[tuple[int, int], Path]:
     for stage, ranks in [(0, 1), (2, 2), (3, 2)]:
         words = (f"deepspeed=zero{stage}", "checkpoint.keep=3")
         out = train(runs, f"half-{stage}-{ranks}", ranks, *words)
-        shutil.copytree(out, runs.folder / f"whole-{stage}-{ranks}")
+        runs.copied(out, f"whole-{stage}-{ranks}")
         cut_back(out, step=2)
         found[stage, ranks] = out
     return found
 
 
-ELSEWHERE = [
-    ((0, 1), (3, 2)),
-    ((0, 1), (1, 2)),
-    ((2, 2), (0, 2)),
-    ((3, 2), (2, 1)),
-]
+ELSEWHERE = [((0, 1), (3, 2)), ((0, 1), (1, 2)), ((2, 2), (0, 2)), ((3, 2), (2, 1))]
 AGAIN = [((0, 1), (0, 1)), ((2, 2), (2, 2)), ((3, 2), (3, 2))]
 
 
 @pytest.mark.parametrize(("saved", "loaded"), ELSEWHERE + AGAIN)
 def test_goes_on_in_the_middle_of_the_ramp(runs, references, halves, saved, loaded):
     name = "{}-{}--{}-{}".format(*saved, *loaded)
-    shutil.copytree(halves[saved], runs.folder / name)
+    runs.copied(halves[saved], name)
     stage, ranks = loaded
     out = train(runs, name, ranks, f"deepspeed=zero{stage}")
     same(out, references["annealed"])
@@ -145,17 +137,14 @@ def test_goes_on_in_the_middle_of_the_ramp(runs, references, halves, saved, load
 
 def test_the_original_goes_on(runs, references):
     """Masks chosen anew in every step come out the same after a stop."""
-    out = runs.folder / "original-half"
-    shutil.copytree(references["original"], out)
-    cut_back(out, step=8)
+    out = runs.copied(references["original"], "original-half", step=8)
     train(runs, out.name, 1, rule="original")
     assert losses(out) == losses(references["original"])
 
 
 def test_a_compacted_student_goes_on(runs, references):
     """Step 4 is past the ramp; the next steps leave the removed units out."""
-    out = runs.folder / "compacted"
-    train(runs, out.name, 2, "deepspeed=zero3")
+    out = train(runs, "compacted", 2, "deepspeed=zero3")
     cut_back(out, step=4)
     same(train(runs, out.name, 1, "deepspeed=zero1"), references["annealed"])
 
@@ -165,9 +154,8 @@ def test_an_offloaded_optimizer_changes_nothing(runs, preset, rule):
     """Without clipping, which it would do before the edits; two micro-batches a step."""
     words = ["train.clip=0", "train.micro_batch=2"]
     plain = train(runs, f"unclipped-{rule}", 1, *words, rule=rule)
-    same(
-        train(runs, f"{preset}-offload", 2, *words, f"deepspeed={preset}_offload", rule=rule), plain
-    )
+    words.append(f"deepspeed={preset}_offload")
+    same(train(runs, f"{preset}-offload", 2, *words, rule=rule), plain)
 
 
 def test_compaction_changes_nothing(runs, references):
@@ -197,12 +185,10 @@ def test_bf16_ends_at_exact_zeros(runs, references, stage, ranks):
 )
 def test_the_original_goes_on_elsewhere(runs, references, saved, loaded):
     name = "original-{}-{}--{}-{}".format(*saved, *loaded)
-    out = train(runs, name, saved[1], f"deepspeed=zero{saved[0]}", rule="original")
-    cut_back(out, step=8)
-    same(
-        train(runs, name, loaded[1], f"deepspeed=zero{loaded[0]}", rule="original"),
-        references["original"],
-    )
+    (before, ranks), (after, others) = saved, loaded
+    cut_back(train(runs, name, ranks, f"deepspeed=zero{before}", rule="original"), step=8)
+    out = train(runs, name, others, f"deepspeed=zero{after}", rule="original")
+    same(out, references["original"])
 
 
 def test_the_original_is_exported_once_removed_units_are_near_zero(runs):
@@ -224,8 +210,7 @@ def test_the_original_is_exported_once_removed_units_are_near_zero(runs):
 
 def test_the_original_is_refused_while_removed_units_are_large(runs, references, capfd):
     """Trained without a complaint, its last masks chosen; but the export would be another model."""
-    out = runs.folder / "large"
-    shutil.copytree(references["original"], out)
+    out = runs.copied(references["original"], "large")
     folders = (out / "train" / "checkpoints").glob("step-*")
     assert all(score_of(f) is None for f in folders)
     told = r"largest norm of a removed unit is .* raise train\.steps, method\.penalty"
@@ -238,8 +223,7 @@ def test_the_original_is_refused_while_removed_units_are_large(runs, references,
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 2)])
 def test_the_export_is_the_student(runs, references, stage, ranks):
     """The dense model that a user loads scores what the student with compactors scored."""
-    out = runs.folder / f"exported-{stage}"
-    shutil.copytree(references["annealed"], out)
+    out = runs.copied(references["annealed"], f"exported-{stage}")
     train(runs, out.name, ranks, f"deepspeed=zero{stage}", "until=evaluate")
     assert exported_nll(out) == pytest.approx(evaluations(out)[-1], abs=1e-5)
     config = json.loads((out / "export" / "config.json").read_text())
@@ -267,7 +251,6 @@ def test_inherits_a_distribution_as_well(runs):
     live = runs.run("inherit-live", 1, **changes)
     other = runs.run("inherit-cached", 2, "deepspeed=zero3", **changes | {"teacher": cached(LIVE)})
     same(live, other)
-    lines = read_metrics(live / "train" / "metrics.jsonl")
-    lines = [line for line in lines if "loss" in line]
+    lines = step_lines(live)
     assert [line["alpha"] for line in lines] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
     assert ["kl" in line["terms"] for line in lines] == [True] * 3 + [False] * 3

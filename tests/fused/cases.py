@@ -4,6 +4,7 @@ import torch
 
 from dskd import ops
 from dskd.ops import DenseTeacher, LinearTeacher, TopKTeacher
+from tests.fused import expected
 
 N, V, W, D, E, K = 5, 11, 9, 4, 3, 4
 KINDS = [kind for kind in ops.KINDS if kind != "mixed"]
@@ -17,16 +18,12 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def kept(teacher_NV, temperature, dtype=torch.float64):
+def kept(teacher_NV, temperature):
     """Ids, log-probabilities and tail at a temperature, with an unused slot at token 1."""
-    logprobs_NV = (teacher_NV / temperature).log_softmax(1)
-    logprobs_NK, ids_NK = logprobs_NV.topk(K, 1)
+    ids_NK, logprobs_NK, tail_N = expected.kept(teacher_NV, K, temperature, torch.float64)
+    tail_N[1] = tail_N[1].logaddexp(logprobs_NK[1, -1])
     ids_NK[1, -1], logprobs_NK[1, -1] = -1, -torch.inf
-    known_NV = torch.zeros(N, V + 1, dtype=torch.bool).scatter_(
-        1, ids_NK.where(ids_NK >= 0, V), True
-    )
-    tail_N = logprobs_NV.masked_fill(known_NV[:, :V], -torch.inf).logsumexp(1)
-    return ids_NK, logprobs_NK.to(dtype), tail_N.to(dtype)
+    return ids_NK, logprobs_NK, tail_N
 
 
 def topk_teacher(teacher_NV, temperature):
@@ -41,6 +38,14 @@ def topk_teacher(teacher_NV, temperature):
 
 def gradients(total, *leaves):
     return torch.autograd.grad(total, leaves)
+
+
+def same(total, wanted, *leaves):
+    """Two totals agree, and so do their gradients, in float64."""
+    torch.testing.assert_close(total, wanted, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        gradients(total, *leaves), gradients(wanted, *leaves), rtol=1e-9, atol=1e-11
+    )
 
 
 COMMON = {"labels_N": LABELS, "weight": WEIGHT, "label_weight": 0.7}

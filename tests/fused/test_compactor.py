@@ -121,7 +121,8 @@ def test_identity_and_removal_are_exact(dtype):
 def test_16_bits_round_the_correction_and_twice_the_result():
     """Closer to the exact product than factors that hold the identity."""
     layer = made(torch.bfloat16, outputs=96, inputs=96, drift=1e-3)
-    exact = reference(*(f if f is None else f.double() for f in layer))[0]
+    doubled = Factors(*(f if f is None else f.double() for f in layer))
+    exact, _ = reference(*doubled)
 
     def error(found):
         return ((found.double() - exact).norm() / exact.norm()).item()
@@ -131,13 +132,11 @@ def test_16_bits_round_the_correction_and_twice_the_result():
     assert rounded < 0.002
     assert error(merged.weight_Pnk) < 1.6 * rounded
     eye = torch.eye(96)
-    chain = (
-        (eye + layer.right_PNN).bfloat16() @ layer.weight_PNK @ (eye + layer.left_PKK).bfloat16()
-    )
+    left, right = ((eye + d).bfloat16() for d in (layer.left_PKK, layer.right_PNN))
+    chain = right @ layer.weight_PNK @ left
     assert error(chain) > 1.1 * error(merged.weight_Pnk)
     grad = torch.randn(PARTS, 96, 96).bfloat16()
     (found,) = unmerge_layers([layer], [merged.middle], [grad], [grad[..., 0]])
-    doubled = Factors(*(f if f is None else f.double() for f in layer))
     wanted = differentiated(doubled, grad.double(), grad[..., 0].double())
     for value, right in zip(found, wanted, strict=True):
         assert ((value.double() - right).norm() / right.norm()).item() < 0.006
@@ -161,9 +160,9 @@ def test_refused(change, message):
 
 
 def test_layers_of_a_call_are_alike():
-    with pytest.raises(ValueError, match="layers: they differ"):
-        merge_layers([made(), made(torch.float32)])
-    with pytest.raises(ValueError, match="layers: they differ"):
-        merge_layers([made(keeps="inputs"), made(keeps="both")])
+    types, keeps = [made(), made(torch.float32)], [made(keeps="inputs"), made(keeps="both")]
+    for layers in (types, keeps):
+        with pytest.raises(ValueError, match="layers: they differ"):
+            merge_layers(layers)
     with pytest.raises(ValueError, match="there are none"):
         merge_layers([])

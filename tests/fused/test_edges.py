@@ -15,8 +15,8 @@ KINDS = [kind for kind in ops.KINDS if kind != "mixed"]
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(params=[False, True], ids=["closed forms", "kernels"])
-def implementation(request):
+@pytest.fixture(autouse=True, params=[False, True], ids=["closed forms", "kernels"])
+def _implementation(request):
     with ops.triton_everywhere() if request.param else nullcontext():
         yield
 
@@ -25,54 +25,44 @@ def logits(seed):
     return torch.randn(N, V, generator=torch.Generator().manual_seed(seed))
 
 
-def with_gradient(student_NV, loss):
+def only_the_label_counts_in_row_1(student_NV, loss):
+    """What the loss gives; there, it has no divergence and the gradient of the cross entropy."""
     leaf_NV = student_NV.clone().requires_grad_()
-    found = loss(leaf_NV)
+    found, alone = loss(leaf_NV), ops.label_ce(leaf_NV, LABELS, label_weight=0.7)
     (grad_NV,) = torch.autograd.grad(found.total, leaf_NV)
-    return found, grad_NV
+    (expected_NV,) = torch.autograd.grad(alone.total, leaf_NV)
+    assert found.divergence_N[1] == 0
+    torch.testing.assert_close(found.label_N, alone.label_N, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_NV[1], expected_NV[1], rtol=1e-4, atol=1e-6)
+    assert grad_NV.isfinite().all() and found.total.isfinite()
+    return found
 
 
 @pytest.mark.parametrize("bad", [NAN, -INF])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
 @pytest.mark.parametrize("kind", ops.KINDS)
-def test_where_only_the_label_counts_the_teacher_may_be_anything(
-    implementation, kind, temperature, bad
-):
+def test_where_only_the_label_counts_the_teacher_may_be_anything(kind, temperature, bad):
     student_NV, teacher_NV = logits(0), logits(1)
     teacher_NV[1] = bad
     weight_N = torch.tensor([1.0, 0.0, 1.0, 2.0])
     options = {"kind": kind, "temperature": temperature, "weight": weight_N, "label_weight": 0.7}
     if kind == "mixed":
         options["reverse_weight"] = weight_N
-    found, grad_NV = with_gradient(
+    found = only_the_label_counts_in_row_1(
         student_NV, lambda s_NV: ops.dense_kd(s_NV, teacher_NV, LABELS, **options)
     )
-    alone, expected_NV = with_gradient(
-        student_NV, lambda s_NV: ops.label_ce(s_NV, LABELS, label_weight=0.7)
-    )
-    assert found.divergence_N[1] == 0
     assert (found.divergence_N[[0, 2, 3]] > 0).all()
-    torch.testing.assert_close(found.label_N, alone.label_N, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grad_NV[1], expected_NV[1], rtol=1e-4, atol=1e-6)
-    assert grad_NV.isfinite().all() and found.total.isfinite()
 
 
 @pytest.mark.parametrize("mode", ops.MODES)
-def test_where_only_the_label_counts_a_top_k_teacher_may_be_anything(implementation, mode):
+def test_where_only_the_label_counts_a_top_k_teacher_may_be_anything(mode):
     student_NV, (ids_NK, logprobs_NK, tail_N) = logits(0), kept(logits(1), 4)
     logprobs_NK[1], tail_N[1] = NAN, NAN
     options = {"mode": mode, "weight": torch.tensor([1.0, 0.0, 1.0, 2.0]), "label_weight": 0.7}
     tail_N = tail_N if mode == "tail" else None
-    found, grad_NV = with_gradient(
-        student_NV,
-        lambda s_NV: ops.topk_kd(s_NV, ids_NK, logprobs_NK, tail_N, LABELS, **options),
+    only_the_label_counts_in_row_1(
+        student_NV, lambda s_NV: ops.topk_kd(s_NV, ids_NK, logprobs_NK, tail_N, LABELS, **options)
     )
-    _, expected_NV = with_gradient(
-        student_NV, lambda s_NV: ops.label_ce(s_NV, LABELS, label_weight=0.7)
-    )
-    assert found.divergence_N[1] == 0
-    torch.testing.assert_close(grad_NV[1], expected_NV[1], rtol=1e-4, atol=1e-6)
-    assert grad_NV.isfinite().all() and found.total.isfinite()
 
 
 def same(found_N, expected_N):
@@ -91,7 +81,7 @@ def masked():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_infinite_and_undefined_dense_losses(implementation, kind):
+def test_infinite_and_undefined_dense_losses(kind):
     student_NV, teacher_NV = masked()
     if kind == "reverse_kl":
         teacher_NV[2, 7] = -INF
@@ -108,7 +98,7 @@ def test_infinite_and_undefined_dense_losses(implementation, kind):
 
 
 @pytest.mark.parametrize("mode", ops.MODES)
-def test_infinite_and_undefined_top_k_losses(implementation, mode):
+def test_infinite_and_undefined_top_k_losses(mode):
     student_NV, teacher_NV = masked()
     ids_NK, logprobs_NK, tail_N = kept(teacher_NV, 4)
     tail_N = tail_N if mode == "tail" else None
@@ -121,7 +111,7 @@ def test_infinite_and_undefined_top_k_losses(implementation, mode):
     same(found.label_N, reference.cross_entropy(student_NV, LABELS))
 
 
-def test_infinite_and_undefined_mixtures(implementation):
+def test_infinite_and_undefined_mixtures():
     student_NV, teacher_NV = masked()
     teachers, weights_Nn = [teacher_NV, logits(2)], torch.ones(N, 2)
     teachers[1][3] = -INF

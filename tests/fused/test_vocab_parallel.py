@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from importlib import import_module
 from itertools import accumulate
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,8 +39,9 @@ def whole(student, teacher, kind, temperature, labelled):
     weight, reverse, label_weight = (w * (LABELS >= 0) for w in (WEIGHT, REVERSE, LABEL_WEIGHT))
     vectors = weight, reverse if kind == "mixed" else None, label_weight
     labels = LABELS if labelled else None
-    found = dense_expected(student, teacher, labels, *vectors, kind, BETA, temperature)
-    divergence_N, label_N, grad_NV = found
+    divergence_N, label_N, grad_NV = dense_expected(
+        student, teacher, labels, *vectors, kind, BETA, temperature
+    )
     total = divergence_N.sum() if kind == "mixed" else weight @ divergence_N
     total = total + label_weight @ label_N if labelled else total
     label_N = label_N if labelled else torch.empty(0, dtype=torch.float64)
@@ -51,7 +53,8 @@ def on_rank(rank, widths, teacher_columns, cases, dtype, triton):
     bounds = [0, *accumulate(widths)]
     first, beyond = bounds[rank], bounds[rank + 1]
     found = []
-    launches = watched(import_module("dskd.kernels.vocab_parallel"), "gradient_rows")
+    kernels = import_module("dskd.kernels.vocab_parallel")
+    kernels.gradient_rows = launches = Mock(wraps=kernels.gradient_rows)  # in a process of its own
     for kind, temperature, labelled in cases:
         student = logits(0)[:, first:beyond].to(dtype).requires_grad_()
         teacher = logits(1)[:, first : max(first, min(beyond, teacher_columns))].to(dtype)
@@ -64,20 +67,8 @@ def on_rank(rank, widths, teacher_columns, cases, dtype, triton):
         assert not result.divergence_N.requires_grad
         assert not result.label_N.requires_grad
         found.append((*(each.detach().numpy() for each in result), student.grad.numpy()))
-    assert len(launches) == (len(cases) if triton else 0)
+    assert launches.call_count == (len(cases) if triton else 0)
     return found
-
-
-def watched(module, name):
-    """A list that grows with every call of a module's function; for a process of its own."""
-    calls, function = [], getattr(module, name)
-
-    def call(*args, **kwargs):
-        calls.append(name)
-        return function(*args, **kwargs)
-
-    setattr(module, name, call)
-    return calls
 
 
 def compare(widths, teacher_columns, cases, dtype, tolerance, triton=False):
@@ -177,12 +168,10 @@ def _peer(rank):
     for kind in ("forward_kl", "reverse_kl", "label"):
         theirs, ours = (whole_student[:, shard].clone().requires_grad_() for _ in range(2))
         if kind == "label":
-            per_token = vocab_parallel_cross_entropy(
-                theirs, labels, tp_group=group, reduction="none"
-            )
-            result = vocab_parallel_kd(
-                ours, teacher, labels, group=group, weight=0.0, label_weight=1.0
-            )
+            how = {"tp_group": group, "reduction": "none"}
+            per_token = vocab_parallel_cross_entropy(theirs, labels, **how)
+            how = {"group": group, "weight": 0.0, "label_weight": 1.0}
+            result = vocab_parallel_kd(ours, teacher, labels, **how)
             mine = result.label_N
         else:
             per_token = vocab_parallel_kl_div(theirs, teacher, kind == "reverse_kl", group)
@@ -205,12 +194,9 @@ def _edges(rank):
     """Refusals, no rows, no gradient wanted, a second backward pass."""
     group = dist.group.WORLD
     logits_NR = torch.randn(4, 6, dtype=torch.float64)
+    labels_N = torch.tensor([0, 1, 12, 3])
     for message, arguments, settings in (
-        (
-            "labels: 12 at",
-            (logits_NR, logits_NR, torch.tensor([0, 1, 12, 3])),
-            {"label_weight": 1.0},
-        ),
+        ("labels: 12 at", (logits_NR, logits_NR, labels_N), {"label_weight": 1.0}),
         ("teacher: has 7 columns", (logits_NR, torch.randn(4, 7)), {}),
         ("teacher: has 3 rows", (logits_NR, logits_NR[:3]), {}),
         ("kind: reverse_kl is infinite", (logits_NR, logits_NR[:, :5]), {"kind": "reverse_kl"}),

@@ -1,6 +1,7 @@
 """What the kernel tests share: logits of awkward shapes, and comparison with float64."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,17 @@ def logits(
     storage = torch.full((offset + rows * stride,), float("nan"), dtype=dtype, device=device)
     view = storage[offset:].view(rows, stride)[:, :columns]
     return view.copy_(torch.randn(rows, columns, device=device) * scale)
+
+
+def far_apart(file: Path, columns: int, device: str) -> Tensor:
+    """Random fp16 logits [3, columns], the last row 2^31 elements behind the first."""
+    stride = (1 << 30) + 8
+    size = 2 * stride + columns
+    if GPU:
+        memory = torch.zeros(size, dtype=torch.float16, device=device)
+    else:
+        memory = torch.from_file(str(file), True, size, dtype=torch.float16)  # a sparse one
+    return memory.as_strided((3, columns), (stride, 1)).copy_(logits(3, columns))
 
 
 def surroundings(view: Tensor) -> Tensor:

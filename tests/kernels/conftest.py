@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
+from tests.kernels.cases import GPU
+
+if not GPU:
     # Triton decides when it is imported
     assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
         "triton was imported before tests/kernels could choose its interpreter"
@@ -17,7 +18,7 @@ if not CUDA:
 
 @pytest.fixture
 def device() -> str:
-    return "cuda" if CUDA else "cpu"
+    return "cuda" if GPU else "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -80,12 +80,12 @@ def test_products(size, some, dtype, device):
 def test_through_the_public_functions(some, device):
     """Small layers come out as in plain torch, merged and back; large ones take that."""
     keeps = kept(20, device) if some else [None] * LAYERS
+    how = {"dtype": torch.float32, "device": device}
     layers = [
         Factors(
-            random(PARTS, 20, 20, dtype=torch.float32, device=device),
-            random(PARTS, 20, dtype=torch.float32, device=device),
-            random(PARTS, 20, 20, dtype=torch.float32, device=device, scale=0.1),
-            random(PARTS, 20, 20, dtype=torch.float32, device=device, scale=0.1),
+            random(PARTS, 20, 20, **how),
+            random(PARTS, 20, **how),
+            *(random(PARTS, 20, 20, **how, scale=0.1) for _ in range(2)),
             keep,
             keep,
         )
@@ -94,10 +94,8 @@ def test_through_the_public_functions(some, device):
 
     def run(layers):
         merged = merge_layers(layers)
-        weights = [m.weight_Pnk.cos() for m in merged]
-        grads = unmerge_layers(
-            layers, [m.middle for m in merged], weights, [m.bias_Pn for m in merged]
-        )
+        weights, biases, middles = zip(*merged, strict=True)
+        grads = unmerge_layers(layers, middles, [w.cos() for w in weights], biases)
         return [t for of_layer in (*merged, *grads) for t in of_layer]
 
     double = [Factors(*(f.double() for f in layer[:4]), *layer[4:]) for layer in layers]

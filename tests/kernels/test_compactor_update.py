@@ -7,15 +7,14 @@ from dskd.fused.backend import triton_everywhere
 from dskd.fused.update import Piece, update
 from dskd.kernels import compactor_update
 from tests.fused.test_update import cuts, piece_of, wanted, whole
-from tests.kernels.cases import ROUNDING, close
-from tests.kernels.conftest import CUDA
+from tests.kernels.cases import GPU, ROUNDING, close
 
 SHAPES = [
     *[(shape, side) for shape in ((7, 7), (3, 10, 10), (37, 37)) for side in ("left", "right")],
     ((1, 37), "vector"),
     ((3, 10), "vector"),
 ]
-LOW = torch.bfloat16 if CUDA else torch.float16
+LOW = torch.bfloat16 if GPU else torch.float16
 
 
 def moved(piece, device, gradient):
@@ -28,9 +27,8 @@ def moved(piece, device, gradient):
     made = piece._replace(weight=place(piece.weight))
     if piece.gradient is not None:
         made = made._replace(gradient=place(piece.gradient, gradient), moment=place(piece.moment))
-    names = ("gate_K", "pull_K", "fade_K", "push_K", "ratio_K")
-    given = {n: getattr(piece, n) for n in names if getattr(piece, n) is not None}
-    return made._replace(**{n: v.to(device, torch.float32) for n, v in given.items()})
+    values = {n: v for n, v in piece._asdict().items() if n.endswith("_K") and v is not None}
+    return made._replace(**{n: v.to(device, torch.float32) for n, v in values.items()})
 
 
 def surrounded(value):

@@ -27,14 +27,13 @@ def labels_and_weights(rows, columns, device):
 def check(student, labels, weight, grad, student_map=PLAIN, *, relative=3e-5, absolute=3e-7):
     """Loss and gradient are the reference's."""
     counted = weight != 0
+    weights, rows = weight[counted], student[counted]
 
     def loss_of(leaf):
         return reference.cross_entropy(reference.mapped(leaf, *student_map), labels[counted])
 
-    wanted = loss_of(student[counted].double())
-    wanted_grad = gradient_of(
-        lambda leaf: (weight[counted] * loss_of(leaf)).sum(), student[counted]
-    )
+    wanted = loss_of(rows.double())
+    wanted_grad = gradient_of(lambda leaf: (weights * loss_of(leaf)).sum(), rows)
     loss = label_rows(student, labels, weight, student_map=student_map, grad_NV=grad)
     assert loss.dtype == torch.float32
     close("loss", loss[counted], wanted, relative, 1e-5)
@@ -129,9 +128,8 @@ def test_what_is_not_a_number_shows(device, bad):
 
 def test_no_rows(device):
     nothing = torch.empty(0, 12, device=device)
-    loss = label_rows(
-        nothing, nothing[:, 0].long(), nothing[:, 0], student_map=PLAIN, grad_NV=nothing
-    )
+    labels, weight = nothing[:, 0].long(), nothing[:, 0]
+    loss = label_rows(nothing, labels, weight, student_map=PLAIN, grad_NV=nothing)
     assert loss.shape == (0,)
 
 

@@ -8,7 +8,7 @@ import torch
 from dskd.fused import reference
 from dskd.kernels import mixture
 from tests.fused.expected import PLAIN, mixture_expected
-from tests.kernels.cases import GPU, ROUNDING, close, logits, surroundings
+from tests.kernels.cases import GPU, ROUNDING, close, far_apart, logits, surroundings
 
 COLUMNS = 16384 if GPU else 504
 
@@ -48,6 +48,12 @@ def awkward(columns, ranges, device, dtype=torch.float32, padding=0, offset=0, p
     return student, teachers, [first for first, _ in ranges], weight
 
 
+def run(student, teachers, firsts, weight, temperature=1.0, logit_map=PLAIN, grad=None):
+    """Divergence; the gradient goes to `grad`, if any."""
+    how = {"temperature": temperature, "student_map": logit_map, "grad_NV": grad}
+    return mixture.mixture_rows(student, teachers, firsts, weight, **how)
+
+
 def check(
     student, teachers, firsts, weight, *, temperature=1.0, logit_map=PLAIN, grad="other",
     tolerance=3e-5,
@@ -59,8 +65,7 @@ def check(
         grad = student
     elif grad == "other":
         grad = torch.empty_like(student)
-    how = {"temperature": temperature, "student_map": logit_map, "grad_NV": grad}
-    divergence = mixture.mixture_rows(student, teachers, firsts, weight, **how)
+    divergence = run(student, teachers, firsts, weight, temperature, logit_map, grad)
     close("divergence", divergence, wanted[0], tolerance, tolerance / 10)
     assert (divergence == 0).tolist() == (weight == 0).all(1).tolist()
     if grad is not None:
@@ -148,9 +153,7 @@ def test_many_teachers(device):
 
 def test_one_teacher_is_dense_kl(device):
     student, (teacher,), firsts, weight = awkward(COLUMNS, everywhere(COLUMNS, 1), device)
-    divergence = mixture.mixture_rows(
-        student, [teacher], firsts, weight, temperature=2.0, student_map=PLAIN, grad_NV=None
-    )
+    divergence = run(student, [teacher], firsts, weight, 2.0)
     wanted = reference.divergence(student.double(), teacher.double(), temperature=2.0)
     rows = [0, 3, 4]
     close("divergence", divergence[rows], wanted[rows])
@@ -161,56 +164,36 @@ def test_student_rules_a_token_out(device):
     student, teachers, firsts, weight = awkward(COLUMNS, everywhere(COLUMNS), device)
     student[0, :5] = -math.inf
     grad = torch.empty_like(student)
-    divergence = mixture.mixture_rows(
-        student, teachers, firsts, weight, temperature=1.0, student_map=PLAIN, grad_NV=grad
-    )
+    divergence = run(student, teachers, firsts, weight, grad=grad)
     assert divergence[0] == math.inf
     assert divergence[2:].isfinite().all()
     assert grad.isfinite().all()
     q = student[0].double().softmax(0)
-    p = sum(
-        w * teacher[0].double().softmax(0)
-        for w, teacher in zip(weight[0].double(), teachers, strict=True)
-    )
-    close("gradient", grad[0], weight[0].double().sum() * q - p)
+    w = weight[0].double()
+    p = sum(w[k] * teacher[0].double().softmax(0) for k, teacher in enumerate(teachers))
+    close("gradient", grad[0], w.sum() * q - p)
 
 
 def test_nan_is_not_hidden(device):
     student, teachers, firsts, weight = awkward(COLUMNS, everywhere(COLUMNS), device)
     student[0, 7] = math.nan
     teachers[1][4, COLUMNS - 1] = math.nan
-    divergence = mixture.mixture_rows(
-        student, teachers, firsts, weight, temperature=1.0, student_map=PLAIN, grad_NV=None
-    )
+    divergence = run(student, teachers, firsts, weight)
     assert divergence.isnan().tolist() == [True, False, False, False, True]
 
 
 def test_no_rows(device):
     nothing = torch.empty(0, 40, device=device)
-    divergence = mixture.mixture_rows(
-        nothing, [nothing, nothing], [0, 0], nothing[:, :2],
-        temperature=1.0, student_map=PLAIN, grad_NV=nothing,
-    )  # fmt: skip
+    divergence = run(nothing, [nothing, nothing], [0, 0], nothing[:, :2], grad=nothing)
     assert divergence.shape == (0,)
 
 
 def test_elements_beyond_int32(device, tmp_path):
     """The student's and a teacher's last row lie 2^31 elements behind the first."""
-    columns, stride = COLUMNS, (1 << 30) + 8
-    size = 2 * stride + columns
-    rows = []
-    for name in ("student", "teacher"):
-        if GPU:
-            memory = torch.zeros(size, dtype=torch.float16, device=device)
-        else:
-            # a sparse file
-            memory = torch.from_file(str(tmp_path / name), True, size, dtype=torch.float16)
-        rows.append(memory.as_strided((3, columns), (stride, 1)).copy_(logits(3, columns)))
-    student, *teachers = *rows, logits(3, columns, torch.float16, device=device)
+    student, teacher = (far_apart(tmp_path / n, COLUMNS, device) for n in ("student", "teacher"))
+    teachers = [teacher, logits(3, COLUMNS, torch.float16, device=device)]
     weight = torch.rand(3, 2, device=device)
     wanted = mixture_expected(student, teachers, [0, 0], weight)
-    divergence = mixture.mixture_rows(
-        student, teachers, [0, 0], weight, temperature=1.0, student_map=PLAIN, grad_NV=student
-    )
+    divergence = run(student, teachers, [0, 0], weight, grad=student)
     close("divergence", divergence, wanted[0])
     close("gradient", student, wanted[1], 3e-5 + ROUNDING[torch.float16])

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dskd.kernels import scale
-from tests.kernels.conftest import CUDA
+from tests.kernels.cases import GPU
 
 PAIRS = [(torch.float32, torch.float32), (torch.float32, torch.float16)]
 PAIRS += [(torch.float16, torch.float16)]
-if CUDA:  # the interpreter rounds to bf16 by cutting off
+if GPU:  # the interpreter rounds to bf16 by cutting off
     PAIRS += [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 
 

@@ -8,7 +8,7 @@ import torch
 from dskd.kernels import topk
 from tests.fused.expected import PLAIN, topk_expected
 from tests.fused.expected import kept as kept_of
-from tests.kernels.cases import GPU, ROUNDING, close, logits, surroundings
+from tests.kernels.cases import GPU, ROUNDING, close, far_apart, logits, surroundings
 
 MODES = ("tail", "renormalised", "truncated")
 COLUMNS = 16384 if GPU else 500
@@ -42,6 +42,12 @@ def awkward(columns, kept, temperature, device, dtype=torch.float32, padding=0):
     return student, (ids, logprobs, tail), labels, (weight, label_weight)
 
 
+def run(student, teacher, labels, weights, mode, *, temperature=1.0, logit_map=PLAIN, grad=None):
+    """Divergence and label loss; the gradient goes to `grad`, if any."""
+    how = {"mode": mode, "temperature": temperature, "student_map": logit_map, "grad_NV": grad}
+    return topk.topk_rows(student, *teacher, labels, *weights, **how)
+
+
 def check(
     student, teacher, labels, weights, mode, *, temperature=1.0, logit_map=PLAIN, grad="other",
     tolerance=3e-5,
@@ -56,8 +62,8 @@ def check(
         grad = student
     elif grad == "other":
         grad = torch.empty_like(student)
-    how = {"mode": mode, "temperature": temperature, "student_map": logit_map, "grad_NV": grad}
-    divergence, label_loss = topk.topk_rows(student, *teacher, labels, *weights, **how)
+    heat = {"temperature": temperature, "logit_map": logit_map}
+    divergence, label_loss = run(student, teacher, labels, weights, mode, **heat, grad=grad)
     close("divergence", divergence, wanted[0], tolerance, tolerance / 10)
     assert (label_loss is None) == (labels is None)
     if labels is not None:
@@ -173,10 +179,8 @@ def test_impossible_tokens(mode, device):
     weight = torch.ones(3, device=device)
     grad = torch.empty_like(student)
     q = student.double().softmax(1)
-    divergence, _ = topk.topk_rows(
-        student, ids, logprobs, tail if mode == "tail" else None, None, weight, None,
-        mode=mode, temperature=1.0, student_map=PLAIN, grad_NV=grad,
-    )  # fmt: skip
+    teacher = ids, logprobs, tail if mode == "tail" else None
+    divergence, _ = run(student, teacher, None, (weight, None), mode, grad=grad)
     unbounded = {"tail": [0, 1, 2], "renormalised": [0, 2], "truncated": [0]}[mode]
     assert (divergence[unbounded] == math.inf).all()
     # with none of the kept tokens, there is nothing that it could be restricted to
@@ -198,10 +202,7 @@ def test_nan_is_not_hidden(mode, device):
     student, teacher, labels, weights = awkward(COLUMNS, 9, 1.0, device)
     student[0, next(id for id in range(COLUMNS) if id not in teacher[0][0].tolist())] = math.nan
     student[2, teacher[0][2, 1]] = math.nan
-    divergence, label_loss = topk.topk_rows(
-        student, *teacher, labels, *weights,
-        mode=mode, temperature=1.0, student_map=PLAIN, grad_NV=None,
-    )  # fmt: skip
+    divergence, label_loss = run(student, teacher, labels, weights, mode)
     assert divergence.isnan().tolist() == [True, False, True, False, False, False]
     assert label_loss.isnan().tolist() == [True, False, False, False, False, False]
 
@@ -210,31 +211,17 @@ def test_no_rows(device):
     nothing = torch.empty(0, 40, device=device)
     ids = torch.empty(0, 3, dtype=torch.int64, device=device)
     labels, weight = ids[:, 0], nothing[:, 0]
-    divergence, label_loss = topk.topk_rows(
-        nothing, ids, nothing[:, :3], weight, labels, weight, weight,
-        mode="tail", temperature=1.0, student_map=PLAIN, grad_NV=nothing,
-    )  # fmt: skip
-    assert divergence.shape == label_loss.shape == (0,)
+    teacher = ids, nothing[:, :3], weight
+    found = run(nothing, teacher, labels, (weight, weight), "tail", grad=nothing)
+    assert [loss.shape for loss in found] == [(0,), (0,)]
 
 
 def test_elements_beyond_int32(device, tmp_path):
     """The last of three rows lies 2^31 elements behind the first."""
-    columns, stride = 600, (1 << 30) + 8
-    size = 2 * stride + columns
-    if GPU:
-        memory = torch.zeros(size, dtype=torch.float16, device=device)
-    else:
-        # a sparse file
-        memory = torch.from_file(str(tmp_path / "rows"), True, size, dtype=torch.float16)
-    student = memory.as_strided((3, columns), (stride, 1))
-    student.copy_(logits(3, columns))
-    teacher = logits(3, columns, device=device)
+    student, teacher = far_apart(tmp_path / "rows", 600, device), logits(3, 600, device=device)
     weight = torch.ones(3, device=device)
     kept = kept_of(teacher, 5, 1.0)
     wanted = topk_expected(student, kept, None, weight, None, "tail")
-    divergence, _ = topk.topk_rows(
-        student, *kept, None, weight, None,
-        mode="tail", temperature=1.0, student_map=PLAIN, grad_NV=student,
-    )  # fmt: skip
+    divergence, _ = run(student, kept, None, (weight, None), "tail", grad=student)
     close("divergence", divergence, wanted[0])
     close("gradient", student, wanted[2], 3e-5 + ROUNDING[torch.float16])

@@ -127,11 +127,7 @@ class Logits:
     """
 
     def __init__(
-        self,
-        logits_NV: Tensor,
-        mapping: ScaleAndCap,
-        temperature: float,
-        dtype: torch.dtype,
+        self, logits_NV: Tensor, mapping: ScaleAndCap, temperature: float, dtype: torch.dtype
     ) -> None:
         scale, self._softcap = mapping
         self._logits_NV, self._dtype = logits_NV, dtype

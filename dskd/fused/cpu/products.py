@@ -18,15 +18,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+Tensors = Sequence[Tensor]
 Keeps = Sequence[Tensor | None]
+Both = tuple[list[Tensor], list[Tensor] | None]
+"""Matrices, and vectors if some were given."""
 
 
-def right(
-    xs_PNK: Sequence[Tensor],
-    xs_PN: Sequence[Tensor] | None,
-    factors_PNN: Sequence[Tensor],
-    keeps: Keeps,
-) -> tuple[list[Tensor], list[Tensor] | None]:
+def right(xs_PNK: Tensors, xs_PN: Tensors | None, factors_PNN: Tensors, keeps: Keeps) -> Both:
     """``(I + D) x``, of its kept rows, of a matrix and (if there are any) of a vector.
 
     [P, n, K] and [P, n].
@@ -38,7 +36,7 @@ def _right(x: Tensor, factor: Tensor, keep: Tensor | None) -> Tensor:
     return torch.baddbmm(_rows(x, keep), _rows(factor, keep), x)
 
 
-def left(xs_PNK: Sequence[Tensor], factors_PKK: Sequence[Tensor], keeps: Keeps) -> list[Tensor]:
+def left(xs_PNK: Tensors, factors_PKK: Tensors, keeps: Keeps) -> list[Tensor]:
     """``x (I + D)``, of its kept columns: [P, N, k]."""
     return [
         torch.baddbmm(_columns(x, keep), x, _columns(d, keep))
@@ -47,11 +45,8 @@ def left(xs_PNK: Sequence[Tensor], factors_PKK: Sequence[Tensor], keeps: Keeps) 
 
 
 def right_input(
-    grads_PnK: Sequence[Tensor],
-    grads_Pn: Sequence[Tensor] | None,
-    factors_PNN: Sequence[Tensor],
-    keeps: Keeps,
-) -> tuple[list[Tensor], list[Tensor] | None]:
+    grads_PnK: Tensors, grads_Pn: Tensors | None, factors_PNN: Tensors, keeps: Keeps
+) -> Both:
     """The gradient of :func:`right` for what D is applied to: ``(I + D)^T grad``.
 
     [P, N, K] and [P, N].
@@ -67,11 +62,11 @@ def _right_input(grad: Tensor, factor: Tensor, keep: Tensor | None) -> Tensor:
 
 def _each(
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    matrices: Sequence[Tensor],
-    vectors: Sequence[Tensor] | None,
-    factors: Sequence[Tensor],
+    matrices: Tensors,
+    vectors: Tensors | None,
+    factors: Tensors,
     keeps: Keeps,
-) -> tuple[list[Tensor], list[Tensor] | None]:
+) -> Both:
     """A product of matrices, and of vectors as matrices of one column."""
     made = [product(*given) for given in zip(matrices, factors, keeps, strict=True)]
     if vectors is None:
@@ -81,9 +76,7 @@ def _each(
     return made, [v.squeeze(2) for v in of_vectors]
 
 
-def left_input(
-    grads_PNk: Sequence[Tensor], factors_PKK: Sequence[Tensor], keeps: Keeps
-) -> list[Tensor]:
+def left_input(grads_PNk: Tensors, factors_PKK: Tensors, keeps: Keeps) -> list[Tensor]:
     """The gradient of :func:`left` for x: ``grad (I + D)^T``, [P, N, K]."""
     return [
         torch.baddbmm(grad, grad, d.mT)
@@ -94,10 +87,10 @@ def left_input(
 
 
 def right_factor(
-    grads_PnK: Sequence[Tensor],
-    xs_PNK: Sequence[Tensor],
-    grads_Pn: Sequence[Tensor] | None,
-    xs_PN: Sequence[Tensor] | None,
+    grads_PnK: Tensors,
+    xs_PNK: Tensors,
+    grads_Pn: Tensors | None,
+    xs_PN: Tensors | None,
     keeps: Keeps,
 ) -> list[Tensor]:
     """The gradient of :func:`right` for D, [P, N, N]: 0 in the rows that are not kept.
@@ -112,9 +105,7 @@ def right_factor(
     return [kept if keep is None else _spread(kept, keep, 1) for kept, keep in rows]
 
 
-def left_factor(
-    xs_PNK: Sequence[Tensor], grads_PNk: Sequence[Tensor], keeps: Keeps
-) -> list[Tensor]:
+def left_factor(xs_PNK: Tensors, grads_PNk: Tensors, keeps: Keeps) -> list[Tensor]:
     """The gradient of :func:`left` for D: ``x^T grad`` in the kept columns, 0 elsewhere."""
     return [
         x.mT @ grad if keep is None else _spread(x.mT @ grad, keep, 2)

@@ -85,16 +85,10 @@ def topk_rows(
         chunk = Chunk(totals, [loss_C1], [(exps_CV, scale_C1)], [(part.ids_CK, grad_CK)])
         if labels is not None:
             label_C1 = part.logits_CV.gather(1, labels.ids_N1[rows])
-            softmax = ChunkSoftmax(
-                rows,
-                shifted,
-                part.others_CV,
-                exps_CV,
-                total_C1,
-                label_C1 - part.peak_C1 if shifted else label_C1,
-                part.ids_CK,
-                part.kept_CK,
-            )
+            if shifted:
+                label_C1 -= part.peak_C1
+            read = (rows, shifted, part.others_CV, exps_CV, total_C1)
+            softmax = ChunkSoftmax(*read, label_C1, part.ids_CK, part.kept_CK)
             add_label(chunk, student, softmax, labels, spare_CV)
         return chunk
 

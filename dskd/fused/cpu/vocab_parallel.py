@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dskd.fused.arguments import wide
+from dskd.fused.cpu.chunks import LOWEST, weighted_rows
 
 FORWARD = ("forward_kl", "mixed")
 REVERSE = ("reverse_kl", "mixed")
-LOWEST = -1e30
-"""In the place of -inf where a product with probability 0 has to be 0."""
 HUGE = 1e15
 """A divergence above this is infinite: mass of a side times -LOWEST."""
 _CHUNK = 1 << 19
@@ -59,7 +58,7 @@ def statistics_rows(
             part[:, 5] = -(q[:, :shared] * apart).sum(1)
         if label_weight_N is not None and temperature != 1.0:
             part[:, 6] = torch.exp(s - part[:, 0:1]).sum(1)
-    weighted_N1 = _weighted(weight_N, reverse_N, label_weight_N)[:, None]
+    weighted_N1 = weighted_rows(weight_N, reverse_N, label_weight_N)[:, None]
     return torch.where(weighted_N1, parts_N8, nothing)
 
 
@@ -83,7 +82,7 @@ def divergence_rows(
         value, slope = _value_and_slope(log_q, log_p, kind, beta)
         sums_N2[rows, 0] = value.sum(1)
         sums_N2[rows, 1] = (log_q.exp() * slope).sum(1)
-    weighted_N1 = _weighted(weight_N, reverse_N, label_weight_N)[:, None]
+    weighted_N1 = weighted_rows(weight_N, reverse_N, label_weight_N)[:, None]
     return torch.where(weighted_N1, sums_N2, 0.0)
 
 
@@ -113,7 +112,7 @@ def gradient_rows(
     and ``softmax(s) - onehot`` for the label (column ``column_N`` of this shard, -1 elsewhere).
     """
     whole = _whole(parts_PN8, temperature)
-    divergent_N = _weighted(weight_N, reverse_N, None)
+    divergent_N = weighted_rows(weight_N, reverse_N)
     divergence_N = _divergence(whole, sums_N2, weight_N, reverse_N, kind).where(divergent_N, 0.0)
     label_N = None
     if label_weight_N is not None:
@@ -125,17 +124,16 @@ def gradient_rows(
         log_q, log_p = _log_probabilities(s, t, whole, rows, temperature)
         q = log_q.exp()
         weight_C1 = (weight_N[rows] / temperature)[:, None]
-        if kind == "forward_kl":
+        if kind in FORWARD:
             grad = weight_C1 * (q - log_p.exp())
         elif kind == "reverse_kl":
             grad = weight_C1 * _reverse_slope(q, log_q, log_p, whole.reverse_N[rows])
-        elif kind == "mixed":
-            reverse_C1 = (reverse_N[rows] / temperature)[:, None]
-            grad = weight_C1 * (q - log_p.exp())
-            grad += reverse_C1 * _reverse_slope(q, log_q, log_p, whole.reverse_N[rows])
         else:
             _, slope = _value_and_slope(log_q, log_p, kind, beta)
             grad = weight_C1 * q * (slope - sums_N2[rows, 1:])
+        if kind == "mixed":
+            reverse_C1 = (reverse_N[rows] / temperature)[:, None]
+            grad += reverse_C1 * _reverse_slope(q, log_q, log_p, whole.reverse_N[rows])
         grad = grad.where(defined_N[rows, None], 0.0)
         if label_weight_N is not None:
             grad += _label_gradient(s, whole, rows, column_N[rows], label_weight_N[rows])
@@ -247,15 +245,6 @@ def _log_probabilities(
     log_q = (s - whole.max_s_N[rows, None]) / temperature - whole.log_s_N[rows, None]
     log_p = (t - whole.max_t_N[rows, None]) / temperature - whole.log_t_N[rows, None]
     return log_q, F.pad(log_p, (0, s.shape[1] - t.shape[1]), value=-torch.inf)
-
-
-def _weighted(weight_N: Tensor, reverse_N: Tensor | None, label_weight_N: Tensor | None) -> Tensor:
-    """Which tokens count for anything [N]; the logits of the others may be NaN."""
-    weighted_N = weight_N != 0
-    for more_N in (reverse_N, label_weight_N):
-        if more_N is not None:
-            weighted_N = weighted_N | (more_N != 0)
-    return weighted_N
 
 
 def _peak(logits: Tensor) -> Tensor:

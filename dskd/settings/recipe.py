@@ -236,8 +236,10 @@ class _Reader:
 def _unusable(path: str, place: SettingName) -> Iterator[str]:
     """What no file system or not DeepSpeed can do with a path."""
     longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
-    if longest > _NAME or len(os.fsencode(path)) > _PATH:
+    if longest > _NAME:
         yield f"{show(path)} has a name of {longest} bytes; file systems take {_NAME}"
+    if len(os.fsencode(path)) > _PATH:
+        yield f"{show(path)} has {len(os.fsencode(path))} bytes; file systems take {_PATH}"
     if place == ("out",) and set(path) & set("*?["):
         yield f"{show(path)}: DeepSpeed reads checkpoints by patterns; without * ? and [, please"
 

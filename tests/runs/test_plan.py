@@ -75,7 +75,7 @@ def test_a_run_that_starts_from_its_own_export_is_refused(tmp_path, there):
         export.mkdir(parents=True)
     model = {"path": f"{tmp_path}/runs/../runs/only/export"}
     path = recipe_of(tmp_path, {"only": {"model": model}})
-    with pytest.raises(ConfigError, match=r"^model\.path: \S+ is what this run itself exports"):
+    with pytest.raises(ConfigError, match=r"^runs\.only\.model\.path: \S+ is what this run itself"):
         checked(path)
 
 

@@ -1,11 +1,13 @@
 """Settings files: errors by name, recipes, overrides, round trips, what may change in a resume."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from pydantic import Field, field_validator
 
 from dskd.errors import ConfigError
+from dskd.methods.base import build_method
 from dskd.settings import yaml_tree
 from dskd.settings.base import Section
 from dskd.settings.compare import differences
@@ -149,6 +151,35 @@ def test_nothing_of_the_toy_is_laid_under_a_file(tmp_path, text, missing):
         read(path)
     found = [line.removeprefix(f"{path}: ").split(":")[0] for line in f"{caught.value}".split("\n")]
     assert found == missing
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("out=a[1]", "out: 'a[1]': DeepSpeed reads checkpoints by patterns"),
+        ("out=a*/b", "out: 'a*/b': DeepSpeed reads checkpoints by patterns"),
+        (f"out={'x' * 256}", "has a name of 256 bytes; file systems take 255"),
+        (
+            "data.folder=a/" + "\u00e9" * 128 + "/b",
+            "has a name of 256 bytes; file systems take 255",
+        ),
+        (f"model.path={'x/' * 2100}", "has 4200 bytes; file systems take 4095"),
+    ],
+    ids=lambda value: value[:16],
+)
+def test_a_path_that_cannot_be_used_is_refused(override, problem):
+    with pytest.raises(ConfigError) as caught:
+        _single(override)
+    assert problem in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_folder_of_a_run_is_that_of_its_config(tmp_path):
+    path = _write(tmp_path, "out: null")
+    assert read(path).runs[SINGLE].out == read(path).out == tmp_path
+    path.write_text(dump_run(_single("out=far/away"), here=True))
+    assert read(path).runs[SINGLE] == _single(f"out={tmp_path}")
+    with pytest.raises(ConfigError, match="out: expected"):
+        _single("out=null")
 
 
 def test_a_file_without_a_teacher_has_none(tmp_path):
@@ -470,3 +501,28 @@ def test_where_hard_tokens_are_stored_is_free():
         "data.masking.shown: 'token', now 'mask'",
         "data.masking.threshold: 0.1, now 0.5",
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("def (", "importing 'broken' fails: SyntaxError: "),
+        ("import nowhere_at_all", "importing 'broken' fails: ModuleNotFoundError: No module named"),
+        ("raise RuntimeError('at once')", "importing 'broken' fails: RuntimeError: at once"),
+        ("Name = 3", "Name is no method"),
+        ("", "'broken' has no 'Name'"),
+    ],
+)
+def test_a_broken_module_of_a_method_is_named(tmp_path, monkeypatch, source, problem):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    (tmp_path / "broken.py").write_text(source)
+    with pytest.raises(ConfigError, match=f"^method.kind: .*{problem}"):
+        build_method({"kind": "broken:Name"})
+
+
+def test_the_base_of_all_methods_is_none():
+    with pytest.raises(ConfigError, match=r"^method\.kind: dskd\.methods\.base:Method has no loss"):
+        build_method({"kind": "dskd.methods.base:Method"})
+    with pytest.raises(ConfigError, match=r"^method\.kind: no module 'dskd\.method' on the path"):
+        build_method({"kind": "dskd.method:Method"})

@@ -101,16 +101,10 @@ def check_model(
     check_shape(config, objective, block_size, where)
     if config.num_hidden_layers < 1:
         raise ConfigError(f"{where}: its config says {config.num_hidden_layers} layers")
-    with complaints(f"{where}: its config makes no model"), torch.device("meta"):
-        model = construct(
-            config,
-            settings.attention,
-            None,
-            torch.float32,
-            where,
-            objective,
-            settings.trust_remote_code,
-        )
+    problem = f"{where}: its config makes no model"
+    with complaints(problem), torch.device("meta"):
+        attention, trust = settings.attention, settings.trust_remote_code
+        model = construct(config, attention, None, torch.float32, problem, objective, trust)
         projection_of(model)
         model(torch.zeros(1, 2, dtype=torch.long))
 

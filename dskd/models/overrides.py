@@ -77,6 +77,8 @@ def complaints(where: str) -> Iterator[None]:
     """
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as problem:
         said = isinstance(problem, ValueError | OSError | StrictDataclassError)
         kind = "" if said else f"{type(problem).__name__}: "

@@ -128,6 +128,13 @@ def train(context: RunContext) -> None:
     engine.destroy()
 
 
+_TOKENIZER = (
+    "It reads the names of special tokens in a text as text, as it did in training; where they are "
+    "meant (`the <mask> mill`), call it with `split_special_tokens=False`."
+)
+"""Of the model card."""
+
+
 def export_best(context: RunContext) -> None:
     """Write the best checkpoint as a HuggingFace folder, ``export/``."""
     folder = context.folder.export
@@ -144,6 +151,7 @@ def export_best(context: RunContext) -> None:
         "method": dict(context.run.method),
         "step": best.step,
         context.scored.metric: _value(best),
+        "tokenizer": _TOKENIZER,
         "run": context.run.model_dump(mode="json"),
     }
     export(model, context.prepared.tokenizer, folder, card=card)

@@ -76,7 +76,8 @@ def build(
         tie_head_bias(model)
         load_weights(model, folder, f"{where}.path")
         if model.can_generate() and (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            with complaints(f"{where}.path: generation_config.json of {folder}"):
+                model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

@@ -252,12 +252,11 @@ def _(
 ) -> tuple[Tensor, ...]:
     divergence_N, labels_N, needs = arguments[0], arguments[2], arguments[-1]
     need_hidden, need_weight, need_bias = needs
-    operands = hidden_ND if hidden_ND.device.type == "cuda" else divergence_N
     return (
         divergence_N.new_empty(()),
         torch.empty_like(divergence_N),
         divergence_N.new_empty(0 if labels_N is None else hidden_ND.shape[0]),
-        operands.new_empty(hidden_ND.shape if need_hidden else (0, 0)),
+        divergence_N.new_empty(hidden_ND.shape if need_hidden else (0, 0)),
         divergence_N.new_empty(weight_VD.shape if need_weight else (0, 0)),
         divergence_N.new_empty(weight_VD.shape[0] if need_bias else 0),
     )

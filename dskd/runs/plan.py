@@ -18,8 +18,9 @@ from dskd.methods.checks import validate
 from dskd.models.build import check_model, model_fingerprint
 from dskd.models.configs import config_at_hand, with_fields
 from dskd.narrowing.slice_stage import sliced_config
+from dskd.runs.comparable import groups_of, refuse_incomparable
 from dskd.runs.context import RunContext
-from dskd.runs.report import ReportSection, print_table, write_report
+from dskd.runs.report import ReportSection, print_table, read_history, write_report
 from dskd.runs.stages import STAGES, stages_of
 from dskd.settings.compare import differences
 from dskd.settings.folders import RunFolder, folder_of, source_settings
@@ -183,23 +184,51 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
 
 
 def report(recipe: Recipe, methods: Mapping[str, Method]) -> None:
-    """Print the table of the trained runs and write ``report.html`` beside them."""
+    """Print the table of the trained runs and write ``report.html`` beside them.
+
+    The runs of a recipe need not be comparable (a teacher of one domain, a student of several), and
+    are carried out all the same: those that may be compared are shown together, the others apart,
+    with the reason and without a ratio between them.
+    """
     runs = {n: run.out for n, run in recipe.runs.items() if folder_of(run).summary.exists()}
     if not runs:
         return
     control = CONTROL if CONTROL in runs else None
-    print_table(runs, control)
     sections = _sections((recipe.runs[name], methods[name]) for name in runs)
-    print(f"report: {write_report(runs, recipe.out, control, sections)}", flush=True)
+    path = _show(runs, recipe.out, control, sections)
+    print(f"report: {path}", flush=True)
 
 
 def report_folders(runs: Mapping[str, Path], folder: Path, control: str | None) -> Path:
     """Print the table of the runs in these folders and write ``folder/report.html``, as
-    :func:`~dskd.runs.report.write_report` does."""
-    print_table(runs, control)
+    :func:`~dskd.runs.report.write_report` does.
+
+    Who names runs side by side wants them compared, so:
+
+    Raises:
+        ConfigError: two of them cannot be.
+    """
+    if len(runs) > 1:
+        refuse_incomparable(runs)
+    return report_recipe(runs, folder, control)
+
+
+def report_recipe(runs: Mapping[str, Path], folder: Path, control: str | None) -> Path:
+    """As :func:`report_folders`, of runs that need not be comparable, which are shown as
+    :func:`report` does."""
+    for path in runs.values():
+        read_history(path)  # what is missing or damaged is named before anything is printed
     read_back = [read(RunFolder(path).config).runs[SINGLE] for path in runs.values()]
     sections = _sections((run, build_method(run.method)) for run in read_back)
-    return write_report(runs, folder, control, sections)
+    return _show(runs, folder, control, sections)
+
+
+def _show(
+    runs: Mapping[str, Path], folder: Path, control: str | None, sections: list[ReportSection]
+) -> Path:
+    groups = groups_of(runs)
+    print_table(runs, control, groups)
+    return write_report(runs, folder, control, sections, groups)
 
 
 def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:

@@ -2,7 +2,8 @@
 
 Read are each run's ``train/metrics.jsonl`` and ``train/summary.json``, and ``scores.json`` where
 the run got that far. What matters is the last column: in how many fewer steps a run reaches the
-loss, or other score, that the control, trained without a teacher, has at its end.
+loss, or other score, that the control, trained without a teacher, has at its end. That is a number
+of runs that may be compared (``comparable.py``) only: each group of such runs is shown by itself.
 """
 
 from __future__ import annotations
@@ -69,6 +70,18 @@ class History:
         return [(s["step"], s["terms"][name]) for s in self.training if name in s["terms"]]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Runs by name whose scores may be compared; ``why`` they are apart from others, if so."""
+
+    names: Sequence[str]
+    why: str = ""
+
+    def control(self, name: str | None) -> str | None:
+        """The control run, if it is one of these."""
+        return name if name in self.names else None
+
+
 def read_history(folder: Path) -> History:
     """Read what the run in ``folder`` left.
 
@@ -78,7 +91,7 @@ def read_history(folder: Path) -> History:
     path = RunFolder(folder).metrics
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; has the run been trained?")
-    summary = _read_object(RunFolder(folder).summary, _SUMMARY_KEYS)
+    summary = read_summary(folder)
     training, evaluations = [], []
     for number, line in enumerate(read_metrics(path), 1):
         where = f"{path}, line {number}"
@@ -89,6 +102,15 @@ def read_history(folder: Path) -> History:
     if not evaluations:
         raise CheckpointError(f"{path}: no evaluation in it; has the run been trained to its end?")
     return History(training, evaluations, summary)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The ``train/summary.json`` of the run in ``folder``.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    return _read_object(RunFolder(folder).summary, _SUMMARY_KEYS)
 
 
 def steps_to(points: Points, target: float, *, higher_is_better: bool = False) -> float | None:
@@ -109,7 +131,8 @@ def steps_to(points: Points, target: float, *, higher_is_better: bool = False) -
 
 
 def table(runs: Mapping[str, Path], control: str | None) -> Table:
-    """The comparison as a rich table; ``control`` names the run whose final loss is the target."""
+    """The comparison of runs that may be compared as a rich table; ``control`` names the run whose
+    final loss is the target."""
     histories, compared = _read(runs, control)
     first, *others = _header(compared, control)
     made = Table(first, *(Column(name, justify="right") for name in others))
@@ -118,12 +141,21 @@ def table(runs: Mapping[str, Path], control: str | None) -> Table:
     return made
 
 
-def print_table(runs: Mapping[str, Path], control: str | None) -> None:
-    """Print :func:`table` to standard output, at its full width where that is no terminal."""
+def print_table(
+    runs: Mapping[str, Path], control: str | None, groups: Sequence[Group] | None = None
+) -> None:
+    """Print :func:`table` to standard output, at its full width where that is no terminal.
+
+    ``groups`` are those that may be compared, each shown by itself; None: all of them may be.
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(table(runs, control))
+    _refuse_unknown(control, runs)
+    for group in groups or [Group(list(runs))]:
+        if group.why:
+            console.print(group.why, markup=False, highlight=False)
+        console.print(table({n: runs[n] for n in group.names}, group.control(control)))
 
 
 ReportSection = Callable[[Mapping[str, RunFolder]], str]
@@ -131,7 +163,11 @@ ReportSection = Callable[[Mapping[str, RunFolder]], str]
 
 
 def write_report(
-    runs: Mapping[str, Path], folder: Path, control: str | None, sections: Sequence[ReportSection]
+    runs: Mapping[str, Path],
+    folder: Path,
+    control: str | None,
+    sections: Sequence[ReportSection],
+    groups: Sequence[Group] | None = None,
 ) -> Path:
     """Write ``folder/report.html``: the table and the curves, with nothing to load beside it.
 
@@ -139,29 +175,46 @@ def write_report(
         runs: run folders by name, in the order to show them.
         control: the run whose final score the others are measured against.
         sections: what stages of the runs show besides, in order.
+        groups: those that may be compared, each shown by itself; None: all of them may be.
 
     Raises:
         CheckpointError: a run's file is missing or damaged.
         ConfigError: ``control`` is none of the runs.
     """
+    _refuse_unknown(control, runs)
+    parts: list[str] = []
+    for group in groups or [Group(list(runs))]:
+        parts += [f"<h1>{html.escape(group.why)}</h1>"] if group.why else []
+        own = {name: runs[name] for name in group.names}
+        parts += _parts(own, group.control(control), sections)
+    path = RunFolder(folder).report
+    write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode())
+    return path
+
+
+def _parts(
+    runs: Mapping[str, Path], control: str | None, sections: Sequence[ReportSection]
+) -> list[str]:
+    """The HTML of runs that may be compared."""
     histories, compared = _read(runs, control)
-    parts = [
+    return [
         _html_table(_header(compared, control), _rows(histories, compared, control)),
         _image("Evaluation", _evaluation_figure(histories, compared, control)),
         _image("Training loss terms", _terms_figure(histories)),
         _image("Inheritance rate and learning rate", _rates_figure(histories)),
         *(section({name: RunFolder(run) for name, run in runs.items()}) for section in sections),
     ]
-    path = RunFolder(folder).report
-    write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode())
-    return path
+
+
+def _refuse_unknown(control: str | None, runs: Mapping[str, Path]) -> None:
+    if control is not None and control not in runs:
+        raise ConfigError(f"control run '{control}' is none of: {', '.join(runs)}")
 
 
 def _read(runs: Mapping[str, Path], control: str | None) -> tuple[dict[str, History], Selection]:
     """The runs, and what they are compared by: what selects the control's checkpoints, or the first
     run's."""
-    if control is not None and control not in runs:
-        raise ConfigError(f"control run '{control}' is none of: {', '.join(runs)}")
+    _refuse_unknown(control, runs)
     histories = {name: read_history(folder) for name, folder in runs.items()}
     summary = histories[control or next(iter(runs))].summary
     return histories, Selection(summary["metric"], summary["higher_is_better"])

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from dskd.errors import CheckpointError, ConfigError
 from dskd.runs.context import RunContext
-from dskd.runs.report import Group, read_summary
+from dskd.runs.history import read_summary
+from dskd.runs.report import Group
 from dskd.settings.folders import RunFolder
 from dskd.system.files import fingerprint
 
@@ -43,28 +44,31 @@ def basis(context: RunContext) -> Basis:
     }
 
 
-def groups_of(runs: Mapping[str, Path]) -> list[Group]:
-    """Trained runs, those together whose scores may be compared, in the order of the runs.
+def groups_of(runs: Mapping[str, Path], control: str | None) -> list[Group]:
+    """Trained runs, those together whose scores may be compared, in the order of the runs; first
+    those of the ``control``, or else of the first run.
 
     A run that does not say what it was evaluated on (its summary is of an earlier dskd) is alone.
 
     Raises:
         CheckpointError: a summary is missing or damaged.
     """
-    groups: list[tuple[Basis | None, list[str]]] = []
-    for name, folder in runs.items():
-        own = _read(folder)
-        same = [names for other, names in groups if own is not None and other == own]
+    first = control if control in runs else next(iter(runs))
+    found: list[tuple[Basis | None, list[str]]] = []
+    for name in [first, *(name for name in runs if name != first)]:
+        own = _read(runs[name])
+        same = [names for other, names in found if own is not None and other == own]
         if same:
             same[0].append(name)
         else:
-            groups.append((own, [name]))
-    (_, first), *others = groups
-    made = [Group(first)]
-    for _, names in others:
-        why = _why_apart(runs[first[0]], runs[names[0]])
-        made.append(Group(names, f"{', '.join(names)}: not to be compared with {first[0]}, {why}"))
-    return made
+            found.append((own, [name]))
+    order = list(runs).index
+    groups = [Group(sorted(names, key=order)) for _, names in found]
+    for at, group in enumerate(groups[1:], 1):
+        why = _why_apart(runs[first], runs[group.names[0]])
+        text = f"{', '.join(group.names)}: not to be compared with {first}, {why}"
+        groups[at] = Group(group.names, text)
+    return groups
 
 
 def refuse_incomparable(runs: Mapping[str, Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,20 +14,29 @@ from dskd.engine.stage import Stage, in_order
 from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
 from dskd.methods.checks import validate
-from dskd.models.build import check_model, model_fingerprint
-from dskd.models.configs import config_at_hand, with_fields
+from dskd.models.build import check_model, check_tokenizer, model_fingerprint
+from dskd.models.configs import config_at_hand, stored_folder, with_fields
 from dskd.narrowing.slice_stage import sliced_config
 from dskd.runs.comparable import groups_of, refuse_incomparable
 from dskd.runs.context import RunContext
-from dskd.runs.report import ReportSection, print_table, read_history, write_report
+from dskd.runs.history import read_history
+from dskd.runs.report import ReportSection, print_table, write_report
+from dskd.runs.shared_stores import refuse_other_stores
 from dskd.runs.stages import STAGES, stages_of
+from dskd.runs.vocabularies import (
+    exporter,
+    models_of,
+    refuse_later_exports,
+    refuse_vocabularies,
+    used_models,
+)
 from dskd.settings.compare import differences
 from dskd.settings.folders import RunFolder, folder_of, source_settings
 from dskd.settings.model import Model
 from dskd.settings.parsing import line, nearest
 from dskd.settings.recipe import SINGLE, Recipe, dump_run, read
 from dskd.settings.run import Run
-from dskd.settings.teachers import SelfTeacher, each_teacher, section_name
+from dskd.settings.teachers import SelfTeacher, each_teacher
 from dskd.system import dist
 from dskd.system.device import free_memory
 from dskd.system.files import read_manifest, write_atomic, write_manifest
@@ -54,11 +62,13 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
     for name, run in recipe.runs.items():
         prefix = recipe.prefix(name)
         validate(run, methods[name], world=world, prefix=prefix)
-        for place, model in _models(run).items():
-            where = f"{prefix}.{place}" if prefix else place
-            _refuse_later_export(recipe, name, model, where)
-            if place != "model" and _exporter(recipe, model) is None:
-                _check_config(config_at_hand(model, where), model, run, where)
+        refuse_later_exports(recipe, name)
+        refuse_vocabularies(recipe, methods[name], name)
+        refuse_other_stores(recipe, methods, name)
+        for place, model in models_of(run).items():
+            if place != "model":  # which is looked at with its slice and its method
+                where = f"{prefix}.{place}" if prefix else place
+                _check_config(_loaded(recipe, methods, model, where), model, run, where)
         # The hidden size only sets buckets; a model that an earlier run will export has none yet.
         student_config(run, NOMINAL_HIDDEN, world=world)
         _check_student(recipe, methods, name)
@@ -105,32 +115,23 @@ def _starts_as(recipe: Recipe, methods: Mapping[str, Method], name: str) -> PreT
     What an earlier run of the recipe will export may not be there yet, but its settings say it.
     """
     run = recipe.runs[name]
-    source, maker = source_settings(run), _exporter(recipe, run.model)
-    if maker is None:
-        config = config_at_hand(source, "model")
-    else:
-        config = _starts_as(recipe, methods, maker)
-        if config is not None:
-            exported = methods[maker].exported_config(config)
-            config = with_fields(exported, source.config, "model")
+    config = _loaded(recipe, methods, source_settings(run), "model")
     if config is None or run.model.slice is None:
         return config
     return sliced_config(config, run.model)
 
 
-def _exporter(recipe: Recipe, model: Model) -> str | None:
-    """The run of the recipe whose export a model is loaded from, if any."""
-    if model.path is None:
+def _loaded(
+    recipe: Recipe, methods: Mapping[str, Method], model: Model, where: str
+) -> PreTrainedConfig | None:
+    """The config of a model, which an earlier run may export; None if it is to be downloaded."""
+    maker = exporter(recipe, model.path)
+    if maker is None:
+        return config_at_hand(model, where)
+    config = _starts_as(recipe, methods, maker)
+    if config is None:
         return None
-    left_by = {os.path.abspath(folder_of(run).export): name for name, run in recipe.runs.items()}
-    return left_by.get(os.path.abspath(model.path))
-
-
-def _refuse_later_export(recipe: Recipe, name: str, model: Model, where: str) -> None:
-    maker, names = _exporter(recipe, model), list(recipe.runs)
-    if maker is not None and names.index(maker) >= names.index(name):
-        which = "this run itself" if maker == name else f"the later run {maker}"
-        raise ConfigError(f"{where}.path: {model.path} is what {which} exports in its end")
+    return with_fields(methods[maker].exported_config(config), model.config, where)
 
 
 def is_done(recipe: Recipe, methods: Mapping[str, Method]) -> bool:
@@ -226,7 +227,7 @@ def report_recipe(runs: Mapping[str, Path], folder: Path, control: str | None) -
 def _show(
     runs: Mapping[str, Path], folder: Path, control: str | None, sections: list[ReportSection]
 ) -> Path:
-    groups = groups_of(runs)
+    groups = groups_of(runs, control)
     print_table(runs, control, groups)
     return write_report(runs, folder, control, sections, groups)
 
@@ -284,8 +285,13 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
     models, which are downloaded for their fingerprints if need be."""
     run, path = context.run, context.folder.inputs
     now = {"data": context.prepared.fingerprint, "masking": context.view.fingerprint}
-    for name, model in _models(run).items():
+    for name, model in models_of(run).items():
         now[name] = model_fingerprint(model, seed=run.seed, where=name)
+    for name, model in used_models(run, context.method).items():
+        folder = stored_folder(model, name)
+        if folder is not None:
+            tokenizer, trust = context.prepared.tokenizer, model.trust_remote_code
+            check_tokenizer(tokenizer, folder, trust, f"{name}.path")
     for name in recipe.runs:
         _check_student(recipe, methods, name)
     if not path.exists():
@@ -303,9 +309,3 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
                 f"{run.out}: {name} changed since the run was started; choose another `out`, or "
                 f"delete the folder"
             )
-
-
-def _models(run: Run) -> dict[str, Model]:
-    teachers = {f"{section_name(d)}.model": t.model for d, t in each_teacher(run.teacher).items()}
-    models = {"model": run.model, **masks_of(run).models(), **teachers}
-    return {name: model for name, model in models.items() if model is not None}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,52 +21,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dskd.engine.checkpoints import Selection
-from dskd.errors import CheckpointError, ConfigError
+from dskd.errors import ConfigError
+from dskd.runs.history import History, Points, read_history, read_object, steps_to
 from dskd.settings.folders import RunFolder
 from dskd.system.files import write_atomic
-from dskd.system.log import clock, read_metrics
-
-Points = list[tuple[float, float]]
-"""(completed steps, value) pairs, by rising step."""
+from dskd.system.log import clock
 
 _MARKED = 60
 """A line of at most so many points shows each of them."""
-
-_TRAINING_KEYS = ("step", "loss", "terms", "lr")
-_SUMMARY_KEYS = (
-    "steps",
-    "metric",
-    "higher_is_better",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "wall_seconds",
-    "parameters",
-)
-
-
-_TYPES = {"terms": dict, "metric": str}
-"""Of what is no number, among the keys that a file must have."""
-
-
-@dataclass(frozen=True)
-class History:
-    """One run: its lines of training and of evaluation by step, and its summary."""
-
-    training: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-    def evaluated(self, metric: str) -> Points:
-        """A result of the evaluations, where they have it."""
-        return [(line["step"], line[metric]) for line in self.evaluations if metric in line]
-
-    def rate(self, name: str) -> Points:
-        """A number of the training lines, where they have it: no alpha without a teacher."""
-        return [(s["step"], s[name]) for s in self.training if s.get(name) is not None]
-
-    def term(self, name: str) -> Points:
-        """One loss term, at the steps where it was computed."""
-        return [(s["step"], s["terms"][name]) for s in self.training if name in s["terms"]]
 
 
 @dataclass(frozen=True)
@@ -80,54 +41,6 @@ class Group:
     def control(self, name: str | None) -> str | None:
         """The control run, if it is one of these."""
         return name if name in self.names else None
-
-
-def read_history(folder: Path) -> History:
-    """Read what the run in ``folder`` left.
-
-    Raises:
-        CheckpointError: a file is missing or damaged; it is named, with the line.
-    """
-    path = RunFolder(folder).metrics
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; has the run been trained?")
-    summary = read_summary(folder)
-    training, evaluations = [], []
-    for number, line in enumerate(read_metrics(path), 1):
-        where = f"{path}, line {number}"
-        if isinstance(line, dict) and summary["metric"] in line:
-            evaluations.append(_require(line, ("step", summary["metric"]), where))
-        else:
-            training.append(_require(line, _TRAINING_KEYS, where))
-    if not evaluations:
-        raise CheckpointError(f"{path}: no evaluation in it; has the run been trained to its end?")
-    return History(training, evaluations, summary)
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The ``train/summary.json`` of the run in ``folder``.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    return _read_object(RunFolder(folder).summary, _SUMMARY_KEYS)
-
-
-def steps_to(points: Points, target: float, *, higher_is_better: bool = False) -> float | None:
-    """Steps at which a loss first is at or below ``target``, linear between evaluations; or, where
-    higher is better, at or above it.
-
-    None if it never is; the first evaluated step if it is there already.
-    """
-    before: tuple[float, float] | None = None
-    for step, loss in points:
-        if loss >= target if higher_is_better else loss <= target:
-            if before is None:
-                return float(step)
-            last_step, last_loss = before
-            return last_step + (step - last_step) * (last_loss - target) / (last_loss - loss)
-        before = (step, loss)
-    return None
 
 
 def table(runs: Mapping[str, Path], control: str | None) -> Table:
@@ -218,26 +131,6 @@ def _read(runs: Mapping[str, Path], control: str | None) -> tuple[dict[str, Hist
     histories = {name: read_history(folder) for name, folder in runs.items()}
     summary = histories[control or next(iter(runs))].summary
     return histories, Selection(summary["metric"], summary["higher_is_better"])
-
-
-def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; is the run finished?")
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as problem:
-        raise CheckpointError(f"{path}: damaged, not readable as JSON ({problem})") from problem
-    return _require(value, keys, str(path))
-
-
-def _require(value: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
-    """``value``, if it is an object that has ``keys``: numbers, but for those in ``_TYPES``."""
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: damaged, not an object")
-    for key in keys:
-        if not isinstance(value.get(key), _TYPES.get(key, (int, float))):
-            raise CheckpointError(f"{where}: damaged, '{key}' is missing or of the wrong type")
-    return value
 
 
 def _header(compared: Selection, control: str | None) -> list[str]:
@@ -337,7 +230,7 @@ def _image(title: str, figure: Figure) -> str:
 def scores_section(runs: Mapping[str, RunFolder]) -> str:
     """The exported models' scores, one row a run, one column a score."""
     scored = {
-        name: _read_object(run.scores, ()) for name, run in runs.items() if run.scores.exists()
+        name: read_object(run.scores, ()) for name, run in runs.items() if run.scores.exists()
     }
     numbers = [k for scores in scored.values() for k, v in scores.items() if _is_number(v)]
     names = list(dict.fromkeys(numbers))

@@ -1,5 +1,6 @@
 """What one run of a recipe takes from another and cannot fit is refused before anything is made."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dskd.errors import ConfigError
 from dskd.settings.yaml_tree import merge
+from dskd.train import main
+from tests.launching import forked
 from tests.models.tiny import make
 from tests.runs.test_plan import BERT, checked, recipe_of
 
@@ -245,7 +248,7 @@ def test_scores_of_other_rows(tmp_path, change, message):
 @pytest.fixture
 def bert(tmp_path) -> Path:
     """A stored model with a tokenizer of its own."""
-    folder = words(tmp_path / "bert", *(f"w{i}" for i in range(20)))
+    folder = words(tmp_path / "bert", *"the of and to a in is for it".split())
     make("bert").save_pretrained(folder)
     return folder
 
@@ -265,3 +268,25 @@ def test_a_vocabulary_that_a_model_has_no_rows_for(tmp_path, bert):
     wide = words(bert, *(f"w{i}" for i in range(2000)))
     message = refused(tmp_path, FIRST, {"model": {"path": str(bert)}, "data": stored(wide)})
     assert re.search(r"model: its vocabulary of \d+ is smaller than the tokenizer's 2005", message)
+
+
+# ---- the toy with another student ----------------------------------------------------------------
+
+
+def test_the_toy_with_a_stored_student(tmp_path, bert, capfd):
+    """Its data and its steps with a model of one's own; what does not fit is one message."""
+    student = [f"model.path={bert}", f"out={tmp_path}/runs/toy", f"data.folder={tmp_path}/data"]
+    student += ["data.block_size=32"]
+    speaks = ["data.tokenizer.kind=pretrained", f"data.tokenizer.path={bert}"]
+    for words, message in (
+        (student, f"error: model.path: {bert} has a tokenizer of its own, which data.tokenizer"),
+        ([*student, *speaks], "error: teacher: the toy's has another vocabulary than model.path"),
+    ):
+        assert main(words) == 2
+        told = capfd.readouterr()
+        assert told.err.startswith(message) and told.err.count("\n") == 1 and not told.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bert"]
+    one = ["train.steps=1", "train.warmup=0", "evaluation.rows=4", "until=train"]
+    forked(1, *student, *speaks, "method.kind=lm", *one)
+    summary = json.loads((tmp_path / "runs" / "toy" / "train" / "summary.json").read_text())
+    assert summary["steps"] == 1

@@ -107,6 +107,7 @@ def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
         reader.add(("runs", name), "no such run" + nearest(name, runs), over={"runs": own_over})
     base = with_kinds(Run, base)
     out = over.get("out", base.get("out", str(Run.model_fields["out"].default)))
+    usable = not isinstance(out, str) or not any(_unusable(os.path.expanduser(out), ("out",)))
     for name, own in runs.items():
         layers = (_mapping(own), own_over.get(name, {}))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -118,7 +119,8 @@ def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
             reader.add(
                 ("runs", name, "out"), "a run of a recipe writes to <out>/<name>; set base.out"
             )
-        place = os.path.join(out, name) if isinstance(out, str) else out
+        # A folder that no run can use is named as it was written, once for all of them.
+        place = os.path.join(out, name) if isinstance(out, str) and usable else out
         reader.run(name, yaml_tree.merge(base, layers[0]), yaml_tree.merge(over, layers[1]), place)
     return Recipe(Path(os.path.expanduser(out)), reader.finish(runs))
 
@@ -242,7 +244,7 @@ def _unusable(path: str, place: SettingName) -> Iterator[str]:
     if longest > _NAME or len(os.fsencode(path)) > _PATH:
         yield f"{show(path)} has a name of {longest} bytes; file systems take {_NAME}"
     if place == ("out",) and set(path) & set("*?["):
-        yield f"{show(path)}: DeepSpeed reads checkpoints by patterns; without * ? and [, please"
+        yield f"{path!r}: DeepSpeed reads checkpoints by patterns; without * ? and [, please"
 
 
 def _missing(tree: Tree) -> Iterator[Problem]:

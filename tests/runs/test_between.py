@@ -248,7 +248,7 @@ def test_scores_of_other_rows(tmp_path, change, message):
 @pytest.fixture
 def bert(tmp_path) -> Path:
     """A stored model with a tokenizer of its own."""
-    folder = words(tmp_path / "bert", *"the of and to a in is for it".split())
+    folder = words(tmp_path / "bert", *["the", "of", "and", "to", "a", "in", "is", "for", "it"])
     make("bert").save_pretrained(folder)
     return folder
 

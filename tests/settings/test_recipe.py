@@ -318,6 +318,24 @@ def test_parse_names_the_section():
         parse(_Method, 3, "method")
 
 
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "a*", "b?"])
+def test_a_folder_that_is_a_pattern(tmp_path, name):
+    """DeepSpeed takes the path of its checkpoints for one; nothing else is read by patterns."""
+    line = f"out: 'runs/{name}': DeepSpeed reads checkpoints by patterns; without * ? and [, please"
+    assert _refused(tmp_path, f"out: 'runs/{name}'") == [f"FILE: {line}"]
+    assert _refused(tmp_path, "{}", f"out=runs/{name}") == [f"command line: {line}"]
+    recipe = f"base: {{out: 'runs/{name}'}}\nruns: {{a: {{}}, b: {{model: {{path: 'run:a'}}}}}}\n"
+    assert _refused(tmp_path, recipe) == [f"FILE: {line}"]
+    assert _refused(tmp_path, "base: {}\nruns: {a: {}, b: {}}", f"out=runs/{name}") == [
+        f"command line: {line}"
+    ]
+    folder = tmp_path / name
+    folder.mkdir()
+    lines = _refused(folder, "out: null")
+    assert lines == [f"FILE: {line.replace('runs/' + name, str(folder))}"]
+    _single(f"data.folder=data/{name}", f"model.path=m/{name}", f"teacher.model.path=t/{name}")
+
+
 # Recipes
 
 

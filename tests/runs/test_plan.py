@@ -110,6 +110,18 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_folder_of_another_trained_tokenizer_is_refused_after_the_data(trained, tmp_path, capfd):
+    """Only then is known what was trained; nothing was made of it yet."""
+    model = {"path": str(trained / "runs" / "teacher" / "export")}
+    other = {"sources": [{"kind": "builtin", "documents": 29}]}
+    path = recipe_of(tmp_path, {"a": {"model": model, "data": other}})
+    checked(path)
+    forked(1, str(path), status=2)
+    told = capfd.readouterr().err
+    assert "error: the data's tokenizer and model.path" in told and "different vocabu" in told
+    assert [made.name for made in (tmp_path / "runs" / "a").iterdir()] == ["config.yaml"]
+
+
 # ---- a call with other settings ------------------------------------------------------------------
 
 

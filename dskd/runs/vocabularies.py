@@ -106,17 +106,21 @@ def _at_hand(data: Data, origin: _Origin) -> PreTrainedTokenizerBase | None:
     """The stored tokenizer that the rows will be written in, if it need not be downloaded."""
     if origin.stored is None:
         return None
-    path, revision = origin.stored.path, origin.stored.revision
-    folder = folder_at_hand(path, revision, "data.tokenizer.path")
-    if folder is None or not (Path(path).is_dir() or _has_tokenizer(folder)):
+    folder = _folder(origin.stored.path, origin.stored.revision, "data.tokenizer.path")
+    if folder is None:
         return None
     stored = PretrainedTokenizer(kind="pretrained", path=str(folder))
     return load_tokenizer(data.model_copy(update={"tokenizer": stored}), ())
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    """Whether a downloaded folder has its tokenizer, too (a config may come alone)."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+def _folder(path: str, revision: str | None, where: str) -> Path | None:
+    """The folder of a stored tokenizer, unless it is still to be downloaded: a config may have come
+    alone."""
+    folder = folder_at_hand(path, revision, where)
+    if folder is None or Path(path).is_dir():
+        return folder
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return folder if any((folder / name).is_file() for name in names) else None
 
 
 def refuse_vocabularies(recipe: Recipe, method: Method, name: str) -> None:
@@ -134,15 +138,20 @@ def refuse_vocabularies(recipe: Recipe, method: Method, name: str) -> None:
         for place, model in used_models(run, method).items():
             maker = exporter(recipe, model.path)
             if maker is not None:
-                _refuse_other_run(recipe, run, maker, place)
+                _refuse_other_run(recipe, run, maker, place, tokenizer)
             elif model.path is not None:
                 _refuse_folder(run, model, place, origin, tokenizer)
     except ConfigError as problem:
         raise ConfigError(named(recipe, name, str(problem))) from problem
 
 
-def _refuse_other_run(recipe: Recipe, run: Run, maker: str, place: str) -> None:
-    """Refuse the model that the earlier run ``maker`` will export, whose folder need not exist."""
+def _refuse_other_run(
+    recipe: Recipe, run: Run, maker: str, place: str, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuse the model that the earlier run ``maker`` will export, whose folder need not exist.
+
+    ``tokenizer`` is this run's, if it is at hand.
+    """
     made = recipe.runs[maker]
     if made.data.objective != run.data.objective:
         raise ConfigError(
@@ -156,12 +165,11 @@ def _refuse_other_run(recipe: Recipe, run: Run, maker: str, place: str) -> None:
             f"{place}.path: run {maker} has another tokenizer than this run ({why}); set "
             f"data.tokenizer: {{kind: pretrained, path: 'run:{maker}'}}"
         )
-    stored = [_at_hand(run.data, origin) for origin in (own, theirs)]
-    if own.stored != theirs.stored and None not in stored:
-        assert own.stored is not None and theirs.stored is not None
-        folder = folder_at_hand(theirs.stored.path, theirs.stored.revision, f"{place}.path")
-        assert folder is not None
-        _compare(stored[0], folder, False, f"{place}.path")
+    if tokenizer is None or theirs.stored is None or own.stored == theirs.stored:
+        return
+    folder = _folder(theirs.stored.path, theirs.stored.revision, f"{place}.path")
+    if folder is not None:
+        _compare(tokenizer, folder, False, f"{place}.path")
 
 
 def _other_vocabulary(own: _Origin, theirs: _Origin) -> str:
@@ -224,8 +232,8 @@ def _refuse_folder(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Refuse a stored model whose folder is at hand and has another tokenizer than the rows."""
-    folder = folder_at_hand(str(model.path), model.revision, f"{place}.path")
-    if folder is None or not (Path(str(model.path)).is_dir() or _has_tokenizer(folder)):
+    folder = _folder(str(model.path), model.revision, f"{place}.path")
+    if folder is None:
         return
     if tokenizer is not None:
         _compare(tokenizer, folder, model.trust_remote_code, f"{place}.path")

@@ -63,7 +63,7 @@ def build(
     config = config_of(settings, where=where, tokenizer=tokenizer)
     folder = stored_folder(settings, where)
     if folder is not None:
-        _check_tokenizer(tokenizer, folder, settings.trust_remote_code, f"{where}.path")
+        check_tokenizer(tokenizer, folder, settings.trust_remote_code, f"{where}.path")
     check_shape(config, objective, block_size, where)
     check_vocabulary(config, tokenizer, where)
     model = construct(
@@ -159,9 +159,14 @@ def parameter_count(config: PreTrainedConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _check_tokenizer(
+def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase, folder: Path, trust: bool, where: str
 ) -> None:
+    """Refuse a stored model that was not trained on the data's tokenizer.
+
+    Raises:
+        ConfigError: its folder has no tokenizer, or one of another vocabulary; names ``where``.
+    """
     try:
         other = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as problem:  # whatever its files, of any content, may raise

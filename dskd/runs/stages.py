@@ -22,6 +22,7 @@ from dskd.models.configs import hidden_size
 from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
+from dskd.runs import comparable
 from dskd.runs.context import RunContext
 from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
@@ -209,6 +210,7 @@ def _summarise(context: RunContext, progress: Progress, parameters: dict[str, in
         "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
         "peak_memory_bytes": max(dist.gather_objects(peak_memory())),
         "wall_seconds": progress.wall_seconds,
+        comparable.KEY: comparable.basis(context),
     }
     _write(context.folder.summary, summary)
 

@@ -189,6 +189,34 @@ def test_a_file_without_a_teacher_has_none(tmp_path):
     assert read(path, ["teacher.model.path=x"]).runs[SINGLE].teacher.model.path == "x"
 
 
+STORED = ("model.path=./bert", "data.tokenizer.kind=pretrained", "data.tokenizer.path=./bert")
+
+
+def test_a_stored_model_without_a_file_takes_the_toys_teacher_away():
+    """Which does not speak its vocabulary; its data stay, its method unless another is named."""
+    run = _single(*STORED, "method.kind=lm")
+    assert (run.teacher, run.model.path, run.model.config) == (None, "./bert", {})
+    assert run.data.sources == Run().data.sources and run.data.block_size == Run().data.block_size
+    assert _single("model.path=runs/toy/export").teacher == Run().teacher  # of its own vocabulary
+    other = _single(*STORED, "teacher.model.path=./bert")
+    assert (other.teacher.model.path, other.method) == ("./bert", Run().method)
+    assert (
+        _single(*STORED, "teacher.kind=self", "method.kind=self_evolution").teacher.kind == "self"
+    )
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("method.kind=ki",), ("teacher.precision=bf16", "method.kind=lm")]
+)
+def test_the_toys_teacher_is_none_for_a_stored_model(more):
+    with pytest.raises(ConfigError) as caught:
+        _single(*STORED, *more)
+    assert str(caught.value).removeprefix("command line: ") == (
+        "teacher: the toy's has another vocabulary than model.path './bert'; name one that has it "
+        "(teacher.model.path), or a method without: lm"
+    )
+
+
 def test_an_entry_of_a_list_can_be_overridden(tmp_path):
     path = _write(tmp_path, "data: {sources: [{kind: builtin}, {kind: text, path: x}]}")
     sources = read(path, ["data.sources.1.path=y"]).runs[SINGLE].data.sources
@@ -319,6 +347,24 @@ def test_parse_names_the_section():
     ]
     with pytest.raises(ConfigError, match=r"^method: expected settings \(name: value\), found 3$"):
         parse(_Method, 3, "method")
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "a*", "b?"])
+def test_a_folder_that_is_a_pattern(tmp_path, name):
+    """DeepSpeed takes the path of its checkpoints for one; nothing else is read by patterns."""
+    line = f"out: 'runs/{name}': DeepSpeed reads checkpoints by patterns; without * ? and [, please"
+    assert _refused(tmp_path, f"out: 'runs/{name}'") == [f"FILE: {line}"]
+    assert _refused(tmp_path, "{}", f"out=runs/{name}") == [f"command line: {line}"]
+    recipe = f"base: {{out: 'runs/{name}'}}\nruns: {{a: {{}}, b: {{model: {{path: 'run:a'}}}}}}\n"
+    assert _refused(tmp_path, recipe) == [f"FILE: {line}"]
+    assert _refused(tmp_path, "base: {}\nruns: {a: {}, b: {}}", f"out=runs/{name}") == [
+        f"command line: {line}"
+    ]
+    folder = tmp_path / name
+    folder.mkdir()
+    lines = _refused(folder, "out: null")
+    assert lines == [f"FILE: {line.replace('runs/' + name, str(folder))}"]
+    _single(f"data.folder=data/{name}", f"model.path=m/{name}", f"teacher.model.path=t/{name}")
 
 
 # Recipes

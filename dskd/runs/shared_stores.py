@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from dskd.engine.row_masks import masks_of
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.runs.vocabularies import named, other_documents, other_tokenizer
 from dskd.settings.checks import Problems
 from dskd.settings.compare import differences
-from dskd.settings.data import Data, HardTokens
-from dskd.settings.folders import cache_folder, questions_folder
+from dskd.settings.data import Data
+from dskd.settings.folders import cache_folder
 from dskd.settings.recipe import Recipe
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, each_teacher, section_name
@@ -50,8 +51,7 @@ def _stores(recipe: Recipe, methods: Mapping[str, Method], name: str) -> Problem
         elif teacher.model is None and not cache_folder(run, domain).exists():
             folder = cache_folder(run, domain)
             yield place, f"no cache in {folder}, and none of the earlier runs captures one there"
-    if isinstance(run.data.masking, HardTokens):
-        yield from _other_scores(recipe, run, earlier)
+    yield from _other_masks_store(recipe, run, earlier)
 
 
 def _capturer(
@@ -99,24 +99,16 @@ def _other_cache(
         yield f"{section}.use_k", f"{teacher.use_k} is more than the {source.k} of run {maker}"
 
 
-def _other_scores(recipe: Recipe, run: Run, earlier: Mapping[str, Run]) -> Problems:
-    """What keeps a run from taking the scores of its tokens from an earlier one's store."""
+def _other_masks_store(recipe: Recipe, run: Run, earlier: Mapping[str, Run]) -> Problems:
+    """What keeps a run's masks from what those of an earlier run leave in the same folder."""
     for maker, made in earlier.items():
-        own, theirs = run.data.masking, made.data.masking
-        if not (isinstance(own, HardTokens) and isinstance(theirs, HardTokens)):
-            continue
-        if not _same_path(questions_folder(run), questions_folder(made)):
-            continue
-        other = list(_other_rows(recipe, run, made))
-        other += ["data.masking.shown"] if own.shown != theirs.shown else []
-        scorers = [own.model or run.model, theirs.model or made.model]
-        other += ["the model that scores"] if scorers[0] != scorers[1] else []
-        if scorers[0].path is None and run.seed != made.seed:
-            other.append("seed")
-        if other:
-            text = f"run {maker} fills it otherwise: {', '.join(other)} differ"
-            yield "data.masking.store", text
-        return
+        other = masks_of(run).otherwise_than(made)
+        if other is not None:
+            other = [*_other_rows(recipe, run, made), *other]
+            if other:
+                text = f"run {maker} fills it otherwise: {', '.join(other)} differ"
+                yield "data.masking.store", text
+            return
 
 
 def _other_rows(recipe: Recipe, a: Run, b: Run) -> Iterator[str]:

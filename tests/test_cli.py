@@ -62,7 +62,8 @@ def test_settings_are_printed_whole_and_can_be_read_back(capsys, tmp_path):
 
 def test_settings_of_a_recipe(capsys, tmp_path):
     path = tmp_path / "a.yaml"
-    base = "base: {out: o, method: {kind: lm}, model: {path: m}, data: {sources: [{kind: builtin}]}}"
+    needed = "method: {kind: lm}, model: {path: m}, data: {sources: [{kind: builtin}]}"
+    base = f"base: {{out: o, {needed}}}"
     path.write_text(f"{base}\nruns: {{a: {{}}, b: {{train: {{lr: 1}}}}}}\n")
     assert main(["settings", str(path)]) == 0
     out = capsys.readouterr().out

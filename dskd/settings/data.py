@@ -83,6 +83,9 @@ class PretrainedTokenizer(Section):
     path: Annotated[str, RunPath("export")]
     """Folder or hub id; ``run:NAME`` is the export of another run of the recipe."""
     revision: str | None = None
+    trust_remote_code: bool = False
+    """Run the Python code that lies in the folder or hub repository of ``path``; without it such
+    code is never run, nor asked about. Rows and exports keep a tokenizer that needs none."""
 
 
 TokenizerSource = Annotated[TrainedTokenizer | PretrainedTokenizer, Field(discriminator="kind")]

@@ -12,18 +12,27 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from dskd.data.foreign import raised_as
-from dskd.data.text_files import Advance, checked_text, files_below, json_value, packing, text_lines
+from dskd.data.text_files import (
+    Advance,
+    checked_text,
+    files_below,
+    json_value,
+    packing,
+    readable,
+    text_lines,
+)
 from dskd.errors import ConfigError, DataError, DskdError
 from dskd.settings.data import HubSource
 
 _STATE, _DICT = "state.json", "dataset_dict.json"
 """The files that mark a folder of ``save_to_disk``: of one table, and of one for each split."""
 _SHOWN_FILES = 3
+_BATCH = 100
+"""Rows read at a time."""
 
 
 def table_files(source: HubSource, where: str) -> list[Path]:
@@ -33,12 +42,13 @@ def table_files(source: HubSource, where: str) -> list[Path]:
         DataError: one of them cannot be read.
         ConfigError: an option that has no effect where the text comes from.
     """
-    _refuse_idle(source, where)
-    folder = Path(source.path).expanduser()
-    found = _local_files(source)
-    if folder.is_dir():
-        below = (p for p in files_below(folder, where) if not p.name.startswith("."))
-        found += sorted(path for path in below if path not in found)
+    with readable(where):
+        _refuse_idle(source, where)
+        folder = Path(source.path).expanduser()
+        found = _local_files(source)
+        if folder.is_dir():
+            below = (p for p in files_below(folder, where) if not p.name.startswith("."))
+            found += sorted(set(below) - set(found))
     return found
 
 
@@ -62,17 +72,20 @@ def table_texts(source: HubSource, where: str, advance: Advance) -> Iterator[str
                 f"{where}: no column {source.field!r}; its columns are {sorted(table.column_names)}"
             )
         table = table.select_columns([source.field])
-    rows = iter(table)
-    for number in count():
-        with _raised_as(DataError, f"{where}: cannot be read beyond {number} rows", source):
-            row = next(rows, None)
-        if row is None:
+    batches = table.iter(_BATCH)
+    number = 0
+    while True:
+        with _raised_as(DataError, f"{where}: reading fails after {number} rows", source):
+            batch = next(batches, None)
+        if batch is None:
             return
-        text = checked_text(
-            row.get(source.field), f"{where}: row {number}", f"in column {source.field!r}"
-        )
-        advance(1)
-        yield text
+        if source.field not in batch:
+            raise DataError(f"{where}: row {number}: no column {source.field!r}")
+        for value in batch[source.field]:
+            text = checked_text(value, f"{where}: row {number}", f"in column {source.field!r}")
+            number += 1
+            advance(1)
+            yield text
 
 
 def _is_saved(folder: Path) -> bool:
@@ -81,20 +94,21 @@ def _is_saved(folder: Path) -> bool:
 
 def _refuse_idle(source: HubSource, where: str) -> None:
     """Refuse options that ``datasets`` passes over without a word."""
+    names = ("config", "revision", "data_files", "streaming")
+    given = [n for n in names if getattr(source, n) != HubSource.model_fields[n].default]
+    if not given:
+        return
     folder = Path(source.path).expanduser()
     if _is_saved(folder):
-        idle, why = (
-            ("config", "revision", "data_files", "streaming"),
-            "a saved folder is read as it is",
-        )
+        idle, why = names, "a saved folder is read as it is"
     elif source.path.isidentifier() and find_spec(f"datasets.packaged_modules.{source.path}"):
-        idle, why = ("config", "revision"), f"{source.path} is a builder and has none"
+        idle, why = names[:2], f"{source.path} is a builder of files and has none"
     elif folder.is_dir():
-        idle, why = ("revision",), "a folder has none"
+        idle, why = names[1:2], "a folder has none"
     else:
         return
-    for name in idle:
-        if getattr(source, name) != HubSource.model_fields[name].default:
+    for name in given:
+        if name in idle:
             raise ConfigError(f"{where}: {name}: has no effect here: {why}; leave it out")
 
 

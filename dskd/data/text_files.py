@@ -47,14 +47,15 @@ def matching_files(path: str, pattern: str, where: str) -> list[Path]:
     """
     root = Path(path).expanduser()
     with readable(where):
-        if root.is_file():
+        mode = _mode(root)
+        if mode is not None and stat.S_ISREG(mode):
             return [root]
-        if root.is_dir():
+        if mode is not None and stat.S_ISDIR(mode):
             found = files_below(root, where, pattern)
             missing = f"no {pattern} in this folder"
         else:
             parts = root.parts[1:] if root.anchor else root.parts
-            found = _expanded(Path(root.anchor), parts, where) if glob.has_magic(path) else iter(())
+            found = _expanded(Path(root.anchor), parts, where) if glob.has_magic(path) else iter([])
             missing = "no such file or folder, and no pattern that matches one"
         paths = sorted(set(found))
     if not paths:
@@ -88,8 +89,7 @@ def _folders(root: Path, where: str, hidden: bool = True) -> Iterator[tuple[Path
         inside, others = [], []
         for name in sorted(os.listdir(folder)):
             if hidden or not name.startswith("."):
-                is_folder = stat.S_ISDIR(_mode(folder / name, where))
-                (inside if is_folder else others).append(folder / name)
+                (inside if _is_folder(folder / name, where) else others).append(folder / name)
         yield folder, others
         waiting += reversed(inside)
 
@@ -100,31 +100,44 @@ def _expanded(base: Path, parts: tuple[str, ...], where: str) -> Iterator[Path]:
     ``glob`` itself passes over folders that it cannot read, and goes round in loops of links.
     """
     if not parts:
-        if os.path.lexists(base) and not stat.S_ISDIR(_mode(base, where)):
+        try:
+            base.lstat()
+        except (FileNotFoundError, NotADirectoryError):  # a name of the pattern that is not here
+            return
+        if not _is_folder(base, where):
             yield _plain_file(base, where)
         return
     first, rest = parts[0], parts[1:]
-    if first == "**":
-        if base.is_dir():
-            for folder, _ in _folders(base, where, hidden=False):
-                yield from _expanded(folder, rest or ("*",), where)
-    elif not glob.has_magic(first):
+    if not glob.has_magic(first):
         yield from _expanded(base / first, rest, where)
-    elif base.is_dir():
+    elif not stat.S_ISDIR(_mode(base) or 0):
+        return
+    elif first == "**":
+        for folder, _ in _folders(base, where, hidden=False):
+            yield from _expanded(folder, rest or ("*",), where)
+    else:
         for name in os.listdir(base):
             if fnmatch.fnmatchcase(name, first) and (name[0] != "." or first[0] == "."):
                 yield from _expanded(base / name, rest, where)
 
 
-def _mode(path: Path, where: str) -> int:
+def _mode(path: Path) -> int | None:
+    """The kind of a file; None if there is none (``Path.is_dir`` does not tell from no right)."""
     try:
         return path.stat().st_mode
-    except FileNotFoundError as problem:
-        raise DataError(f"{where}: {path}: a symbolic link to what is not there") from problem
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_folder(path: Path, where: str) -> bool:
+    mode = _mode(path)
+    if mode is None:
+        raise DataError(f"{where}: {path}: a symbolic link to what is not there")
+    return stat.S_ISDIR(mode)
 
 
 def _plain_file(path: Path, where: str) -> Path:
-    if not stat.S_ISREG(_mode(path, where)):
+    if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(f"{where}: {path}: neither a file nor a folder")
     return path
 

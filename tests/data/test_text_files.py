@@ -6,8 +6,7 @@ import json
 import lzma
 import os
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 
@@ -16,8 +15,7 @@ import pytest
 from dskd.data.sources import content_hash, documents, files
 from dskd.errors import DataError
 from dskd.settings.data import JsonlSource, TextSource
-
-NOBODY = 65534
+from tests.data.conftest import without_rights
 
 
 def read(path: object) -> list[str]:
@@ -26,18 +24,6 @@ def read(path: object) -> list[str]:
 
 def read_json(path: object) -> list[str]:
     return list(documents(JsonlSource(kind="jsonl", path=str(path))))
-
-
-@contextmanager
-def without_rights() -> Iterator[None]:
-    """As a user whom file modes bind: root may read everything."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 @pytest.fixture

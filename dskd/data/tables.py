@@ -9,7 +9,7 @@ import glob
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +19,10 @@ from dskd.data.foreign import raised_as
 from dskd.data.text_files import (
     Advance,
     checked_text,
+    expanded,
     files_below,
     json_value,
+    linked_folder,
     packing,
     readable,
     text_lines,
@@ -45,17 +47,37 @@ def table_files(source: HubSource, where: str) -> list[Path]:
     with readable(where):
         _refuse_idle(source, where)
         folder = Path(source.path).expanduser()
-        found = _local_files(source)
+        found = _local_files(source, where)
         if folder.is_dir():
-            below = (p for p in files_below(folder, where) if not p.name.startswith("."))
-            found += sorted(set(below) - set(found))
+            below = {p for p in files_below(folder, where) if not p.name.startswith(".")}
+            if source.data_files is None and not _is_saved(folder):
+                _refuse_links(below, folder, where)
+            found += sorted(below - set(found))
     return found
 
 
-def _local_files(source: HubSource) -> list[Path]:
-    named = source.data_files or []
-    local = [Path(match) for name in named for match in sorted(glob.glob(name, recursive=True))]
-    return [path for path in local if path.is_file()]
+def _local_files(source: HubSource, where: str) -> list[Path]:
+    """The local ones of ``data_files``, which are relative to ``path`` if that is a folder."""
+    folder = Path(source.path).expanduser()
+    found: list[Path] = []
+    for name in source.data_files or []:
+        pattern = folder / name if folder.is_dir() else Path(name)
+        matches = [pattern] if pattern.is_file() else expanded(pattern, where)
+        top = next((p for p in reversed(pattern.parents) if glob.has_magic(p.name)), pattern).parent
+        _refuse_links(matches, top, where)
+        found += matches
+    return found
+
+
+def _refuse_links(paths: Iterable[Path], top: Path, where: str) -> None:
+    """Refuse what ``datasets`` leaves out: files below a link, found by going down from ``top``."""
+    for path in paths:
+        link = linked_folder(path, top)
+        if link is not None:
+            raise DataError(
+                f"{where}: {link}: datasets does not follow a symbolic link to a folder; name the "
+                "files behind it in data_files"
+            )
 
 
 def table_texts(source: HubSource, where: str, advance: Advance) -> Iterator[str]:
@@ -75,7 +97,7 @@ def table_texts(source: HubSource, where: str, advance: Advance) -> Iterator[str
     batches = table.iter(_BATCH)
     number = 0
     while True:
-        with _raised_as(DataError, f"{where}: reading fails after {number} rows", source):
+        with _raised_as(DataError, f"{where}: reading fails after {number} rows", source, where):
             batch = next(batches, None)
         if batch is None:
             return
@@ -118,7 +140,7 @@ def _open_table(source: HubSource, where: str) -> Any:
     folder = Path(source.path).expanduser()
     if _is_saved(folder):
         return _saved_table(folder, source.split, where)
-    with _raised_as(ConfigError, f"{where}: cannot load it", source):
+    with _raised_as(ConfigError, f"{where}: cannot load it", source, where):
         return datasets.load_dataset(
             source.path,
             source.config,
@@ -179,7 +201,9 @@ def _names(path: Path, key: str, inner: str | None = None) -> list[str]:
 
 
 @contextmanager
-def _raised_as(error: type[DskdError], problem: str, source: HubSource) -> Iterator[None]:
+def _raised_as(
+    error: type[DskdError], problem: str, source: HubSource, where: str
+) -> Iterator[None]:
     """As :func:`~dskd.data.foreign.raised_as`, naming file and line where they can be found:
     ``datasets`` names a file in its log only, if at all, and a line within what it read at once."""
     logged: list[str] = []
@@ -196,21 +220,21 @@ def _raised_as(error: type[DskdError], problem: str, source: HubSource) -> Itera
         with raised_as(error, problem):
             yield
     except DskdError as found:
-        place = _broken(source) or "; ".join(logged)
+        place = _broken(source, where) or "; ".join(logged)
         if place:
             raise error(f"{problem}: {place}") from found.__cause__
-        files = ", ".join(map(str, _local_files(source)[:_SHOWN_FILES]))
+        files = ", ".join(map(str, _local_files(source, where)[:_SHOWN_FILES]))
         raise error(f"{found}; the first of its files: {files}" if files else str(found)) from found
     finally:
         for handler in handlers:
             handler.removeFilter(kept)
 
 
-def _broken(source: HubSource) -> str | None:
+def _broken(source: HubSource, where: str) -> str | None:
     """File and line of what is wrong with the local files of a builder of text, if it is found."""
     if source.path not in ("csv", "json", "text"):
         return None
-    for path in _local_files(source):
+    for path in _local_files(source, where):
         with path.open("rb") as stream:
             head = stream.read(16)
         if not head:

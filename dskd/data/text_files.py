@@ -51,16 +51,33 @@ def matching_files(path: str, pattern: str, where: str) -> list[Path]:
         if mode is not None and stat.S_ISREG(mode):
             return [root]
         if mode is not None and stat.S_ISDIR(mode):
-            found = files_below(root, where, pattern)
+            paths = sorted(files_below(root, where, pattern))
             missing = f"no {pattern} in this folder"
         else:
-            parts = root.parts[1:] if root.anchor else root.parts
-            found = _expanded(Path(root.anchor), parts, where) if glob.has_magic(path) else iter([])
+            paths = expanded(root, where) if glob.has_magic(path) else []
             missing = "no such file or folder, and no pattern that matches one"
-        paths = sorted(set(found))
     if not paths:
         raise DataError(f"{where}: {missing}")
     return paths
+
+
+def expanded(pattern: Path, where: str) -> list[Path]:
+    """The files that a pattern matches, in the order of their names.
+
+    ``glob`` itself passes over folders that it cannot read, and goes round in loops of links.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    parts = pattern.parts[1:] if pattern.anchor else pattern.parts
+    with readable(where):
+        return sorted(set(_expanded(Path(pattern.anchor), parts, where)))
+
+
+def linked_folder(path: Path, top: Path) -> Path | None:
+    """The first symbolic link among the folders between ``top`` and a file below it."""
+    between = [folder for folder in reversed(path.parents) if top in folder.parents]
+    return next((folder for folder in between if folder.is_symlink()), None)
 
 
 def files_below(root: Path, where: str, pattern: str = "*") -> Iterator[Path]:
@@ -95,10 +112,7 @@ def _folders(root: Path, where: str, hidden: bool = True) -> Iterator[tuple[Path
 
 
 def _expanded(base: Path, parts: tuple[str, ...], where: str) -> Iterator[Path]:
-    """The files that a pattern matches, as of ``glob``; ``parts`` are its names below ``base``.
-
-    ``glob`` itself passes over folders that it cannot read, and goes round in loops of links.
-    """
+    """The files that a pattern matches; ``parts`` are its names below ``base``."""
     if not parts:
         try:
             base.lstat()

@@ -9,6 +9,7 @@ import pytest
 from dskd.data.sources import content_hash, documents
 from dskd.errors import ConfigError, DskdError
 from dskd.settings.data import HubSource
+from tests.data.conftest import without_rights
 
 GOOD = '{"text": "a b"}\n'
 LONG = '{"text": "' + "a b " * 25_000 + '"}\n'
@@ -90,6 +91,44 @@ def test_an_option_without_effect_is_refused(tmp_path: Path, path: str, option: 
     where = {"saved": one(tmp_path), "plain": tmp_path / "plain"}.get(path, path)
     with pytest.raises(ConfigError, match=f"{option}: has no effect here"):
         read(where, **given)
+
+
+def test_files_behind_links_are_read_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` follows links that are named, and leaves out those it would have to find."""
+    for place in ("plain/sub", "far/in"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.csv").write_text(f"text\n{place}\n")
+    (tmp_path / "plain" / "link").symlink_to(tmp_path / "far")
+    monkeypatch.chdir(tmp_path)
+    for path, files in (
+        ("plain", None),
+        ("plain", ["**/*.csv"]),
+        ("csv", ["plain/**/*.csv"]),
+        ("csv", [str(tmp_path / "plain" / "*" / "in" / "*.csv")]),
+    ):
+        with pytest.raises(DskdError, match=r"plain/link: datasets does not follow"):
+            read(path, data_files=files)
+    assert read("csv", data_files=["plain/link/in/a.csv"]) == ["far/in"]
+    assert read("csv", data_files=["plain/link/in/*.csv", "plain/s*/*.csv"]) == [
+        "far/in",
+        "plain/sub",
+    ]
+    assert read("plain", data_files=["link/in/*.csv"]) == ["far/in"]
+
+
+def test_a_folder_that_data_files_cannot_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    (tmp_path / "plain" / "shut").mkdir(parents=True)
+    (tmp_path / "plain" / "a.csv").write_text("text\nx\n")
+    (tmp_path / "plain" / "shut").chmod(0)
+    source = HubSource(kind="datasets", path="csv", data_files=["plain/**/*.csv"])
+    with without_rights(), pytest.raises(DskdError, match="plain/shut: cannot be read"):
+        content_hash(source)
 
 
 BROKEN = ["{}", "[]", "", "{", "null", "3", "[" * 50_000, '{"splits": 3, "_data_files": [3]}']

@@ -35,7 +35,8 @@ def reason(problem: BaseException) -> str:
     cause: BaseException | None = problem
     while cause is not None and len(parts) < 5:
         text = " ".join(str(cause).split())
-        if not isinstance(cause, OSError | ValueError) or not text:
+        plain = type(cause) is Exception or isinstance(cause, OSError | ValueError)
+        if not plain or not text:  # the text of a KeyError says nothing without its name
             text = f"{type(cause).__name__}: {text}" if text else type(cause).__name__
         if not any(text in part for part in parts):
             parts.append(text[:_LONGEST])

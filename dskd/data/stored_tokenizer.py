@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dskd.data.foreign import raised_as
@@ -35,6 +37,10 @@ def stored_tokenizer(
     Raises:
         DskdError: ``error``: it cannot be loaded, is not a fast one, or has no usable ids.
     """
+    if revision is not None and Path(path).is_dir():
+        raise error(
+            f"{where}: {path} is a folder, which has no revision {revision!r}; leave it out"
+        )
     with raised_as(error, f"{where}: cannot load {path}"):
         tokenizer = AutoTokenizer.from_pretrained(
             path,

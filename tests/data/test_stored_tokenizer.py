@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, dynamic_module_utils
 
 from dskd.data.packing import Encoder
 from dskd.data.prepared import open_prepared, prepare
-from dskd.data.tokenizers import tokenizer_fingerprint
+from dskd.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from dskd.errors import ConfigError, DataError
 from dskd.settings.data import Data, PretrainedTokenizer
 from tests.data.conftest import make_corpus, settings
@@ -118,6 +118,13 @@ def test_a_tokenizer_without_an_unknown_token_is_one_message(tmp_path: Path) -> 
     folder = saved(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>"), tmp_path)
     with pytest.raises(ConfigError, match=r"^data\.tokenizer\.path: .*: cannot encode '<e> a"):
         load(folder, "causal")
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    folder = saved(trained(), tmp_path)
+    source = PretrainedTokenizer(kind="pretrained", path=str(folder), revision="main")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.path: .* has no revision 'main'"):
+        load_tokenizer(Data(tokenizer=source), ())
 
 
 CODE = """

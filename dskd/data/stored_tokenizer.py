@@ -39,7 +39,7 @@ def stored_tokenizer(
     """
     if revision is not None and Path(path).is_dir():
         raise error(
-            f"{where}: {path} is a folder, which has no revision {revision!r}; leave it out"
+            f"{where}: {path} is a folder, which has no revision {revision!r}"
         )
     with raised_as(error, f"{where}: cannot load {path}"):
         tokenizer = AutoTokenizer.from_pretrained(

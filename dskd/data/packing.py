@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import encoder, end_id, start_id
+from dskd.errors import DataError
 from dskd.settings.data import Data
 
 TokenSpan = tuple[int, int]
@@ -111,7 +113,8 @@ class Encoder:
         """The items of the documents; the tokenizer's own threads share the work."""
         documents = [self._sentences(text) for text in texts]
         flat = [sentence for document in documents for sentence in document]
-        encoded = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+        with raised_as(DataError, "data.tokenizer: cannot encode the text"):
+            encoded = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
         items = Items([], [], [])
         for document in documents:
             found = [tokens for _ in document if (tokens := next(encoded).ids)]

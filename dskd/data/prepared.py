@@ -19,20 +19,25 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dskd.data import sources
 from dskd.data.preparing import FORMAT, MANIFEST, build_rows
+from dskd.data.stored_tokenizer import stored_tokenizer
+from dskd.data.text_files import readable
 from dskd.data.tokenizers import load_tokenizer, tokenizer_fingerprint
-from dskd.errors import DataError
+from dskd.errors import DataError, DiskError
 from dskd.settings.data import Data, HubSource, PretrainedTokenizer, Source
 from dskd.system.files import file_hash, fingerprint, read_manifest, sync_to_disk
 
@@ -108,6 +113,35 @@ class RowSet:
         return self._domains[row_ids_B].astype(np.int64)
 
 
+class _File(BaseModel):
+    bytes: int
+    xxh3: str
+
+
+class _Split(BaseModel):
+    rows: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    fingerprint: str
+
+
+class _Splits(BaseModel):
+    train: _Split
+    validation: _Split
+
+
+class _Manifest(BaseModel):
+    """What is read of a manifest."""
+
+    fingerprint: str
+    tokenizer: str
+    block_size: int = Field(ge=1)
+    dtype: Literal["uint16", "uint32"]
+    pad: int
+    domains: list[str]
+    splits: _Splits
+    files: dict[str, _File]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """An opened prepared folder."""
@@ -134,26 +168,27 @@ def prepare(data: Data, progress: bool = True) -> Path:
     Raises:
         DataError, ConfigError: see ``sources.documents`` and ``tokenizers.load_tokenizer``; also
             when there is less text than one row, or no row to validate on.
+        DiskError: ``data.folder`` cannot be made or written.
     """
     pretrained = isinstance(data.tokenizer, PretrainedTokenizer)
     tokenizer = load_tokenizer(data, ()) if pretrained else None
     key = _key(data, tokenizer)
     folder = data.folder / key[:16]
-    if folder.exists():
-        return folder
-    data.folder.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(data.folder)
     temporary = data.folder / f".{key[:16]}.{socket.gethostname()}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        with _bar(progress) as bar:
-            build_rows(data, tokenizer, key, temporary, bar)
-        if _key(data, tokenizer) != key:
-            raise DataError("data.sources: a file changed while it was read; start again")
-        _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _writable(data.folder):
+        _remove_abandoned(data.folder)  # first: the disk may be full of it
+        if folder.exists():
+            return folder
+        data.folder.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            with _bar(progress) as bar:
+                build_rows(data, tokenizer, key, temporary, bar)
+            if _key(data, tokenizer) != key:
+                raise DataError("data.sources: a file changed while it was read; start again")
+            _publish(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -167,20 +202,42 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
     Raises:
         DataError: a file is missing or changed; the message names it.
     """
-    manifest = read_manifest(folder / MANIFEST, DataError)
-    if manifest.get("kind") != "rows" or manifest.get("format") != FORMAT:
-        raise DataError(f"{folder / MANIFEST}: not of prepared rows that this dskd can read")
-    for name, expected in manifest["files"].items():
-        _check(folder / name, expected, verify or name.startswith("tokenizer/"))
+    with readable("data.folder"):
+        manifest = read_manifest(folder / MANIFEST, DataError)
+        _check_manifest(manifest, folder / MANIFEST)
+        for name, expected in manifest["files"].items():
+            _check(folder / name, expected, verify or name.startswith("tokenizer/"))
     return Prepared(
         folder=folder,
-        tokenizer=AutoTokenizer.from_pretrained(str(folder / "tokenizer")),
+        tokenizer=stored_tokenizer(str(folder / "tokenizer"), "data.folder", error=DataError),
         fingerprint=manifest["fingerprint"],
         tokenizer_fingerprint=manifest["tokenizer"],
         domains=manifest["domains"],
         train=RowSet(folder, "train", manifest),
         validation=RowSet(folder, "validation", manifest),
     )
+
+
+def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
+    """Refuse a manifest that another program wrote, or that leaves the folder."""
+    if manifest.get("kind") != "rows" or manifest.get("format") != FORMAT:
+        raise DataError(f"{path}: not of prepared rows that this dskd can read")
+    try:
+        read = _Manifest.model_validate(manifest, strict=True)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: not as this dskd writes it: {place}: {first['msg']}") from problem
+    for name in read.files:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise DataError(f"{path}: names {name!r}, which is not inside its folder")
+    width = np.dtype(read.dtype).itemsize
+    for split, of in (("train", read.splits.train), ("validation", read.splits.validation)):
+        sizes = {"ids": of.tokens * width, "offsets": 8 * (of.rows + 1), "domains": 2 * of.rows}
+        for part, size in sizes.items():
+            entry = read.files.get(f"{split}.{part}")
+            if entry is None or entry.bytes != size:
+                raise DataError(f"{path}: {split}.{part} is not of {of.rows} rows")
 
 
 def _check(path: Path, expected: dict[str, Any], content: bool) -> None:
@@ -222,6 +279,19 @@ def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
     )
 
 
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """What cannot be written is one message; ``folder`` is ``data.folder``."""
+    try:
+        yield
+    except OSError as problem:
+        no_folder = isinstance(problem, FileExistsError | NotADirectoryError)
+        why = "it is no folder" if no_folder else problem.strerror or str(problem)
+        raise DiskError(
+            f"data.folder: {folder}: cannot write the prepared rows ({why})"
+        ) from problem
+
+
 def _publish(temporary: Path, folder: Path) -> None:
     """Flush everything and give the folder its name."""
     for path in [temporary, *temporary.rglob("*")]:
@@ -237,12 +307,22 @@ def _publish(temporary: Path, folder: Path) -> None:
 def _remove_abandoned(parent: Path) -> None:
     """Remove what killed builds on this machine left behind."""
     for path in parent.glob(f".*.{socket.gethostname()}.*.tmp"):
-        try:
-            os.kill(int(path.name.split(".")[-2]), 0)
-        except ProcessLookupError:
+        process = path.name.split(".")[-2]
+        if process.isdecimal() and not _is_building(int(process)):
             shutil.rmtree(path, ignore_errors=True)
-        except PermissionError:
-            pass  # alive, and another user's
+
+
+def _is_building(process: int) -> bool:
+    """Whether a process is alive; one that had our own number is not, for we build nothing yet."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _bar(progress: bool) -> Progress:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,11 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from dskd.data import sources
+from dskd.data.foreign import raised_as
 from dskd.data.packing import Encoder, Packer
 from dskd.data.tokenizers import load_tokenizer, start_id, tokenizer_fingerprint, vocabulary_size
 from dskd.errors import DataError
-from dskd.settings.data import Data, Source
+from dskd.settings.data import Data, Source, TextSource
 from dskd.system.files import file_hash, fingerprint, write_manifest
 
 FORMAT = 2
@@ -96,7 +97,9 @@ def build_rows(
     )
     writers = _write_rows(made, bar)
     _refuse_small(data, writers)
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    # The Rust library raises a full disk as an Exception.
+    with raised_as(DataError, f"data.tokenizer: cannot be written to {data.folder}"):
+        tokenizer.save_pretrained(str(folder / "tokenizer"))
     _write_manifest(made, writers)
 
 
@@ -120,7 +123,14 @@ def _write_rows(made: _RowBuild, bar: Progress) -> dict[str, _SplitWriter]:
 
 def _trained_tokenizer(data: Data, bar: Progress) -> PreTrainedTokenizerBase:
     made = bar.add_task("Training the tokenizer", total=None)
-    tokenizer = load_tokenizer(data, _training_texts(data))
+    texts = _training_texts(data)
+    first = next(texts, None)
+    if first is None:
+        raise DataError(
+            "data.sources: every document was held out, there is none to train the tokenizer on"
+            f"{_single_documents(data)}"
+        )
+    tokenizer = load_tokenizer(data, chain([first], texts))
     bar.remove_task(made)
     return tokenizer
 
@@ -181,13 +191,31 @@ def _refuse_small(data: Data, writers: dict[str, _SplitWriter]) -> None:
     if tokens < data.block_size:
         raise DataError(
             f"data.sources: {tokens} tokens to train on are shorter than one row "
-            f"(data.block_size: {data.block_size})"
+            f"(data.block_size: {data.block_size}){_single_documents(data)}"
         )
     if not writers["validation"].rows:
         raise DataError(
             "data.validation_fraction: no document was held out, so there are no validation rows; "
-            "raise it, give data.validation, or use a corpus of more documents"
+            f"raise it, give data.validation, or use a corpus of more documents"
+            f"{_single_documents(data)}"
         )
+
+
+def _single_documents(data: Data) -> str:
+    """What to add to a message about too few documents: which text files are one each, as those
+    that were meant to hold one a line."""
+    for source in data.sources:
+        if not isinstance(source, TextSource) or source.documents is not None:
+            continue
+        paths = sources.files(source)
+        documents = len(list(islice(sources.documents(source), len(paths) + 1)))
+        if documents <= len(paths):
+            each = "it is" if len(paths) == 1 else f"each of its {len(paths)} files is"
+            return (
+                f"\n  {sources.source_name(source)}: {each} ONE document: in text files, documents "
+                "are separated by blank lines; JSON lines (kind: jsonl) hold one document a line"
+            )
+    return ""
 
 
 def _write_manifest(made: _RowBuild, writers: dict[str, _SplitWriter]) -> None:

@@ -26,8 +26,10 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dskd.data.foreign import raised_as
+from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.errors import ConfigError, DataError
 from dskd.settings.data import Data, TrainedTokenizer
 from dskd.system.files import fingerprint
@@ -55,8 +57,14 @@ def load_tokenizer(data: Data, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """
     if isinstance(data.tokenizer, TrainedTokenizer):
         return _train(data.tokenizer.vocab_size, texts, data.objective)
-    tokenizer = _pretrained(data.tokenizer.path, data.tokenizer.revision)
-    where = f"data.tokenizer.path: {data.tokenizer.path}"
+    source = data.tokenizer
+    tokenizer = stored_tokenizer(
+        source.path,
+        "data.tokenizer.path",
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+    )
+    where = f"data.tokenizer.path: {source.path}"
     if end_id(tokenizer, data.objective) is None:
         raise ConfigError(f"{where} has no end token (eos_token or sep_token)")
     if data.objective == "masked":
@@ -67,8 +75,9 @@ def load_tokenizer(data: Data, texts: Iterable[str]) -> PreTrainedTokenizerFast:
         tokenizer.pad_token = tokenizer.eos_token
     backend = encoder(tokenizer, where)
     own = json.loads(tokenizer.backend_tokenizer.to_str())
-    if json.loads(backend.to_str())["pre_tokenizer"] != own["pre_tokenizer"]:
-        return _with_backend(tokenizer, backend)
+    changed = json.loads(backend.to_str())["pre_tokenizer"] != own["pre_tokenizer"]
+    if changed or not type(tokenizer).__module__.startswith("transformers."):
+        return _with_backend(tokenizer, backend, where)
     return tokenizer
 
 
@@ -221,8 +230,9 @@ def encoder(tokenizer: PreTrainedTokenizerBase, where: str = "data.tokenizer") -
     needed = False
     for name in names:
         text = f"{name} a{name}{name}"
-        found = special.intersection(plain.encode(text, add_special_tokens=False).ids)
-        left = special.intersection(cut.encode(text, add_special_tokens=False).ids)
+        with raised_as(ConfigError, f"{where}: cannot encode {text!r}"):
+            found = special.intersection(plain.encode(text, add_special_tokens=False).ids)
+            left = special.intersection(cut.encode(text, add_special_tokens=False).ids)
         if left - {unknown}:
             raise ConfigError(f"{where} makes the special token {name!r} of the text {text!r}")
         needed |= bool(found - left)
@@ -279,25 +289,17 @@ def _train(size: int, texts: Iterable[str], objective: str) -> PreTrainedTokeniz
 
 
 def _with_backend(
-    tokenizer: PreTrainedTokenizerFast, backend: Tokenizer
+    tokenizer: PreTrainedTokenizerFast, backend: Tokenizer, where: str
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer with another Rust tokenizer in it. Its own class would make one anew."""
-    with TemporaryDirectory() as folder:
+    """The tokenizer with another Rust tokenizer in it, and of the class that has no code of its
+    own: a class for the model would make the Rust tokenizer anew, and code that came with the
+    tokenizer would be needed again wherever rows or exports are read."""
+    with raised_as(ConfigError, f"{where}: cannot be saved"), TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         backend.save(str(Path(folder) / "tokenizer.json"))
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def _pretrained(path: str, revision: str | None) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, use_fast=True, split_special_tokens=True
-        )
-    except (OSError, ValueError, KeyError) as problem:
-        raise ConfigError(f"data.tokenizer.path: cannot load {path}: {problem}") from problem
-    if not tokenizer.is_fast:
-        raise ConfigError(f"data.tokenizer.path: {path} has no fast tokenizer (tokenizer.json)")
-    return tokenizer
+        plain = PreTrainedTokenizerFast.from_pretrained(folder)
+    plain.init_kwargs.pop("auto_map", None)
+    return plain
 
 
 def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:

@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import check_same_vocabulary
 from dskd.engine.zero import sharded_construction
 from dskd.errors import ConfigError
@@ -167,10 +168,7 @@ def check_tokenizer(
     Raises:
         ConfigError: its folder has no tokenizer, or one of another vocabulary; names ``where``.
     """
-    try:
+    none = f"{where}: {folder} has no tokenizer that could be compared with the data's"
+    with raised_as(ConfigError, none):
         other = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    except Exception as problem:  # whatever its files, of any content, may raise
-        raise ConfigError(
-            f"{where}: {folder} has no tokenizer that could be compared with the data's ({problem})"
-        ) from problem
     check_same_vocabulary(tokenizer, other, "the data's tokenizer", f"{where} ({folder})")

@@ -29,7 +29,7 @@ class TextSource(Section):
 
     kind: Literal["text"]
     path: SourcePath
-    """A file, a folder (every ``*.txt`` below it) or a glob pattern."""
+    """A file, a folder (every ``*.txt`` below it, links followed) or a glob pattern."""
     domain: str = "text"
     documents: int | None = Field(None, ge=1)
 
@@ -39,7 +39,7 @@ class JsonlSource(Section):
 
     kind: Literal["jsonl"]
     path: SourcePath
-    """A file, a folder (every ``*.jsonl`` below it) or a glob pattern."""
+    """A file, a folder (every ``*.jsonl`` below it, links followed) or a glob pattern."""
     field: str = "text"
     """The key that holds the text."""
     domain: str = "jsonl"
@@ -54,6 +54,7 @@ class HubSource(Section):
     """Hub id, a builder's name (``parquet``, ``csv`` ...), or a folder of ``save_to_disk``."""
     config: str | None = None
     split: str = "train"
+    """A split, a slice of one (``train[:10%]``) or a sum of them, in the words of ``datasets``."""
     revision: str | None = None
     data_files: list[str] | None = None
     field: str = "text"
@@ -83,6 +84,9 @@ class PretrainedTokenizer(Section):
     path: Annotated[str, RunPath("export")]
     """Folder or hub id; ``run:NAME`` is the export of another run of the recipe."""
     revision: str | None = None
+    trust_remote_code: bool = False
+    """Run the Python code that lies in the folder or hub repository of ``path``; without it such
+    code is never run, nor asked about. Rows and exports keep a tokenizer that needs none."""
 
 
 TokenizerSource = Annotated[TrainedTokenizer | PretrainedTokenizer, Field(discriminator="kind")]

@@ -1,5 +1,8 @@
 """A small corpus with known sentences, and its prepared rows."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ from dskd.data.counter import below
 from dskd.data.prepared import Prepared, RowSet, open_prepared, prepare
 from dskd.settings.data import Data, TextSource, TrainedTokenizer
 
+NOBODY = 65534
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "small", "dogs", "ran", "round"]
 WORDS += ["every", "old", "garden", "wall"]
 
@@ -36,6 +40,18 @@ def settings(where: Path, **changes: object) -> Data:
         "folder": where / "rows",
     }
     return Data(**(values | changes))
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """As a user whom file modes bind: root may read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 @pytest.fixture(scope="session")

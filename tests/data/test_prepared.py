@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -12,10 +14,10 @@ import pytest
 
 from dskd.data import prepared, preparing
 from dskd.data.prepared import Prepared, open_prepared, prepare
-from dskd.errors import ConfigError, DataError
+from dskd.errors import ConfigError, DataError, DiskError, DskdError
 from dskd.settings.data import Masking, PretrainedTokenizer, TextSource, TrainedTokenizer
-from dskd.system.files import write_manifest
-from tests.data.conftest import all_rows, make_corpus, settings
+from dskd.system.files import file_hash, read_manifest, write_manifest
+from tests.data.conftest import all_rows, make_corpus, settings, without_rights
 from tests.stores.caches import flip
 
 
@@ -194,3 +196,109 @@ def test_missing_tokenizer_is_refused_before_anything_is_read(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.path"):
         prepare(settings(tmp_path, tokenizer=source))
     assert not (tmp_path / "rows").exists()
+
+
+@pytest.mark.parametrize("name", ["../rows.txt", "/etc/hostname", "tokenizer/../../rows.txt"])
+def test_a_manifest_names_no_files_outside(prepared: Prepared, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "rows"
+    shutil.copytree(prepared.folder, folder)
+    (tmp_path / "rows.txt").write_text("x")
+    content = read_manifest(folder / "manifest.json", DataError)
+    path = folder / name
+    content["files"][name] = {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
+    write_manifest(folder / "manifest.json", content)
+    with pytest.raises(DataError, match=r"manifest\.json: names .*, which is not inside"):
+        open_prepared(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("files",), []),
+        (("files", "train.ids"), {}),
+        (("files", "train.ids", "bytes"), -1),
+        (("splits", "train", "rows"), 0),
+        (("splits", "train", "rows"), 10**18),
+        (("splits", "train", "tokens"), "many"),
+        (("splits",), {}),
+        (("dtype",), "float32"),
+        (("block_size",), 0),
+        (("pad",), None),
+        (("domains",), 3),
+    ],
+)
+def test_a_manifest_of_anything_else_is_refused(
+    prepared: Prepared, tmp_path: Path, place: tuple[str, ...], value: object
+) -> None:
+    folder = tmp_path / "rows"
+    shutil.copytree(prepared.folder, folder)
+    content = read_manifest(folder / "manifest.json", DataError)
+    section = content
+    for part in place[:-1]:
+        section = section[part]
+    section[place[-1]] = value
+    write_manifest(folder / "manifest.json", content)
+    with pytest.raises(DataError, match=r"manifest\.json: (not as this dskd|train\.\w+ is not of)"):
+        open_prepared(folder)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/nowhere"])
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path, name: str) -> None:
+    make_corpus(tmp_path / "corpus.txt")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DiskError, match=rf"data\.folder: .*{name}: cannot write the prepared rows"):
+        prepare(settings(tmp_path, folder=tmp_path / name))
+
+
+@pytest.mark.parametrize("least", [0, 1000, 6000])
+def test_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path, least: int) -> None:
+    """Wherever it is full: at the rows, at the tokenizer."""
+    make_corpus(tmp_path / "corpus.txt", 400)
+    data = settings(tmp_path)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def build() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, least))
+        try:
+            prepare(data)
+        except DskdError as problem:
+            sender.send(str(problem))
+        sender.close()
+
+    child = multiprocessing.get_context("fork").Process(target=build)
+    child.start()
+    child.join()
+    assert receiver.poll() and child.exitcode == 0
+    message = receiver.recv()
+    assert message.startswith("data.") and str(data.folder) in message
+    assert "File too large" in message and "\n" not in message
+    assert list(data.folder.iterdir()) == []
+
+
+def test_what_killed_builds_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    """Also if nothing is to be built, and if the killed process had our number."""
+    make_corpus(tmp_path / "corpus.txt")
+    folder = prepare(settings(tmp_path))
+    child = multiprocessing.get_context("fork").Process(target=os.getpid)
+    child.start()
+    child.join()
+    host = socket.gethostname()
+    left = [folder.parent / f".{n:016x}.{host}.{n}.tmp" for n in (child.pid, os.getpid())]
+    kept = [folder.parent / f".{1:016x}.{host}.1.tmp", folder.parent / f".a.{host}.b.tmp"]
+    for path in left + kept:
+        path.mkdir()
+        (path / "train.ids").write_text("x")
+    assert prepare(settings(tmp_path)) == folder
+    assert sorted(folder.parent.iterdir()) == sorted([folder, *kept])
+
+
+def test_rows_that_cannot_be_read_are_named(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    shutil.copytree(prepared.folder, "rows")
+    Path("rows/train.ids").chmod(0)
+    with without_rights(), pytest.raises(DataError, match=r"rows/train\.ids: cannot be read"):
+        open_prepared(Path("rows"))

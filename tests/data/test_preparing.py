@@ -143,6 +143,35 @@ def test_unusable_corpus(tmp_path: Path, text: bytes, problem: str) -> None:
     assert list((tmp_path / "rows").iterdir()) == []
 
 
+@pytest.mark.parametrize("line", ["a mat by the wall %d", "the cat sat %d"])
+def test_a_document_a_line_is_called_one_document(tmp_path: Path, line: str) -> None:
+    """Whichever side of the split the one document falls on."""
+    (tmp_path / "corpus.txt").write_text("\n".join(line % i for i in range(200)))
+    with pytest.raises(DataError, match="held out") as caught:
+        prepare(settings(tmp_path, validation_fraction=0.5))
+    assert "corpus.txt: it is ONE document" in str(caught.value)
+    assert "blank lines" in str(caught.value) and "kind: jsonl" in str(caught.value)
+    (tmp_path / "corpus.txt").rename(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text("a")
+    folder = [TextSource(kind="text", path=str(tmp_path))]
+    with pytest.raises(DataError, match="each of its 2 files is ONE document"):
+        prepare(settings(tmp_path, sources=folder, validation_fraction=1e-9))
+
+
+def test_both_sides_of_the_split_are_tried() -> None:
+    lines = ("a mat by the wall %d", "the cat sat %d")
+    texts = ["\n".join(line % i for i in range(200)) for line in lines]
+    assert {preparing._held_out(text, 0.5) for text in texts} == {False, True}
+
+
+def test_documents_of_a_file_that_are_left_out_are_not_missed(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "corpus.txt")
+    source = TextSource(kind="text", path=str(tmp_path / "corpus.txt"), documents=1)
+    with pytest.raises(DataError) as caught:
+        prepare(settings(tmp_path, sources=[source]))
+    assert "ONE document" not in str(caught.value)
+
+
 def test_builtin_corpus_by_default(tmp_path: Path) -> None:
     began = time.monotonic()
     prepared = open_prepared(prepare(Data(folder=tmp_path)))

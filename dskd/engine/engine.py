@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
 from dskd.batch import Batch, Loss, Term
+from dskd.engine import saving
 from dskd.engine.ds_config import precision_of
 from dskd.engine.shards import ParameterShards, shards_of
 from dskd.engine.zero import full_shape
@@ -197,9 +198,12 @@ class Engine:
             self._monitor.write_events([(name, value, step) for name, value in values.items()])
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's part of ``folder/tag`` (collective)."""
-        state = {"dskd_groups": self._group_names}
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        """Write this rank's part of ``folder/tag`` (collective).
+
+        Raises:
+            DiskError: a rank cannot; on every rank.
+        """
+        saving.save(self._engine, folder, tag, {"dskd_groups": self._group_names})
 
     def load(self, folder: Path, tag: str) -> None:
         """Read back a checkpoint: one of the same world size and ZeRO stage, or, if the config said

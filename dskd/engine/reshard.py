@@ -23,8 +23,9 @@ from torch import Tensor
 
 from dskd.engine.checkpoints import Saved
 from dskd.engine.engine import Engine
-from dskd.errors import CheckpointError
+from dskd.errors import CheckpointError, DskdError
 from dskd.system import dist
+from dskd.system.disk import writing
 
 _MODEL = "mp_rank_00_model_states.pt"
 _MODEL_ZERO3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -57,14 +58,27 @@ def check_reshard(saved: Saved, stage: int, precision: str) -> None:
 
 
 def convert(saved: Saved) -> Path:
-    """Write the universal form beside the checkpoint, under a temporary name; collective."""
+    """Write the universal form beside the checkpoint, under a temporary name; collective.
+
+    Raises:
+        DiskError: it cannot be written; on every rank.
+    """
     folder = saved.folder.parent / f".universal-{saved.folder.name}"
-    dist.on_rank0(lambda: _convert(saved, folder))
+    dist.on_rank0(lambda: _written(saved, folder))
     return folder
 
 
-def _convert(saved: Saved, folder: Path) -> None:
+def _written(saved: Saved, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with writing("the checkpoint in another form", folder):
+            _convert(saved, folder)
+    except DskdError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _convert(saved: Saved, folder: Path) -> None:
     if saved.stage == 0:
         _from_plain(saved.folder, folder)
     else:

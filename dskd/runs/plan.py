@@ -19,6 +19,7 @@ from dskd.models.build import check_model, model_fingerprint
 from dskd.models.configs import config_at_hand, with_fields
 from dskd.narrowing.slice_stage import sliced_config
 from dskd.runs.context import RunContext
+from dskd.runs.leftovers import remove_leftovers
 from dskd.runs.report import ReportSection, print_table, write_report
 from dskd.runs.stages import STAGES, stages_of
 from dskd.settings.compare import differences
@@ -166,6 +167,7 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Carry out what is not done yet; then print the table and write ``report.html``."""
     device, known = engine.start(), _known(recipe, methods)
     with alone(recipe.out):
+        remove_leftovers(recipe)
         # Another job may have worked here while this one waited.
         dist.on_rank0(lambda: _refuse_changes(recipe, methods))
         dist.on_rank0(lambda: _write_settings(recipe))
@@ -212,7 +214,7 @@ def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:
 
 def _write_settings(recipe: Recipe) -> None:
     for run in recipe.runs.values():
-        write_atomic(folder_of(run).config, dump_run(run, here=True).encode())
+        write_atomic(folder_of(run).config, dump_run(run, here=True).encode(), "the settings")
 
 
 def _refuse_changes(recipe: Recipe, methods: Mapping[str, Method]) -> None:

@@ -82,7 +82,7 @@ def read_history(folder: Path) -> History:
     training, evaluations = [], []
     for number, line in enumerate(read_metrics(path), 1):
         where = f"{path}, line {number}"
-        if isinstance(line, dict) and summary["metric"] in line:
+        if summary["metric"] in line:
             evaluations.append(_require(line, ("step", summary["metric"]), where))
         else:
             training.append(_require(line, _TRAINING_KEYS, where))
@@ -153,7 +153,7 @@ def write_report(
         *(section({name: RunFolder(run) for name, run in runs.items()}) for section in sections),
     ]
     path = RunFolder(folder).report
-    write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode())
+    write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode(), "the report")
     return path
 
 

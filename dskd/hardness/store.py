@@ -103,7 +103,7 @@ class Hardness:
     ) -> None:
         self.store = Store(folder, kind=KIND, expect=expect, share=share, mend=mend)
         self.quantiles: dict[float, float] = {}
-        self.plan = _plan(folder, self.store.spec)
+        self.plan = plan_of(folder, self.store.spec)
         self.fingerprint = identity(self.store.spec)
 
     def read(self, rows: RowBatch) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -181,7 +181,7 @@ class Hardness:
         return stored_BT, scored_BT
 
 
-def _plan(folder: Path, spec: StoreSpec) -> ScoringPlan:
+def plan_of(folder: Path, spec: StoreSpec) -> ScoringPlan:
     """The plan that the manifest holds, if :func:`hardness_spec` may have written it."""
     settings = spec.settings
     right = (

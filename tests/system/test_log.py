@@ -41,6 +41,19 @@ def test_another_broken_line_is_named(path):
         Metrics(path, 2)
 
 
+ODD = ["3", "null", '"step"', "[1]", "{}", '{"step": "2"}', '{"step": 2.0}', '{"step": true}']
+ODD += ['{"step": -1}', '{"loss": 2.0}', "[" * 50_000, "\xff"]
+
+
+@pytest.mark.parametrize("line", ODD)
+def test_a_line_that_is_no_object_with_a_step_is_named(path, line):
+    """On resume, and by whatever else reads them."""
+    path.write_bytes(TEXT.encode() + line.encode("latin-1") + b"\n" + TEXT.encode())
+    for read in (lambda: Metrics(path, 2), lambda: read_metrics(path)):
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 4: (damaged|not JSON)"):
+            read()
+
+
 def test_the_first_line_makes_the_file(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
     metrics = Metrics(path, 0)

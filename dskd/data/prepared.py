@@ -34,7 +34,6 @@ from dskd.data.preparing import FORMAT, MANIFEST, build_rows
 from dskd.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from dskd.errors import DataError
 from dskd.settings.data import Data, HubSource, PretrainedTokenizer, Source
-from dskd.system.disk import writing
 from dskd.system.files import file_hash, fingerprint, read_manifest, sync_to_disk
 
 
@@ -130,7 +129,6 @@ def prepare(data: Data, progress: bool = True) -> Path:
         progress: show a progress bar if the standard error is a terminal.
 
     Raises:
-        DiskError: they cannot be written.
         DataError, ConfigError: see ``sources.documents`` and ``tokenizers.load_tokenizer``; also
             when there is less text than one row, or no row to validate on.
     """
@@ -140,18 +138,17 @@ def prepare(data: Data, progress: bool = True) -> Path:
     folder = data.folder / key[:16]
     if folder.exists():
         return folder
+    data.folder.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(data.folder)
     temporary = data.folder / f".{key[:16]}.{socket.gethostname()}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        with writing("the prepared rows", folder):
-            data.folder.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(data.folder)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            with _bar(progress) as bar:
-                build_rows(data, tokenizer, key, temporary, bar)
-            if _key(data, tokenizer) != key:
-                raise DataError("data.sources: a file changed while it was read; start again")
-            _publish(temporary, folder)
+        with _bar(progress) as bar:
+            build_rows(data, tokenizer, key, temporary, bar)
+        if _key(data, tokenizer) != key:
+            raise DataError("data.sources: a file changed while it was read; start again")
+        _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

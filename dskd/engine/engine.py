@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dskd.batch import Batch, Loss, Term
 from dskd.engine import saving
 from dskd.engine.ds_config import precision_of
+from dskd.engine.loading import only_weights
 from dskd.engine.shards import ParameterShards, shards_of
 from dskd.engine.zero import full_shape
 from dskd.system import dist
@@ -207,9 +208,14 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Read back a checkpoint: one of the same world size and ZeRO stage, or, if the config said
-        ``load_universal``, one in universal form (collective)."""
+        ``load_universal``, one in universal form (collective).
+
+        Raises:
+            CheckpointError: it holds other things than a checkpoint does; on every rank.
+        """
         decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        with dist.agreed(), only_weights(folder / tag):
+            path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         assert path is not None, f"{folder}/{tag}: DeepSpeed found no checkpoint"
         # Loading a universal checkpoint at ZeRO-3 gives every group the first group's settings, and
         # all of them one step counter, which each would then advance.

@@ -82,7 +82,7 @@ def read_history(folder: Path) -> History:
     training, evaluations = [], []
     for number, line in enumerate(read_metrics(path), 1):
         where = f"{path}, line {number}"
-        if summary["metric"] in line:
+        if isinstance(line, dict) and summary["metric"] in line:
             evaluations.append(_require(line, ("step", summary["metric"]), where))
         else:
             training.append(_require(line, _TRAINING_KEYS, where))

@@ -83,7 +83,8 @@ def _found_out(path: Path) -> OSError | None:
     sizes = [file.stat().st_size for file in files if file.is_file()]
     if limit != resource.RLIM_INFINITY and max(sizes, default=0) >= limit:
         return OSError(errno.EFBIG, "")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = path if path.is_dir() else path.parent  # which may be where a disk begins
+    probe = folder / f".probe.{os.getpid()}.tmp"
     try:
         with probe.open("wb") as stream:
             stream.write(_MORE)

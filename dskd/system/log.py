@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,8 @@ class Metrics:
                 try:
                     _write_all(stream, json.dumps(values).encode() + b"\n")
                 except OSError:
-                    stream.truncate(before)
+                    with suppress(OSError):
+                        stream.truncate(before)
                     raise
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from dskd.errors import CheckpointError
+from dskd.errors import CheckpointError, DiskError
 from dskd.system.log import Metrics, clock, progress_line, read_metrics
+from tests.disks import limited
 
 LINES = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_nll": 2.5}]
 TEXT = "".join(json.dumps(line) + "\n" for line in LINES)
@@ -60,6 +61,16 @@ def test_the_first_line_makes_the_file(tmp_path):
     assert not path.exists()
     metrics.write(step=1, loss=1.0)
     assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
+
+
+def test_a_line_that_does_not_fit_is_taken_back(path):
+    metrics = Metrics(path, 7)
+    with limited(len(TEXT) + 10), pytest.raises(DiskError) as caught:
+        metrics.write(step=3, loss=1.0)
+    assert str(caught.value).startswith(f"{path}: cannot write the metrics: ")
+    assert path.read_text() == TEXT
+    metrics.write(step=3, loss=1.0)
+    assert read_metrics(path)[:-1] == LINES
 
 
 @pytest.mark.parametrize(

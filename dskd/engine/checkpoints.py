@@ -14,24 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dskd.engine.manifests import FORMAT, MANIFEST, Score, check_manifest, name_of, score_of
 from dskd.errors import CheckpointError
 from dskd.system import dist
+from dskd.system.disk import writing
 from dskd.system.files import file_hash, read_manifest, sync_to_disk, write_manifest
 from dskd.system.log import say
 
-MANIFEST = "manifest.json"
-FORMAT = 2
-"""Of a checkpoint's manifest; 1 had a loss in the place of a score, and one state for all."""
+WHAT = "the checkpoint"
+"""What messages call what is written here."""
 _TEMPORARY = ".saving-"
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a checkpoint was evaluated at: the value of one metric, finite, and its direction."""
-
-    metric: str
-    value: float
-    higher_is_better: bool
 
 
 @dataclass(frozen=True)
@@ -87,36 +79,48 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what an interrupted save or conversion left behind."""
-        if dist.rank() == 0:
-            for leftover in self.folder.glob(".*-step-*"):
+        with dist.agreed():
+            for leftover in self.folder.glob(".*-step-*") if dist.rank() == 0 else ():
                 shutil.rmtree(leftover)
-        dist.barrier()
 
     def begin(self, step: int) -> str:
         """The temporary tag under :attr:`folder` that the engine writes into."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return f"{_TEMPORARY}{_name(step)}"
+        with dist.agreed(), writing(WHAT, self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return f"{_TEMPORARY}{name_of(step)}"
+
+    def abandon(self, step: int) -> None:
+        """Remove what was written since :meth:`begin`: all ranks know that it cannot be whole."""
+        if dist.rank() == 0:
+            shutil.rmtree(self.folder / f"{_TEMPORARY}{name_of(step)}", ignore_errors=True)
+        dist.barrier()  # a rank that ends takes the others with it
 
     def commit(self, step: int, about: dict[str, Any]) -> None:
         """Hash and flush what the engine wrote after :meth:`begin`, then give it its name.
 
         ``about`` holds ``world``, ``stage``, ``precision``, ``score`` and ``state``, see
         :class:`Saved`.
+
+        Raises:
+            DiskError: a rank cannot write; on all of them.
         """
         dist.barrier()
-        temporary = self.folder / f"{_TEMPORARY}{_name(step)}"
+        temporary = self.folder / f"{_TEMPORARY}{name_of(step)}"
         # A file system of many nodes may show each only what it wrote itself yet.
         names = sorted({n for part in dist.gather_objects(_names(temporary)) for n in part})
-        mine = {name: _seal(temporary / name) for name in names[dist.rank() :: dist.world()]}
+        mine = {}
+        with dist.agreed(), writing(WHAT, temporary):
+            mine = {name: _seal(temporary / name) for name in names[dist.rank() :: dist.world()]}
         files = {k: v for part in dist.gather_objects(mine) for k, v in sorted(part.items())}
-        if dist.rank() == 0:
-            content = {"format": FORMAT, "step": step, **about, "files": files}
-            write_manifest(temporary / MANIFEST, content)
-            final = self.folder / _name(step)
-            temporary.rename(final)
-            sync_to_disk(self.folder)
-            self._prune()
-        dist.barrier()
+        with dist.agreed():
+            if dist.rank() == 0:
+                content = {"format": FORMAT, "step": step, **about, "files": files}
+                write_manifest(temporary / MANIFEST, content, WHAT)
+                final = self.folder / name_of(step)
+                with writing(WHAT, final):
+                    temporary.rename(final)
+                    sync_to_disk(self.folder)
+                self._prune()
 
     def latest(self) -> Saved | None:
         """The newest checkpoint, checked whole; None if there is none.
@@ -156,19 +160,16 @@ class Checkpoints:
         selection = self._selection
         if selection is None:
             return names[-1]
-        scores = {name: self._manifest(name)["score"] for name in reversed(names)}
+        scores = {name: score_of(self._manifest(name)) for name in reversed(names)}
         # How bad each is; min takes the first of equals, here the latest.
         sign = -1.0 if selection.higher_is_better else 1.0
-        losses = {name: sign * score["value"] for name, score in scores.items() if score}
+        losses = {name: sign * score.value for name, score in scores.items() if score}
         return min(losses, key=losses.__getitem__) if losses else names[-1]
 
     def _manifest(self, name: str) -> dict[str, Any]:
         path = self.folder / name / MANIFEST
         manifest = read_manifest(path, CheckpointError)
-        if manifest.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path}: written by another version of dskd; train again in another `out`"
-            )
+        check_manifest(manifest, path)
         return manifest
 
     def _open(self, name: str) -> Saved:
@@ -180,9 +181,8 @@ class Checkpoints:
             except CheckpointError as error:
                 text = f"{error}; to go on from the checkpoint before it, delete {folder}"
                 raise CheckpointError(text) from error
-        score = None if manifest["score"] is None else Score(**manifest["score"])
         about = {k: manifest[k] for k in ("step", "world", "stage", "precision", "state")}
-        return Saved(folder=folder, score=score, **about)
+        return Saved(folder=folder, score=score_of(manifest), **about)
 
     def _verify(self, name: str, files: dict[str, Any]) -> None:
         """Check this rank's share of the files against the manifest."""
@@ -208,10 +208,6 @@ class Checkpoints:
                 doomed = self.folder / f".dead-{name}"
                 (self.folder / name).rename(doomed)
                 shutil.rmtree(doomed)
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _names(folder: Path) -> list[str]:

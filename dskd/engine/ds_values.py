@@ -18,9 +18,10 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 
 from dskd.settings.parsing import nearest, show
+from dskd.system import dist
 
 Number = Literal["fp32", "fp16", "bf16"]
 
@@ -56,7 +57,7 @@ class _DataTypes(_Typed):
 
 
 class _Zero(_Typed):
-    sub_group_size: PositiveInt = 1
+    sub_group_size: int = Field(1, ge=1, strict=False)  # JSON's 1e9 is a float
 
 
 class _Unchecked(_Typed):
@@ -191,7 +192,7 @@ def _whole(ds: dict[str, Any]) -> list[str]:
     own = ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"]
     try:
         # It divides by the ranks that there are when it is called.
-        DeepSpeedConfig({**ds, "train_batch_size": own})
+        DeepSpeedConfig({**ds, "train_batch_size": own * dist.world()})
     except Exception as problem:
         return [f"DeepSpeed refuses it: {type(problem).__name__}: {problem}"]
     return []

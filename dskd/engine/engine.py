@@ -23,7 +23,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
 from dskd.batch import Batch, Loss, Term
+from dskd.engine import saving
 from dskd.engine.ds_config import precision_of
+from dskd.engine.loading import only_weights
 from dskd.engine.shards import ParameterShards, shards_of
 from dskd.engine.zero import full_shape
 from dskd.system import dist
@@ -197,15 +199,23 @@ class Engine:
             self._monitor.write_events([(name, value, step) for name, value in values.items()])
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's part of ``folder/tag`` (collective)."""
-        state = {"dskd_groups": self._group_names}
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        """Write this rank's part of ``folder/tag`` (collective).
+
+        Raises:
+            DiskError: a rank cannot; on every rank.
+        """
+        saving.save(self._engine, folder, tag, {"dskd_groups": self._group_names})
 
     def load(self, folder: Path, tag: str) -> None:
         """Read back a checkpoint: one of the same world size and ZeRO stage, or, if the config said
-        ``load_universal``, one in universal form (collective)."""
+        ``load_universal``, one in universal form (collective).
+
+        Raises:
+            CheckpointError: it holds other things than a checkpoint does.
+        """
         decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        with only_weights(folder / tag):
+            path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         assert path is not None, f"{folder}/{tag}: DeepSpeed found no checkpoint"
         # Loading a universal checkpoint at ZeRO-3 gives every group the first group's settings, and
         # all of them one step counter, which each would then advance.

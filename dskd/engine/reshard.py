@@ -23,8 +23,10 @@ from torch import Tensor
 
 from dskd.engine.checkpoints import Saved
 from dskd.engine.engine import Engine
-from dskd.errors import CheckpointError
+from dskd.engine.loading import check_pickles, only_weights
+from dskd.errors import CheckpointError, DskdError
 from dskd.system import dist
+from dskd.system.disk import writing
 
 _MODEL = "mp_rank_00_model_states.pt"
 _MODEL_ZERO3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -36,6 +38,29 @@ def is_native(saved: Saved, world: int, stage: int, precision: str) -> bool:
     if (saved.stage, saved.precision) != (stage, precision):
         return False
     return saved.world == world or (stage == 0 and precision == "fp32")
+
+
+def check_files(saved: Saved) -> None:
+    """Refuse a manifest whose ``stage`` or ``world`` is not that of the files beside it, and files
+    with other content; each rank looks at its share of them, and all must agree.
+
+    Raises:
+        CheckpointError: names the checkpoint or the file.
+    """
+    parts = len(list(saved.folder.glob("*zero_pp_rank_*_optim_states.pt")))
+    model = _MODEL_ZERO3 if saved.stage == 3 else _MODEL
+    wanted = saved.world if saved.stage else 0
+    if not (saved.folder / model).is_file() or (parts != wanted and _is_known(saved)):
+        raise CheckpointError(
+            f"{saved.folder}: its files are not those of ZeRO-{saved.stage} with {saved.world} "
+            "ranks, as its manifest says"
+        )
+    check_pickles(saved.folder)
+
+
+def _is_known(saved: Saved) -> bool:
+    """Whether there is one way to lay out such a checkpoint; in 16 bits ZeRO-0 has several."""
+    return saved.stage > 0 or saved.precision == "fp32"
 
 
 def check_reshard(saved: Saved, stage: int, precision: str) -> None:
@@ -57,14 +82,27 @@ def check_reshard(saved: Saved, stage: int, precision: str) -> None:
 
 
 def convert(saved: Saved) -> Path:
-    """Write the universal form beside the checkpoint, under a temporary name; collective."""
+    """Write the universal form beside the checkpoint, under a temporary name; collective.
+
+    Raises:
+        DiskError: it cannot be written; on every rank.
+    """
     folder = saved.folder.parent / f".universal-{saved.folder.name}"
-    dist.on_rank0(lambda: _convert(saved, folder))
+    dist.on_rank0(lambda: _written(saved, folder))
     return folder
 
 
-def _convert(saved: Saved, folder: Path) -> None:
+def _written(saved: Saved, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with writing("the checkpoint in another form", folder), only_weights(saved.folder):
+            _convert(saved, folder)
+    except DskdError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _convert(saved: Saved, folder: Path) -> None:
     if saved.stage == 0:
         _from_plain(saved.folder, folder)
     else:
@@ -155,8 +193,8 @@ def _finish(folder: Path, step: float, state: dict[str, Any]) -> None:
 
 
 def _load(path: Path) -> Any:
-    # Our own files, checked against the checkpoint's manifest; DeepSpeed pickles its own classes.
-    return torch.load(path, map_location="cpu", weights_only=False)
+    with only_weights(path):
+        return torch.load(path, map_location="cpu")
 
 
 @contextmanager

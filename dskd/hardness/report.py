@@ -37,7 +37,7 @@ from dskd.settings.folders import questions_folder
 from dskd.settings.recipe import read
 from dskd.settings.run import Run
 from dskd.stores.fingerprints import prints_of_rows
-from dskd.stores.store import MANIFEST
+from dskd.stores.manifest import MANIFEST
 from dskd.system.files import write_atomic
 
 FORMATS = ("png", "svg", "pdf")
@@ -127,7 +127,7 @@ def main(words: Sequence[str]) -> int:
     if plot is not None:
         buffer = io.BytesIO()
         _figure(found, names).savefig(buffer, format=plot.suffix[1:], dpi=110)
-        write_atomic(plot, buffer.getvalue())
+        write_atomic(plot, buffer.getvalue(), "the plot")
         console.print(f"plot: {plot}")
     return 0
 

@@ -130,6 +130,9 @@ class HardTokenMasks(RowMasks):
         return (Stage("question", self._score, before="cache", leaves=leaves, chosen=False),)
 
     def _score(self, context: StageContext) -> None:
+        if context.run.until == "question":  # for its own sake, however far the run is
+            self._stores_of(context).first(0)
+            return
         # Of a finished run only a cache may still want masks.
         trained = dist.broadcast_object(context.folder.summary.exists())
         teachers = each_teacher(context.run.teacher).values()

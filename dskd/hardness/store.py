@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,12 @@ from dskd.data.prepared import RowBatch, RowSet
 from dskd.errors import StoreError
 from dskd.hardness.scoring import ScoringPlan, ScoringView
 from dskd.settings.data import HardTokens
+from dskd.stores.manifest import MANIFEST, is_count, read_spec
 from dskd.stores.shard import Column, StoreSpec
-from dskd.stores.store import Store, read_spec
+from dskd.stores.store import Store
 
 KIND = "hardness"
+_COLUMNS = {"nll": Column("float16")}
 _LARGEST = float(np.finfo(np.float16).max)
 _MAGNITUDES = 1 << 15  # bit patterns of a float16 without its sign, which are ordered as its values
 _ROWS = 1024  # read at once, for a quantile
@@ -43,7 +45,7 @@ def hardness_spec(
     everything that they depend on, by name."""
     return StoreSpec(
         kind=KIND,
-        columns={"nll": Column("float16")},
+        columns=_COLUMNS,
         rows=len(rows),
         draws=view.plan.draws,
         rows_per_shard=masking.rows_per_shard,
@@ -101,7 +103,7 @@ class Hardness:
     ) -> None:
         self.store = Store(folder, kind=KIND, expect=expect, share=share, mend=mend)
         self.quantiles: dict[float, float] = {}
-        self.plan = ScoringPlan.from_tree(self.store.spec.settings)
+        self.plan = plan_of(folder, self.store.spec)
         self.fingerprint = identity(self.store.spec)
 
     def read(self, rows: RowBatch) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -177,3 +179,24 @@ class Hardness:
         stored_BT = np.full(scored_BT.shape, np.nan, np.float16)
         stored_BT[scored_BT] = stored_N
         return stored_BT, scored_BT
+
+
+def plan_of(folder: Path, spec: StoreSpec) -> ScoringPlan:
+    """The plan that the manifest holds, if :func:`hardness_spec` may have written it."""
+    settings = spec.settings
+    right = (
+        spec.columns == _COLUMNS
+        and settings.keys() == {field.name for field in fields(ScoringPlan)}
+        and is_count(settings["draws"])
+        and settings["draws"] == spec.draws
+        and isinstance(settings["special"], list)
+        and all(is_count(token, 0) for token in settings["special"])
+    )
+    if right and settings["shown"] == "mask":
+        right = type(settings["seed"]) is int
+    elif right:
+        unused = (settings["draws"], settings["seed"], settings["special"])
+        right = settings["shown"] in ("token", "next") and unused == (1, None, [])
+    if not right:
+        raise StoreError(f"{folder / MANIFEST}: damaged, no hardness store has these settings")
+    return ScoringPlan.from_tree(settings)

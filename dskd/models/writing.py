@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dskd.engine.zero import full_shape, gathered
-from dskd.errors import DskdError
+from dskd.errors import DiskError
 from dskd.models.families import longest_row
 from dskd.system import dist
+from dskd.system.disk import writing
 from dskd.system.files import sync_to_disk
 
 SHARD_BYTES = 4_000_000_000
@@ -44,9 +44,9 @@ def export(
         card: what the model card tells, value by heading; ``title`` is its first line.
 
     Raises:
-        DskdError: the folder cannot be written; on every rank.
+        DiskError: the folder cannot be written; on every rank.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = _temporary(folder)
     _on_rank0(folder, lambda: _make_empty(temporary))
     files = _files(model)
     for name, tensors in files.items():
@@ -56,14 +56,34 @@ def export(
     _on_rank0(folder, lambda: _replace(temporary, folder))
 
 
+def remove_half_written(folder: Path) -> None:
+    """Remove what an export to ``folder`` left when it was killed; an earlier export that it was
+    about to replace gets its name back."""
+    shutil.rmtree(_temporary(folder), ignore_errors=True)
+    earlier = _earlier(folder)
+    if earlier.exists() and not folder.exists():
+        earlier.rename(folder)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def _earlier(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
 def _on_rank0(folder: Path, work: Callable[[], None]) -> None:
     """Do something on rank 0; every rank raises if it failed there, so that none waits for ever."""
     with dist.agreed():
         if dist.rank() == 0:
             try:
-                work()
-            except (OSError, SafetensorError) as problem:
-                raise DskdError(f"{folder}: cannot export ({problem})") from problem
+                with writing("the exported model", folder):
+                    work()
+            except DiskError:
+                remove_half_written(folder)
+                raise
 
 
 def _files(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
@@ -153,7 +173,7 @@ def _replace(temporary: Path, folder: Path) -> None:
     """Flush the temporary folder to disk and give it its name."""
     for path in [*temporary.iterdir(), temporary]:
         sync_to_disk(path)
-    earlier = folder.with_name(f".{folder.name}.old")
+    earlier = _earlier(folder)
     shutil.rmtree(earlier, ignore_errors=True)
     if folder.exists():
         folder.rename(earlier)

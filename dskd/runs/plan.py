@@ -20,6 +20,7 @@ from dskd.narrowing.slice_stage import sliced_config
 from dskd.runs.comparable import groups_of, refuse_incomparable
 from dskd.runs.context import RunContext
 from dskd.runs.history import read_history
+from dskd.runs.leftovers import remove_leftovers
 from dskd.runs.report import ReportSection, print_table, write_report
 from dskd.runs.shared_stores import refuse_other_stores
 from dskd.runs.stages import STAGES, stages_of
@@ -168,6 +169,7 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Carry out what is not done yet; then print the table and write ``report.html``."""
     device, known = engine.start(), _known(recipe, methods)
     with alone(recipe.out):
+        remove_leftovers(recipe)
         # Another job may have worked here while this one waited.
         dist.on_rank0(lambda: _refuse_changes(recipe, methods))
         dist.on_rank0(lambda: _write_settings(recipe))
@@ -242,7 +244,7 @@ def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:
 
 def _write_settings(recipe: Recipe) -> None:
     for run in recipe.runs.values():
-        write_atomic(folder_of(run).config, dump_run(run, here=True).encode())
+        write_atomic(folder_of(run).config, dump_run(run, here=True).encode(), "the settings")
 
 
 def _refuse_changes(recipe: Recipe, methods: Mapping[str, Method]) -> None:

@@ -101,7 +101,7 @@ def write_report(
         own = {name: runs[name] for name in group.names}
         parts += _parts(own, group.control(control), sections)
     path = RunFolder(folder).report
-    write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode())
+    write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode(), "the report")
     return path
 
 

@@ -14,6 +14,7 @@ from dskd.data.loader import Loader, make_batch
 from dskd.engine.checkpoints import Saved
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import shard_teacher, stage_of
+from dskd.engine.manifests import Progress
 from dskd.engine.row_masks import RowMasks
 from dskd.engine.run_config import teacher_config
 from dskd.engine.stage import Stage, in_order
@@ -39,7 +40,7 @@ from dskd.teachers.capture import capture
 from dskd.teachers.setup import TeacherSetup, frozen, set_up
 from dskd.training.evaluation import EvaluationSet, Scores, by_key, evaluate
 from dskd.training.objective import Objective
-from dskd.training.trainer import Progress, Trainer
+from dskd.training.trainer import Trainer
 
 
 def cache(context: RunContext) -> None:
@@ -60,6 +61,7 @@ def cache(context: RunContext) -> None:
             fingerprints=expected(run, teacher, prepared, context.view),
             domain=None if domain is None else prepared.domains.index(domain),
             device=context.device,
+            verify=run.until == "cache",  # else training opens it
         )
         free_memory()  # before the next domain's teacher
 
@@ -83,7 +85,6 @@ def train(context: RunContext) -> None:
     run, prepared = context.run, context.prepared
     reset_peak_memory()
     checkpoints = context.checkpoints
-    checkpoints.clean()
     saved = checkpoints.latest()
     setup = TeacherSetup()
     if context.method.wants_teacher():
@@ -217,9 +218,9 @@ def _summarise(context: RunContext, progress: Progress, parameters: dict[str, in
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     """Write JSON, for all ranks."""
-    if dist.rank() == 0:
-        write_atomic(path, json.dumps(values, indent=1).encode())
-    dist.barrier()
+    with dist.agreed():
+        if dist.rank() == 0:
+            write_atomic(path, json.dumps(values, indent=1).encode(), "the results")
 
 
 STAGES = (

@@ -12,7 +12,9 @@ from dskd.engine.checkpoints import Saved
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import Engine, decay_groups, stage_of
 from dskd.engine.hooks import HookChain, StepHooks
+from dskd.engine.manifests import MANIFEST
 from dskd.engine.zero import full_shape, sharded_construction
+from dskd.errors import CheckpointError, DskdError
 from dskd.models.build import parameter_count
 from dskd.models.frozen import model_of
 from dskd.models.speed import checkpoint_activations, compile_layers
@@ -96,7 +98,8 @@ def _in_engine(
     engine = Engine(objective, hooks.groups(groups), ds, monitor=training)
     if saved is not None:
         # The hooks' state before the weights, for which a compacted student must be one again.
-        hooks.restore(saved.state["hooks"])
+        with dist.agreed():
+            restore_hooks(hooks, saved)
         hooks.load(saved.folder)
         _load(engine, saved, stage, native=_is_native(context, saved))
     counts = {"parameters": exported, "trained_parameters": trained}
@@ -130,13 +133,34 @@ def _config(context: RunContext, saved: Saved | None) -> dict[str, Any]:
         CheckpointError: the checkpoint cannot be brought to this shape.
     """
     ds, stage = context.ds, stage_of(context.ds)
-    if saved is None or _is_native(context, saved):
+    if saved is None:
         return ds
     with dist.agreed():
-        reshard.check_reshard(saved, stage, precision_of(ds))
+        reshard.check_files(saved)
+        if not _is_native(context, saved):
+            reshard.check_reshard(saved, stage, precision_of(ds))
+    if _is_native(context, saved):
+        return ds
     if stage == 0:  # DeepSpeed loads no universal checkpoint there; the engine does
         return ds
     return {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
+
+
+def restore_hooks(hooks: StepHooks, saved: Saved) -> None:
+    """Hand the hooks their state.
+
+    Raises:
+        CheckpointError: it is not one that they give.
+    """
+    try:
+        hooks.restore(saved.state["hooks"])
+    except DskdError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as problem:
+        raise CheckpointError(
+            f"{saved.folder / MANIFEST}: its `state` is not one that the run's hooks keep "
+            f"({problem!r})"
+        ) from problem
 
 
 def _load(engine: Engine, saved: Saved, stage: int, *, native: bool) -> None:

@@ -14,7 +14,7 @@ from dskd.batch import Batch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
 from dskd.stores.shard import StoreSpec
-from dskd.stores.store import Writer, is_complete
+from dskd.stores.store import Store, Writer, is_complete
 from dskd.stores.sweep import Output, Scored, sweep
 from dskd.system import dist
 from dskd.system.locks import alone
@@ -47,17 +47,19 @@ def fill(
     words: Words,
     present_R: NDArray[np.bool_] | None = None,
     stop: Callable[[], bool] | None = None,
+    verify: bool = False,
 ) -> bool:
     """Make the store, go on with an interrupted one, or do nothing if it is complete (collective).
 
-    While another job makes it, this one waits. A complete store is not verified here but when it is
-    opened.
+    While another job makes it, this one waits. Of the shards of a complete store only the sizes are
+    looked at, for who opens it verifies it.
 
     Args:
         folder: the store's folder.
         spec: what the store is.
         forward: builds the model and returns its forward pass; called only if something is missing.
         words: for the log.
+        verify: read a complete store whole, because nobody will open it.
 
     The other arguments are those of :func:`~dskd.stores.sweep.sweep`.
 
@@ -65,11 +67,14 @@ def fill(
         Whether anything was missing.
 
     Raises:
-        StoreError: the folder holds another store, or cannot be written.
+        StoreError: the folder holds another or a damaged store, or cannot be written.
         Stopped: ``stop`` returned true on one of the ranks; called again, it goes on.
         DskdError: what went wrong on one of the ranks, on all of them.
     """
     if _is_complete(folder, spec):
+        if verify:
+            with dist.agreed():
+                Store(folder, kind=spec.kind, expect={}, share=(dist.rank(), dist.world()))
         say(f"{words.name}: {folder} is complete")
         return False
     with alone(folder):  # the store of several runs has one writer

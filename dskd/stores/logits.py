@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +36,9 @@ from dskd.data.prepared import RowBatch
 from dskd.data.views import CausalView, Shown, draws_of
 from dskd.errors import ConfigError, StoreError
 from dskd.fused.topk_teacher import check_ids, check_masses, largest
+from dskd.stores.manifest import MANIFEST, is_count, read_spec
 from dskd.stores.shard import Column, StoreSpec
-from dskd.stores.store import Store, read_spec
+from dskd.stores.store import Store
 from dskd.stores.sweep import refuse_non_finite
 
 KIND = "logits"
@@ -181,7 +182,7 @@ class LogitCache:
         self, folder: Path, expect: Mapping[str, str], share: tuple[int, int] = (0, 1)
     ) -> None:
         self.store = Store(folder, kind=KIND, expect=expect, share=share)
-        self.layout = _layout(self.store.spec)
+        self.layout = _layout(folder, self.store.spec)
         self._check_sample(range(share[0], self.store.spec.shards, share[1]))
 
     def read(
@@ -328,7 +329,7 @@ def describe_cache(folder: Path) -> dict[str, Any]:
     spec, records = read_spec(folder)
     if spec.kind != KIND:
         raise StoreError(f"{folder}: holds {spec.kind!r}, not {KIND!r}")
-    layout = _layout(spec)
+    layout = _layout(folder, spec)
     per_position = sum(column.nbytes for column in spec.columns.values())
     about = {
         "complete": records is not None,
@@ -364,9 +365,28 @@ def verify(folder: Path) -> dict[str, Any]:
     return describe_cache(folder)
 
 
-def _layout(spec: StoreSpec) -> LogitLayout:
+def _layout(folder: Path, spec: StoreSpec) -> LogitLayout:
+    """What the manifest says of each position, if :meth:`LogitLayout.spec` may have said so."""
     settings = spec.settings
-    return LogitLayout(**{**settings, "temperatures": tuple(settings["temperatures"])})
+    names = {field.name for field in fields(LogitLayout)}
+    temperatures = settings.get("temperatures")
+    right = (
+        settings.keys() == names
+        and isinstance(temperatures, list)
+        and all(type(t) in (int, float) and math.isfinite(t) and t > 0 for t in temperatures)
+        and len(set(temperatures)) == len(temperatures)
+        and all(is_count(settings[name]) for name in ("k", "vocabulary", "block_size"))
+        and settings["k"] <= settings["vocabulary"] <= MAX_VOCABULARY
+        and settings["values"] in ("fp16", "fp32")
+        and isinstance(settings["masked"], bool)
+        and isinstance(settings["domain"], str | None)
+    )
+    layout = LogitLayout(**{**settings, "temperatures": tuple(temperatures)}) if right else None
+    if layout is None or layout.columns() != spec.columns:
+        raise StoreError(
+            f"{folder / MANIFEST}: damaged, no logit cache has these settings and columns"
+        )
+    return layout
 
 
 def _split(name: str, ids: NDArray[np.int64], vocabulary: int) -> dict[str, np.ndarray]:

@@ -36,6 +36,8 @@ _NUMPY = {
     "F32": np.float32,
     "F16": np.float16,
 }
+DTYPES = tuple(np.dtype(kind).name for kind in _NUMPY.values())
+"""Names of those that a column may have."""
 
 
 @dataclass(frozen=True)
@@ -181,18 +183,47 @@ def check_shard(path: Path, spec: StoreSpec, shard: int) -> dict[str, np.ndarray
         ForeignShard: it is whole, but not this one.
         StoreError: it is damaged.
     """
+    arrays, about = _mapped(path)
+    if about["digest"] != _digest(about["store"], about["shard"], arrays):
+        raise StoreError(f"{path}: damaged, its bytes are not those that were captured")
+    _refuse_foreign(path, spec, shard, about)
+    return arrays
+
+
+def check_place(path: Path, spec: StoreSpec, shard: int, positions: int) -> None:
+    """Check that a file whose bytes are those of its writer is this shard of this store, with so
+    many positions; of the values only ``row_ptr`` is read.
+
+    Raises:
+        ForeignShard: it is another one.
+        StoreError: its arrays are not those of the spec.
+    """
+    arrays, about = _mapped(path)
+    _refuse_foreign(path, spec, shard, about)
+    _, begin, end = spec.span(shard)
+    wanted = {"row_ptr": ("int64", (end - begin + 1,)), "present": ("uint8", (end - begin,))}
+    for name, column in spec.columns.items():
+        wanted[name] = (column.dtype, (positions, *column.shape))
+    found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    ends_R = arrays["row_ptr"] if found == wanted else np.empty(1)
+    if found != wanted or ends_R[0] or ends_R[-1] != positions or (np.diff(ends_R) < 0).any():
+        raise StoreError(f"{path}: damaged, its arrays are not those that the manifest speaks of")
+
+
+def _mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """:func:`map_shard` of a file of any content; the metadata has its three entries."""
     try:
         arrays, about = map_shard(path)
-        its_store, its_shard, digest = about["store"], about["shard"], about["digest"]
+        return arrays, {name: about[name] for name in ("store", "shard", "digest")}
     except (ValueError, LookupError, TypeError, AttributeError) as problem:
         raise StoreError(f"{path}: damaged, its header cannot be read ({problem})") from problem
-    if digest != _digest(its_store, its_shard, arrays):
-        raise StoreError(f"{path}: damaged, its bytes are not those that were captured")
-    if its_store != spec.fingerprint:
-        raise ForeignShard(f"{path}: foreign, it belongs to another store ({its_store})")
-    if its_shard != shard:
-        raise ForeignShard(f"{path}: foreign, it is shard {its_shard} of this store")
-    return arrays
+
+
+def _refuse_foreign(path: Path, spec: StoreSpec, shard: int, about: Mapping[str, Any]) -> None:
+    if about["store"] != spec.fingerprint:
+        raise ForeignShard(f"{path}: foreign, it belongs to another store ({about['store']})")
+    if about["shard"] != shard:
+        raise ForeignShard(f"{path}: foreign, it is shard {about['shard']} of this store")
 
 
 def _digest(store: str, shard: int, arrays: Mapping[str, np.ndarray]) -> str:

@@ -13,35 +13,26 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from dskd.errors import StoreError
+from dskd.stores.manifest import MANIFEST, ShardRecord, read_spec, write_spec
 from dskd.stores.shard import (
     ForeignShard,
     StoreSpec,
+    check_place,
     check_shard,
     encode_shard,
     map_shard,
     spec_differences,
 )
-from dskd.system.files import file_hash, read_manifest, write_atomic, write_manifest
+from dskd.system.files import file_hash, remove_temporaries, write_atomic
 
-FORMAT = "dskd-store-1"
-MANIFEST = "manifest.json"
 _OPEN_SHARDS = 128  # each holds a file descriptor
 _MEND = f"remove {MANIFEST} beside it and capture again: whole shards are kept"
-
-
-class ShardRecord(NamedTuple):
-    """A shard's line in the manifest."""
-
-    nbytes: int
-    hash: str
-    positions: int
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -49,25 +40,13 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
-def read_spec(folder: Path) -> tuple[StoreSpec, list[ShardRecord] | None]:
-    """What a folder's manifest says: its spec and, if the store is complete, its shards.
-
-    Raises:
-        StoreError: there is no manifest, or it is damaged or of something else.
-    """
-    path = folder / MANIFEST
-    content = read_manifest(path, StoreError)
-    if content.get("format") != FORMAT:
-        raise StoreError(f"{path}: foreign, not the manifest of a {FORMAT}")
-    spec, shards = StoreSpec.from_tree(content["store"]), content["shards"]
-    return spec, None if shards is None else [ShardRecord(*record) for record in shards]
-
-
 def is_complete(folder: Path, wanted: StoreSpec) -> bool:
-    """Whether the store is there in full (its shards are verified when it is opened).
+    """Whether the store is there in full, by the sizes of its shards; they are verified when it is
+    opened.
 
     Raises:
-        StoreError: the folder holds another store, or its manifest is damaged.
+        StoreError: the folder holds another store, its manifest is damaged, or a shard is missing
+            or of another size.
     """
     if not (folder / MANIFEST).exists():
         return False
@@ -75,7 +54,10 @@ def is_complete(folder: Path, wanted: StoreSpec) -> bool:
     if records is not None:  # then the shards may be of any size
         wanted = replace(wanted, rows_per_shard=there.rows_per_shard)
     _refuse_other(folder, there, wanted)
-    return records is not None
+    if records is None:
+        return False
+    _check_sizes(folder, there, records, _MEND)
+    return True
 
 
 class Writer:
@@ -100,10 +82,9 @@ class Writer:
         path = self.folder / MANIFEST
         if path.exists():
             _refuse_other(self.folder, read_spec(self.folder)[0], self.spec)
-        else:
-            write_manifest(path, _manifest(self.spec, None))
-        for temporary in self.folder.glob(".*.tmp"):
-            temporary.unlink()
+        remove_temporaries(self.folder)
+        if not path.exists():
+            write_spec(self.folder, self.spec, None)
 
     def missing(self, shards: Iterable[int]) -> list[int]:
         """Those of ``shards`` that are still to be written; a damaged one is removed.
@@ -136,7 +117,7 @@ class Writer:
         """Write one shard, whole or not at all; the arguments are those of
         :func:`~dskd.stores.shard.encode_shard`."""
         data = encode_shard(self.spec, shard, counts_R, present_R, columns)
-        write_atomic(shard_path(self.folder, shard), data)
+        write_atomic(shard_path(self.folder, shard), data, "a shard of the store")
         hash_ = xxhash.xxh3_128(data).hexdigest()
         self.records[shard] = ShardRecord(len(data), hash_, int(counts_R.sum()))
 
@@ -148,7 +129,7 @@ class Writer:
         """
         in_order = [records[shard] for shard in range(self.spec.shards)]
         _check_sizes(self.folder, self.spec, in_order, _MEND)
-        write_manifest(self.folder / MANIFEST, _manifest(self.spec, in_order))
+        write_spec(self.folder, self.spec, in_order)
 
 
 class Store:
@@ -203,8 +184,10 @@ class Store:
         """
         for shard in shards:
             path = shard_path(self.folder, shard)
-            if file_hash(path) != self._records[shard].hash:
-                raise _unlike(path, self.spec, shard, self._records[shard], self._mend)
+            record = self._records[shard]
+            if file_hash(path) != record.hash:
+                raise _unlike(path, self.spec, shard, record, self._mend)
+            check_place(path, self.spec, shard, record.positions)
 
     def held(self, shard: int) -> NDArray[np.int64]:
         """The ids of the rows that a shard holds."""
@@ -249,10 +232,6 @@ class Store:
 
     def _map(self, shard: int) -> dict[str, np.ndarray]:
         return map_shard(shard_path(self.folder, shard))[0]
-
-
-def _manifest(spec: StoreSpec, records: list[ShardRecord] | None) -> dict[str, Any]:
-    return {"format": FORMAT, "store": spec.tree(), "shards": records}
 
 
 def _refuse_other(folder: Path, there: StoreSpec, wanted: StoreSpec) -> None:

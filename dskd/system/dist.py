@@ -12,6 +12,7 @@ import torch
 import torch.distributed as torch_dist
 
 from dskd.errors import DiskError, DskdError
+from dskd.system.disk import reason
 
 Value = TypeVar("Value")
 
@@ -92,7 +93,8 @@ def agreed() -> Iterator[None]:
     except DskdError as found:
         problem = found
     except OSError as found:  # a full disk, no right to write: the user's to mend
-        problem = DiskError(str(found))
+        named = "" if found.filename is None else f"{found.filename}: "
+        problem = DiskError(named + reason(found))
     agree(problem)
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
 from dskd.errors import DskdError
+from dskd.system.disk import writing
 
 _CHUNK = 1 << 22
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def file_hash(path: Path) -> str:
@@ -43,22 +46,51 @@ def sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_atomic(path: Path, data: bytes, what: str = "the file") -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new one.
+
+    Raises:
+        DiskError: it cannot be written; the message names it and says what it is (``what``).
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_to_disk(path.parent)
+    with writing(what, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # else half a file keeps the disk full
+            raise
+        sync_to_disk(path.parent)
 
 
-def write_manifest(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` as a self-checking JSON file; ``checksum`` must not be one of its keys."""
+def remove_temporaries(folder: Path) -> None:
+    """Remove what :func:`write_atomic` left in a folder when it was killed; no other job may be at
+    work there."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a file that a manifest names lies in the manifest's own folder, or below it."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return path.parts != () and not path.is_absolute() and ".." not in path.parts
+
+
+def write_manifest(path: Path, content: dict[str, Any], what: str = "the manifest") -> None:
+    """Write ``content`` as a self-checking JSON file; ``checksum`` must not be one of its keys.
+
+    Raises:
+        DiskError: see :func:`write_atomic`.
+    """
     assert "checksum" not in content
-    write_atomic(path, _manifest_bytes(content))
+    write_atomic(path, _manifest_bytes(content), what)
 
 
 def read_manifest(path: Path, error: type[DskdError]) -> dict[str, Any]:
@@ -68,7 +100,7 @@ def read_manifest(path: Path, error: type[DskdError]) -> dict[str, Any]:
     raw = path.read_bytes()
     try:
         content = json.loads(raw)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path}: damaged, not readable as JSON ({problem})") from problem
     if not isinstance(content, dict) or "checksum" not in content:
         raise error(f"{path}: damaged, it has no checksum entry")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,12 @@ from rich.progress import Progress
 from dskd.errors import CheckpointError
 from dskd.system import dist
 from dskd.system.device import on_gpu
+from dskd.system.disk import writing
 from dskd.system.files import write_atomic
 
 _STATUS = Path("/proc/self/status")
+WHAT = "the metrics"
+"""What messages call what is written here."""
 
 
 def say(text: str) -> None:
@@ -63,34 +68,65 @@ class Metrics:
     Args:
         path: the file; lines after ``step`` are dropped, so that a resumed run repeats none.
         step: completed steps of the checkpoint the run goes on from.
+
+    Raises:
+        CheckpointError: a line is damaged; it is named.
+        DiskError: the file cannot be written.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        self._path = path
-        if dist.rank() == 0 and path.exists():
-            lines = read_metrics(path) if step else []
-            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-            write_atomic(path, "".join(kept).encode())
+        self.path = path
+        with dist.agreed():
+            if dist.rank() == 0 and path.exists():
+                lines = read_metrics(path) if step else []
+                kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+                write_atomic(path, "".join(kept).encode(), WHAT)
 
     def write(self, **values: Any) -> None:
-        """Append one line (rank 0)."""
-        if dist.rank() == 0:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(values) + "\n")
+        """Append one line (rank 0), whole or not at all.
+
+        Raises:
+            DiskError: it cannot be written; on rank 0 alone.
+        """
+        if dist.rank() != 0:
+            return
+        with writing(WHAT, self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as stream:
+                before = os.fstat(stream.fileno()).st_size
+                try:
+                    _write_all(stream, json.dumps(values).encode() + b"\n")
+                except OSError:
+                    with suppress(OSError):
+                        stream.truncate(before)
+                    raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every line of a ``metrics.jsonl`` that is written to its end; a kill may cut the last one,
-    nothing else may be cut."""
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    nothing else may be cut.
+
+    Raises:
+        CheckpointError: a line is no JSON object with a ``step``; the message names it.
+    """
+    *whole, _ = path.read_bytes().split(b"\n")
     values = []
     for number, line in enumerate(whole, 1):
         try:
-            values.append(json.loads(line))
-        except ValueError as problem:
+            value = json.loads(line.decode())
+        except (ValueError, RecursionError) as problem:
             raise CheckpointError(f"{path}, line {number}: not JSON ({problem})") from problem
+        step = value.get("step") if isinstance(value, dict) else None
+        if type(step) is not int or step < 0:  # a bool is an int, too
+            raise CheckpointError(f"{path}, line {number}: damaged, not an object with a `step`")
+        values.append(value)
     return values
+
+
+def _write_all(stream: FileIO, data: bytes) -> None:
+    """Write all of ``data``: an unbuffered stream may take a part of it and fail at the rest."""
+    while data:
+        data = data[stream.write(data) :]
 
 
 def progress_line(

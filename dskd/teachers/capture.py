@@ -31,6 +31,7 @@ def capture(
     fingerprints: Mapping[str, str],
     device: torch.device,
     domain: int | None = None,
+    verify: bool = False,
 ) -> None:
     """Make the cache, go on with an interrupted one, or do nothing if it is complete (collective);
     see :func:`~dskd.stores.fill.fill`.
@@ -40,10 +41,11 @@ def capture(
         prepared: its training rows are captured, in as many masks as ``view.draws``.
         fingerprints: of all that the logits depend on, by name; kept in the manifest.
         domain: index of the only domain whose rows are captured; None: all rows.
+        verify: read a complete cache whole, because nobody will open it.
 
     Raises:
         ConfigError: the settings do not fit the vocabulary, or no row is of the domain.
-        StoreError: the folder holds another cache, or cannot be written.
+        StoreError: the folder holds another or a damaged cache, or cannot be written.
         NonFiniteError: the teacher's logits are not finite.
     """
     rows = prepared.train
@@ -96,4 +98,5 @@ def capture(
         micro_batch=cached.micro_batch,
         words=Words("cache", "capturing logits", holds),
         present_R=present_R,
+        verify=verify,
     )

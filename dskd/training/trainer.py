@@ -17,15 +17,19 @@ import torch
 from torch import Tensor
 
 from dskd.data.loader import Loader
+from dskd.engine.checkpoints import WHAT as CHECKPOINT
 from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.engine import Engine
 from dskd.engine.hooks import StepHooks
-from dskd.errors import NonFiniteError
+from dskd.engine.manifests import Progress
+from dskd.errors import DiskError, DskdError, NonFiniteError
 from dskd.fused.per_token import Named, first_non_finite, weights_kept
 from dskd.methods.base import Method
 from dskd.settings.run import Run
 from dskd.stores.sweep import Stopped
 from dskd.system import dist
+from dskd.system.disk import writing
+from dskd.system.log import WHAT as METRICS
 from dskd.system.log import Metrics, peak_memory, progress_line, say
 from dskd.training.evaluation import Scores, by_key
 from dskd.training.learning_rate import learning_rate
@@ -40,19 +44,6 @@ class Interrupted(Exception):
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped by a signal; step {step} is saved")
-
-
-@dataclass
-class Progress:
-    """Where training is; part of every checkpoint."""
-
-    step: int = 0
-    """Completed optimiser steps: what schedules and decays are functions of."""
-    position: int = 0
-    """Optimiser batches read; beyond ``step`` by the steps fp16 overflow skipped."""
-    tokens: int = 0
-    train_seconds: float = 0.0
-    wall_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,11 +101,14 @@ class Trainer:
         self._since = (self.progress.tokens, self.progress.train_seconds)
         self._saved = self.progress.step
         """The step of the newest checkpoint (0: as the student begins)."""
+        self._unwritten: DiskError | None = None
+        """What this rank could not write down since then."""
 
     def train(self) -> Progress:
         """Take the steps that are left, from where ``progress`` is.
 
         Raises:
+            DiskError: a checkpoint or the metrics cannot be written; on every rank.
             NonFiniteError: a loss term, the gradient or the evaluation's score is NaN or infinite;
                 no checkpoint of that step is written.
             Interrupted: a signal came; its step is saved.
@@ -246,10 +240,21 @@ class Trainer:
         say(progress_line(progress.step, steps, shown, tokens_per_second=speed, left=left))
         used = {"tokens_per_second": speed, "peak_memory_bytes": peak_memory()}
         line = {"loss": loss, "terms": means, **rates, "grad_norm": norm, **used}
-        self.metrics.write(step=progress.step, **line, seconds=progress.train_seconds)
         terms = {f"terms/{name}": mean for name, mean in means.items()}
         flat = {"loss": loss, **terms, **rates, **used}
-        self.engine.log({f"train/{k}": float(v) for k, v in flat.items()}, progress.step)
+        with self._later():
+            self.metrics.write(step=progress.step, **line, seconds=progress.train_seconds)
+            self.engine.log({f"train/{k}": float(v) for k, v in flat.items()}, progress.step)
+
+    @contextmanager
+    def _later(self) -> Iterator[None]:
+        """What cannot be written inside, by rank 0 alone, is raised where all ranks meet anyway:
+        before the next checkpoint."""
+        try:
+            with writing(METRICS, self.metrics.path):  # a monitor's files lie beside them
+                yield
+        except DiskError as problem:
+            self._unwritten = self._unwritten or problem
 
     def _close_step(self, stop: bool) -> None:
         """Evaluate and save where they are due."""
@@ -268,20 +273,33 @@ class Trainer:
         """Evaluate, write the results down, and return the one that a checkpoint keeps."""
         step, scores = self.progress.step, self.evaluate()
         results, key = by_key(scores), self.scored.metric
-        self.metrics.write(step=step, **results)
+        with self._later():
+            self.metrics.write(step=step, **results)
         for name, found in scores.items():
             shown = {k: value for k, value in found.items() if isinstance(value, float)}
             say(f"{name} at {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
-            self.engine.log({f"{name}/{k}": value for k, value in shown.items()}, step)
+            with self._later():
+                self.engine.log({f"{name}/{k}": value for k, value in shown.items()}, step)
         assert key in results, f"the method selects by {key}, which is none of {sorted(results)}"
         _finite(step, f"the evaluation's {key}", results[key])
         return results[key]
 
     def _save(self, score: float | None) -> None:
+        dist.agree(self._unwritten)  # a run that went on from here would lack it
         step = self.progress.step
         tag = self.checkpoints.begin(step)
+        try:
+            self._write(step, tag, score)
+        except DskdError:  # on every rank
+            self.checkpoints.abandon(step)
+            raise
+        self._saved = step
+
+    def _write(self, step: int, tag: str, score: float | None) -> None:
+        folder = self.checkpoints.folder / tag
         self.engine.save(self.checkpoints.folder, tag)
-        self.hooks.save(self.checkpoints.folder / tag)
+        with dist.agreed(), writing(CHECKPOINT, folder):
+            self.hooks.save(folder)
         about = {
             "world": dist.world(),
             "stage": self.engine.stage,
@@ -290,7 +308,6 @@ class Trainer:
             "state": {"progress": asdict(self.progress), "hooks": self.hooks.state()},
         }
         self.checkpoints.commit(step, about)
-        self._saved = step
 
 
 def _finite(step: int, name: str, value: float | None, weights: Iterable[Named] = ()) -> None:

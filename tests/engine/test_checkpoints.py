@@ -1,16 +1,24 @@
 """Which checkpoints are kept and chosen, and that one is whole or refused by name."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dskd.engine.checkpoints import Checkpoints, Score, Selection
+from dskd.engine.checkpoints import Checkpoints, Selection
+from dskd.engine.manifests import Progress, Score
 from dskd.errors import CheckpointError
 from dskd.system.files import read_manifest, write_manifest
 from tests.ranks import run_ranks
 
 LOSS = Selection()
+
+
+def state_of(step: int) -> dict[str, Any]:
+    """What the trainer keeps."""
+    return {"progress": asdict(Progress(step, step)), "hooks": {}}
 
 
 def save(
@@ -21,7 +29,8 @@ def save(
     (folder / "inner").mkdir(parents=True)
     (folder / "inner" / "weights.pt").write_bytes(bytes([step]) * 100)
     score = None if value is None else asdict(selection.score(value))
-    about = {"world": 1, "stage": 2, "precision": "fp32", "score": score, "state": {"step": step}}
+    about = {"world": 1, "stage": 2, "precision": "fp32", "score": score}
+    about["state"] = state_of(step)
     checkpoints.commit(step, about)
 
 
@@ -37,7 +46,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
         kept.append(steps(tmp_path))
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7], [6, 7, 8]]
     best, latest = checkpoints.best(), checkpoints.latest()
-    assert (best.step, best.score.value, best.state) == (6, 2.0, {"step": 6})
+    assert (best.step, best.score.value, best.state) == (6, 2.0, state_of(6))
     assert (latest.step, latest.folder) == (8, tmp_path / "step-00000008")
 
 
@@ -120,7 +129,8 @@ def test_what_one_rank_finds_is_raised_on_all(tmp_path):
     (tmp_path / tag).mkdir()
     for name in "abc":
         (tmp_path / tag / name).write_bytes(b"x" * 9)
-    checkpoints.commit(1, {"world": 3, "stage": 1, "precision": "bf16", "score": None, "state": {}})
+    about = {"world": 3, "stage": 1, "precision": "bf16", "score": None, "state": state_of(1)}
+    checkpoints.commit(1, about)
     (tmp_path / "step-00000001" / "b").write_bytes(b"x" * 8 + b"y")
     told = run_ranks(_damage_seen_by_one, tmp_path, world=3)
     assert told[0] == told[1] == told[2]
@@ -133,3 +143,60 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
     write_manifest(path, read_manifest(path, ValueError) | {"format": 1})
     with pytest.raises(CheckpointError, match=r"manifest\.json: written by another version"):
         Checkpoints(tmp_path, 2, None).latest()
+
+
+PATHS = ["../weights.pt", "/etc/passwd", "a/../../b", "..", "", ".", "a\0b"]
+SEAL = {"bytes": 100, "xxh3": "0" * 32}
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        *(("step", value) for value in (2, 0, -1, True, "1", 1.0, None, 10**30)),
+        *(("world", value) for value in (0, -1, 1.5, "1", None, True)),
+        *(("stage", value) for value in (4, -1, 2.5, "2", None)),
+        *(("precision", value) for value in ("fp64", 32, None, ["fp32"])),
+        *(("score", value) for value in (3.0, {}, [], {"metric": "eval_nll"})),
+        ("score", {"metric": "eval_nll", "value": "low", "higher_is_better": False}),
+        ("score", {"metric": "eval_nll", "value": math.nan, "higher_is_better": False}),
+        ("score", {"metric": "eval_nll", "value": 1.0, "higher_is_better": "no"}),
+        ("score", {"metric": 3, "value": 1.0, "higher_is_better": False}),
+        *(("state", value) for value in ({}, None, {"progress": {}, "hooks": {}})),
+        ("state", {"progress": asdict(Progress(1, 1)), "hooks": 3}),
+        ("state", {"progress": asdict(Progress(1, 0)), "hooks": {}}),
+        ("state", {"progress": asdict(Progress(2, 2)), "hooks": {}}),
+        ("state", {"progress": asdict(Progress(1, 1, tokens=-4)), "hooks": {}}),
+        ("state", {"progress": asdict(Progress(1, 1, wall_seconds=math.inf)), "hooks": {}}),
+        ("state", {"progress": asdict(Progress(1, 1)) | {"more": 1}, "hooks": {}}),
+        *(("files", value) for value in (None, [], {"a": None}, {"a": {"bytes": 1}})),
+        ("files", {"inner/weights.pt": SEAL | {"bytes": -1}}),
+        ("files", {"inner/weights.pt": SEAL | {"xxh3": 7}}),
+        *(("files", {path: SEAL}) for path in PATHS),
+        ("more", 1),
+    ],
+    ids=repr,
+)
+def test_an_odd_manifest_with_a_right_checksum_is_refused(tmp_path, entry, value):
+    save(Checkpoints(tmp_path, 2, LOSS), 1, 2.0)
+    path = tmp_path / "step-00000001/manifest.json"
+    content = read_manifest(path, ValueError)
+    write_manifest(path, content | {entry: value})
+    for read in (Checkpoints(tmp_path, 2, LOSS).latest, Checkpoints(tmp_path, 2, LOSS).best):
+        with pytest.raises(CheckpointError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{path}: damaged, ")
+    assert Checkpoints(tmp_path, 2, LOSS).manifests() == {}
+    write_manifest(path, {k: v for k, v in content.items() if k != entry})
+    if entry in content:
+        with pytest.raises(CheckpointError, match=f"damaged, {entry}: missing"):
+            Checkpoints(tmp_path, 2, LOSS).latest()
+
+
+def test_what_is_abandoned_is_gone_and_the_one_before_is_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, selection=LOSS)
+    save(checkpoints, 1, 2.0)
+    tag = checkpoints.begin(2)
+    (tmp_path / tag / "inner").mkdir(parents=True)
+    checkpoints.abandon(2)
+    assert steps(tmp_path) == [1]
+    assert checkpoints.latest().step == 1

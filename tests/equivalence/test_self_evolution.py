@@ -273,7 +273,7 @@ def test_a_full_disk_costs_no_answers(runs, references, copied, monkeypatch, cap
     (copied / STORES[1] / "manifest.json").unlink()
     first = shard_path(copied / STORES[1], 0).stat().st_ino
 
-    def full(path, data):
+    def full(path, data, what):
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
@@ -345,6 +345,22 @@ def test_a_signal_while_the_student_scores(runs, references, monkeypatch):
 
 
 # ---- before training -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["evolution", "refreshed"])
+def test_a_damaged_store_is_found_where_it_is_the_last_stage(runs, references, of, capfd):
+    """Of a finished run, which needs it no more; a finished run without it scores the rows."""
+    out = runs.copied(references[of], f"last-{of}")
+    words = (str(runs.folder / f"{of}.yaml"), f"out={out}", "until=question")
+    whole = shards(out / "questions")
+    damage(out / "questions")
+    forked(1, *words, status=2)
+    told = capfd.readouterr().err
+    assert "questions/shard-00001.safetensors: damaged" in told
+    assert "; remove manifest.json beside it and capture again" in told
+    (out / "questions" / MANIFEST).unlink()
+    forked(1, *words)
+    assert shards(out / "questions") == whole
 
 
 def test_what_is_hard_may_be_chosen_after_asking(runs, references, capfd):

@@ -4,11 +4,14 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dskd.engine.engine import Engine
+from dskd.errors import CheckpointError
+from dskd.system.files import file_hash, read_manifest, write_manifest
 from tests.faults.runs import Ranks, refused, steps_saved, train, write_recipe
 from tests.faults.test_kills import signal_in_step
 from tests.launching import losses
@@ -72,6 +75,49 @@ def test_a_flipped_byte(stopped, pattern):
     assert str(path) in told
     assert "Traceback" not in told
     assert trained(folder) == before
+
+
+@pytest.mark.parametrize(("entry", "value"), [("world", 3), ("stage", 0), ("stage", 3)])
+def test_a_manifest_of_other_files(stopped, tmp_path, entry, value):
+    """Each entry may be right by itself, as the checksum is."""
+    folder, recipe = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    manifest = tmp_path / CHECKPOINT / "manifest.json"
+    content = read_manifest(manifest, CheckpointError)
+    write_manifest(manifest, content | {entry: value})
+    told = refused(tmp_path, recipe, f"out={tmp_path / 'run'}", world=2)
+    assert f"error: {manifest.parent}" in told
+    assert "Traceback" not in told
+
+
+class Code:
+    """What a stranger may put into a pickle."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+@pytest.mark.parametrize("pattern", [FILES[-3], FILES[-1]])
+@pytest.mark.parametrize("words", [[], ["deepspeed=zero3"]], ids=str)
+def test_code_in_a_checkpoint_is_not_run(stopped, tmp_path, pattern, words):
+    """Neither where it goes on as it is nor where it is brought to another form."""
+    folder, recipe = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (path,) = tmp_path.glob(pattern)
+    torch.save(torch.load(path, weights_only=False) | {"more": Code(tmp_path / "ran")}, path)
+    manifest = path.parent / "manifest.json"
+    content = read_manifest(manifest, CheckpointError)
+    content["files"][path.name] = {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
+    write_manifest(manifest, content)
+    told = refused(tmp_path, recipe, f"out={tmp_path / 'run'}", *words, world=2)
+    wanted = f"error: {path}: holds what no checkpoint of dskd does, and is not loaded: "
+    assert f"{wanted}builtins.getattr, pathlib." in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "ran").exists()
+    assert not list((tmp_path / "run/train/checkpoints").glob(".*"))
 
 
 @pytest.mark.parametrize("pattern", [FILES[1], FILES[-5], FILES[-1]])

@@ -133,7 +133,7 @@ def _half_a_file(original, state, path, *args, **kwargs):
 
 def _half_a_line(original, metrics, **values):
     original(metrics, **values)
-    os.truncate(metrics._path, os.path.getsize(metrics._path) - 20)
+    os.truncate(metrics.path, os.path.getsize(metrics.path) - 20)
     die()
 
 

@@ -2,13 +2,14 @@
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dskd.errors import StoreError
 from dskd.hardness.scoring import ScoringPlan, ScoringView
-from dskd.hardness.store import Hardness, describe_scores, encode, hardness_spec, identity
+from dskd.hardness.store import Hardness, describe_scores, encode, hardness_spec, identity, plan_of
 from dskd.settings.data import HardTokens
 from dskd.stores.store import Writer, shard_path
 from tests.data.test_views import tokenizer_of
@@ -205,3 +206,24 @@ def test_reading_is_fast(tmp_path):
             hardness.read(here)
             times.append(time.perf_counter() - begin)
         assert min(times) < most
+
+
+@pytest.mark.parametrize("shown", PLANS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("draws", value) for value in (0, 5, 4.0, None, True)),
+        *(("shown", value) for value in ("all", None, 3)),
+        ("seed", 1.5),
+        ("seed", "9"),
+        *(("special", value) for value in (5, [-1], ["5"], [1.5])),
+        ("more", 1),
+    ],
+    ids=repr,
+)
+def test_settings_that_no_store_has_are_refused(tmp_path, shown, name, value):
+    """In a manifest that was edited: its checksum is right. Its shards are not looked at."""
+    store = store_all(tmp_path / "s", PLANS[shown], ToyRows()).store
+    settings = {**store.spec.settings, name: value}
+    with pytest.raises(StoreError, match=r"manifest\.json: damaged, no hardness store"):
+        plan_of(tmp_path / "s", replace(store.spec, settings=settings))

@@ -16,6 +16,7 @@ from dskd.models import writing as exporting
 from dskd.models.families import longest_row, positions_of
 from dskd.models.writing import export
 from dskd.settings.model import Model
+from tests.disks import small_disk
 from tests.models.test_initial import fingerprints
 from tests.models.tiny import (
     ALL,
@@ -215,6 +216,31 @@ def _full_disk(rank, folder):
 def test_a_full_disk_is_told_on_every_rank(tmp_path):
     messages = run_ranks(_full_disk, tmp_path / "export")
     assert messages[0] == messages[1]
-    assert "cannot export" in messages[0]
-    assert "No space left" in messages[0]
-    assert not (tmp_path / "export").exists()
+    wanted = "cannot write the exported model: the disk is full (No space left on device)"
+    assert messages[0] == f"{tmp_path / 'export'}: {wanted}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["32k", "84k"])
+def test_what_does_not_fit_leaves_nothing(tmp_path, size):
+    """Neither where the weights are written nor where the tokenizer is."""
+    model = make("bert")
+    with small_disk(tmp_path / "disk", size) as disk:
+        with pytest.raises(DskdError, match="cannot write the exported model: the disk is full"):
+            export(model, tokenizer(), disk / "export", card=CARD)
+        assert list(disk.iterdir()) == []
+
+
+def test_an_earlier_export_survives_one_that_does_not_fit(tmp_path, monkeypatch):
+    folder, model = tmp_path / "export", make("bert")
+    export(model, tokenizer(), folder, card={})
+    other = make("bert", seed=8)
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(exporting, "sync_to_disk", full)
+    with pytest.raises(DskdError, match="the disk is full"):
+        export(other, tokenizer(), folder, card={})
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert fingerprints(make(Model(path=str(folder)), model_type="bert")) == fingerprints(model)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dskd.errors import CheckpointError, ConfigError
+from dskd.errors import CheckpointError, ConfigError, DiskError
 from dskd.runs.report import (
     print_table,
     read_history,
@@ -17,6 +17,7 @@ from dskd.runs.report import (
     write_report,
 )
 from dskd.system.log import read_metrics
+from tests.disks import limited
 
 
 def make_run(folder: Path, nlls: list[float], *, alpha: bool, scores: dict | None = None) -> Path:
@@ -185,3 +186,16 @@ def test_damage_is_named(runs, tmp_path, change, message):
 def test_an_unknown_control_is_refused(runs, tmp_path):
     with pytest.raises(ConfigError, match="control run 'scrath' is none of: ki, scratch"):
         write_report(runs, tmp_path, "scrath", [])
+
+
+def test_a_report_that_does_not_fit_leaves_nothing(tmp_path, runs):
+    with limited(1000), pytest.raises(DiskError, match=r"report\.html: cannot write the report: "):
+        write_report(runs, tmp_path, None, [])
+    assert not list(tmp_path.glob("*report*"))
+
+
+def test_a_line_that_is_no_object_is_named(runs):
+    path = runs["ki"] / "train/metrics.jsonl"
+    path.write_text("3\n" + path.read_text())
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 1: damaged, not an object"):
+        table(runs, None)

@@ -15,7 +15,8 @@ from dskd.errors import ConfigError, NonFiniteError, StoreError
 from dskd.fused import topk_teacher
 from dskd.stores import logits as logits_module
 from dskd.stores.logits import LogitCache, LogitLayout, describe_cache, verify
-from dskd.stores.store import Store, Writer, shard_path
+from dskd.stores.store import MANIFEST, Store, Writer, shard_path
+from dskd.system.files import read_manifest, write_manifest
 from tests import batches
 from tests.stores import caches
 from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, write_store
@@ -412,3 +413,32 @@ def test_reading_costs_a_loader_little(tmp_path):
     assert extra["topk_ids"].shape == (32 * 128, 32)
     print(f"best of 30 reads: {min(times) * 1e3:.2f} ms")
     assert min(times) < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("k", value) for value in (0, -1, 5.0, 51, True, "5")),
+        *(("vocabulary", value) for value in (4, 1 << 25, 5e1, None)),
+        *(("temperatures", value) for value in ([0.0], [1.0, 1.0], ["1"], 2.0, [math.inf], [1.0])),
+        ("values", "fp64"),
+        ("block_size", 0),
+        ("block_size", 1000),
+        ("masked", 1),
+        ("masked", False),
+        ("domain", 3),
+        ("more", 1),
+    ],
+    ids=repr,
+)
+def test_settings_that_no_cache_has_are_refused(tmp_path, name, value):
+    """In a manifest that was edited: its checksum is right."""
+    store_all(tmp_path / "c", layout_of(), ToyRows(), ToyMasks(), teach)
+    path = tmp_path / "c" / MANIFEST
+    content = read_manifest(path, StoreError)
+    content["store"]["settings"][name] = value
+    write_manifest(path, content)
+    with pytest.raises(StoreError, match=r"manifest\.json: damaged, no logit cache"):
+        describe_cache(tmp_path / "c")
+    with pytest.raises(StoreError, match=r"foreign|manifest\.json: damaged"):
+        verify(tmp_path / "c")

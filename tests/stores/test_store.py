@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dskd.errors import StoreError
+from dskd.errors import DiskError, StoreError
 from dskd.stores import store as store_module
 from dskd.stores.shard import Column, StoreSpec
 from dskd.stores.store import MANIFEST, Store, Writer, is_complete, read_spec, shard_path
-from dskd.system.files import write_manifest
+from dskd.system.files import read_manifest, write_manifest
+from tests.disks import limited
 from tests.stores.caches import files, flip
 
 ROWS, DRAWS = 7, 2
@@ -299,3 +300,96 @@ def test_metadata_cannot_pass_for_another_shards(folder):
     assert path.read_bytes() != data
     (folder / MANIFEST).unlink()
     assert Writer(folder, spec_of()).missing([1]) == [1]
+
+
+# ---- manifests that were edited: their checksum is right -----------------------------------------
+
+
+def edited(folder, change):
+    """Change the content of a manifest and make its checksum anew."""
+    content = read_manifest(folder / MANIFEST, StoreError)
+    change(content)
+    write_manifest(folder / MANIFEST, content)
+
+
+COUNTS = (0, -1, 1.0, 2.5, 1e18, True, "2", None, [2], 10**30)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("rows", "draws", "rows_per_shard") for value in COUNTS),
+        ("kind", 3),
+        *(("fingerprints", value) for value in (None, [], {"teacher": 3})),
+        *(("settings", value) for value in (None, [], "k")),
+        *(("columns", value) for value in (None, [], {"a": None}, {"a": {"dtype": "uint8"}})),
+        *(("columns", {"a": {"dtype": d, "shape": []}}) for d in ("object", "float128", 3, None)),
+        *(("columns", {"a": {"dtype": "uint8", "shape": s}}) for s in (3, [-1], [1.5], None)),
+        ("more", 1),
+    ],
+    ids=repr,
+)
+def test_a_manifest_that_says_what_cannot_be_is_refused(folder, name, value):
+    edited(folder, lambda content: content["store"].update({name: value}))
+    for read in (lambda: read_spec(folder), lambda: is_complete(folder, spec_of())):
+        with pytest.raises(StoreError, match=r"manifest\.json: damaged, .*; remove it and make"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rows", 8), ("draws", 3), ("rows_per_shard", 3), ("rows_per_shard", 7)]
+)
+def test_shards_must_be_those_of_the_rows(folder, name, value):
+    """So many of them; and a number that leaves as many is not that in the shards."""
+    edited(folder, lambda content: content["store"].update({name: value}))
+    with pytest.raises(StoreError, match=r"has not the \d shards|foreign, it belongs to another"):
+        open_store(folder)
+
+
+@pytest.mark.parametrize("record", [None, 3, [], [1, "x"], [0, "x", 1], [9, 3, 1], [9, "x", -1]])
+def test_a_shard_that_cannot_be_is_refused(folder, record):
+    edited(folder, lambda content: content["shards"].__setitem__(2, record))
+    with pytest.raises(StoreError, match=r"manifest\.json: damaged, shard 2 cannot be"):
+        open_store(folder)
+
+
+def test_one_shard_of_any_number_of_rows_is_not_another_store(tmp_path):
+    """All numbers are possible, and yet not those that the shards were written with."""
+    folder = write(tmp_path / "s", spec_of(rows_per_shard=ROWS))
+    edited(folder, lambda content: content["store"].update(rows_per_shard=10**18))
+    with pytest.raises(StoreError, match=r"shard-00000\.safetensors: foreign"):
+        open_store(folder)
+
+
+def test_the_positions_of_a_shard_are_those_in_the_manifest(folder):
+    edited(folder, lambda content: content["shards"][1].__setitem__(2, 4))
+    with pytest.raises(StoreError, match=r"shard-00001\.safetensors: damaged, its arrays"):
+        open_store(folder)
+
+
+@pytest.mark.parametrize("name", ["format", "store", "shards"])
+def test_an_entry_of_the_manifest_must_be_there(folder, name):
+    edited(folder, lambda content: content.pop(name))
+    with pytest.raises(StoreError, match=r"manifest\.json: (damaged|foreign)"):
+        read_spec(folder)
+
+
+def test_a_complete_store_is_so_by_the_sizes_of_its_shards(folder):
+    assert is_complete(folder, spec_of())
+    path = shard_path(folder, 1)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"shard-00001.*: truncated, .*; remove manifest.json"):
+        is_complete(folder, spec_of())
+    path.unlink()
+    with pytest.raises(StoreError, match=r"shard-00001.*: missing; remove manifest.json"):
+        is_complete(folder, spec_of())
+
+
+def test_what_cannot_be_written_leaves_no_temporary_file(tmp_path):
+    """Under a limit of the size of a file, as on a full disk."""
+    folder = write(tmp_path / "s", shards=[0])
+    writer = Writer(folder, spec_of())
+    with limited(100), pytest.raises(DiskError) as caught:
+        write_shard(writer, 1)
+    assert str(caught.value).startswith(f"{shard_path(folder, 1)}: cannot write a shard of the")
+    assert sorted(files(folder)) == [MANIFEST, shard_path(folder, 0).name]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from dskd.errors import CheckpointError
+from dskd.errors import CheckpointError, DiskError
 from dskd.system.log import Metrics, clock, progress_line, read_metrics
+from tests.disks import limited
 
 LINES = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_nll": 2.5}]
 TEXT = "".join(json.dumps(line) + "\n" for line in LINES)
@@ -41,12 +42,35 @@ def test_another_broken_line_is_named(path):
         Metrics(path, 2)
 
 
+ODD = ["3", "null", '"step"', "[1]", "{}", '{"step": "2"}', '{"step": 2.0}', '{"step": true}']
+ODD += ['{"step": -1}', '{"loss": 2.0}', "[" * 50_000, "\xff"]
+
+
+@pytest.mark.parametrize("line", ODD)
+def test_a_line_that_is_no_object_with_a_step_is_named(path, line):
+    """On resume, and by whatever else reads them."""
+    path.write_bytes(TEXT.encode() + line.encode("latin-1") + b"\n" + TEXT.encode())
+    for read in (lambda: Metrics(path, 2), lambda: read_metrics(path)):
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 4: (damaged|not JSON)"):
+            read()
+
+
 def test_the_first_line_makes_the_file(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
     metrics = Metrics(path, 0)
     assert not path.exists()
     metrics.write(step=1, loss=1.0)
     assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
+
+
+def test_a_line_that_does_not_fit_is_taken_back(path):
+    metrics = Metrics(path, 7)
+    with limited(len(TEXT) + 10), pytest.raises(DiskError) as caught:
+        metrics.write(step=3, loss=1.0)
+    assert str(caught.value).startswith(f"{path}: cannot write the metrics: ")
+    assert path.read_text() == TEXT
+    metrics.write(step=3, loss=1.0)
+    assert read_metrics(path)[:-1] == LINES
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dskd.teachers.teacher import FrozenTeacher, StoredTeacher
 from tests.data.conftest import make_corpus
 from tests.models.tiny import zero3
 from tests.ranks import run_ranks
-from tests.stores.caches import read
+from tests.stores.caches import flip, read
 from tests.stores.real import (
     OBJECTIVES,
     fill_while_another_does,
@@ -137,6 +137,24 @@ def test_complete_cache_needs_no_teacher(tmp_path, folders, monkeypatch):
         again(settings=cached(k=9))
     with pytest.raises(StoreError, match=r"fingerprints.teacher is 'T' there and 'other' here"):
         again(fingerprints={**PRINTS, "teacher": "other"})
+
+
+def test_a_complete_cache_that_nobody_opens_is_read_whole(tmp_path, folders):
+    """The last stage that is wanted: a flipped bit is found; else a wrong size at least."""
+    prepared = open_prepared(folders["causal"])
+    again = partial(run_capture, tmp_path / "c", prepared, "causal", model=no_model)
+    run_capture(tmp_path / "c", prepared, "causal")
+    again(verify=True)
+    path = shard_path(tmp_path / "c", 1)
+    whole = path.read_bytes()
+    flip(path)
+    again()
+    with pytest.raises(StoreError, match=r"shard-00001.*: damaged, .*; remove manifest\.json"):
+        again(verify=True)
+    path.write_bytes(whole[:-1])
+    for verify in (False, True):
+        with pytest.raises(StoreError, match=r"shard-00001.*: truncated, .*; remove manifest"):
+            again(verify=verify)
 
 
 def test_more_logits_than_tokens_are_refused(tmp_path, folders):

@@ -10,13 +10,14 @@ from dskd.batch import Batch, Positions, Signal, Term
 from dskd.engine.checkpoints import Selection
 from dskd.engine.engine import Engine, decay_groups
 from dskd.engine.hooks import HookChain, Probe, StepHooks
+from dskd.engine.manifests import Progress
 from dskd.engine.shards import ParameterShards
 from dskd.methods.lm import LanguageModelling
 from dskd.models.families import positions_of
 from dskd.settings.run import Run, Train
 from dskd.system import dist
 from dskd.training.objective import Objective
-from dskd.training.trainer import Progress, Trainer
+from dskd.training.trainer import Trainer
 from tests.models.tiny import adamw, batch, geometry, loss_of, make, without_dropout
 from tests.ranks import run_ranks
 

@@ -38,9 +38,7 @@ def stored_tokenizer(
         DskdError: ``error``: it cannot be loaded, is not a fast one, or has no usable ids.
     """
     if revision is not None and Path(path).is_dir():
-        raise error(
-            f"{where}: {path} is a folder, which has no revision {revision!r}"
-        )
+        raise error(f"{where}: {path} is a folder, which has no revision {revision!r}")
     with raised_as(error, f"{where}: cannot load {path}"):
         tokenizer = AutoTokenizer.from_pretrained(
             path,

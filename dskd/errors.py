@@ -34,3 +34,7 @@ class CheckpointError(DskdError, ValueError):
 
 class NonFiniteError(DskdError, ArithmeticError):
     """A loss term became NaN or infinite during training."""
+
+
+class LostRankError(DskdError):
+    """A rank has died, hangs, or never came."""

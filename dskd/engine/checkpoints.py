@@ -16,6 +16,7 @@ from typing import Any
 
 from dskd.errors import CheckpointError
 from dskd.system import dist
+from dskd.system.doing import saved
 from dskd.system.files import file_hash, read_manifest, sync_to_disk, write_manifest
 from dskd.system.log import say
 
@@ -117,6 +118,7 @@ class Checkpoints:
             sync_to_disk(self.folder)
             self._prune()
         dist.barrier()
+        saved(self.folder / _name(step))
 
     def latest(self) -> Saved | None:
         """The newest checkpoint, checked whole; None if there is none.
@@ -125,7 +127,11 @@ class Checkpoints:
             CheckpointError: it is damaged; the message names the file and what can be done.
         """
         names = dist.broadcast_object(self._listed())
-        return self._open(names[-1]) if names else None
+        if not names:
+            return None
+        newest = self._open(names[-1])
+        saved(newest.folder)
+        return newest
 
     def best(self) -> Saved:
         """The kept checkpoint with the best score (the latest of equals), checked; the newest where

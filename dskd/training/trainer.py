@@ -24,7 +24,7 @@ from dskd.errors import NonFiniteError
 from dskd.methods.base import Method
 from dskd.settings.run import Run
 from dskd.stores.sweep import Stopped
-from dskd.system import dist
+from dskd.system import dist, doing
 from dskd.system.log import Metrics, peak_memory, progress_line, say
 from dskd.training.evaluation import Scores, by_key
 from dskd.training.learning_rate import learning_rate
@@ -124,8 +124,10 @@ class Trainer:
         with _stop_requested() as requested:
             while progress.step < run.train.steps:
                 self._prepare(requested)
+                doing.at_step(progress.step + 1)
                 clock = time.monotonic()
                 result = self.step(requested())
+                doing.next_one()
                 progress.train_seconds += time.monotonic() - clock
                 progress.wall_seconds = time.monotonic() - begun
                 if not result.applied:
@@ -145,6 +147,7 @@ class Trainer:
         progress = self.progress
         if not self.hooks.waits(progress.position):
             return
+        doing.pause()
         if self._saved < progress.step:
             self._save(None)
         try:
@@ -250,6 +253,7 @@ class Trainer:
         due = last or step % run.checkpoint.every == 0
         score = None
         if last or step % run.evaluation.every == 0:
+            doing.pause()
             score = self._score()
         if due or stop:
             # One that only a signal caused is no candidate for the best: the undisturbed run,
@@ -271,6 +275,7 @@ class Trainer:
 
     def _save(self, score: float | None) -> None:
         step = self.progress.step
+        doing.pause()
         tag = self.checkpoints.begin(step)
         self.engine.save(self.checkpoints.folder, tag)
         self.hooks.save(self.checkpoints.folder / tag)

@@ -37,5 +37,8 @@ setup(
         "xxhash",
         "triton>=3.6; platform_system == 'Linux'",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff", "tensorboard"]},
+    extras_require={
+        "quantised": ["accelerate"],  # to load weights that transformers dequantises
+        "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff", "tensorboard", "accelerate"],
+    },
 )

@@ -209,6 +209,8 @@ class DenseTeacher:
 class TopKTeacher:
     """A teacher's K largest log-probabilities and the exact mass of everything else.
 
+    :func:`dskd.ops.topk_teacher` makes one of logits.
+
     Attributes:
         ids_NK: int32 or int64 token ids, negative on unused slots.
         logprobs_NK: log-probabilities at temperature 1 over the whole vocabulary; -inf on unused

@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
 
     report = commands.add_parser("report", help="table and report.html of finished runs")
-    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="run folders")
+    report.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="folder of a run or recipe"
+    )
     report.add_argument("--control", metavar="NAME", help="the run to measure the others against")
     report.add_argument("--out", type=Path, default=Path(), help="where report.html goes")
     report.set_defaults(run=_report)
@@ -151,10 +153,11 @@ def _show(values: dict[str, object]) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dskd.runs.plan import report_folders
+    from dskd.runs import plan
+    from dskd.runs.finding import is_run, runs_in
 
-    runs = {folder.name: folder for folder in arguments.folders}
-    if len(runs) < len(arguments.folders):
-        raise ConfigError("report: two folders have the same name; the report names runs by it")
-    print(report_folders(runs, arguments.out, arguments.control))
+    runs = runs_in(arguments.folders)
+    recipe = len(arguments.folders) == 1 and not is_run(arguments.folders[0])
+    show = plan.report_recipe if recipe else plan.report_folders
+    print(show(runs, arguments.out, arguments.control))
     return 0

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from dskd.batch import DenseTeacher, LinearTeacher, Positions, ProjectedTeacher, Signal, TopKTeacher
 from dskd.errors import ConfigError
-from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, TokenWeight
+from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, TokenWeight, TopKMode
 from dskd.fused.backend import implementation, triton_everywhere
 from dskd.fused.compactor import FactorGradients, Factors, Merged, merge_layers, unmerge_layers
 from dskd.fused.dense import dense_kd
 from dskd.fused.label import label_ce
 from dskd.fused.linear import LogitTeacher, linear_kd
 from dskd.fused.mixture import mixture_kd
-from dskd.fused.reference import TopKMode
 from dskd.fused.topk import topk_kd
+from dskd.fused.topk_teacher import topk_teacher
 from dskd.fused.update import Piece, update
 from dskd.fused.vocab_parallel import vocab_parallel_kd
 
@@ -49,6 +49,7 @@ __all__ = [
     "positions_ce",
     "positions_kd",
     "topk_kd",
+    "topk_teacher",
     "triton_everywhere",
     "unmerge_layers",
     "update",

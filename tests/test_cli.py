@@ -62,7 +62,9 @@ def test_settings_are_printed_whole_and_can_be_read_back(capsys, tmp_path):
 
 def test_settings_of_a_recipe(capsys, tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text("base: {out: o}\nruns: {a: {}, b: {method: {kind: lm}, teacher: null}}\n")
+    needed = "method: {kind: lm}, model: {path: m}, data: {sources: [{kind: builtin}]}"
+    base = f"base: {{out: o, {needed}}}"
+    path.write_text(f"{base}\nruns: {{a: {{}}, b: {{train: {{lr: 1}}}}}}\n")
     assert main(["settings", str(path)]) == 0
     out = capsys.readouterr().out
     assert "--- # a\nout: o/a\n" in out
@@ -82,7 +84,7 @@ def test_settings_of_a_recipe(capsys, tmp_path):
         (["cache", "verify", "nowhere"], "nowhere/manifest.json: no such file"),
         (["hard-tokens", "nowhere"], "nowhere: no such file"),
         (["report", "nowhere"], "nowhere/train/metrics.jsonl: no such file"),
-        (["report", "a/x", "b/x"], "two folders have the same name"),
+        (["report", "a/x", "a/../a/x"], "report: a/../a/x is given twice"),
     ],
 )
 def test_errors_are_one_message(capsys, words, message):

@@ -69,6 +69,7 @@ class RowSet:
 
     Attributes:
         fingerprint: of the rows' content and the vocabulary that it is written in.
+        content: of the rows' tokens alone, whatever their domains are called.
         block_size: most tokens of a row.
         tokens: number of tokens of all rows, special tokens included.
     """
@@ -76,6 +77,8 @@ class RowSet:
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
         entry = manifest["splits"][split]
         self.fingerprint: str = entry["fingerprint"]
+        files = manifest["files"]
+        self.content = fingerprint([files[f"{split}.{n}"]["xxh3"] for n in ("ids", "offsets")])
         self.block_size: int = manifest["block_size"]
         self.tokens: int = entry["tokens"]
         self._pad: int = manifest["pad"]

@@ -190,6 +190,15 @@ def check_same_vocabulary(
         )
 
 
+def may_be_trained(tokenizer: PreTrainedTokenizerBase, settings: TrainedTokenizer) -> bool:
+    """Whether training a tokenizer by these settings could, on some text, come to this one."""
+    tokens = dict(_tokens(tokenizer))
+    first = [tokens.get(index) for index in range(len(_SPECIALS))]
+    return (
+        first == _SPECIALS and tokens[max(tokens)] == _MASK and len(tokens) <= settings.vocab_size
+    )
+
+
 def encoder(tokenizer: PreTrainedTokenizerBase, where: str = "data.tokenizer") -> Tokenizer:
     """A private copy of the Rust tokenizer that neither truncates nor pads, and takes the names of
     special tokens in a text for text (a corpus that writes ``<mask>`` is not masked).

@@ -47,6 +47,12 @@ class RowMasks:
             text = "missing; a cached teacher holds so many masks of each row"
             yield "data.masking.draws", f"{text} (epoch e uses e % draws)"
 
+    def otherwise_than(self, earlier: Run) -> list[str] | None:
+        """By which settings an earlier run of the recipe fills a folder otherwise that these masks
+        read; None: it fills none of theirs."""
+        del earlier
+        return None
+
     def models(self) -> Mapping[str, Model]:
         """Models that are needed for the masks alone, by the name of their setting."""
         return {}

@@ -6,13 +6,21 @@ Checks of what there is for each token, weights and labels, are in ``per_token.p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from dskd.fused.reference import Divergence, TopKMode
-
+Divergence = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "mixed",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]
+TopKMode = Literal["tail", "renormalised", "truncated"]
 KINDS: tuple[str, ...] = get_args(Divergence)
 MODES: tuple[str, ...] = get_args(TopKMode)
 MIXING = ("jsd", "skew_forward_kl", "skew_reverse_kl")
@@ -88,20 +96,27 @@ def matrix(
     like: Tensor | None = None,
     empty: bool = False,
 ) -> None:
-    """Check a floating-point matrix: its number of rows, and the device of another argument.
+    """Check a matrix that the kernels can read: see :func:`floating_matrix`.
 
     It has columns, unless it may be ``empty``.
     """
-    refuse(value.dim() != 2, lambda: f"{name}: must have two axes, not shape {tuple(value.shape)}")
-    refuse(
-        value.dtype not in FLOATING, lambda: f"{name}: must be floating-point, not {value.dtype}"
-    )
+    floating_matrix(name, value, rows=rows, like=like)
     on_gpu = value.device.type == "cuda"
     refuse(
         on_gpu and value.dtype == torch.float64,
         lambda: f"{name}: the kernels do not compute in float64; dskd.fused.reference does",
     )
     refuse(value.shape[1] == 0 and not empty, lambda: f"{name}: has no columns")
+
+
+def floating_matrix(
+    name: str, value: Tensor, *, rows: int | None = None, like: Tensor | None = None
+) -> None:
+    """Check a floating-point matrix: its number of rows, and the device of another argument."""
+    refuse(value.dim() != 2, lambda: f"{name}: must have two axes, not shape {tuple(value.shape)}")
+    refuse(
+        value.dtype not in FLOATING, lambda: f"{name}: must be floating-point, not {value.dtype}"
+    )
     if rows is not None:
         refuse(
             len(value) != rows,
@@ -141,11 +156,11 @@ def gradient_room(out: Tensor, student_NV: Tensor) -> None:
     )
 
 
-def temperature_of(temperature: float) -> float:
+def temperature_of(temperature: float, name: str = "temperature") -> float:
     """The temperature as a float; refused unless it is a positive, finite number."""
     # not math.isfinite, which torch.compile cannot trace for a number that changes
     good = 0 < temperature < torch.inf
-    refuse(not good, lambda: f"temperature: must be positive and finite, not {temperature}")
+    refuse(not good, lambda: f"{name}: must be positive and finite, not {temperature}")
     return float(temperature)
 
 
@@ -165,12 +180,7 @@ def map_of(name: str, value: LogitMap) -> LogitMap:
 def kind_of(kind: str, beta: float, reverse: TokenWeight | None, narrower: bool) -> None:
     """Check a divergence; ``narrower``: the teacher has fewer columns than the student."""
     refuse(kind not in KINDS, lambda: f"kind: {kind!r} is not one of {', '.join(KINDS)}")
-    if kind in MIXING:
-        ends = "0 and 1 are not limits of it: use forward_kl or reverse_kl"
-        refuse(
-            not 0 < beta < 1,
-            lambda: f"beta: must lie between 0 and 1 for {kind}, not {beta} ({ends})",
-        )
+    beta_of(kind, beta)
     refuse(
         (reverse is None) == (kind == "mixed"),
         lambda: (
@@ -183,6 +193,24 @@ def kind_of(kind: str, beta: float, reverse: TokenWeight | None, narrower: bool)
             f"kind: {kind} is infinite where the student has columns that the teacher lacks; pass "
             f"the student's logits (or its head's rows) of the shared vocabulary only"
         ),
+    )
+
+
+def beta_of(kind: str, beta: float) -> None:
+    """Check the beta of a kind that has one."""
+    ends = "0 and 1 are not limits of it: use forward_kl or reverse_kl"
+    refuse(
+        kind in MIXING and not 0 < beta < 1,
+        lambda: f"beta: must lie between 0 and 1 for {kind}, not {beta} ({ends})",
+    )
+
+
+def columns_within(name: str, first: int, width: int, columns: int) -> None:
+    """Check that a teacher's columns, from the student's column ``first`` on, are among its."""
+    last = first + width
+    refuse(
+        not 0 <= first < last <= columns,
+        lambda: f"{name}: columns {first} to {last} are not within the student's {columns}",
     )
 
 

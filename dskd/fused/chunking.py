@@ -74,8 +74,9 @@ def project(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV:
 class HeadGradients:
     """Gradients of hidden states, weight and bias, gathered chunk by chunk.
 
-    The weight's is summed in fp32 (float64 for float64), whatever its type: bf16 sums over chunks
-    would lose what the fp32 logits gained.
+    All in fp32 (float64 for float64), whatever their types: sums over chunks in bf16 would lose
+    what the fp32 logits gained, and a 16-bit gradient of hidden states would be rounded again once
+    it is multiplied by the upstream one, or in fp16 be nothing before the loss scale is.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class HeadGradients:
         need_hidden, need_weight, need_bias = needs
         self._weight_VD = weight_VD
         # contiguous, however the hidden states lie: the operator's fake and `scaled` count on it
-        self.hidden_ND = hidden_ND.new_empty(hidden_ND.shape if need_hidden else (0, 0))
+        shape = hidden_ND.shape if need_hidden else (0, 0)
+        self.hidden_ND = hidden_ND.new_empty(shape, dtype=wide(hidden_ND.dtype))
         total = {"dtype": wide(weight_VD.dtype), "device": weight_VD.device}
         # written by the first chunk, if there is one
         make = torch.empty if len(hidden_ND) else torch.zeros
@@ -98,7 +100,7 @@ class HeadGradients:
         """Take in the gradient of a chunk's logits."""
         need_hidden, need_weight, need_bias = self._needs
         if need_hidden:
-            torch.mm(grad_CV, self._weight_VD, out=self.hidden_ND[rows])
+            project(grad_CV, self._weight_VD.t(), None, self.hidden_ND[rows])
         if need_weight:
             self._add_weight(grad_CV.t(), hidden_CD)
         if need_bias:

@@ -67,7 +67,8 @@ def dense_kd(
         teacher_map: likewise.
         vocabulary: number of real tokens, where the teacher's columns beyond are padding.
         out: [N, V], for a caller without autograd: takes the gradient of the total, in its own
-            dtype; it may be ``student_NV``, so that no further memory is needed.
+            dtype; it may be ``student_NV``, so that no further memory is needed. Without it the
+            gradient waits in fp32 (float64 for float64 logits) for the upstream one.
 
     Raises:
         ValueError: an argument of a wrong shape, type, device or range, named.

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd.fused.arguments import Losses, gradient_room, unit_columns
+from dskd.fused.arguments import Losses, gradient_room, unit_columns, wide
 from dskd.fused.backend import on_triton, row_functions
+
+_PART = 1 << 20
+"""Elements of a gradient that are scaled at once on a CPU."""
 
 
 def wanted(value: Tensor) -> bool:
@@ -37,18 +40,14 @@ def detached(outputs: Sequence[Tensor]) -> Losses:
     return Losses(total, divergence_N.detach(), label_N.detach())
 
 
-def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient waits in for the upstream one.
-
-    fp16 has no room for it before the loss scale, which is upstream, has been multiplied in.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def room(student_NV: Tensor, gradient: bool) -> Tensor:
-    """Where the gradient of logits goes until the backward pass; empty if there is none."""
+    """Where the gradient of logits waits for the upstream one; empty if there is none.
+
+    In fp32 for 16-bit logits: it is rounded once, when both have been multiplied. Before the loss
+    scale, which is upstream, has been multiplied in, fp16 would have no room for it at all.
+    """
     shape = student_NV.shape if gradient else (0, 0)
-    return torch.empty(shape, dtype=saved_dtype(student_NV.dtype), device=student_NV.device)
+    return torch.empty(shape, dtype=wide(student_NV.dtype), device=student_NV.device)
 
 
 def operator(name: str, rest: str, rows: Callable[..., tuple]) -> Callable[..., Losses]:
@@ -124,7 +123,7 @@ def scaled(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Ten
     """
     if upstream is None:
         return None
-    if gradient.dtype == dtype and dtype in (torch.float32, torch.float64):
+    if gradient.dtype == dtype:
         return gradient * upstream.to(dtype)
     return _scaled(gradient, upstream, dtype)
 
@@ -137,8 +136,9 @@ def _scaled(x: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     if on_triton(x):
         row_functions("scale", x).scale(x, by, out)
         return out
-    for part, into in zip(x.split(1024), out.split(1024), strict=True):
-        torch.mul(part.float(), by, out=into)
+    # by parts: what is multiplied stands in fp32 before it is rounded
+    for part, into in zip(x.view(-1).split(_PART), out.view(-1).split(_PART), strict=True):
+        torch.mul(part, by, out=into)
     return out
 
 

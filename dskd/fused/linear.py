@@ -33,7 +33,8 @@ from dskd.fused.arguments import (
 from dskd.fused.gradients import detached, refuse_second_order, scaled, wanted
 from dskd.fused.linear_visit import visit
 from dskd.fused.logit_loss import LossForm
-from dskd.fused.per_token import TokenWeights, at_temperature, topk_of, weights_of
+from dskd.fused.per_token import TokenWeights, weights_of
+from dskd.fused.topk_teacher import at_temperature, check_masses, topk_of
 
 LogitTeacher = LinearTeacher | DenseTeacher | TopKTeacher | None
 """Whose divergence is taken; None: nobody's, cross entropy alone."""
@@ -106,6 +107,9 @@ def linear_kd(
     refuse(
         teacher is None and weights.label_N is None, lambda: "teacher: neither a teacher nor labels"
     )
+    if isinstance(teacher, TopKTeacher):
+        parts = (teacher.ids_NK, teacher.logprobs_NK, _tail(teacher, mode, temperature))
+        check_masses(*parts, weights.divergence_N, temperature=temperature, columns=columns)
     inputs = (hidden_ND, weight_VD, bias_V)
     needs = [x is not None and wanted(x) for x in inputs]
     maps = [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)]
@@ -203,20 +207,24 @@ def _topk(
     teacher: TopKTeacher, logits_NV: Tensor, columns: int, mode: str, temperature: float
 ) -> list[Tensor]:
     """Ids, log-probabilities at the temperature, and the tail in mode ``tail``."""
-    tail_N = None
-    if mode == "tail":
-        stored = teacher.tail_N
-        refuse(
-            temperature not in stored,
-            lambda: (
-                f"teacher: has no tail mass at temperature {temperature}, but at "
-                f"{', '.join(map(str, stored))}"
-            ),
-        )
-        tail_N = stored[temperature]
+    tail_N = _tail(teacher, mode, temperature)
     ids_NK, *kept = topk_of(teacher.ids_NK, teacher.logprobs_NK, tail_N, mode, logits_NV, columns)
     found = (ids_NK, *at_temperature(*kept, temperature))
     return [x for x in found if x is not None]
+
+
+def _tail(teacher: TopKTeacher, mode: str, temperature: float) -> Tensor | None:
+    if mode != "tail":
+        return None
+    stored = teacher.tail_N
+    refuse(
+        temperature not in stored,
+        lambda: (
+            f"teacher: has no tail mass at temperature {temperature}, but at "
+            f"{', '.join(map(str, stored))}"
+        ),
+    )
+    return stored[temperature]
 
 
 @torch.library.custom_op(
@@ -252,12 +260,11 @@ def _(
 ) -> tuple[Tensor, ...]:
     divergence_N, labels_N, needs = arguments[0], arguments[2], arguments[-1]
     need_hidden, need_weight, need_bias = needs
-    operands = hidden_ND if hidden_ND.device.type == "cuda" else divergence_N
     return (
         divergence_N.new_empty(()),
         torch.empty_like(divergence_N),
         divergence_N.new_empty(0 if labels_N is None else hidden_ND.shape[0]),
-        operands.new_empty(hidden_ND.shape if need_hidden else (0, 0)),
+        divergence_N.new_empty(hidden_ND.shape if need_hidden else (0, 0)),
         divergence_N.new_empty(weight_VD.shape if need_weight else (0, 0)),
         divergence_N.new_empty(weight_VD.shape[0] if need_bias else 0),
     )

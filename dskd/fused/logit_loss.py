@@ -105,12 +105,17 @@ def _rows(
     weights = TokenWeights(weight_N, reverse_N, labels_N, label_weight_N)
     loss = LossForm(form, teacher, weights, *kind)
     if form == "topk":
-        # its rows use up the logits that they are given: let these be the gradient's room
-        if grad_NV is None or grad_NV.dtype != student_NV.dtype:
+        # its rows use up the logits that they are given: let these be the gradient's room, where it
+        # holds every logit as it is
+        if grad_NV is None or not _holds(grad_NV.dtype, student_NV.dtype):
             student_NV = student_NV.clone(memory_format=torch.contiguous_format)
         else:
             student_NV = grad_NV.copy_(student_NV)
     return loss.total(*loss.rows(slice(None), student_NV, grad_NV))
+
+
+def _holds(wider: torch.dtype, dtype: torch.dtype) -> bool:
+    return torch.promote_types(wider, dtype) == wider
 
 
 _operator = operator(

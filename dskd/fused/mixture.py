@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dskd.fused.arguments import (
-    FLOATING,
     SAME,
     LogitMap,
     Losses,
-    beside,
+    columns_within,
     map_of,
     matrix,
     refuse,
@@ -24,7 +23,7 @@ from dskd.fused.arguments import (
 )
 from dskd.fused.backend import row_functions
 from dskd.fused.gradients import operator, total_of
-from dskd.fused.per_token import looks
+from dskd.fused.per_token import mixture_weights
 
 
 def mixture_kd(
@@ -64,7 +63,7 @@ def mixture_kd(
     )
     for k, (logits, first) in enumerate(zip(teachers, firsts, strict=True)):
         _check_teacher(f"teachers[{k}]", logits, first, student_NV)
-    _check_weights(weights_Nn, student_NV, len(teachers))
+    mixture_weights(weights_Nn, student_NV, len(teachers))
     arguments = (
         weights_Nn.detach().to(wide(student_NV.dtype)).contiguous(),
         None,
@@ -84,22 +83,7 @@ def _check_teacher(name: str, logits: Tensor, first: int, student_NV: Tensor) ->
         logits.dtype != student_NV.dtype,
         lambda: f"{name}: is {logits.dtype}, the student's logits are {student_NV.dtype}",
     )
-    last = first + logits.shape[1]
-    refuse(
-        not 0 <= first < last <= columns,
-        lambda: f"{name}: columns {first} to {last} are not within the student's {columns}",
-    )
-
-
-def _check_weights(weights_Nn: Tensor, student_NV: Tensor, teachers: int) -> None:
-    shape, wanted_shape = tuple(weights_Nn.shape), (student_NV.shape[0], teachers)
-    refuse(
-        shape != wanted_shape or weights_Nn.dtype not in FLOATING,
-        lambda: f"weights: must be floating-point {list(wanted_shape)}, not {shape}",
-    )
-    beside("weights", weights_Nn, student_NV)
-    if looks(weights_Nn):
-        refuse(bool((weights_Nn < 0).any()), lambda: "weights: a mixture has none below 0")
+    columns_within(name, first, logits.shape[1], columns)
 
 
 def _rows(

@@ -6,7 +6,8 @@ each function makes several [N, V] tensors, with a graph. Training goes through 
 
 A logit of ``-inf`` is a token of probability 0. A sum ``p log(p / q)`` has the term 0 where p is 0,
 and ``+inf`` where q is 0 and p is not; a NaN is never hidden. Gradients go to the student alone,
-and are finite wherever the loss is.
+and are finite wherever the loss is. An argument of a wrong shape, type or range is a ValueError
+that names it, as in the fused losses; the numbers of a teacher are taken as they are.
 
 Shape letters: N rows (tokens), V student columns, W teacher columns (W <= V), K kept logits, n
 teachers.
@@ -16,22 +17,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Divergence = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "mixed",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-]
-TopKMode = Literal["tail", "renormalised", "truncated"]
+from dskd.fused.arguments import (
+    FLOATING,
+    MODES,
+    Divergence,
+    LogitMap,
+    TopKMode,
+    beta_of,
+    columns_within,
+    floating_matrix,
+    map_of,
+    refuse,
+    temperature_of,
+)
+from dskd.fused.per_token import each_token, in_range, labels_of, mixture_weights
 
 
 def mapped(logits: Tensor, scale: float = 1.0, softcap: float = 0.0) -> Tensor:
@@ -39,6 +43,10 @@ def mapped(logits: Tensor, scale: float = 1.0, softcap: float = 0.0) -> Tensor:
 
     A masked logit stays masked: ``-inf`` is mapped to ``-inf``.
     """
+    refuse(
+        logits.dtype not in FLOATING, lambda: f"logits: must be floating-point, not {logits.dtype}"
+    )
+    map_of("map", LogitMap(scale, softcap))
     scaled = logits * scale
     if not softcap:
         return scaled
@@ -47,7 +55,10 @@ def mapped(logits: Tensor, scale: float = 1.0, softcap: float = 0.0) -> Tensor:
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """``-log softmax(logits_n)[label_n]`` [N], labels int64; 0 where a label is negative."""
+    floating_matrix("logits", logits_NV)
+    labels_of(labels_N, logits_NV)
     labelled_N = labels_N >= 0
+    in_range("labels", labels_N, logits_NV.shape[1], labelled_N)
     index_N1 = torch.where(labelled_N, labels_N, 0)[:, None]
     return torch.where(labelled_N, -_log_softmax(logits_NV).gather(1, index_N1)[:, 0], 0.0)
 
@@ -67,6 +78,9 @@ def divergence(
     The kinds are those of :func:`dskd.fused.dense.dense_kd`, beta in (0, 1); total variation has
     the sub-gradient 0 where p = q. ``mixed`` is a sum and has no weights here: ValueError.
     """
+    _check_student(student_NV, temperature)
+    _check_teacher("teacher", teacher_NW, 0, student_NV)
+    beta_of(kind, beta)
     log_q = _log_softmax(student_NV, temperature)
     log_p = _log_softmax(teacher_NW.detach(), temperature)
     log_p = F.pad(log_p, (0, student_NV.shape[1] - teacher_NW.shape[1]), value=-math.inf)
@@ -103,6 +117,8 @@ def topk_divergence(
 
     The modes are those of :func:`dskd.fused.topk.topk_kd`.
     """
+    _check_student(student_NV, temperature)
+    _check_kept(student_NV, ids_NK, logprobs_NK, tail_N, mode)
     columns = student_NV.shape[1]
     used_NK = ids_NK >= 0
     # an unused slot points to a column beyond the last one
@@ -118,9 +134,7 @@ def topk_divergence(
         return _kl(torch.cat((log_p, tail_N1), 1), torch.cat((log_q, rest_N1), 1))
     if mode == "renormalised":
         return _kl(_normalised(log_p), log_q)
-    if mode == "truncated":
-        return _kl(_normalised(log_p), _normalised(log_q))
-    raise ValueError(f"mode: no reference for {mode!r}")
+    return _kl(_normalised(log_p), _normalised(log_q))
 
 
 def mixture_divergence(
@@ -136,6 +150,8 @@ def mixture_divergence(
     Teacher k's columns are the student's from ``firsts[k]`` on. A row whose weights are all 0 has
     the divergence 0. The gradient of this times ``sum_k w_nk`` is that of ``sum_k w_nk KL_k``.
     """
+    _check_student(student_NV, temperature)
+    _check_mixture(student_NV, teachers, firsts, weight_Nn)
     log_q = _log_softmax(student_NV, temperature)
     total_N1 = weight_Nn.sum(1, keepdim=True)
     share_Nn = (weight_Nn / torch.where(total_N1 == 0, 1.0, total_N1)).to(log_q.dtype)
@@ -144,6 +160,51 @@ def mixture_divergence(
         one = share_N[:, None] * _log_softmax(teacher_NW.detach(), temperature).exp()
         p = p + F.pad(one, (first, p.shape[1] - first - one.shape[1]))
     return _kl(p.log(), log_q)
+
+
+def _check_student(student_NV: Tensor, temperature: float) -> None:
+    floating_matrix("student", student_NV)
+    temperature_of(temperature)
+
+
+def _check_teacher(name: str, logits_NW: Tensor, first: int, student_NV: Tensor) -> None:
+    count, columns = student_NV.shape
+    floating_matrix(name, logits_NW, rows=count, like=student_NV)
+    columns_within(name, first, logits_NW.shape[1], columns)
+
+
+def _check_kept(
+    student_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, tail_N: Tensor | None, mode: str
+) -> None:
+    refuse(mode not in MODES, lambda: f"mode: {mode!r} is not one of {', '.join(MODES)}")
+    count, columns = student_NV.shape
+    shape = tuple(ids_NK.shape)
+    refuse(
+        ids_NK.dim() != 2 or len(ids_NK) != count,
+        lambda: f"ids: must be [{count}, K], not {shape}",
+    )
+    integers = (torch.int32, torch.int64)
+    refuse(ids_NK.dtype not in integers, lambda: f"ids: must be int32 or int64, not {ids_NK.dtype}")
+    in_range("ids", ids_NK, columns, ids_NK >= 0)
+    floating_matrix("logprobs", logprobs_NK, like=student_NV)
+    refuse(
+        logprobs_NK.shape != ids_NK.shape,
+        lambda: f"logprobs: has shape {tuple(logprobs_NK.shape)}, ids {shape}",
+    )
+    refuse(tail_N is None and mode == "tail", lambda: "tail: the mode tail needs one")
+    if tail_N is not None:
+        each_token("tail", tail_N, student_NV)
+
+
+def _check_mixture(
+    student_NV: Tensor, teachers: Sequence[Tensor], firsts: Sequence[int], weight_Nn: Tensor
+) -> None:
+    refuse(
+        len(firsts) != len(teachers), lambda: f"firsts: {len(firsts)} for {len(teachers)} teachers"
+    )
+    for k, (logits_NW, first) in enumerate(zip(teachers, firsts, strict=True)):
+        _check_teacher(f"teachers[{k}]", logits_NW, first, student_NV)
+    mixture_weights(weight_Nn, student_NV, len(teachers))
 
 
 def _log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:

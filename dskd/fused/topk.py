@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dskd.fused.arguments import SAME, LogitMap, Losses, TokenWeight, map_of, matrix, temperature_of
 from dskd.fused.logit_loss import NO_BETA, LossForm, logit_loss
-from dskd.fused.per_token import topk_of, weights_of
+from dskd.fused.per_token import weights_of
+from dskd.fused.topk_teacher import check_masses, topk_of
 
 
 def topk_kd(
@@ -40,7 +41,8 @@ def topk_kd(
         logprobs_NK: the teacher's log-probabilities AT the temperature, over its whole vocabulary;
             -inf on unused slots.
         tail_N: for ``tail``: log of the mass of all that is not kept, at the temperature; -inf
-            where nothing is left.
+            where nothing is left. It and the kept tokens have the mass 1 together, which is
+            checked on a CPU and in debug mode, in rows that have a weight.
 
     The other arguments are those of :func:`~dskd.fused.dense.dense_kd`.
 
@@ -51,6 +53,9 @@ def topk_kd(
     columns = student_NV.shape[1]
     kept = topk_of(ids_NK, logprobs_NK, tail_N, mode, student_NV, columns)
     weights = weights_of(student_NV, labels_N, ignore_index, columns, weight, None, label_weight)
+    check_masses(
+        ids_NK, logprobs_NK, tail_N, weights.divergence_N, temperature=1.0, columns=columns
+    )
     teacher = [part for part in kept if part is not None]
     heat, maps = temperature_of(temperature), [*map_of("student_map", student_map)]
     loss = LossForm("topk", teacher, weights, mode, NO_BETA, heat, maps)

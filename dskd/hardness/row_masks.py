@@ -6,6 +6,7 @@ are hard; what chooses among them may be changed until then.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
@@ -18,6 +19,7 @@ from dskd.hardness.masks import HARD_LABELS, AnyHardView, HardCausalView, hard_v
 from dskd.hardness.refresh import HardnessStores
 from dskd.settings.checks import Problems, model_problems
 from dskd.settings.data import HardTokens
+from dskd.settings.folders import questions_folder
 from dskd.settings.model import Model
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, each_teacher
@@ -64,6 +66,18 @@ class HardTokenMasks(RowMasks):
             )
         else:
             yield from super().problems(columns, cached=cached)
+
+    def otherwise_than(self, earlier: Run) -> list[str] | None:
+        """By which settings the scores of another run's store are others, if it is the same one."""
+        run, own, theirs = self._run, self._masking, earlier.data.masking
+        if not isinstance(theirs, HardTokens):
+            return None
+        if os.path.abspath(questions_folder(run)) != os.path.abspath(questions_folder(earlier)):
+            return None
+        other = [f"{_PLACE}.shown"] if own.shown != theirs.shown else []
+        scorers = [own.model or run.model, theirs.model or earlier.model]
+        other += ["the model that scores"] if scorers[0] != scorers[1] else []
+        return other + (["seed"] if scorers[0].path is None and run.seed != earlier.seed else [])
 
     def _of_causal(self, columns: frozenset[str]) -> Problems:
         """What is set to no avail. Compared with the defaults, because settings that are read back

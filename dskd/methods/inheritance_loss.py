@@ -15,8 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from dskd.batch import Positions, Signal, Term
 from dskd.errors import ConfigError
-from dskd.fused.arguments import MIXING
-from dskd.fused.reference import Divergence, TopKMode
+from dskd.fused.arguments import MIXING, Divergence, TopKMode
 from dskd.ops import positions_ce, positions_kd
 from dskd.settings.base import Section
 from dskd.settings.run import Run

@@ -63,7 +63,7 @@ def build(
     config = config_of(settings, where=where, tokenizer=tokenizer)
     folder = stored_folder(settings, where)
     if folder is not None:
-        _check_tokenizer(tokenizer, folder, settings.trust_remote_code, f"{where}.path")
+        check_tokenizer(tokenizer, folder, settings.trust_remote_code, f"{where}.path")
     check_shape(config, objective, block_size, where)
     check_vocabulary(config, tokenizer, where)
     model = construct(
@@ -76,7 +76,8 @@ def build(
         tie_head_bias(model)
         load_weights(model, folder, f"{where}.path")
         if model.can_generate() and (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            with complaints(f"{where}.path: generation_config.json of {folder}"):
+                model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
@@ -101,16 +102,10 @@ def check_model(
     check_shape(config, objective, block_size, where)
     if config.num_hidden_layers < 1:
         raise ConfigError(f"{where}: its config says {config.num_hidden_layers} layers")
-    with complaints(f"{where}: its config makes no model"), torch.device("meta"):
-        model = construct(
-            config,
-            settings.attention,
-            None,
-            torch.float32,
-            where,
-            objective,
-            settings.trust_remote_code,
-        )
+    problem = f"{where}: its config makes no model"
+    with complaints(problem), torch.device("meta"):
+        attention, trust = settings.attention, settings.trust_remote_code
+        model = construct(config, attention, None, torch.float32, problem, objective, trust)
         projection_of(model)
         model(torch.zeros(1, 2, dtype=torch.long))
 
@@ -164,9 +159,14 @@ def parameter_count(config: PreTrainedConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _check_tokenizer(
+def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase, folder: Path, trust: bool, where: str
 ) -> None:
+    """Refuse a stored model that was not trained on the data's tokenizer.
+
+    Raises:
+        ConfigError: its folder has no tokenizer, or one of another vocabulary; names ``where``.
+    """
     try:
         other = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as problem:  # whatever its files, of any content, may raise

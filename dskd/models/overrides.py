@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from dskd.errors import ConfigError
@@ -76,8 +77,11 @@ def complaints(where: str) -> Iterator[None]:
     """
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as problem:
-        kind = "" if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: "
+        said = isinstance(problem, ValueError | OSError | StrictDataclassError)
+        kind = "" if said else f"{type(problem).__name__}: "
         raise ConfigError(f"{where}: {kind}{problem}") from problem
 
 
@@ -111,7 +115,7 @@ def _laid(stored: dict[str, Any], rope: dict[str, Any], where: str) -> dict[str,
     if "rope_scaling" in rope and "rope_parameters" in rope:
         raise ConfigError(f"{where}.rope_scaling: means rope_parameters, which is there, too")
     name = "rope_scaling" if "rope_scaling" in rope else "rope_parameters"
-    kinds = [kind for kind, entry in stored.items() if isinstance(entry, dict)]
+    kinds = sorted(kind for kind, entry in stored.items() if isinstance(entry, dict))
     if not kinds:
         laid = _scaled(stored, rope[name], f"{where}.{name}") if name in rope else dict(stored)
         return laid | {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else laid

@@ -181,8 +181,10 @@ def _pickled(path: Path) -> Iterator[Stored]:
     for key, value in content.items():
         if isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values()):
             raise ValueError(f"its tensors lie under {key!r}; save that part alone")
-        if not (isinstance(key, str) and isinstance(value, Tensor)):
+        if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} is a {type(value).__name__}, not a tensor")
+        if not isinstance(key, str):
+            raise ValueError(f"a tensor is named {key!r}, which is no text")
         yield _at_hand(key, value)
 
 

@@ -67,7 +67,12 @@ def _on_rank0(folder: Path, work: Callable[[], None]) -> None:
 
 
 def _files(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file, still sharded; a tied one once, under its source's name."""
+    """The tensors of each file, still sharded; a tied one once, under its source's name.
+
+    The one value that is stored twice is the bias of an untied BERT or RoBERTa head: transformers
+    has a parameter for each of its names, of which the forward pass reads one, and reports as
+    missing whichever is not in the file.
+    """
     tied = set(model.all_tied_weights_keys)
     state = model.state_dict(keep_vars=True)
     parts: list[dict[str, Tensor]] = [{}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,19 +14,29 @@ from dskd.engine.stage import Stage, in_order
 from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
 from dskd.methods.checks import validate
-from dskd.models.build import check_model, model_fingerprint
-from dskd.models.configs import config_at_hand, with_fields
+from dskd.models.build import check_model, check_tokenizer, model_fingerprint
+from dskd.models.configs import config_at_hand, stored_folder, with_fields
 from dskd.narrowing.slice_stage import sliced_config
+from dskd.runs.comparable import groups_of, refuse_incomparable
 from dskd.runs.context import RunContext
+from dskd.runs.history import read_history
 from dskd.runs.report import ReportSection, print_table, write_report
+from dskd.runs.shared_stores import refuse_other_stores
 from dskd.runs.stages import STAGES, stages_of
+from dskd.runs.vocabularies import (
+    exporter,
+    models_of,
+    refuse_later_exports,
+    refuse_vocabularies,
+    used_models,
+)
 from dskd.settings.compare import differences
 from dskd.settings.folders import RunFolder, folder_of, source_settings
 from dskd.settings.model import Model
 from dskd.settings.parsing import line, nearest
 from dskd.settings.recipe import SINGLE, Recipe, dump_run, read
 from dskd.settings.run import Run
-from dskd.settings.teachers import SelfTeacher, each_teacher, section_name
+from dskd.settings.teachers import SelfTeacher, each_teacher
 from dskd.system import dist
 from dskd.system.device import free_memory
 from dskd.system.doing import at_run, at_stage
@@ -54,11 +63,13 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
     for name, run in recipe.runs.items():
         prefix = recipe.prefix(name)
         validate(run, methods[name], world=world, prefix=prefix)
-        for place, model in _models(run).items():
-            where = f"{prefix}.{place}" if prefix else place
-            _refuse_later_export(recipe, name, model, where)
-            if place != "model" and _exporter(recipe, model) is None:
-                _check_config(config_at_hand(model, where), model, run, where)
+        refuse_later_exports(recipe, name)
+        refuse_vocabularies(recipe, methods[name], name)
+        refuse_other_stores(recipe, methods, name)
+        for place, model in models_of(run).items():
+            if place != "model":  # which is looked at with its slice and its method
+                where = f"{prefix}.{place}" if prefix else place
+                _check_config(_loaded(recipe, methods, model, where), model, run, where)
         # The hidden size only sets buckets; a model that an earlier run will export has none yet.
         student_config(run, NOMINAL_HIDDEN, world=world)
         _check_student(recipe, methods, name)
@@ -105,32 +116,23 @@ def _starts_as(recipe: Recipe, methods: Mapping[str, Method], name: str) -> PreT
     What an earlier run of the recipe will export may not be there yet, but its settings say it.
     """
     run = recipe.runs[name]
-    source, maker = source_settings(run), _exporter(recipe, run.model)
-    if maker is None:
-        config = config_at_hand(source, "model")
-    else:
-        config = _starts_as(recipe, methods, maker)
-        if config is not None:
-            exported = methods[maker].exported_config(config)
-            config = with_fields(exported, source.config, "model")
+    config = _loaded(recipe, methods, source_settings(run), "model")
     if config is None or run.model.slice is None:
         return config
     return sliced_config(config, run.model)
 
 
-def _exporter(recipe: Recipe, model: Model) -> str | None:
-    """The run of the recipe whose export a model is loaded from, if any."""
-    if model.path is None:
+def _loaded(
+    recipe: Recipe, methods: Mapping[str, Method], model: Model, where: str
+) -> PreTrainedConfig | None:
+    """The config of a model, which an earlier run may export; None if it is to be downloaded."""
+    maker = exporter(recipe, model.path)
+    if maker is None:
+        return config_at_hand(model, where)
+    config = _starts_as(recipe, methods, maker)
+    if config is None:
         return None
-    left_by = {os.path.abspath(folder_of(run).export): name for name, run in recipe.runs.items()}
-    return left_by.get(os.path.abspath(model.path))
-
-
-def _refuse_later_export(recipe: Recipe, name: str, model: Model, where: str) -> None:
-    maker, names = _exporter(recipe, model), list(recipe.runs)
-    if maker is not None and names.index(maker) >= names.index(name):
-        which = "this run itself" if maker == name else f"the later run {maker}"
-        raise ConfigError(f"{where}.path: {model.path} is what {which} exports in its end")
+    return with_fields(methods[maker].exported_config(config), model.config, where)
 
 
 def is_done(recipe: Recipe, methods: Mapping[str, Method]) -> bool:
@@ -187,23 +189,51 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
 
 
 def report(recipe: Recipe, methods: Mapping[str, Method]) -> None:
-    """Print the table of the trained runs and write ``report.html`` beside them."""
+    """Print the table of the trained runs and write ``report.html`` beside them.
+
+    The runs of a recipe need not be comparable (a teacher of one domain, a student of several), and
+    are carried out all the same: those that may be compared are shown together, the others apart,
+    with the reason and without a ratio between them.
+    """
     runs = {n: run.out for n, run in recipe.runs.items() if folder_of(run).summary.exists()}
     if not runs:
         return
     control = CONTROL if CONTROL in runs else None
-    print_table(runs, control)
     sections = _sections((recipe.runs[name], methods[name]) for name in runs)
-    print(f"report: {write_report(runs, recipe.out, control, sections)}", flush=True)
+    path = _show(runs, recipe.out, control, sections)
+    print(f"report: {path}", flush=True)
 
 
 def report_folders(runs: Mapping[str, Path], folder: Path, control: str | None) -> Path:
     """Print the table of the runs in these folders and write ``folder/report.html``, as
-    :func:`~dskd.runs.report.write_report` does."""
-    print_table(runs, control)
+    :func:`~dskd.runs.report.write_report` does.
+
+    Who names runs side by side wants them compared, so:
+
+    Raises:
+        ConfigError: two of them cannot be.
+    """
+    if len(runs) > 1:
+        refuse_incomparable(runs)
+    return report_recipe(runs, folder, control)
+
+
+def report_recipe(runs: Mapping[str, Path], folder: Path, control: str | None) -> Path:
+    """As :func:`report_folders`, of runs that need not be comparable, which are shown as
+    :func:`report` does."""
+    for path in runs.values():
+        read_history(path)  # what is missing or damaged is named before anything is printed
     read_back = [read(RunFolder(path).config).runs[SINGLE] for path in runs.values()]
     sections = _sections((run, build_method(run.method)) for run in read_back)
-    return write_report(runs, folder, control, sections)
+    return _show(runs, folder, control, sections)
+
+
+def _show(
+    runs: Mapping[str, Path], folder: Path, control: str | None, sections: list[ReportSection]
+) -> Path:
+    groups = groups_of(runs, control)
+    print_table(runs, control, groups)
+    return write_report(runs, folder, control, sections, groups)
 
 
 def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:
@@ -259,8 +289,13 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
     models, which are downloaded for their fingerprints if need be."""
     run, path = context.run, context.folder.inputs
     now = {"data": context.prepared.fingerprint, "masking": context.view.fingerprint}
-    for name, model in _models(run).items():
+    for name, model in models_of(run).items():
         now[name] = model_fingerprint(model, seed=run.seed, where=name)
+    for name, model in used_models(run, context.method).items():
+        folder = stored_folder(model, name)
+        if folder is not None:
+            tokenizer, trust = context.prepared.tokenizer, model.trust_remote_code
+            check_tokenizer(tokenizer, folder, trust, f"{name}.path")
     for name in recipe.runs:
         _check_student(recipe, methods, name)
     if not path.exists():
@@ -278,9 +313,3 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
                 f"{run.out}: {name} changed since the run was started; choose another `out`, or "
                 f"delete the folder"
             )
-
-
-def _models(run: Run) -> dict[str, Model]:
-    teachers = {f"{section_name(d)}.model": t.model for d, t in each_teacher(run.teacher).items()}
-    models = {"model": run.model, **masks_of(run).models(), **teachers}
-    return {name: model for name, model in models.items() if model is not None}

@@ -2,7 +2,8 @@
 
 Read are each run's ``train/metrics.jsonl`` and ``train/summary.json``, and ``scores.json`` where
 the run got that far. What matters is the last column: in how many fewer steps a run reaches the
-loss, or other score, that the control, trained without a teacher, has at its end.
+loss, or other score, that the control, trained without a teacher, has at its end. That is a number
+of runs that may be compared (``comparable.py``) only: each group of such runs is shown by itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,95 +21,31 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dskd.engine.checkpoints import Selection
-from dskd.errors import CheckpointError, ConfigError
+from dskd.errors import ConfigError
+from dskd.runs.history import History, Points, read_history, read_object, steps_to
 from dskd.settings.folders import RunFolder
 from dskd.system.files import write_atomic
-from dskd.system.log import clock, read_metrics
-
-Points = list[tuple[float, float]]
-"""(completed steps, value) pairs, by rising step."""
+from dskd.system.log import clock
 
 _MARKED = 60
 """A line of at most so many points shows each of them."""
 
-_TRAINING_KEYS = ("step", "loss", "terms", "lr")
-_SUMMARY_KEYS = (
-    "steps",
-    "metric",
-    "higher_is_better",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "wall_seconds",
-    "parameters",
-)
-
-
-_TYPES = {"terms": dict, "metric": str}
-"""Of what is no number, among the keys that a file must have."""
-
 
 @dataclass(frozen=True)
-class History:
-    """One run: its lines of training and of evaluation by step, and its summary."""
+class Group:
+    """Runs by name whose scores may be compared; ``why`` they are apart from others, if so."""
 
-    training: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    summary: dict[str, Any]
+    names: Sequence[str]
+    why: str = ""
 
-    def evaluated(self, metric: str) -> Points:
-        """A result of the evaluations, where they have it."""
-        return [(line["step"], line[metric]) for line in self.evaluations if metric in line]
-
-    def rate(self, name: str) -> Points:
-        """A number of the training lines, where they have it: no alpha without a teacher."""
-        return [(s["step"], s[name]) for s in self.training if s.get(name) is not None]
-
-    def term(self, name: str) -> Points:
-        """One loss term, at the steps where it was computed."""
-        return [(s["step"], s["terms"][name]) for s in self.training if name in s["terms"]]
-
-
-def read_history(folder: Path) -> History:
-    """Read what the run in ``folder`` left.
-
-    Raises:
-        CheckpointError: a file is missing or damaged; it is named, with the line.
-    """
-    path = RunFolder(folder).metrics
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; has the run been trained?")
-    summary = _read_object(RunFolder(folder).summary, _SUMMARY_KEYS)
-    training, evaluations = [], []
-    for number, line in enumerate(read_metrics(path), 1):
-        where = f"{path}, line {number}"
-        if isinstance(line, dict) and summary["metric"] in line:
-            evaluations.append(_require(line, ("step", summary["metric"]), where))
-        else:
-            training.append(_require(line, _TRAINING_KEYS, where))
-    if not evaluations:
-        raise CheckpointError(f"{path}: no evaluation in it; has the run been trained to its end?")
-    return History(training, evaluations, summary)
-
-
-def steps_to(points: Points, target: float, *, higher_is_better: bool = False) -> float | None:
-    """Steps at which a loss first is at or below ``target``, linear between evaluations; or, where
-    higher is better, at or above it.
-
-    None if it never is; the first evaluated step if it is there already.
-    """
-    before: tuple[float, float] | None = None
-    for step, loss in points:
-        if loss >= target if higher_is_better else loss <= target:
-            if before is None:
-                return float(step)
-            last_step, last_loss = before
-            return last_step + (step - last_step) * (last_loss - target) / (last_loss - loss)
-        before = (step, loss)
-    return None
+    def control(self, name: str | None) -> str | None:
+        """The control run, if it is one of these."""
+        return name if name in self.names else None
 
 
 def table(runs: Mapping[str, Path], control: str | None) -> Table:
-    """The comparison as a rich table; ``control`` names the run whose final loss is the target."""
+    """The comparison of runs that may be compared as a rich table; ``control`` names the run whose
+    final loss is the target."""
     histories, compared = _read(runs, control)
     first, *others = _header(compared, control)
     made = Table(first, *(Column(name, justify="right") for name in others))
@@ -118,12 +54,21 @@ def table(runs: Mapping[str, Path], control: str | None) -> Table:
     return made
 
 
-def print_table(runs: Mapping[str, Path], control: str | None) -> None:
-    """Print :func:`table` to standard output, at its full width where that is no terminal."""
+def print_table(
+    runs: Mapping[str, Path], control: str | None, groups: Sequence[Group] | None = None
+) -> None:
+    """Print :func:`table` to standard output, at its full width where that is no terminal.
+
+    ``groups`` are those that may be compared, each shown by itself; None: all of them may be.
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(table(runs, control))
+    _refuse_unknown(control, runs)
+    for group in groups or [Group(list(runs))]:
+        if group.why:
+            console.print(group.why, markup=False, highlight=False)
+        console.print(table({n: runs[n] for n in group.names}, group.control(control)))
 
 
 ReportSection = Callable[[Mapping[str, RunFolder]], str]
@@ -131,7 +76,11 @@ ReportSection = Callable[[Mapping[str, RunFolder]], str]
 
 
 def write_report(
-    runs: Mapping[str, Path], folder: Path, control: str | None, sections: Sequence[ReportSection]
+    runs: Mapping[str, Path],
+    folder: Path,
+    control: str | None,
+    sections: Sequence[ReportSection],
+    groups: Sequence[Group] | None = None,
 ) -> Path:
     """Write ``folder/report.html``: the table and the curves, with nothing to load beside it.
 
@@ -139,52 +88,49 @@ def write_report(
         runs: run folders by name, in the order to show them.
         control: the run whose final score the others are measured against.
         sections: what stages of the runs show besides, in order.
+        groups: those that may be compared, each shown by itself; None: all of them may be.
 
     Raises:
         CheckpointError: a run's file is missing or damaged.
         ConfigError: ``control`` is none of the runs.
     """
+    _refuse_unknown(control, runs)
+    parts: list[str] = []
+    for group in groups or [Group(list(runs))]:
+        parts += [f"<h1>{html.escape(group.why)}</h1>"] if group.why else []
+        own = {name: runs[name] for name in group.names}
+        parts += _parts(own, group.control(control), sections)
+    path = RunFolder(folder).report
+    write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode())
+    return path
+
+
+def _parts(
+    runs: Mapping[str, Path], control: str | None, sections: Sequence[ReportSection]
+) -> list[str]:
+    """The HTML of runs that may be compared."""
     histories, compared = _read(runs, control)
-    parts = [
+    return [
         _html_table(_header(compared, control), _rows(histories, compared, control)),
         _image("Evaluation", _evaluation_figure(histories, compared, control)),
         _image("Training loss terms", _terms_figure(histories)),
         _image("Inheritance rate and learning rate", _rates_figure(histories)),
         *(section({name: RunFolder(run) for name, run in runs.items()}) for section in sections),
     ]
-    path = RunFolder(folder).report
-    write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode())
-    return path
+
+
+def _refuse_unknown(control: str | None, runs: Mapping[str, Path]) -> None:
+    if control is not None and control not in runs:
+        raise ConfigError(f"control run '{control}' is none of: {', '.join(runs)}")
 
 
 def _read(runs: Mapping[str, Path], control: str | None) -> tuple[dict[str, History], Selection]:
     """The runs, and what they are compared by: what selects the control's checkpoints, or the first
     run's."""
-    if control is not None and control not in runs:
-        raise ConfigError(f"control run '{control}' is none of: {', '.join(runs)}")
+    _refuse_unknown(control, runs)
     histories = {name: read_history(folder) for name, folder in runs.items()}
     summary = histories[control or next(iter(runs))].summary
     return histories, Selection(summary["metric"], summary["higher_is_better"])
-
-
-def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; is the run finished?")
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as problem:
-        raise CheckpointError(f"{path}: damaged, not readable as JSON ({problem})") from problem
-    return _require(value, keys, str(path))
-
-
-def _require(value: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
-    """``value``, if it is an object that has ``keys``: numbers, but for those in ``_TYPES``."""
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: damaged, not an object")
-    for key in keys:
-        if not isinstance(value.get(key), _TYPES.get(key, (int, float))):
-            raise CheckpointError(f"{where}: damaged, '{key}' is missing or of the wrong type")
-    return value
 
 
 def _header(compared: Selection, control: str | None) -> list[str]:
@@ -284,7 +230,7 @@ def _image(title: str, figure: Figure) -> str:
 def scores_section(runs: Mapping[str, RunFolder]) -> str:
     """The exported models' scores, one row a run, one column a score."""
     scored = {
-        name: _read_object(run.scores, ()) for name, run in runs.items() if run.scores.exists()
+        name: read_object(run.scores, ()) for name, run in runs.items() if run.scores.exists()
     }
     numbers = [k for scores in scored.values() for k, v in scores.items() if _is_number(v)]
     names = list(dict.fromkeys(numbers))

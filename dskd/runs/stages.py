@@ -22,6 +22,7 @@ from dskd.models.configs import hidden_size
 from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
+from dskd.runs import comparable
 from dskd.runs.context import RunContext
 from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
@@ -128,6 +129,13 @@ def train(context: RunContext) -> None:
     engine.destroy()
 
 
+_TOKENIZER = (
+    "It reads the names of special tokens in a text as text, as it did in training; where they are "
+    "meant (`the <mask> mill`), call it with `split_special_tokens=False`."
+)
+"""Of the model card."""
+
+
 def export_best(context: RunContext) -> None:
     """Write the best checkpoint as a HuggingFace folder, ``export/``."""
     folder = context.folder.export
@@ -144,6 +152,7 @@ def export_best(context: RunContext) -> None:
         "method": dict(context.run.method),
         "step": best.step,
         context.scored.metric: _value(best),
+        "tokenizer": _TOKENIZER,
         "run": context.run.model_dump(mode="json"),
     }
     export(model, context.prepared.tokenizer, folder, card=card)
@@ -201,6 +210,7 @@ def _summarise(context: RunContext, progress: Progress, parameters: dict[str, in
         "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
         "peak_memory_bytes": max(dist.gather_objects(peak_memory())),
         "wall_seconds": progress.wall_seconds,
+        comparable.KEY: comparable.basis(context),
     }
     _write(context.folder.summary, summary)
 

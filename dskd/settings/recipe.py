@@ -107,6 +107,7 @@ def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
         reader.add(("runs", name), "no such run" + nearest(name, runs), over={"runs": own_over})
     base = with_kinds(Run, base)
     out = over.get("out", base.get("out", str(Run.model_fields["out"].default)))
+    usable = not isinstance(out, str) or not any(_unusable(os.path.expanduser(out), ("out",)))
     for name, own in runs.items():
         layers = (_mapping(own), own_over.get(name, {}))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -118,7 +119,8 @@ def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
             reader.add(
                 ("runs", name, "out"), "a run of a recipe writes to <out>/<name>; set base.out"
             )
-        place = os.path.join(out, name) if isinstance(out, str) else out
+        # A folder that no run can use is named as it was written, once for all of them.
+        place = os.path.join(out, name) if isinstance(out, str) and usable else out
         reader.run(name, yaml_tree.merge(base, layers[0]), yaml_tree.merge(over, layers[1]), place)
     return Recipe(Path(os.path.expanduser(out)), reader.finish(runs))
 
@@ -152,6 +154,9 @@ class _Reader:
         if self.where:  # nothing of the toy is laid under a file
             tree = {"teacher": None, **tree}
             problems += _missing(tree)
+        elif _leaves_toys_vocabulary(tree):
+            tree, wrong = _without_toys_teacher(tree)
+            problems += wrong
         if self.where and out is None and tree.get("out", "") is None:
             out = str(Path(self.where).parent)
         resolved = self._resolve(Run, tree if out is None else tree | {"out": out}, (), problems)
@@ -236,10 +241,12 @@ class _Reader:
 def _unusable(path: str, place: SettingName) -> Iterator[str]:
     """What no file system or not DeepSpeed can do with a path."""
     longest = max(len(os.fsencode(part)) for part in path.split(os.sep))
-    if longest > _NAME or len(os.fsencode(path)) > _PATH:
+    if longest > _NAME:
         yield f"{show(path)} has a name of {longest} bytes; file systems take {_NAME}"
+    if len(os.fsencode(path)) > _PATH:
+        yield f"{show(path)} has {len(os.fsencode(path))} bytes; file systems take {_PATH}"
     if place == ("out",) and set(path) & set("*?["):
-        yield f"{show(path)}: DeepSpeed reads checkpoints by patterns; without * ? and [, please"
+        yield f"{path!r}: DeepSpeed reads checkpoints by patterns; without * ? and [, please"
 
 
 def _missing(tree: Tree) -> Iterator[Problem]:
@@ -258,6 +265,31 @@ def _missing(tree: Tree) -> Iterator[Problem]:
         live = isinstance(teacher, dict) and teacher.get("kind", "live") == "live"
         if live and "model" not in teacher:
             yield (*place, "model"), "missing; a live teacher is some model"
+
+
+def _leaves_toys_vocabulary(tree: Tree) -> bool:
+    """Whether settings without a file start from a stored model with a tokenizer of its own."""
+    nodes = [tree.get(name) for name in ("model", "data")]
+    model, data = [node if isinstance(node, dict) else {} for node in nodes]
+    tokenizer = data.get("tokenizer")
+    kind = tokenizer.get("kind") if isinstance(tokenizer, dict) else None
+    return model.get("path") is not None and kind == "pretrained"
+
+
+def _without_toys_teacher(tree: Tree) -> tuple[Tree, list[Problem]]:
+    """``tree`` without the toy's teacher, which knows none of the stored model's tokens; a problem
+    where the method is the toy's, which cannot do without, or where settings are of that teacher.
+    """
+    given = tree.get("teacher", {})
+    own = {"model", "path", "domains"}  # which say what another teacher is
+    if not isinstance(given, dict) or given.get("kind", "live") != "live" or own & given.keys():
+        return tree, []
+    toy, method = Run().method, tree.get("method", {})
+    if given or not isinstance(method, dict) or method.get("kind", toy["kind"]) == toy["kind"]:
+        path = show(tree["model"]["path"])
+        text = f"the toy's has another vocabulary than model.path {path}; name one that has it"
+        return tree, [(("teacher",), f"{text} (teacher.model.path), or a method without: lm")]
+    return {**tree, "teacher": None}, []
 
 
 def _with_defaults(default: BaseModel, tree: Tree, over: Tree) -> Tree:

@@ -35,6 +35,7 @@ from dskd.batch import IGNORE, Batch
 from dskd.data.prepared import RowBatch
 from dskd.data.views import CausalView, Shown, draws_of
 from dskd.errors import ConfigError, StoreError
+from dskd.fused.topk_teacher import check_ids, check_masses, largest
 from dskd.stores.shard import Column, StoreSpec
 from dskd.stores.store import Store, read_spec
 from dskd.stores.sweep import refuse_non_finite
@@ -52,7 +53,7 @@ UNUSED_SLOTS = {TOPK_IDS: -1, TOPK_LOGPROBS: -math.inf, TOPK_TAIL: -math.inf}
 """What the columns hold in a slot k without a token."""
 
 MAX_VOCABULARY = 1 << 24
-_CHUNK = 1 << 24  # logits encoded at once: bounds the float32 copies to some 64 MiB each
+_SAMPLED_ROWS, _SAMPLED_POSITIONS = 64, 32  # looked at when a cache is opened, by each rank
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,13 @@ class LogitLayout:
             NonFiniteError: a row's logits are NaN, infinite, or -inf throughout.
         """
         assert logits_NV.shape[1] == self.vocabulary, (logits_NV.shape, self.vocabulary)
-        step = max(1, _CHUNK // self.vocabulary)
-        chunks = [self._top(part_NV) for part_NV in logits_NV.split(step)]
-        ids_NK, logprobs_NK, tail_NS = (
-            torch.cat(parts).cpu() for parts in zip(*chunks, strict=True)
-        )
+        kept = largest(logits_NV, self.k, self.temperatures)
+        logprobs_NK = kept.logprobs_NK.cpu()
         refuse_non_finite(batch, ~torch.isfinite(logprobs_NK[:, 0]), "the teacher's")
         columns = {
-            **_split("ids", ids_NK.numpy(), self.vocabulary),
+            **_split("ids", kept.ids_NK.cpu().numpy(), self.vocabulary),
             "logprobs": logprobs_NK.numpy().astype(self.columns()["logprobs"].dtype),
-            "tail": tail_NS.numpy(),
+            "tail": torch.stack([*kept.tail_N.values()], 1).cpu().numpy(),
         }
         supervised_BT = batch.supervised_BT.cpu()
         if self.masked:
@@ -164,14 +162,6 @@ class LogitLayout:
             )
         return columns
 
-    def _top(self, logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(ids_NK, logprobs_NK, tail_NS)``, float32, S stored temperatures."""
-        logprobs_NV = torch.log_softmax(logits_NV.float(), dim=1)
-        logprobs_NK, ids_NK = logprobs_NV.topk(self.k, dim=1)
-        rest_NV = logprobs_NV.scatter(1, ids_NK, -math.inf)
-        tails = [torch.logsumexp(rest_NV / temperature, 1) for temperature in self.temperatures]
-        return ids_NK, logprobs_NK, torch.stack(tails, 1)
-
 
 class LogitCache:
     """A complete cache, verified and open for reading.
@@ -183,7 +173,8 @@ class LogitCache:
             shares cover the cache, and they must agree on the outcome (``dist.agree``).
 
     Raises:
-        StoreError: it is missing, incomplete, damaged or made of something else.
+        StoreError: it is missing, incomplete, damaged or made of something else, or a sample of its
+            rows holds what no teacher gives.
     """
 
     def __init__(
@@ -191,6 +182,7 @@ class LogitCache:
     ) -> None:
         self.store = Store(folder, kind=KIND, expect=expect, share=share)
         self.layout = _layout(self.store.spec)
+        self._check_sample(range(share[0], self.store.spec.shards, share[1]))
 
     def read(
         self, rows: RowBatch, *columns: str
@@ -198,6 +190,40 @@ class LogitCache:
         """Number of positions of each row in its epoch's draw, and some columns of theirs; epoch e
         has draw ``e % draws``. See :meth:`dskd.stores.store.Store.read`."""
         return self.store.read(rows.ids_B, draws_of(rows, self.store.spec.draws), columns)
+
+    def _check_sample(self, shards: range) -> None:
+        """Look at rows that are spread over some shards.
+
+        Hashes say that the files are what was written, not that it was a teacher's: the writer may
+        have been another program.
+        """
+        each = -(-_SAMPLED_ROWS // max(1, len(shards)))
+        for shard in shards[:: max(1, len(shards) // _SAMPLED_ROWS)]:
+            draw, *_ = self.store.spec.span(shard)
+            held = self.store.held(shard)
+            for row in held[:: max(1, len(held) // each)].tolist():
+                self._check_row(row, draw)
+
+    def _check_row(self, row: int, draw: int) -> None:
+        layout = self.layout
+        names = (*layout.parts("ids"), "logprobs", "tail")
+        _, columns = self.store.read(np.array([row]), np.array([draw]), names)
+        some = slice(None, None, max(1, len(columns["tail"]) // _SAMPLED_POSITIONS))
+        columns = {name: column[some] for name, column in columns.items()}
+        ids_NK, logprobs_NK, tail_NS = (
+            torch.from_numpy(x)
+            for x in (_join("ids", columns), columns["logprobs"], columns["tail"])
+        )
+        how = {"counted_N": torch.ones(len(ids_NK)), "columns": layout.vocabulary}
+        try:
+            check_ids(ids_NK, layout.vocabulary)
+            for tail_N, temperature in zip(tail_NS.unbind(1), layout.temperatures, strict=True):
+                check_masses(ids_NK, logprobs_NK, tail_N, temperature=temperature, **how)
+        except ValueError as problem:
+            raise StoreError(
+                f"{self.store.folder}: row {row} of draw {draw} holds what no teacher gives; of "
+                f"the positions looked at, {problem}"
+            ) from problem
 
     def check(self, use_k: int | None, temperature: float) -> None:
         """Refuse what the cache cannot give, before training starts.

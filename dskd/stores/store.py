@@ -206,6 +206,10 @@ class Store:
             if file_hash(path) != self._records[shard].hash:
                 raise _unlike(path, self.spec, shard, self._records[shard], self._mend)
 
+    def held(self, shard: int) -> NDArray[np.int64]:
+        """The ids of the rows that a shard holds."""
+        return self.spec.span(shard)[1] + np.flatnonzero(self._shard(shard)["present"])
+
     def read(
         self, row_ids_B: NDArray[np.int64], draws_B: NDArray[np.int64], columns: Iterable[str]
     ) -> tuple[NDArray[np.int64], dict[str, np.ndarray]]:

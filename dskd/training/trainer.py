@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -21,6 +21,7 @@ from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.engine import Engine
 from dskd.engine.hooks import StepHooks
 from dskd.errors import NonFiniteError
+from dskd.fused.per_token import Named, first_non_finite, weights_kept
 from dskd.methods.base import Method
 from dskd.settings.run import Run
 from dskd.stores.sweep import Stopped
@@ -171,10 +172,11 @@ class Trainer:
         probe = GradientProbe(self._passes, self.method.counts, progress.step, position)
         self.hooks.before_passes(probe, progress.step)
         probe.forget()
-        shares = self._passes.run(batches, counts, progress.step, (position,))
+        with weights_kept() as weights:
+            shares = self._passes.run(batches, counts, progress.step, (position,))
         lr = learning_rate(self.run.train, progress.step)
         applied, norm = self._update(lr)
-        result, tokens = self._read(shares, counts, norm, applied, lr)
+        result, tokens = self._read(shares, counts, weights, norm, applied, lr)
         progress.position = position
         progress.tokens += tokens
         return result
@@ -195,12 +197,18 @@ class Trainer:
         return applied, norm
 
     def _read(
-        self, shares: Shares, counts: Counts, norm: Tensor | None, applied: bool, lr: float
+        self,
+        shares: Shares,
+        counts: Counts,
+        weights: list[Named],
+        norm: Tensor | None,
+        applied: bool,
+        lr: float,
     ) -> tuple[StepResult, int]:
         """The step's numbers and its tokens; all ranks see the same values, so all stop or none.
 
         In one read, because each one makes the host wait until the device has done all that is
-        queued.
+        queued. The weights of its losses are read only if a loss is not finite.
         """
         names, step = sorted(shares), self.progress.step + 1
         sums = dist.sum_over_ranks(torch.stack([shares[name] for name in names]))
@@ -210,8 +218,8 @@ class Trainer:
         tokens, stop, *norms = values[len(names) :]
         loss = means.pop(LOSS)
         for name, mean in means.items():  # before their sum: they say which of them it is
-            _finite(step, f"loss term '{name}'", mean)
-        _finite(step, "the loss", loss)
+            _finite(step, f"loss term '{name}'", mean, weights)
+        _finite(step, "the loss", loss, weights)
         grad_norm = norms[0] if norms else None
         if applied or self.precision != "fp16":  # only fp16 skips a step and goes on
             _finite(step, "the gradient's norm", grad_norm if applied else math.nan)
@@ -290,12 +298,20 @@ class Trainer:
         self._saved = step
 
 
-def _finite(step: int, name: str, value: float | None) -> None:
-    """Stop where a number that all ranks share is out of range, before it reaches a checkpoint."""
-    if value is not None and not math.isfinite(value):
-        problem = NonFiniteError(f"step {step}: {name} is {value}; the last checkpoint is intact")
-        problem.printed_by_other_rank = dist.rank() != 0
-        raise problem
+def _finite(step: int, name: str, value: float | None, weights: Iterable[Named] = ()) -> None:
+    """Stop where a number that all ranks share is out of range, before it reaches a checkpoint.
+
+    ``weights``: of this rank's losses, the first bad one of which is named (then collective).
+    """
+    if value is None or math.isfinite(value):
+        return
+    wrong = dist.gather_objects(first_non_finite(weights))
+    because = next((f", and rank {n}'s {what}" for n, what in enumerate(wrong) if what), "")
+    problem = NonFiniteError(
+        f"step {step}: {name} is {value}{because}; the last checkpoint is intact"
+    )
+    problem.printed_by_other_rank = dist.rank() != 0
+    raise problem
 
 
 @contextmanager

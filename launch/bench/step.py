@@ -48,7 +48,7 @@ from dskd.engine.hooks import StepHooks
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.errors import ConfigError
 from dskd.fused import reference
-from dskd.fused.per_token import at_temperature
+from dskd.fused.topk_teacher import at_temperature
 from dskd.methods.base import build_method
 from dskd.methods.ki import KnowledgeInheritance
 from dskd.runs import stages

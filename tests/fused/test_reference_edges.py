@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from dskd.fused.reference import cross_entropy, divergence, mixture_divergence, topk_divergence
+from dskd.fused.reference import (
+    cross_entropy,
+    divergence,
+    mapped,
+    mixture_divergence,
+    topk_divergence,
+)
 from tests.fused.plain_losses import MODES, at_temperature, top_k
 from tests.fused.test_reference import KINDS, make, topk_of
 
@@ -151,6 +157,65 @@ def test_the_teacher_gets_no_gradient(loss):
     student, teacher, labels = make()
     value_N = loss(student.requires_grad_(), teacher.requires_grad_(), labels)
     assert torch.autograd.grad(value_N.sum(), teacher, allow_unused=True) == (None,)
+
+
+S, Z = torch.randn(4, 9), torch.randn(4, 9)
+IDS, LOGPROBS, TAIL = torch.arange(3).expand(4, 3), torch.full((4, 3), -2.0), torch.full((4,), -0.5)
+
+
+def tail(student_NV=S, ids_NK=IDS, logprobs_NK=LOGPROBS, tail_N=TAIL, **options):
+    return topk_divergence(student_NV, ids_NK, logprobs_NK, tail_N, **options)
+
+
+def mixture(student_NV=S, teachers=(Z,), firsts=(0,), weight_Nn=None, **options):
+    weight_Nn = torch.ones(4, 1) if weight_Nn is None else weight_Nn
+    return mixture_divergence(student_NV, teachers, firsts, weight_Nn, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: divergence(S[:, :7], Z), "teacher: columns 0 to 9 are not within the student's 7"),
+        (lambda: divergence(S, Z[:3]), "teacher: has 3 rows where there are 4 tokens"),
+        (lambda: divergence(S[0], Z[0]), "student: must have two axes"),
+        (lambda: divergence(S.long(), Z), r"student: must be floating-point, not torch\.int64"),
+        (lambda: divergence(S, Z.int()), r"teacher: must be floating-point, not torch\.int32"),
+        (lambda: divergence(S, Z, temperature=0.0), "temperature: must be positive and finite"),
+        (lambda: divergence(S, Z, temperature=-1.0), r"temperature: .*, not -1\.0"),
+        (lambda: divergence(S, Z, temperature=math.nan), "temperature: .*, not nan"),
+        (lambda: divergence(S, Z, "jsd", beta=0.0), "beta: must lie between 0 and 1 for jsd"),
+        (lambda: divergence(S, Z, "skew_forward_kl", beta=1.5), "beta: .* for skew_forward_kl"),
+        (lambda: divergence(S, Z, "skew_reverse_kl", beta=math.nan), "beta: .* not nan"),
+        (lambda: divergence(S, Z, "kl"), "kind: .*kl"),
+        (lambda: tail(S.long()), "student: must be floating-point"),
+        (lambda: tail(temperature=-2.0), r"temperature: .*, not -2\.0"),
+        (lambda: tail(ids_NK=IDS.float()), "ids: must be int32 or int64"),
+        (lambda: tail(ids_NK=IDS[:3]), r"ids: must be \[4, K\], not \(3, 3\)"),
+        (lambda: tail(ids_NK=IDS + 7), r"ids: 9 at \[0, 2\] is not one of the 9 columns"),
+        (lambda: tail(logprobs_NK=LOGPROBS[:, :2]), r"logprobs: has shape \(4, 2\), ids \(4, 3\)"),
+        (lambda: tail(logprobs_NK=LOGPROBS.long()), "logprobs: must be floating-point"),
+        (lambda: tail(tail_N=None), "tail: the mode tail needs one"),
+        (lambda: tail(tail_N=TAIL[:3]), r"tail: has shape \(3,\) where there are 4 tokens"),
+        (lambda: mixture(S[:, :7]), r"teachers\[0\]: columns 0 to 9 are not within"),
+        (lambda: mixture(firsts=(1,)), r"teachers\[0\]: columns 1 to 10 are not within"),
+        (lambda: mixture(firsts=(0, 0)), "firsts: 2 for 1 teachers"),
+        (lambda: mixture(S.long()), "student: must be floating-point"),
+        (lambda: mixture(teachers=(Z.long(),)), r"teachers\[0\]: must be floating-point"),
+        (lambda: mixture(temperature=0.0), "temperature: must be positive"),
+        (lambda: mixture(weight_Nn=torch.ones(4, 2)), r"weights: must be floating-point \[4, 1\]"),
+        (lambda: mixture(weight_Nn=-torch.ones(4, 1)), "weights: a mixture has none below 0"),
+        (lambda: cross_entropy(S.long(), IDS[:, 0]), "logits: must be floating-point"),
+        (lambda: cross_entropy(S, IDS), r"labels: has shape \(4, 3\) where there are 4"),
+        (lambda: cross_entropy(S, IDS[:, 0].int()), "labels: must be int64"),
+        (lambda: cross_entropy(S, IDS[:, 0] + 9), r"labels: 9 at \[0\] is not one of the 9"),
+        (lambda: mapped(S.long()), "logits: must be floating-point"),
+        (lambda: mapped(S, 0.0), r"map\.scale: must be positive"),
+        (lambda: mapped(S, 1.0, -1.0), r"map\.softcap: must be finite and at least 0"),
+    ],
+)
+def test_what_is_wrong_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_a_loss_that_is_not_defined_here_is_refused():

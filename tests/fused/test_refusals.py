@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dskd import ops
+from dskd.fused import per_token
 from dskd.ops import DenseTeacher, LinearTeacher, LogitMap
 from tests.fused.cases import LABELS, D, N, V, W, kept, normal, topk_teacher
 
@@ -14,8 +15,13 @@ IDS, LOGPROBS, TAIL = kept(T, 1.0)
 TOPK, TWICE = topk_teacher(T, 1.0), IDS.clone()
 TWICE[2, 1], TWICE[2, 3] = 5, 5
 H, B_VD = normal(N, D), normal(V, D)
+NAN, INF = float("nan"), float("inf")
 dense, mixture = partial(ops.dense_kd, S, T), partial(ops.mixture_kd, S)
 topk, linear = partial(ops.topk_kd, S), partial(ops.linear_kd, H, B_VD)
+
+
+def one_is(weight):
+    return torch.ones(N).index_fill(0, torch.tensor([3]), weight)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +98,14 @@ topk, linear = partial(ops.topk_kd, S), partial(ops.linear_kd, H, B_VD)
         (lambda: mixture([T.float()], T[:, :1].abs()),
          r"teachers\[0\]: is torch\.float32, the student's logits are torch\.float64"),
         (lambda: mixture([T, T], T[:, :2] - 9), r"weights: a mixture has none below 0"),
+        (lambda: mixture([T], one_is(NAN)[:, None]), r"weights: nan at \[3, 0\] must be finite"),
+        (lambda: dense(weight=one_is(NAN)), r"weight: nan at \[3\] must be finite"),
+        (lambda: dense(kind="mixed", reverse_weight=one_is(-INF)),
+         r"reverse_weight: -inf at \[3\] must be finite"),
+        (lambda: dense(LABELS.clamp_min(0), label_weight=one_is(INF)),
+         r"label_weight: inf at \[3\] must be finite"),
+        (lambda: linear(teacher=TOPK, weight=one_is(NAN)), r"weight: nan at \[3\] must be finite"),
+        (lambda: topk(IDS, LOGPROBS, TAIL, weight=one_is(NAN)), r"weight: nan at \[3\] must be"),
         (lambda: mixture([T], torch.ones(N, 1, device="meta")),
          r"weights: is on meta, not the logits'"),
     ],
@@ -101,10 +115,34 @@ def test_what_is_wrong_is_named(call, message):
         call()
 
 
+def test_the_weights_of_an_ignored_token_may_be_anything():
+    """LABELS ignores token 3."""
+    bad_N, good_N = one_is(NAN), torch.ones(N)
+    found, wanted = (
+        dense(LABELS, kind="mixed", weight=x, reverse_weight=x, label_weight=x).total
+        for x in (bad_N, good_N)
+    )
+    assert found == wanted
+
+
+def test_on_a_gpu_weights_wait_until_somebody_asks(monkeypatch):
+    """Their caller, once the loss is known not to be finite; the first wrong one is named."""
+    monkeypatch.setattr(per_token, "looks", lambda values: False)
+    assert dense(weight=one_is(NAN)).total.isnan()
+    with per_token.weights_kept() as kept:
+        dense(weight=one_is(1.0), label_weight=0.0)
+        assert per_token.first_non_finite(kept) is None
+        dense(LABELS.clamp_min(0), weight=0.5, label_weight=one_is(INF))
+        mixture([T], one_is(NAN)[:, None])
+    assert per_token.first_non_finite(kept) == "label_weight: inf at [3]"
+    dense(weight=one_is(NAN))
+    assert len(kept) == 3  # no number, and nothing from outside
+
+
 def test_more_kept_tokens_than_a_program_has_registers():
     student_NV = torch.zeros(1, 5000)
-    ids_NK = torch.arange(4097)[None]
-    arguments = (student_NV, ids_NK, torch.zeros(1, 4097), torch.zeros(1))
+    kept = ops.topk_teacher(torch.zeros(1, 5000), 4097, 1.0)
+    arguments = (student_NV, kept.ids_NK, kept.logprobs_NK, kept.tail_N[1.0])
     assert ops.topk_kd(*arguments).total.isfinite()
     with ops.triton_everywhere(), pytest.raises(ValueError, match="ids: the kernels take at most"):
         ops.topk_kd(*arguments)

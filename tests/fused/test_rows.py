@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dskd import ops
-from dskd.batch import DenseTeacher, Positions, ProjectedTeacher, TopKTeacher
+from dskd.batch import DenseTeacher, Positions, ProjectedTeacher
 from dskd.errors import ConfigError
 from dskd.fused import reference
 from dskd.models.families import LinearProjection
@@ -48,8 +48,7 @@ def test_the_mixed_divergence_has_its_weight():
 
 def test_a_cached_teacher_gives_no_other_divergence():
     rows, _ = student_and_teacher(V)
-    logprobs_NK, ids_NK = normal(N, V).log_softmax(1).topk(3, 1)
-    signal = TopKTeacher(ids_NK, logprobs_NK, {1.0: torch.full((N,), -1.0)})
+    signal = ops.topk_teacher(normal(N, V), 3, 1.0)
     assert ops.positions_kd(rows, signal, temperature=1.0).total > 0
     with pytest.raises(ConfigError, match=r"teacher: a cached teacher .* divergence, jsd, needs"):
         ops.positions_kd(rows, signal, kind="jsd", temperature=1.0)

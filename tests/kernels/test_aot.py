@@ -11,7 +11,7 @@ from typing import get_args
 
 import triton
 
-from dskd.fused.reference import Divergence, TopKMode
+from dskd.fused.arguments import Divergence, TopKMode
 
 ROOT = Path(__file__).parents[2]
 BUDGET = ROOT / "tests/kernels/aot_budget.json"

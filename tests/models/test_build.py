@@ -167,6 +167,17 @@ def test_generation_settings_come_along(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text('{"max_new_tokens": 17, "eos_token_id": 2}')
     assert _load(chosen, "llama").generation_config.max_new_tokens == 17
+    path.write_text("[3]")
+    with pytest.raises(ConfigError, match=r"teacher\.model\.path: generation_config\.json of"):
+        _load(chosen, "llama")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", '{"model_type": 3}', "{}", "[" * 100_000])
+def test_a_config_of_any_content(tmp_path, content):
+    chosen = stored(tmp_path, "llama")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"^teacher\.model\.path: "):
+        _load(chosen, "llama")
 
 
 def test_hidden_size_needs_no_model(tmp_path):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from dskd.engine.zero import gathered, is_sharded
 from dskd.errors import DskdError
+from dskd.models.families import head_in, projection_of
 from dskd.models.writing import export
 from dskd.narrowing.insert import insert, kept_widths, replica
 from dskd.narrowing.layouts import widths_of
@@ -118,13 +120,34 @@ def test_exported_and_reloaded_logits_are_the_students(tmp_path, model_type, sha
     merged = merged_student(surgery, keep)
     assert merged.config.tie_word_embeddings is False
     export(merged, tokenizer(), tmp_path / "small", card={})
-    small = auto_of(model_type).from_pretrained(tmp_path / "small")
+    small, report = auto_of(model_type).from_pretrained(
+        tmp_path / "small", output_loading_info=True
+    )
+    assert not any(report.values()), report
     widths = widths_of(small.config)
     assert widths == kept_widths(surgery.model.config, keep)
     assert (widths.hidden, widths.intermediate, widths.kv_heads, widths.head_dim) == shape
     torch.testing.assert_close(logits_of(small), soft, rtol=0, atol=1e-5)
     surgery.compact(keep)
     torch.testing.assert_close(logits_of(surgery.model), soft, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type, shape", SHAPES)
+def test_an_export_holds_nothing_that_could_be_left_out(tmp_path, model_type, shape):
+    """Every value once, but for what transformers would miss: the second name of a head's bias."""
+    merged = merged_student(*small_student(model_type, shape))
+    export(merged, tokenizer(), tmp_path, card={})
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    second = {f"{head_in(merged).bias}.bias"} & stored.keys()
+    assert bool(second) == (model_type in ("bert", "roberta", "xlm-roberta"))
+    assert len(stored) - len(second) == len(list(merged.parameters()))
+    for name in second:
+        assert torch.equal(stored[name], projection_of(merged).bias)
+        save_file({n: v for n, v in stored.items() if n != name}, path, {"format": "pt"})
+        auto = auto_of(model_type)
+        _, report = auto.from_pretrained(tmp_path, output_loading_info=True)
+        assert report["missing_keys"] == second
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2", "qwen3"])

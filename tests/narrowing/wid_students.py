@@ -12,6 +12,7 @@ from tests.models.tiny import batch, make
 SHAPES = [
     *(("bert", shape) for shape in ((16, 24, 4, 4), (16, 24, 2, 8))),
     *(("roberta", shape) for shape in ((16, 24, 4, 4), (16, 24, 2, 8))),
+    ("xlm-roberta", (16, 24, 4, 4)),
     *(("gpt2", shape) for shape in ((16, 64, 4, 4), (16, 64, 2, 8))),
     *((family, (16, 24, 1, 8)) for family in ("llama", "mistral", "qwen2", "qwen3")),
     ("qwen2", (24, 24, 1, 8)),  # heads times their size is not the hidden size

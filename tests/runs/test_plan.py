@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
-from dskd.models import reading
+from dskd.models import weight_files
 from dskd.runs.plan import check
 from dskd.runs.report import table
 from dskd.settings.recipe import dump_run, read
@@ -53,7 +53,8 @@ def checked(path: Path, *overrides: str) -> None:
 
 
 def test_the_files_of_a_stage_that_the_other_settings_do_not_have_are_seen(tmp_path):
-    path = recipe_of(tmp_path, {"only": {"data": {"masking": {"kind": "hard_tokens"}}}})
+    hard = {"model": {"config": BERT}, "data": {"masking": {"kind": "hard_tokens"}}}
+    path = recipe_of(tmp_path, {"only": hard})
     run = read(path).runs["only"]
     (run.out / "questions").mkdir(parents=True)
     (run.out / "config.yaml").write_text(dump_run(run))
@@ -75,7 +76,7 @@ def test_a_run_that_starts_from_its_own_export_is_refused(tmp_path, there):
         export.mkdir(parents=True)
     model = {"path": f"{tmp_path}/runs/../runs/only/export"}
     path = recipe_of(tmp_path, {"only": {"model": model}})
-    with pytest.raises(ConfigError, match=r"^model\.path: \S+ is what this run itself exports"):
+    with pytest.raises(ConfigError, match=r"^runs\.only\.model\.path: \S+ is what this run itself"):
         checked(path)
 
 
@@ -107,6 +108,18 @@ def trained(tmp_path_factory) -> Path:
     path = recipe_of(folder, {"teacher": {"model": {"config": BERT}}})
     forked(1, str(path), "until=export")
     return folder
+
+
+def test_a_folder_of_another_trained_tokenizer_is_refused_after_the_data(trained, tmp_path, capfd):
+    """Only then is known what was trained; nothing was made of it yet."""
+    model = {"path": str(trained / "runs" / "teacher" / "export")}
+    other = {"sources": [{"kind": "builtin", "documents": 29}]}
+    path = recipe_of(tmp_path, {"a": {"model": model, "data": other}})
+    checked(path)
+    forked(1, str(path), status=2)
+    told = capfd.readouterr().err
+    assert "error: the data's tokenizer and model.path" in told and "different vocabu" in told
+    assert [made.name for made in (tmp_path / "runs" / "a").iterdir()] == ["config.yaml"]
 
 
 # ---- a call with other settings ------------------------------------------------------------------
@@ -164,7 +177,7 @@ def hub(trained, tmp_path, monkeypatch) -> Path:
             shutil.copytree(trained / "runs" / "teacher" / "export", snapshot)
         return snapshot
 
-    monkeypatch.setattr(reading, "_download", download)
+    monkeypatch.setattr(weight_files, "_download", download)
     shutil.copytree(trained / "data", tmp_path / "data")
     return home
 
@@ -177,8 +190,8 @@ FROM_HUB = {
 }
 CUT = {"path": REPOSITORY, "slice": {"hidden_size": 18}}
 LATE = {
-    "a method's size": ({"method": WID | {"hidden_size": 18}}, {}, "method.hidden_size"),
-    "a slice's size": ({"model": CUT}, {}, "model.slice.hidden_size"),
+    "a method's size": ({"method": WID | {"hidden_size": 18}}, {}, "runs.a.method.hidden_size"),
+    "a slice's size": ({"model": CUT}, {}, "runs.a.model.slice.hidden_size"),
     "a later run's": ({}, {"b": {"model": CUT}}, "runs.b.model.slice.hidden_size"),
 }
 
@@ -200,10 +213,10 @@ def test_a_downloaded_model_is_looked_at_before_anything_is_made_of_it(case, hub
 
 def test_a_config_that_is_at_hand_is_looked_at_and_nothing_downloaded(hub, tmp_path, monkeypatch):
     """As when another program has read no more than the config."""
-    snapshot = reading._download(REPOSITORY, None, [])
+    snapshot = weight_files._download(REPOSITORY, None, [])
     (snapshot / "model.safetensors").unlink()
-    monkeypatch.setattr(reading, "_download", lambda *rest: pytest.fail("it was downloaded"))
-    with pytest.raises(ConfigError, match=r"^method\.hidden_size: 18"):
+    monkeypatch.setattr(weight_files, "_download", lambda *rest: pytest.fail("it was downloaded"))
+    with pytest.raises(ConfigError, match=r"^runs\.a\.method\.hidden_size: 18"):
         checked(recipe_of(tmp_path, {"a": merge(FROM_HUB, {"method": {"hidden_size": 18}})}))
 
 

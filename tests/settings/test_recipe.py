@@ -1,11 +1,13 @@
 """Settings files: errors by name, recipes, overrides, round trips, what may change in a resume."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from pydantic import Field, field_validator
 
 from dskd.errors import ConfigError
+from dskd.methods.base import build_method
 from dskd.settings import yaml_tree
 from dskd.settings.base import Section
 from dskd.settings.compare import differences
@@ -151,11 +153,68 @@ def test_nothing_of_the_toy_is_laid_under_a_file(tmp_path, text, missing):
     assert found == missing
 
 
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("out=a[1]", "out: 'a[1]': DeepSpeed reads checkpoints by patterns"),
+        ("out=a*/b", "out: 'a*/b': DeepSpeed reads checkpoints by patterns"),
+        (f"out={'x' * 256}", "has a name of 256 bytes; file systems take 255"),
+        (
+            "data.folder=a/" + "\u00e9" * 128 + "/b",
+            "has a name of 256 bytes; file systems take 255",
+        ),
+        (f"model.path={'x/' * 2100}", "has 4200 bytes; file systems take 4095"),
+    ],
+    ids=lambda value: value[:16],
+)
+def test_a_path_that_cannot_be_used_is_refused(override, problem):
+    with pytest.raises(ConfigError) as caught:
+        _single(override)
+    assert problem in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_folder_of_a_run_is_that_of_its_config(tmp_path):
+    path = _write(tmp_path, "out: null")
+    assert read(path).runs[SINGLE].out == read(path).out == tmp_path
+    path.write_text(dump_run(_single("out=far/away"), here=True))
+    assert read(path).runs[SINGLE] == _single(f"out={tmp_path}")
+    with pytest.raises(ConfigError, match="out: expected"):
+        _single("out=null")
+
+
 def test_a_file_without_a_teacher_has_none(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(yaml_tree.dump({name: WHOLE[name] for name in ("method", "model", "data")}))
     assert read(path).runs[SINGLE].teacher is None
     assert read(path, ["teacher.model.path=x"]).runs[SINGLE].teacher.model.path == "x"
+
+
+STORED = ("model.path=./bert", "data.tokenizer.kind=pretrained", "data.tokenizer.path=./bert")
+
+
+def test_a_stored_model_without_a_file_takes_the_toys_teacher_away():
+    """Which does not speak its vocabulary; its data stay, its method unless another is named."""
+    run = _single(*STORED, "method.kind=lm")
+    assert (run.teacher, run.model.path, run.model.config) == (None, "./bert", {})
+    assert run.data.sources == Run().data.sources and run.data.block_size == Run().data.block_size
+    assert _single("model.path=runs/toy/export").teacher == Run().teacher  # of its own vocabulary
+    other = _single(*STORED, "teacher.model.path=./bert")
+    assert (other.teacher.model.path, other.method) == ("./bert", Run().method)
+    assert (
+        _single(*STORED, "teacher.kind=self", "method.kind=self_evolution").teacher.kind == "self"
+    )
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("method.kind=ki",), ("teacher.precision=bf16", "method.kind=lm")]
+)
+def test_the_toys_teacher_is_none_for_a_stored_model(more):
+    with pytest.raises(ConfigError) as caught:
+        _single(*STORED, *more)
+    assert str(caught.value).removeprefix("command line: ") == (
+        "teacher: the toy's has another vocabulary than model.path './bert'; name one that has it "
+        "(teacher.model.path), or a method without: lm"
+    )
 
 
 def test_an_entry_of_a_list_can_be_overridden(tmp_path):
@@ -288,6 +347,24 @@ def test_parse_names_the_section():
     ]
     with pytest.raises(ConfigError, match=r"^method: expected settings \(name: value\), found 3$"):
         parse(_Method, 3, "method")
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "a*", "b?"])
+def test_a_folder_that_is_a_pattern(tmp_path, name):
+    """DeepSpeed takes the path of its checkpoints for one; nothing else is read by patterns."""
+    line = f"out: 'runs/{name}': DeepSpeed reads checkpoints by patterns; without * ? and [, please"
+    assert _refused(tmp_path, f"out: 'runs/{name}'") == [f"FILE: {line}"]
+    assert _refused(tmp_path, "{}", f"out=runs/{name}") == [f"command line: {line}"]
+    recipe = f"base: {{out: 'runs/{name}'}}\nruns: {{a: {{}}, b: {{model: {{path: 'run:a'}}}}}}\n"
+    assert _refused(tmp_path, recipe) == [f"FILE: {line}"]
+    assert _refused(tmp_path, "base: {}\nruns: {a: {}, b: {}}", f"out=runs/{name}") == [
+        f"command line: {line}"
+    ]
+    folder = tmp_path / name
+    folder.mkdir()
+    lines = _refused(folder, "out: null")
+    assert lines == [f"FILE: {line.replace('runs/' + name, str(folder))}"]
+    _single(f"data.folder=data/{name}", f"model.path=m/{name}", f"teacher.model.path=t/{name}")
 
 
 # Recipes
@@ -470,3 +547,28 @@ def test_where_hard_tokens_are_stored_is_free():
         "data.masking.shown: 'token', now 'mask'",
         "data.masking.threshold: 0.1, now 0.5",
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("def (", "importing 'broken' fails: SyntaxError: "),
+        ("import nowhere_at_all", "importing 'broken' fails: ModuleNotFoundError: No module named"),
+        ("raise RuntimeError('at once')", "importing 'broken' fails: RuntimeError: at once"),
+        ("Name = 3", "Name is no method"),
+        ("", "'broken' has no 'Name'"),
+    ],
+)
+def test_a_broken_module_of_a_method_is_named(tmp_path, monkeypatch, source, problem):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    (tmp_path / "broken.py").write_text(source)
+    with pytest.raises(ConfigError, match=f"^method.kind: .*{problem}"):
+        build_method({"kind": "broken:Name"})
+
+
+def test_the_base_of_all_methods_is_none():
+    with pytest.raises(ConfigError, match=r"^method\.kind: dskd\.methods\.base:Method has no loss"):
+        build_method({"kind": "dskd.methods.base:Method"})
+    with pytest.raises(ConfigError, match=r"^method\.kind: no module 'dskd\.method' on the path"):
+        build_method({"kind": "dskd.method:Method"})

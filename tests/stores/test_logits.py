@@ -12,9 +12,10 @@ from dskd.batch import IGNORE
 from dskd.data.loader import make_batch
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError, NonFiniteError, StoreError
+from dskd.fused import topk_teacher
 from dskd.stores import logits as logits_module
 from dskd.stores.logits import LogitCache, LogitLayout, describe_cache, verify
-from dskd.stores.store import Writer, shard_path
+from dskd.stores.store import Store, Writer, shard_path
 from tests import batches
 from tests.stores import caches
 from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, write_store
@@ -154,7 +155,7 @@ def test_batch_without_supervised_position():
 def test_encoding_in_chunks_changes_nothing(monkeypatch):
     logits = torch.randn(12, 50)
     whole = layout_of().encode(batch_of(3, 4), logits)
-    monkeypatch.setattr(logits_module, "_CHUNK", 150)  # three positions at a time
+    monkeypatch.setattr(topk_teacher, "_CHUNK", 150)  # three positions at a time
     parts = layout_of().encode(batch_of(3, 4), logits)
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array)
@@ -284,6 +285,95 @@ def test_describe_and_verify(tmp_path):
         describe_cache(tmp_path)
 
 
+def spoilt(folder, spoil, rows_per_shard=10, **changes):
+    """A whole cache, as its hashes have it, of values that ``spoil(draw, row, values)`` edits."""
+    rows, view, layout = ToyRows(rows=40), ToyMasks(), layout_of(**changes)
+    parts = {"rows_per_shard": rows_per_shard, "fingerprints": PRINTS}
+    spec = layout.spec(rows=len(rows), draws=view.draws, **parts)
+
+    def content(draw, row_ids):
+        batch = make_batch(rows, view, row_ids, np.full_like(row_ids, draw))
+        columns = layout.encode(batch, teach(batch))
+        ends = batch.counts_B.cumsum(0).tolist()
+        for row, begin, end in zip(row_ids.tolist(), [0, *ends], ends, strict=False):
+            spoil(draw, row, {name: values[begin:end] for name, values in columns.items()})
+        return batch.counts_B.numpy(), columns
+
+    write_store(folder, spec, content)
+
+
+def _tail_is_a_mass(values):
+    values["tail"][:] = np.exp(values["tail"])
+
+
+def _raw_logits(values):
+    values["logprobs"] += 3.0
+
+
+def _twice(values):
+    values["ids"][:, 1] = values["ids"][:, 0]
+
+
+def _of_no_token(values):
+    values["ids"][:, 2] = 50
+
+
+def _no_number(values):
+    values["logprobs"][:, 4] = math.nan
+
+
+def _of_another_temperature(values):
+    values["tail"][:, 1] = 5.0
+
+
+@pytest.mark.parametrize("values", ["fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_tail_is_a_mass, r"tail: 0\.\d+ at \[0\] must be from -"),
+        (_raw_logits, r"logprobs: \S+ at \[0, 0\] is above 0"),
+        (_twice, r"ids: row 0 has \d+ twice"),
+        (_of_no_token, r"ids: 50 at \[0, 2\] is not one of the 50 columns"),
+        (_no_number, r"logprobs: nan at \[0, 4\] is no number"),
+        (_of_another_temperature, r"tail: 5 at \[0\] must be from"),
+    ],
+)
+def test_a_cache_of_what_no_teacher_gives_is_refused(tmp_path, spoil, message, values):
+    spoilt(tmp_path / "c", lambda draw, row, here: spoil(here), values=values)
+    named = rf"{tmp_path / 'c'}: row \d+ of draw 0 holds what no teacher gives; of the positions"
+    with pytest.raises(StoreError, match=f"{named} looked at, {message}"):
+        LogitCache(tmp_path / "c", PRINTS)
+    with pytest.raises(StoreError, match=message):
+        verify(tmp_path / "c")
+
+
+@pytest.mark.parametrize("rows_per_shard", [1, 7, 40])
+def test_the_sample_of_a_cache_is_spread_over_all_its_rows(tmp_path, monkeypatch, rows_per_shard):
+    """Whatever the shards: in each of four stretches of either draw there is a row of it."""
+    seen, read_rows = set(), Store.read
+
+    def watched(self, row_ids_B, draws_B, columns):
+        seen.update(zip(draws_B.tolist(), (row_ids_B // 10).tolist(), strict=True))
+        return read_rows(self, row_ids_B, draws_B, columns)
+
+    spoilt(tmp_path / "c", lambda draw, row, here: None, rows_per_shard)
+    monkeypatch.setattr(logits_module, "_SAMPLED_ROWS", 16)
+    monkeypatch.setattr(Store, "read", watched)
+    LogitCache(tmp_path / "c", PRINTS)
+    assert seen == {(draw, stretch) for draw in (0, 1) for stretch in range(4)}
+
+
+def test_every_rank_looks_at_its_own_shards(tmp_path):
+    def spoil(draw, row, here):
+        if 10 <= row < 20:  # the second shard of either draw of four
+            _raw_logits(here)
+
+    spoilt(tmp_path / "c", spoil)
+    LogitCache(tmp_path / "c", PRINTS, (0, 2))
+    with pytest.raises(StoreError, match=r"row 1\d of draw 0 holds"):
+        LogitCache(tmp_path / "c", PRINTS, (1, 2))
+
+
 def test_describe_interrupted_and_foreign_stores(tmp_path):
     spec = layout_of().spec(rows=5, draws=1, rows_per_shard=2, fingerprints=PRINTS)
     Writer(tmp_path / "c", spec).prepare()
@@ -306,10 +396,10 @@ def test_reading_costs_a_loader_little(tmp_path):
     random = np.random.RandomState(0)
 
     def content(draw, row_ids):
-        return np.full(16, 128), {
-            name: random.randint(0, 9, (16 * 128, *column.shape)).astype(column.dtype)
-            for name, column in layout.columns().items()
-        }
+        ids = random.randint(0, 1000, (16 * 128, 1)) + np.arange(0, 32_000, 1000)
+        evenly = np.full(ids.shape, -math.log(64), np.float16)  # half of the mass
+        columns = {"ids": ids.astype(np.uint16), "logprobs": evenly}
+        return np.full(16, 128), columns | {"tail": np.zeros((16 * 128, 1), np.float32)}
 
     write_store(tmp_path / "c", spec, content)
     cache = LogitCache(tmp_path / "c", PRINTS)

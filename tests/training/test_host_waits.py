@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dskd.batch import Batch
-from dskd.fused import per_token
+from dskd.fused import per_token, topk_teacher
 from dskd.training.trainer import Trainer
 from tests.equivalence.small import LIVE, Runs, cached, causal, routed
 from tests.training.waits import HostWaits
@@ -47,7 +47,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
         return found
 
     monkeypatch.setattr(Trainer, "step", watched_step)
-    monkeypatch.setattr(per_token, "looks", lambda values: False)  # it looks at CPU tensors alone
+    for module in (per_token, topk_teacher):
+        monkeypatch.setattr(module, "looks", lambda values: False)  # it looks at CPU tensors alone
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

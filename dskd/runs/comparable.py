@@ -1,0 +1,109 @@
+"""Which runs may be measured against each other: those whose scores are about the same tokens.
+
+A mean loss a token is a number of its vocabulary, of the rows that it was taken on, and of what was
+hidden in them. ``train/summary.json`` keeps all of that, so runs can be compared that were made by
+other recipes, and folders can be moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dskd.errors import CheckpointError, ConfigError
+from dskd.runs.context import RunContext
+from dskd.runs.history import read_summary
+from dskd.runs.report import Group
+from dskd.settings.folders import RunFolder
+from dskd.system.files import fingerprint
+
+KEY = "evaluated_on"
+"""Where a summary keeps it."""
+
+Basis = Mapping[str, str]
+"""What a run's evaluations are of, by the names of ``_WHAT``."""
+
+_WHAT = {
+    "objective": "data.objective",
+    "vocabulary": "the vocabulary (data.tokenizer)",
+    "rows": "the validation rows (data.sources, data.validation, evaluation.rows)",
+    "masks": "the masks of the validation rows (data.masking)",
+}
+
+
+def basis(context: RunContext) -> Basis:
+    """What the evaluations of a run are of; collective where its rows are not prepared yet."""
+    data, rows = context.run.data, context.prepared.validation
+    limit = context.run.evaluation.rows
+    taken = len(rows) if limit is None else min(limit, len(rows))
+    return {
+        "objective": data.objective,
+        "vocabulary": context.prepared.tokenizer_fingerprint,
+        "rows": fingerprint({"rows": rows.content, "taken": taken}),
+        "masks": context.validation_view.fingerprint,
+    }
+
+
+def groups_of(runs: Mapping[str, Path], control: str | None) -> list[Group]:
+    """Trained runs, those together whose scores may be compared, in the order of the runs; first
+    those of the ``control``, or else of the first run.
+
+    A run that does not say what it was evaluated on (its summary is of an earlier dskd) is alone.
+
+    Raises:
+        CheckpointError: a summary is missing or damaged.
+    """
+    first = control if control in runs else next(iter(runs))
+    found: list[tuple[Basis | None, list[str]]] = []
+    for name in [first, *(name for name in runs if name != first)]:
+        own = _read(runs[name])
+        same = [names for other, names in found if own is not None and other == own]
+        if same:
+            same[0].append(name)
+        else:
+            found.append((own, [name]))
+    order = list(runs).index
+    groups = [Group(sorted(names, key=order)) for _, names in found]
+    for at, group in enumerate(groups[1:], 1):
+        why = _why_apart(runs[first], runs[group.names[0]])
+        text = f"{', '.join(group.names)}: not to be compared with {first}, {why}"
+        groups[at] = Group(group.names, text)
+    return groups
+
+
+def refuse_incomparable(runs: Mapping[str, Path]) -> None:
+    """Refuse to compare trained runs whose scores are about different things.
+
+    Raises:
+        ConfigError: names the first two such runs, and what differs.
+        CheckpointError: a summary is missing or damaged.
+    """
+    first, *others = runs.values()
+    for other in others:
+        why = _why_apart(first, other)
+        if why:
+            raise ConfigError(f"report: {first} and {other} cannot be compared, {why}")
+
+
+def _why_apart(a: Path, b: Path) -> str:
+    """Why the scores of the trained runs in two folders cannot be compared; empty if they can."""
+    basis_a, basis_b = _read(a), _read(b)
+    for folder, own in ((a, basis_a), (b, basis_b)):
+        if own is None:
+            return f"since {RunFolder(folder).summary} does not say what it was evaluated on"
+    assert basis_a is not None and basis_b is not None
+    found = [name for name in _WHAT if basis_a[name] != basis_b[name]]
+    if "vocabulary" in found and "masks" in found:
+        found.remove("masks")  # whatever the settings, those of another vocabulary are others
+    what = ", ".join(_WHAT[name] for name in found)
+    return f"since they differ in: {what}" if what else ""
+
+
+def _read(folder: Path) -> Basis | None:
+    found = read_summary(folder).get(KEY)
+    if found is None:
+        return None
+    if not (isinstance(found, dict) and all(isinstance(found.get(n), str) for n in _WHAT)):
+        path = RunFolder(folder).summary
+        raise CheckpointError(f"{path}: damaged, '{KEY}' is of the wrong type")
+    return {name: found[name] for name in _WHAT}

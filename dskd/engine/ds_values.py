@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, ValidationError
 
 from dskd.settings.parsing import nearest, show
+from dskd.system import dist
 
 Number = Literal["fp32", "fp16", "bf16"]
 
@@ -191,7 +192,7 @@ def _whole(ds: dict[str, Any]) -> list[str]:
     own = ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"]
     try:
         # It divides by the ranks that there are when it is called.
-        DeepSpeedConfig({**ds, "train_batch_size": own})
+        DeepSpeedConfig({**ds, "train_batch_size": own * dist.world()})
     except Exception as problem:
         return [f"DeepSpeed refuses it: {type(problem).__name__}: {problem}"]
     return []

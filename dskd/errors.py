@@ -38,3 +38,6 @@ class NonFiniteError(DskdError, ArithmeticError):
 
 class LostRankError(DskdError):
     """A rank has died, hangs, or never came."""
+
+    status = 69
+    """Exit status of all ranks then."""

@@ -24,7 +24,7 @@ from dskd.errors import DskdError, LostRankError
 from dskd.system.launcher import stop_with_launcher
 
 USAGE = "usage: deepspeed --num_gpus N dskd/train.py [FILE.yaml] [a.b=value ...]"
-MENDABLE, LOST, STOPPED = 2, 69, 75
+MENDABLE, STOPPED = 2, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def _status(words: list[str]) -> int:
     except LostRankError as problem:
         if not problem.printed_by_other_rank:
             print(f"error: {problem}", file=sys.stderr, flush=True)
-        return LOST
+        return problem.status
     except DskdError as problem:
         # Before the group exists every rank of a node finds the same mistakes.
         if not problem.printed_by_other_rank and (

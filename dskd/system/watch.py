@@ -34,9 +34,6 @@ from dskd.errors import LostRankError
 from dskd.system.doing import Beat, got_on, here, newest_checkpoint, work
 from dskd.system.joining import meeting_place
 
-LOST = 69
-"""Exit status of every rank when one of them is lost."""
-
 LONG = 3
 """How many times as long a piece of work may take that is no step and no batch."""
 
@@ -212,7 +209,7 @@ class Watch:
         if "beat" in message:
             self._beats[rank] = Beat(**message["beat"])
         elif "verdict" in message:  # rank 0 has printed it
-            os._exit(LOST)
+            os._exit(LostRankError.status)
         elif "failed" in message:
             error = f"ended {work()} with an error of its own ({message['failed']})"
             self._end(f"{self._name(rank)} {error}, which it prints", rank)
@@ -287,7 +284,7 @@ class Watch:
                 os.write(2, message.encode())
         self._tell({"verdict": text})
         self._close()
-        os._exit(LOST)
+        os._exit(LostRankError.status)
 
     def _close(self) -> None:
         """End the connections when the others have done so too, within a second: with something

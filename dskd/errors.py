@@ -34,3 +34,10 @@ class CheckpointError(DskdError, ValueError):
 
 class NonFiniteError(DskdError, ArithmeticError):
     """A loss term became NaN or infinite during training."""
+
+
+class LostRankError(DskdError):
+    """A rank has died, hangs, or never came."""
+
+    status = 69
+    """Exit status of all ranks then."""

@@ -3,8 +3,9 @@
 Without arguments, a 20-step toy run. The same command goes on after an interruption, skips what is
 done, and refuses to go on if a setting that matters has changed.
 
-Exit status: 0 done; 2 something the user can mend, in one message; 75 stopped by SIGTERM or
-SIGINT, in training with a checkpoint of that step on disk.
+Exit status: 0 done; 2 something the user can mend, in one message; 69 a rank has died, hangs or
+never came, named in one message by one of the others; 75 stopped by SIGTERM, SIGINT or the death
+of the launcher, in training with a checkpoint of that step on disk.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import os
 import signal
 from collections.abc import Sequence
 
-from dskd.errors import DskdError
+from dskd.errors import DskdError, LostRankError
+from dskd.system.launcher import stop_with_launcher
 
 USAGE = "usage: deepspeed --num_gpus N dskd/train.py [FILE.yaml] [a.b=value ...]"
 MENDABLE, STOPPED = 2, 75
@@ -33,7 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{__doc__}\n{USAGE}")
         return 0
     try:
+        status = _status(words)
+    except BaseException as problem:
+        _say_goodbye(problem)
+        raise
+    _say_goodbye(status)
+    return status
+
+
+def _status(words: list[str]) -> int:
+    try:
         return _run(words)
+    except LostRankError as problem:
+        if not problem.printed_by_other_rank:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        return problem.status
     except DskdError as problem:
         # Before the group exists every rank of a node finds the same mistakes.
         if not problem.printed_by_other_rank and (
@@ -41,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         return MENDABLE
+
+
+def _say_goodbye(how: int | BaseException) -> None:
+    """Tell the ranks that watch this one how it ends; none do before that file is imported."""
+    watch = sys.modules.get("dskd.system.watch")
+    if watch is not None:
+        watch.end(how)
 
 
 def _run(words: list[str]) -> int:
@@ -91,4 +114,5 @@ def _grouped() -> bool:
 
 
 if __name__ == "__main__":
+    stop_with_launcher(STOPPED)
     sys.exit(main())

@@ -30,11 +30,19 @@ def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def deepspeed(ranks: int, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run ``deepspeed --num_gpus RANKS dskd/train.py WORDS`` to its end."""
+def launched(ranks: int, *words: str, port: int | None = None) -> list[str]:
+    """The command ``deepspeed --num_gpus RANKS dskd/train.py WORDS``, meeting at a port (None: a
+    free one)."""
     script = str(ROOT / "dskd" / "train.py")
-    port = ["--master_port", str(free_port())]
-    command = [str(BINARY), "--num_gpus", str(ranks), *port, script, *words]
+    place = ["--master_port", str(free_port() if port is None else port)]
+    return [str(BINARY), "--num_gpus", str(ranks), *place, script, *words]
+
+
+def deepspeed(
+    ranks: int, *words: str, cwd: Path = ROOT, port: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run that command to its end."""
+    command = launched(ranks, *words, port=port)
     options = {"env": environment(), "capture_output": True, "text": True, "timeout": 240}
     return subprocess.run(command, cwd=cwd, check=False, **options)
 

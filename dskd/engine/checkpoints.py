@@ -18,6 +18,7 @@ from dskd.engine.manifests import FORMAT, MANIFEST, Score, check_manifest, name_
 from dskd.errors import CheckpointError
 from dskd.system import dist
 from dskd.system.disk import writing
+from dskd.system.doing import saved
 from dskd.system.files import file_hash, read_manifest, sync_to_disk, write_manifest
 from dskd.system.log import say
 
@@ -121,6 +122,7 @@ class Checkpoints:
                     temporary.rename(final)
                     sync_to_disk(self.folder)
                 self._prune()
+        saved(self.folder / name_of(step))
 
     def latest(self) -> Saved | None:
         """The newest checkpoint, checked whole; None if there is none.
@@ -129,7 +131,11 @@ class Checkpoints:
             CheckpointError: it is damaged; the message names the file and what can be done.
         """
         names = dist.broadcast_object(self._listed())
-        return self._open(names[-1]) if names else None
+        if not names:
+            return None
+        newest = self._open(names[-1])
+        saved(newest.folder)
+        return newest
 
     def best(self) -> Saved:
         """The kept checkpoint with the best score (the latest of equals), checked; the newest where

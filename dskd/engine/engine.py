@@ -28,16 +28,22 @@ from dskd.engine.ds_config import precision_of
 from dskd.engine.loading import only_weights
 from dskd.engine.shards import ParameterShards, shards_of
 from dskd.engine.zero import full_shape
-from dskd.system import dist
+from dskd.system import dist, watch
 from dskd.system.device import on_gpu
+from dskd.system.joining import join
 
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
-def start(timeout_minutes: float = 30) -> torch.device:
+def start(ranks_timeout: float = 10) -> torch.device:
     """Join the process group the launcher describes (or a group of one); return this rank's device.
 
-    A collective that a rank never joins fails after ``timeout_minutes`` instead of hanging.
+    Args:
+        ranks_timeout: minutes after which a rank is lost, from the start on: see ``system/watch``.
+
+    Raises:
+        LostRankError: a rank does not come.
+        ConfigError: the ranks have no place to meet.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 is about to drop.
@@ -52,10 +58,20 @@ def start(timeout_minutes: float = 30) -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        "nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
-    )
+    _meet(ranks_timeout)
+    # Longer than a rank is waited for: the watch can name it, a collective cannot.
+    timeout = timedelta(minutes=(watch.LONG + 1) * ranks_timeout + 20)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
     return device
+
+
+def _meet(minutes: float) -> None:
+    """Wait for the other ranks, and watch over them from now on; one alone waits for none."""
+    if os.environ.get("MASTER_PORT") == "0" or torch.distributed.is_initialized():
+        return
+    store = join(minutes)
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        watch.begin(store, minutes)
 
 
 def stop() -> None:

@@ -40,6 +40,7 @@ from dskd.settings.run import Run
 from dskd.settings.teachers import SelfTeacher, each_teacher
 from dskd.system import dist
 from dskd.system.device import free_memory
+from dskd.system.doing import at_run, at_stage
 from dskd.system.files import read_manifest, write_atomic, write_manifest
 from dskd.system.locks import alone
 from dskd.system.log import say
@@ -167,7 +168,8 @@ def _to_do(stages: Sequence[Stage], until: str, known: Mapping[str, Stage]) -> t
 
 def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Carry out what is not done yet; then print the table and write ``report.html``."""
-    device, known = engine.start(), _known(recipe, methods)
+    device = engine.start(max(run.ranks_timeout for run in recipe.runs.values()))
+    known = _known(recipe, methods)
     with alone(recipe.out):
         remove_leftovers(recipe)
         # Another job may have worked here while this one waited.
@@ -175,8 +177,10 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
         dist.on_rank0(lambda: _write_settings(recipe))
         for name, run in recipe.runs.items():
             say(f"== {name}: {run.method['kind']}, {run.out}")
+            at_run()
             context = RunContext(run, methods[name], device)
             for stage in _to_do(stages_of(context.masks, context.method), run.until, known):
+                at_stage(stage.name)
                 stage.run(context)
                 free_memory()
                 if stage.name == "data":

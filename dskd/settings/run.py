@@ -95,3 +95,7 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     log_every: Annotated[int, FREE] = Field(1, ge=1)
     """Steps between progress lines and metrics."""
+    ranks_timeout: Annotated[float, FREE] = Field(10.0, ge=0.05, le=100_000)
+    """Minutes after which a rank is lost that does not start, does not answer, or keeps the others
+    waiting; three times as long where one piece of work may be long (loading, compiling, saving).
+    Longer than a step takes. Of several runs the longest counts."""

@@ -26,6 +26,7 @@ from dskd.errors import DskdError, NonFiniteError
 from dskd.stores.shard import StoreSpec
 from dskd.stores.store import Writer
 from dskd.system import dist
+from dskd.system.doing import next_one, pause
 
 
 class Stopped(Exception):
@@ -112,6 +113,8 @@ def sweep(
             done += sum(len(theirs[part]) for theirs in ids_by_rank)
             if progress is not None:
                 progress(done, total)
+            next_one()
+        pause()
         with dist.agreed():
             if problem is not None:
                 raise problem

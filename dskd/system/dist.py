@@ -13,6 +13,7 @@ import torch.distributed as torch_dist
 
 from dskd.errors import DiskError, DskdError
 from dskd.system.disk import reason
+from dskd.system.doing import got_on
 
 Value = TypeVar("Value")
 
@@ -46,12 +47,14 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if _together():
         torch_dist.barrier()
+        got_on()
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Sum ``value`` over the ranks in place (identical on every rank afterwards); return it."""
     if _together():
         torch_dist.all_reduce(value)
+        got_on()
     return value
 
 
@@ -61,6 +64,7 @@ def broadcast_object(value: Any) -> Any:
         return value
     box = [value]
     torch_dist.broadcast_object_list(box, src=0)
+    got_on()
     return box[0]
 
 
@@ -70,6 +74,7 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * world()
     torch_dist.all_gather_object(values, value)
+    got_on()
     return values
 
 

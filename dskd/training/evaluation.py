@@ -17,6 +17,7 @@ from dskd.errors import DataError
 from dskd.methods.metrics import Metric
 from dskd.models.frozen import evaluating
 from dskd.system import dist
+from dskd.system.doing import next_one, pause
 from dskd.training.objective import Objective
 
 Scores = dict[str, dict[str, float]]
@@ -91,6 +92,8 @@ def _evaluate(
         if counted:
             supervised += batch.supervised
             totals = [total + one for total, one in zip(totals, sums, strict=True)]
+        next_one()
+    pause()
     assert totals is not None, f"no row in {each.name}"
     mine = torch.tensor([float(supervised)], dtype=torch.float64, device=device)
     *values, everywhere = dist.sum_over_ranks(torch.cat([*totals, mine])).tolist()

@@ -27,7 +27,7 @@ from dskd.fused.per_token import Named, first_non_finite, weights_kept
 from dskd.methods.base import Method
 from dskd.settings.run import Run
 from dskd.stores.sweep import Stopped
-from dskd.system import dist
+from dskd.system import dist, doing
 from dskd.system.disk import writing
 from dskd.system.log import WHAT as METRICS
 from dskd.system.log import Metrics, peak_memory, progress_line, say
@@ -119,8 +119,10 @@ class Trainer:
         with _stop_requested() as requested:
             while progress.step < run.train.steps:
                 self._prepare(requested)
+                doing.at_step(progress.step + 1)
                 clock = time.monotonic()
                 result = self.step(requested())
+                doing.next_one()
                 progress.train_seconds += time.monotonic() - clock
                 progress.wall_seconds = time.monotonic() - begun
                 if not result.applied:
@@ -140,6 +142,7 @@ class Trainer:
         progress = self.progress
         if not self.hooks.waits(progress.position):
             return
+        doing.pause()
         if self._saved < progress.step:
             self._save(None)
         try:
@@ -263,6 +266,7 @@ class Trainer:
         due = last or step % run.checkpoint.every == 0
         score = None
         if last or step % run.evaluation.every == 0:
+            doing.pause()
             score = self._score()
         if due or stop:
             # One that only a signal caused is no candidate for the best: the undisturbed run,
@@ -287,6 +291,7 @@ class Trainer:
     def _save(self, score: float | None) -> None:
         dist.agree(self._unwritten)  # a run that went on from here would lack it
         step = self.progress.step
+        doing.pause()
         tag = self.checkpoints.begin(step)
         try:
             self._write(step, tag, score)

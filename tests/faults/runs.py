@@ -88,14 +88,14 @@ class Ranks:
         for child in self._children:
             child.start()
 
-    def wait(self, seconds: float = LIMIT) -> bool:
+    def wait(self, seconds: float = LIMIT, *, launcher: bool = True) -> bool:
         """Whether all ranks end by themselves within ``seconds`` of their start.
 
-        When one dies of a signal the others are killed, as a launcher does.
+        When one dies of a signal the others are killed, as a launcher does, if there is one.
         """
         end = self._began + seconds
         while self._alive():
-            if any((child.exitcode or 0) < 0 for child in self._children):
+            if launcher and any((child.exitcode or 0) < 0 for child in self._children):
                 self.kill()
                 return True
             if time.monotonic() > end:
@@ -114,10 +114,15 @@ class Ranks:
         """Send a signal to one rank."""
         os.kill(self._children[rank].pid, number)
 
-    def statuses(self) -> list[int]:
+    def status(self, rank: int) -> int:
+        """The exit status of one rank, whatever becomes of the others."""
+        self._children[rank].join(timeout=LIMIT)
+        return self._children[rank].exitcode
+
+    def statuses(self, *, launcher: bool = True) -> list[int]:
         """The exit status of each rank, minus the signal's number if it died of one."""
         try:
-            assert self.wait(), f"still running after {LIMIT} s\n{self.output()}"
+            assert self.wait(launcher=launcher), f"still running after {LIMIT} s\n{self.output()}"
         finally:
             self.kill()
         return [child.exitcode for child in self._children]

@@ -497,7 +497,7 @@ def test_dump_round_trips(tmp_path):
 FREE = ["out=elsewhere", "until=data", "deepspeed=zero3", "teacher.deepspeed=zero3", "log_every=3"]
 FREE += ["train.micro_batch=2", "train.compile=true", "train.activation_checkpointing=true"]
 FREE += ["checkpoint.every=3", "checkpoint.keep=9", "evaluation.every=3", "data.folder=x"]
-FREE += ["evaluation.micro_batch=3"]
+FREE += ["evaluation.micro_batch=3", "ranks_timeout=0.5"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 
 from dskd.settings.parsing import nearest, show
 from dskd.system import dist
@@ -57,7 +57,7 @@ class _DataTypes(_Typed):
 
 
 class _Zero(_Typed):
-    sub_group_size: PositiveInt = 1
+    sub_group_size: int = Field(1, ge=1, strict=False)  # JSON's 1e9 is a float
 
 
 class _Unchecked(_Typed):

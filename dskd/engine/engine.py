@@ -211,10 +211,10 @@ class Engine:
         ``load_universal``, one in universal form (collective).
 
         Raises:
-            CheckpointError: it holds other things than a checkpoint does; on every rank.
+            CheckpointError: it holds other things than a checkpoint does.
         """
         decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
-        with dist.agreed(), only_weights(folder / tag):
+        with only_weights(folder / tag):
             path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         assert path is not None, f"{folder}/{tag}: DeepSpeed found no checkpoint"
         # Loading a universal checkpoint at ZeRO-3 gives every group the first group's settings, and

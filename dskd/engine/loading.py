@@ -11,16 +11,39 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import is_zipfile
 
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from torch.serialization import safe_globals
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from dskd.errors import CheckpointError
+from dskd.system import dist
 
 _CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+_UNKNOWN = "holds what no checkpoint of dskd does, and is not loaded"
 _ONLY, _NOT_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+def check_pickles(folder: Path) -> None:
+    """Look what this rank's share of a checkpoint's pickles would load, and load nothing.
+
+    An error that only one rank found while all load would leave the others waiting.
+
+    Raises:
+        CheckpointError: names the file, and the code or class that no checkpoint has.
+    """
+    for path in sorted(folder.glob("*.pt"))[dist.rank() :: dist.world()]:
+        if not is_zipfile(path):  # of torch's older format, into which only loading looks
+            continue
+        try:
+            with safe_globals(_CLASSES):
+                found = get_unsafe_globals_in_checkpoint(path)
+        except Exception as problem:  # whatever a file of any content may raise
+            raise CheckpointError(f"{path}: no pickle of torch's ({problem})") from problem
+        if found:
+            raise CheckpointError(f"{path}: {_UNKNOWN}: {', '.join(sorted(found))}")
 
 
 @contextmanager
@@ -36,9 +59,7 @@ def only_weights(path: Path) -> Iterator[None]:
         with safe_globals(_CLASSES):
             yield
     except pickle.UnpicklingError as problem:
-        raise CheckpointError(
-            f"{path}: holds what no checkpoint of dskd does, and is not loaded: {problem}"
-        ) from problem
+        raise CheckpointError(f"{path}: {_UNKNOWN}: {problem}") from problem
     finally:
         del os.environ[_ONLY]
         os.environ.update({name: value for name, value in before.items() if value is not None})

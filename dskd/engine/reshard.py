@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dskd.engine.checkpoints import Saved
 from dskd.engine.engine import Engine
-from dskd.engine.loading import only_weights
+from dskd.engine.loading import check_pickles, only_weights
 from dskd.errors import CheckpointError, DskdError
 from dskd.system import dist
 from dskd.system.disk import writing
@@ -41,10 +41,11 @@ def is_native(saved: Saved, world: int, stage: int, precision: str) -> bool:
 
 
 def check_files(saved: Saved) -> None:
-    """Refuse a manifest whose ``stage`` or ``world`` is not that of the files beside it.
+    """Refuse a manifest whose ``stage`` or ``world`` is not that of the files beside it, and files
+    with other content; each rank looks at its share of them, and all must agree.
 
     Raises:
-        CheckpointError: names the checkpoint.
+        CheckpointError: names the checkpoint or the file.
     """
     parts = len(list(saved.folder.glob("*zero_pp_rank_*_optim_states.pt")))
     model = _MODEL_ZERO3 if saved.stage == 3 else _MODEL
@@ -54,6 +55,7 @@ def check_files(saved: Saved) -> None:
             f"{saved.folder}: its files are not those of ZeRO-{saved.stage} with {saved.world} "
             "ranks, as its manifest says"
         )
+    check_pickles(saved.folder)
 
 
 def _is_known(saved: Saved) -> bool:

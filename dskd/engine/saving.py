@@ -37,6 +37,8 @@ def save(engine: DeepSpeedEngine, folder: Path, tag: str, state: dict[str, Any])
         ):
             engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
         for problem in problems:
+            for script in folder.glob("zero_to_*.py") if dist.rank() == 0 else ():
+                script.unlink()  # which DeepSpeed copies at every save; maybe half of it is there
             raise problem
 
 

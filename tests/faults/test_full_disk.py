@@ -44,7 +44,7 @@ def leftovers(run: Path) -> list[Path]:
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
 def test_a_checkpoint_that_does_not_fit(recipe, tmp_path, stage):
     """The second one, beside the first; it goes on from there once there is room."""
-    with small_disk(tmp_path / "disk", "1m") as disk:
+    with small_disk(tmp_path / "disk", "800k") as disk:
         run = disk / "run"
         words = [*words_of(recipe, run), f"deepspeed={stage}"]
         for _ in range(2):

@@ -366,7 +366,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def _layout(folder: Path, spec: StoreSpec) -> LogitLayout:
-    """What the manifest says of each position, if :meth:`LogitLayout.spec` may have said so."""
+    """What the manifest says of each position, if :meth:`LogitLayout.spec` may have written it."""
     settings = spec.settings
     names = {field.name for field in fields(LogitLayout)}
     temperatures = settings.get("temperatures")

@@ -1,4 +1,4 @@
-"""What keeps a file from being written, told in one way, whichever library found it."""
+"""What keeps a file from being written, named in one way, whichever library found it."""
 
 from __future__ import annotations
 

@@ -231,5 +231,6 @@ def test_a_method_from_elsewhere(tmp_path, monkeypatch):
     assert build_method(method.model_dump(mode="json")) == method
     terms = Toy("dense").terms(method, make_batch(), 0)
     assert terms["tokens"].total == terms["tokens"].parts["jsd"] > 0
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+    fails = "method.kind: importing 'broken_method' fails: .*no_such_dependency"
+    with pytest.raises(ConfigError, match=fails):
         build_method({"kind": "broken_method:JSD"})

@@ -260,7 +260,8 @@ def _refuse_changes(recipe: Recipe, methods: Mapping[str, Method]) -> None:
 def _refuse_other_settings(run: Run, stages: Sequence[Stage]) -> None:
     path = folder_of(run).config
     if not path.is_file():
-        if _left(run, stages):
+        # A store says itself what it belongs to, so one may have been copied here.
+        if _left(run, [stage for stage in stages if stage.whole is not None]):
             raise ConfigError(
                 f"{run.out} holds results, but no {path.name} that says by which settings they "
                 f"were made; choose another `out`, or delete the folder"

@@ -215,5 +215,7 @@ def test_refusals(made, capsys, tmp_path):
     assert "questions-epoch-00004: no such store; training, once 4 epochs are over" in after
     recipe = tmp_path / "a.yaml"
     runs = "runs: {a: {}, b: {}}\n"
-    recipe.write_text("base: {out: o, data: {masking: {kind: hard_tokens}}}\n" + runs)
+    data = "data: {sources: [{kind: builtin}], masking: {kind: hard_tokens}}"
+    base = f"base: {{out: o, method: {{kind: lm}}, model: {{path: m}}, {data}}}\n"
+    recipe.write_text(base + runs)
     assert "name the folder of one: o/a, o/b" in refused(recipe)

@@ -111,6 +111,16 @@ def check_model(
         model(torch.zeros(1, 2, dtype=torch.long))
 
 
+def check_random(settings: Model, *, objective: ObjectiveName, block_size: int, where: str) -> None:
+    """Refuse what is wrong with the settings of a random model, before there is a tokenizer.
+
+    Raises:
+        ConfigError: as :func:`check_model` does.
+    """
+    data = {"objective": objective, "block_size": block_size}
+    check_model(config_of(settings, where=where), settings, **data, where=where)
+
+
 def model_fingerprint(settings: Model, *, seed: int, where: str) -> str:
     """Fingerprint of what :func:`build` would build: the content of the stored weights and config,
     or the random model's config and seed; the folder's name does not count."""

@@ -14,7 +14,7 @@ from dskd.engine.stage import Stage, in_order
 from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
 from dskd.methods.checks import validate
-from dskd.models.build import check_model, check_tokenizer, model_fingerprint
+from dskd.models.build import check_model, check_random, check_tokenizer, model_fingerprint
 from dskd.models.configs import config_at_hand, stored_folder, with_fields
 from dskd.narrowing.slice_stage import sliced_config
 from dskd.runs.comparable import groups_of, refuse_incomparable
@@ -70,7 +70,11 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         for place, model in models_of(run).items():
             if place != "model":  # which is looked at with its slice and its method
                 where = f"{prefix}.{place}" if prefix else place
-                _check_config(_loaded(recipe, methods, model, where), model, run, where)
+                data = {"objective": run.data.objective, "block_size": run.data.block_size}
+                if model.path is None:
+                    check_random(model, **data, where=where)
+                elif (config := _loaded(recipe, methods, model, where)) is not None:
+                    check_model(config, model, **data, where=where)
         # The hidden size only sets buckets; a model that an earlier run will export has none yet.
         student_config(run, NOMINAL_HIDDEN, world=world)
         _check_student(recipe, methods, name)
@@ -92,19 +96,15 @@ def refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
             raise ConfigError(line("", (prefix, "until") if prefix else ("until",), text))
 
 
-def _check_config(config: PreTrainedConfig | None, model: Model, run: Run, where: str) -> None:
-    if config is not None:
-        data = {"objective": run.data.objective, "block_size": run.data.block_size}
-        check_model(config, model, **data, where=where)
-
-
 def _check_student(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:
     """Refuse a student that its method, its rows or its slice cannot go with, as far as its config
     is known."""
     run, prefix = recipe.runs[name], recipe.prefix(name)
     try:
         config = _starts_as(recipe, methods, name)
-        _check_config(config, run.model, run, "model")
+        if config is not None:
+            data = {"objective": run.data.objective, "block_size": run.data.block_size}
+            check_model(config, run.model, **data, where="model")
         methods[name].check(run, config)
         check_average(run, methods[name])
     except ConfigError as problem:

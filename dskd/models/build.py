@@ -24,7 +24,6 @@ from dskd.errors import ConfigError
 from dskd.models.configs import check_shape, check_vocabulary, config_of, stored_folder
 from dskd.models.families import ObjectiveName, lm_head, projection_of, tie_head_bias
 from dskd.models.initial import initialise
-from dskd.models.overrides import complaints
 from dskd.models.reading import load_weights
 from dskd.models.weight_files import weight_files
 from dskd.settings.model import Model
@@ -77,7 +76,7 @@ def build(
         tie_head_bias(model)
         load_weights(model, folder, f"{where}.path")
         if model.can_generate() and (folder / "generation_config.json").is_file():
-            with complaints(f"{where}.path: generation_config.json of {folder}"):
+            with raised_as(ConfigError, f"{where}.path: generation_config.json of {folder}"):
                 model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
@@ -104,7 +103,7 @@ def check_model(
     if config.num_hidden_layers < 1:
         raise ConfigError(f"{where}: its config says {config.num_hidden_layers} layers")
     problem = f"{where}: its config makes no model"
-    with complaints(problem), torch.device("meta"):
+    with raised_as(ConfigError, problem), torch.device("meta"):
         attention, trust = settings.attention, settings.trust_remote_code
         model = construct(config, attention, None, torch.float32, problem, objective, trust)
         projection_of(model)
@@ -156,7 +155,8 @@ def construct(
     auto = _AUTO[lm_head(config.model_type).objective if objective is None else objective]
     options = {} if attention == "auto" else {"attn_implementation": attention}
     options["trust_remote_code"] = trust_remote_code
-    with complaints(where), no_init_weights(), sharded_construction(ds):
+    refused = f"{where}: HuggingFace refuses its config"
+    with raised_as(ConfigError, refused), no_init_weights(), sharded_construction(ds):
         model = auto.from_config(config, dtype=dtype, **options)
     model.tie_weights()
     return model.train()

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import first_of, vocabulary_size
 from dskd.errors import ConfigError
 from dskd.models.families import (
@@ -17,7 +18,7 @@ from dskd.models.families import (
     longest_row,
     refuse_unknown,
 )
-from dskd.models.overrides import complaints, known_fields, random_config, with_own
+from dskd.models.overrides import known_fields, random_config, with_own
 from dskd.models.weight_files import folder_at_hand, local_folder, refuse_quantised
 from dskd.settings.model import Model
 
@@ -132,7 +133,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, objective: str) -> dict[str
 
 
 def _stored_config(settings: Model, folder: Path, where: str) -> PreTrainedConfig:
-    with complaints(f"{where}.path: cannot read the config in {folder}"):
+    with raised_as(ConfigError, f"{where}.path: cannot read the config in {folder}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     refuse_unknown(config.model_type, f"{where}.path: model_type of {folder}")
     if getattr(config, "quantization_config", None) is not None:

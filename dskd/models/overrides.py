@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from dskd.data.foreign import raised_as
 from dskd.errors import ConfigError
 from dskd.settings.parsing import nearest, show
 
@@ -45,10 +43,10 @@ def random_config(
     Raises:
         ConfigError: fields that the type does not have, values that it refuses or does not take up.
     """
-    with complaints(where):
+    with raised_as(ConfigError, f"{where}: HuggingFace refuses it"):
         default = AutoConfig.for_model(model_type)
     fields = _named(own, default, where)
-    with complaints(where):
+    with raised_as(ConfigError, f"{where}: HuggingFace refuses it"):
         config = AutoConfig.for_model(model_type, **copy.deepcopy(fields), **given)
     _refuse_dropped(config, own, fields, default, where)
     return config
@@ -57,7 +55,7 @@ def random_config(
 def with_own(stored: PreTrainedConfig, own: dict[str, Any], where: str) -> PreTrainedConfig:
     """A stored config, with the settings' fields for it; raises as :func:`random_config` does."""
     fields = _named(own, stored, where)
-    with complaints(where):
+    with raised_as(ConfigError, f"{where}: HuggingFace refuses it"):
         config = type(stored).from_dict({**stored.to_dict(), **copy.deepcopy(fields)})
     _refuse_dropped(config, own, fields, type(stored)(), where)
     return config
@@ -66,23 +64,6 @@ def with_own(stored: PreTrainedConfig, own: dict[str, Any], where: str) -> PreTr
 def known_fields(cls: type[PreTrainedConfig]) -> set[str]:
     """The fields that configs of a class have."""
     return {field.name for field in dataclasses.fields(cls)}
-
-
-@contextmanager
-def complaints(where: str) -> Iterator[None]:
-    """Whatever HuggingFace's code raises about a config in this context becomes a ConfigError.
-
-    It looks at few values and computes with the others, so that a wrong one may end in any
-    exception.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as problem:
-        said = isinstance(problem, ValueError | OSError | StrictDataclassError)
-        kind = "" if said else f"{type(problem).__name__}: "
-        raise ConfigError(f"{where}: {kind}{problem}") from problem
 
 
 def _named(own: dict[str, Any], base: PreTrainedConfig, where: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from dskd.data.foreign import raised_as
 from dskd.errors import ConfigError
 from dskd.settings.parsing import show
 
@@ -159,10 +160,8 @@ def refuse_quantised(how: Any, where: str) -> None:
 
 
 def _tensors(path: Path, where: str) -> list[Stored]:
-    try:
+    with raised_as(ConfigError, f"{where}: {path} is damaged"):
         return list(_safetensors(path) if path.suffix == ".safetensors" else _pickled(path))
-    except Exception as problem:  # whatever a file of any content may raise
-        raise ConfigError(f"{where}: {path} is damaged ({problem})") from problem
 
 
 def _safetensors(path: Path) -> Iterator[Stored]:

@@ -219,23 +219,31 @@ def encoder(tokenizer: PreTrainedTokenizerBase, where: str = "data.tokenizer") -
     Raises:
         ConfigError: it makes a special token of text all the same; ``where`` is the setting.
     """
-    plain, cut = _copy(tokenizer), _copy(tokenizer)
+    plain = _copy(tokenizer)
     special = set(np.flatnonzero(special_ids(tokenizer)).tolist())
     names = sorted(token for token, index in tokenizer.get_vocab().items() if index in special)
+    texts = {name: f"{name} a{name}{name}" for name in names}
+
+    def made_by(backend: Tokenizer, text: str) -> set[int]:
+        with raised_as(ConfigError, f"{where}: cannot encode {text!r}"):
+            return special.intersection(backend.encode(text, add_special_tokens=False).ids)
+
+    found = {name: made for name, text in texts.items() if (made := made_by(plain, text))}
+    if not found:
+        return plain
     cuts = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1]
     split = pre_tokenizers.Split(Regex("|".join(cuts) or "(?!)"), "removed")
+    cut = _copy(tokenizer)
     before = [] if cut.pre_tokenizer is None else [cut.pre_tokenizer]
     cut.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
-    unknown = _unknown_id(plain)
-    needed = False
-    for name in names:
-        text = f"{name} a{name}{name}"
-        with raised_as(ConfigError, f"{where}: cannot encode {text!r}"):
-            found = special.intersection(plain.encode(text, add_special_tokens=False).ids)
-            left = special.intersection(cut.encode(text, add_special_tokens=False).ids)
+    unknown, needed = _unknown_id(plain), False
+    for name, made in found.items():
+        left = made_by(cut, texts[name])
         if left - {unknown}:
-            raise ConfigError(f"{where} makes the special token {name!r} of the text {text!r}")
-        needed |= bool(found - left)
+            raise ConfigError(
+                f"{where} makes the special token {name!r} of the text {texts[name]!r}"
+            )
+        needed |= bool(made - left)
     return cut if needed else plain
 
 

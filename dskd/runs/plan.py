@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -70,11 +71,10 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         for place, model in models_of(run).items():
             if place != "model":  # which is looked at with its slice and its method
                 where = f"{prefix}.{place}" if prefix else place
-                data = {"objective": run.data.objective, "block_size": run.data.block_size}
                 if model.path is None:
-                    check_random(model, **data, where=where)
+                    check_random(model, **_rows_of(run), where=where)
                 elif (config := _loaded(recipe, methods, model, where)) is not None:
-                    check_model(config, model, **data, where=where)
+                    check_model(config, model, **_rows_of(run), where=where)
         # The hidden size only sets buckets; a model that an earlier run will export has none yet.
         student_config(run, NOMINAL_HIDDEN, world=world)
         _check_student(recipe, methods, name)
@@ -96,6 +96,11 @@ def refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
             raise ConfigError(line("", (prefix, "until") if prefix else ("until",), text))
 
 
+def _rows_of(run: Run) -> dict[str, Any]:
+    """What a model of a run must be able to read."""
+    return {"objective": run.data.objective, "block_size": run.data.block_size}
+
+
 def _check_student(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:
     """Refuse a student that its method, its rows or its slice cannot go with, as far as its config
     is known."""
@@ -103,8 +108,7 @@ def _check_student(recipe: Recipe, methods: Mapping[str, Method], name: str) -> 
     try:
         config = _starts_as(recipe, methods, name)
         if config is not None:
-            data = {"objective": run.data.objective, "block_size": run.data.block_size}
-            check_model(config, run.model, **data, where="model")
+            check_model(config, run.model, **_rows_of(run), where="model")
         methods[name].check(run, config)
         check_average(run, methods[name])
     except ConfigError as problem:

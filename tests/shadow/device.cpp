@@ -272,7 +272,7 @@ class Call {
 
   void check_devices(const std::string& name) const {
     TORCH_CHECK(stranger_.empty() || originals_.empty() || takes_host_indices(name), name,
-                ": expected all tensors to be on the same device, but found at least two, cuda:0 "
+                ": Expected all tensors to be on the same device, but found at least two, cuda:0 "
                 "and cpu ", stranger_);
   }
 

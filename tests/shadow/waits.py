@@ -13,8 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = (ROOT / "dskd", ROOT / "kernels")
+CLOSED_FORMS = ROOT / "dskd" / "fused" / "cpu"
+"""In whose place a GPU has kernels: what waits there is not counted."""
 # No code that runs on a GPU: torch, this device, and the interpreter that stands in for kernels.
-_SKIPPED = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen")
+_SKIPPED = (
+    str(Path(torch.__file__).parent),
+    *(str(Path(__file__).with_name(name)) for name in ("device.py", "nccl.py", "waits.py")),
+    "<frozen",
+)
 _INTERPRETER = "triton/runtime/interpreter.py"
 
 _WAITING = {
@@ -88,7 +94,7 @@ class Watch(TorchDispatchMode):
         frame = sys._getframe(1)
         while frame is not None:
             file = frame.f_code.co_filename
-            if file.endswith(_INTERPRETER):
+            if file.endswith(_INTERPRETER) or Path(file).parent == CLOSED_FORMS:
                 return
             if not place and not file.startswith(_SKIPPED):
                 place = _named(file, frame.f_lineno)

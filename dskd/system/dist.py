@@ -8,7 +8,7 @@ others report, where NCCL would abort them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
@@ -83,6 +83,29 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
         torch_dist.all_reduce(value, group=_host_group() if value.device.type == "cpu" else None)
         got_on()
     return value
+
+
+class Summing:
+    """Numbers of this rank on their way to their sums over the ranks: begun when it is made
+    (collective), so that there is other work to do until they are wanted.
+
+    Args:
+        values: summed as float64, on the CPU.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self._values = torch.tensor(values, dtype=torch.float64)
+        self._work: torch_dist.Work | None = None
+        if _together():
+            self._work = torch_dist.all_reduce(self._values, group=_host_group(), async_op=True)
+
+    def sums(self) -> list[float]:
+        """The sums, the same on every rank; waits until all ranks have begun."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            got_on()
+        return self._values.tolist()
 
 
 def broadcast_object(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The step loop: counts first, loss inside the forward, one division, one optimiser step.
 
-The host waits for the device once a step: it reads loss, norm and counts together, when all work of
-the step is queued.
+The host waits for the device once a step: it reads loss and norm together, when all work of the
+step is queued. The counts are summed on the host, and have no part in it.
 """
 
 from __future__ import annotations
@@ -159,10 +159,10 @@ class Trainer:
         Raises:
             NonFiniteError: a loss term or the gradient is NaN or infinite; the student is spoilt.
         """
-        progress, engine = self.progress, self.engine
+        progress = self.progress
         batches = self.loader.next_step()
         position = self.loader.position
-        counts = count(self.method.counts, batches, engine.device, stop=stop)
+        counts = count(self.method.counts, batches, stop=stop)
         probe = GradientProbe(self._passes, self.method.counts, progress.step, position)
         self.hooks.before_passes(probe, progress.step)
         probe.forget()
@@ -170,9 +170,9 @@ class Trainer:
             shares = self._passes.run(batches, counts, progress.step, (position,))
         lr = learning_rate(self.run.train, progress.step)
         applied, norm = self._update(lr)
-        result, tokens = self._read(shares, counts, weights, norm, applied, lr)
+        result = self._read(shares, counts, weights, norm, applied, lr)
         progress.position = position
-        progress.tokens += tokens
+        progress.tokens += counts.tokens
         return result
 
     def _update(self, lr: float) -> tuple[bool, Tensor | None]:
@@ -198,18 +198,17 @@ class Trainer:
         norm: Tensor | None,
         applied: bool,
         lr: float,
-    ) -> tuple[StepResult, int]:
-        """The step's numbers and its tokens; all ranks see the same values, so all stop or none.
+    ) -> StepResult:
+        """The step's numbers; all ranks see the same values, so all stop or none.
 
         In one read, because each one makes the host wait until the device has done all that is
         queued. The weights of its losses are read only if a loss is not finite.
         """
         names, step = sorted(shares), self.progress.step + 1
         sums = dist.sum_over_ranks(torch.stack([shares[name] for name in names]))
-        others = [counts.tokens, counts.stop, *([] if norm is None else [norm])]
-        values = torch.cat([sums, torch.stack(others)]).tolist()
+        values = torch.cat([sums, *([] if norm is None else [norm[None]])]).tolist()
         means = dict(zip(names, values, strict=False))
-        tokens, stop, *norms = values[len(names) :]
+        norms = values[len(names) :]
         loss = means.pop(LOSS)
         for name, mean in means.items():  # before their sum: they say which of them it is
             _finite(step, f"loss term '{name}'", mean, weights)
@@ -217,7 +216,7 @@ class Trainer:
         grad_norm = norms[0] if norms else None
         if applied or self.precision != "fp16":  # only fp16 skips a step and goes on
             _finite(step, "the gradient's norm", grad_norm if applied else math.nan)
-        return StepResult(applied, stop > 0, loss, means, lr, grad_norm), int(tokens)
+        return StepResult(applied, counts.stop, loss, means, lr, grad_norm)
 
     def _refuse_endless(self, skipped: int) -> None:
         """Say that fp16 overflow skipped a step; stop where no loss scale is small enough."""

@@ -16,6 +16,8 @@ _WAITING = (
     "/torch/distributed/",
     "/deepspeed/",
     "/dskd/system/dist.py",
+    "/dskd/system/device.py",
+    "/torch/cuda/streams.py",  # below it, for an event
 )
 """Files whose innermost call stands still only where others are waited for."""
 
@@ -117,8 +119,7 @@ def _waits(frame: FrameType | None) -> bool:
     if frame is None:
         return False
     path = Path(frame.f_code.co_filename).as_posix()
-    reads = path.endswith("/training/trainer.py") and frame.f_code.co_name == "_read"
-    return reads or any(place in path for place in _WAITING)
+    return any(place in path for place in _WAITING)
 
 
 def _place(frame: FrameType | None) -> str:

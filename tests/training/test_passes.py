@@ -131,8 +131,9 @@ def trained(
     numbers = []
     for step in range(STEPS):
         trainer.progress.step = step
-        result = trainer.step(stop=False)
-        assert result.applied
+        queued = trainer.step(stop=False)
+        assert queued.applied
+        result = queued.read()
         numbers += [result.loss, result.grad_norm]
     names = [name for name, _ in engine.module.student.named_parameters()]
     weights = engine.weights(gradients=False).wholes(names)

@@ -62,6 +62,7 @@ def start(ranks_timeout: float = 10) -> torch.device:
     # Longer than a rank is waited for: the watch can name it, a collective cannot.
     timeout = timedelta(minutes=(watch.LONG + 1) * ranks_timeout + 20)
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+    dist.add_host_group(timeout)
     return device
 
 
@@ -76,7 +77,7 @@ def _meet(minutes: float) -> None:
 
 def stop() -> None:
     """Leave the process group."""
-    torch.distributed.destroy_process_group()
+    dist.leave()
 
 
 def stage_of(ds: dict[str, Any]) -> int:

@@ -62,6 +62,7 @@ from dskd.system import dist
 from dskd.system.log import Metrics, peak_memory
 from dskd.teachers.setup import TeacherSetup, set_up
 from dskd.training.objective import Objective
+from dskd.training.step_numbers import Queued
 from dskd.training.trainer import Progress, Trainer
 from launch.bench import measure
 from launch.bench.measure import markdown, over, show, slug, spread
@@ -160,11 +161,15 @@ class Step:
             metrics=Metrics(run.out / "metrics.jsonl", 0),
             progress=self.progress,
         )
+        self._unread: Queued | None = None
 
     def step(self) -> None:
         """The body of the trainer's loop, without log lines, evaluations and checkpoints."""
-        self._trainer.step(False)
+        queued = self._trainer.step(False)
         self.progress.step += 1
+        if self._unread is not None:
+            self._unread.read()
+        self._unread = queued
 
 
 def loader_of(context: RunContext, setup: TeacherSetup) -> Loader:

@@ -72,6 +72,12 @@ def linear_teachers(dtype=torch.float64, rows=W):
     return LinearTeachers(made, torch.tensor([3, 0, 4, 1, 2]))
 
 
+def parts_of(teachers):
+    """Hidden states, weight and bias (empty: none) of each linear teacher."""
+    tensors = [(t.hidden_NE, t.weight_VE, t.bias_V) for t in teachers]
+    return [torch.empty(0).double() if x is None else x for each in tensors for x in each]
+
+
 def logits_of(teacher):
     if isinstance(teacher, LinearTeachers):
         logits_NV = torch.cat([logits_of(part) for part in teacher.parts])

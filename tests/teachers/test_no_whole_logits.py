@@ -33,14 +33,14 @@ def model_of(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads))
 
 
-def full_batch() -> Batch:
+def full_batch(rows: int = ROWS, tokens: int = TOKENS) -> Batch:
     """Rows of two domains, with the columns of routed teachers."""
     torch.manual_seed(5)
-    ids_BT, rows_B = torch.randint(VOCABULARY, (ROWS, TOKENS)), torch.arange(ROWS)
-    tensors = (rows_B, rows_B * 0, rows_B % 2, ids_BT, torch.full((ROWS,), TOKENS))
-    rows = RowBatch(*(tensor.numpy() for tensor in tensors))
-    shown = CausalView()(rows)
-    columns = group_by_domain(rows, shown)
+    ids_BT, rows_B = torch.randint(VOCABULARY, (rows, tokens)), torch.arange(rows)
+    tensors = (rows_B, rows_B * 0, rows_B % 2, ids_BT, torch.full((rows,), tokens))
+    batch = RowBatch(*(tensor.numpy() for tensor in tensors))
+    shown = CausalView()(batch)
+    columns = group_by_domain(batch, shown)
     return Batch.of(
         row_ids_B=rows_B,
         domains_B=rows_B % 2,

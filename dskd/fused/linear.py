@@ -73,7 +73,8 @@ def linear_kd(
         weight_VD: of the same type.
         bias_V: likewise.
         teacher: whose divergence (classes of ``dskd/batch.py``); several linear ones have a share
-            of the tokens each, all the same columns; None: cross entropy alone.
+            of the tokens each, all the same columns, and ``hidden_ND`` is copied in the order of
+            their rows; None: cross entropy alone.
         kind, beta, teacher_map, vocabulary: of dense and linear teachers, see
             :func:`~dskd.fused.dense.dense_kd`; a top-k teacher's is the forward KL.
         mode: of a top-k teacher alone, see :func:`~dskd.fused.topk.topk_kd`.

@@ -24,7 +24,11 @@ def visit(
     chunk: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, HeadGradients]:
-    """Total, divergence [N], label loss [N] or [0], and the gradients that are needed."""
+    """Total, divergence [N], label loss [N] or [0], and the gradients that are needed.
+
+    Beside these and what it is given it takes ``C V`` times :func:`_bytes_per_logit`, V as a
+    multiple of 64: C is as many tokens as the budget of a chunk holds.
+    """
     count, columns = len(hidden_ND), len(weight_VD)
     hidden_ND, weight_VD = operand(hidden_ND), operand(weight_VD)
     bias_V = None if bias_V is None else operand(bias_V)

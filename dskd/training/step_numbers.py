@@ -7,7 +7,7 @@ without work until the host has launched the next step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,26 @@ class Queued:
             shown = grad_norm if self.applied else math.nan
             refuse_non_finite(self.number, "the gradient's norm", shown)
         return Numbers(loss, means, grad_norm)
+
+
+class Rates:
+    """Numbers that are logged beside those of a step.
+
+    Args:
+        values: by name, of Python or scalars on a device.
+    """
+
+    def __init__(self, values: Mapping[str, float | Tensor]) -> None:
+        self._values = dict(values)
+        self._fetched = {
+            name: Fetched(value.double()[None])
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def read(self) -> dict[str, float]:
+        """The numbers; waits until they are computed."""
+        return self._values | {name: each.read()[0] for name, each in self._fetched.items()}
 
 
 def refuse_non_finite(

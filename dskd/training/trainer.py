@@ -32,7 +32,7 @@ from dskd.system.log import Metrics, peak_memory, progress_line, say
 from dskd.training.evaluation import Scores, by_key
 from dskd.training.learning_rate import learning_rate
 from dskd.training.passes import GradientProbe, Passes, count
-from dskd.training.step_numbers import Numbers, Queued, refuse_non_finite
+from dskd.training.step_numbers import Numbers, Queued, Rates, refuse_non_finite
 
 MOST_SKIPPED = 100
 """fp16 overflows in a row that stop a run: no loss scale from 2^32 down helps."""
@@ -56,7 +56,7 @@ class _Unread:
     """
 
     queued: Queued
-    rates: dict[str, float] | None
+    rates: Rates | None
     tokens: int
     seconds: float
 
@@ -145,7 +145,7 @@ class Trainer:
             progress.step += 1
             if progress.step % self.run.log_every == 0 or progress.step == self.run.train.steps:
                 own = {**self.method.rates(progress.step - 1), **self.hooks.rates()}
-                rates = {"lr": queued.lr, **own}
+                rates = Rates({"lr": queued.lr, **own})
         self._unread = _Unread(queued, rates, progress.tokens, progress.train_seconds)
         return queued
 
@@ -164,7 +164,7 @@ class Trainer:
         self.progress.train_seconds += waited
         unread.seconds += waited
         if unread.rates is not None:
-            self._log(unread, numbers, unread.rates)
+            self._log(unread, numbers, unread.rates.read())
 
     def _prepare(self, requested: Callable[[], bool]) -> None:
         """Do what the next batch waits for, from a checkpoint from which it can be repeated."""

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from dskd.engine.engine import Engine
+from dskd.narrowing.insert import Surgery
+from dskd.narrowing.rule import Rule
 from dskd.runs import plan
 from dskd.stores import fill
 from dskd.training.objective import Objective
@@ -24,9 +26,13 @@ _WITHIN = {
     "evaluation": (Trainer, "_score"),
     "checkpoint": (Trainer, "_save"),
     "sweep": (fill, "sweep"),
+    "masks": (Rule, "_choose"),
+    "norms": (Surgery, "mask"),
 }
 _COUNTED = {
     "training": (Engine, "step"),
+    "masks": (Rule, "_choose"),
+    "norms": (Surgery, "mask"),
     "passes": (Engine, "backward"),
     "evaluation": (Objective, "forward_evaluation"),
 }
@@ -36,8 +42,9 @@ class Waits(NamedTuple):
     """What rank 0 of a run has waited for.
 
     Attributes:
-        times: how many steps (``training``), micro-batches (``passes``), batches of an evaluation,
-            and batches of a sweep (``sweep``) there were.
+        times: how many steps (``training``), micro-batches (``passes``), batches of an evaluation
+            and of a sweep over all rows, and choices of WID's units (``masks``, ``norms``) there
+            were.
         found: waits by what they were within.
     """
 

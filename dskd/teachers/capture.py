@@ -76,7 +76,7 @@ def capture(
     def forward() -> Callable[[Batch], DenseTeacher]:
         teacher = FrozenTeacher(model(), layout.vocabulary)
         # with the head here: a sharded one is a collective, and not every batch is scored
-        return lambda batch: DenseTeacher(teacher(batch.to(device)).logits_NV)
+        return lambda batch: DenseTeacher(teacher(batch).logits_NV)
 
     def score(batch: Batch, signal: DenseTeacher) -> Scored:
         return Scored(batch.counts_B.numpy(), layout.encode(batch, signal.logits_NV))
@@ -96,6 +96,7 @@ def capture(
         forward,
         score,
         micro_batch=cached.micro_batch,
+        device=device,
         words=Words("cache", "capturing logits", holds),
         present_R=present_R,
         verify=verify,

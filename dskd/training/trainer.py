@@ -189,7 +189,7 @@ class Trainer:
         progress = self.progress
         batches = self.loader.next_step()
         position = self.loader.position
-        counts = count(self.method.counts, batches, stop=stop)
+        counts = count(self.method.counts, [sent.batch for sent in batches], stop=stop)
         probe = GradientProbe(self._passes, self.method.counts, progress.step, position)
         self.hooks.before_passes(probe, progress.step)
         probe.forget()

@@ -54,8 +54,8 @@ def _beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on the device; a thread makes and sends the next one meanwhile.
+def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Sent]:
+    """The batches, sent to a device; a thread makes and sends the next one meanwhile.
 
     Close it where it may not be taken to its end.
 
@@ -72,4 +72,4 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         coming = thread.submit(ahead)
         while (sent := coming.result()) is not None:
             coming = thread.submit(ahead)
-            yield sent.on_device()
+            yield sent

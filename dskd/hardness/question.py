@@ -117,6 +117,6 @@ def _chunk_scores(logits_NV: Tensor, labels_N: Tensor) -> TokenScores:
 
 def _score(batch: Batch, scores: TokenScores) -> Scored:
     """The store's column; a NaN says that a logit is one or infinite, or that all are ``-inf``."""
-    nll_N = scores.nll_N.cpu()
-    refuse_non_finite(batch, nll_N.isnan(), "the model's")
-    return Scored(batch.counts_B.numpy(), encode(nll_N.numpy(), scores.wrong_N.cpu().numpy()))
+    refuse_non_finite(batch, scores.nll_N.isnan(), "the model's")
+    nll_N, wrong_N = scores
+    return Scored(batch.counts_B.numpy(), encode(nll_N.numpy(), wrong_N.numpy()))

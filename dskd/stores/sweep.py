@@ -10,7 +10,7 @@ the ranks make would hang them.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -22,13 +22,14 @@ from torch import Tensor
 
 from dskd.batch import Batch
 from dskd.data.loader import make_batch
-from dskd.data.prefetch import prefetch
+from dskd.data.prefetch import Sent, prefetch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
 from dskd.errors import DskdError, NonFiniteError
 from dskd.stores.shard import StoreSpec
 from dskd.stores.store import Writer
 from dskd.system import dist
+from dskd.system.device import Fetched
 from dskd.system.doing import next_one, pause
 
 
@@ -68,14 +69,16 @@ def sweep(
     """Fill a store; collective, and called again after an interruption it goes on.
 
     Args:
-        forward: the frozen model on a batch; called without gradients, equally often on every
-            rank, so it must use the same parameters in every call.
+        forward: the frozen model on a batch on the device; a tensor, or a tuple, mapping or
+            dataclass of tensors. Called without gradients, equally often on every rank, so it must
+            use the same parameters in every call.
         rowset: the rows; the store's row ids are theirs.
         view: what the model sees of them; the store's draw d is epoch d.
         writer: this rank's writer of the store.
         micro_batch: rows of a forward pass.
         device: where the model is, and the batches are sent.
-        score: the store's values for a batch and what the model returned for it.
+        score: the store's values for a batch and what ``forward`` returned for it, both on the CPU
+            by then.
         present_R: bool, which of the R rows to take; None: all.
         progress: ``progress(done, total)`` is called after each forward pass: row views kept so far
             by all ranks, and how many there are.
@@ -107,9 +110,8 @@ def sweep(
         failed: list[DskdError] = []  # raised after the round: the others expect this rank's passes
         made = _batches(shares, idle, partial(_batch, rowset, view, epoch), failed)
         with closing(prefetch(made, device)) as batches:
-            for call, (ids_B, batch) in enumerate(zip(shares, batches, strict=True)):
-                with torch.no_grad():
-                    output = forward(batch)
+            passes = zip(shares, _passes(forward, batches), strict=True)
+            for call, (ids_B, (batch, output)) in enumerate(passes):
                 try:
                     if len(ids_B) and not failed:
                         parts.append(score(batch, output))
@@ -144,6 +146,22 @@ def _batches(
             failed.append(found)
             batch = make(idle)
         yield batch
+
+
+def _passes(
+    forward: Callable[[Batch], Output], batches: Iterable[Sent]
+) -> Iterator[tuple[Batch, Output]]:
+    """Each batch and what the model makes of it, both on the CPU: taken from the device when it has
+    the next one to work on."""
+    last: tuple[Batch, Fetched[Output]] | None = None
+    for sent in batches:
+        with torch.no_grad():
+            output = Fetched(forward(sent.on_device()))
+        if last is not None:
+            yield last[0], last[1].read()
+        last = sent.batch, output
+    if last is not None:
+        yield last[0], last[1].read()
 
 
 def _batch(rowset: RowSet, view: View, epoch: int, ids_B: NDArray[np.int64]) -> Batch:

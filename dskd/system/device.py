@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from dskd.settings.teachers import Precision
+
+Values = TypeVar("Values")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,24 +43,40 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-class Fetched:
-    """Numbers on their way from the device to the host, which goes on meanwhile.
+class Fetched(Generic[Values]):
+    """Values on their way from the device to the host, which goes on meanwhile.
 
     Args:
-        values: on their device, where they may still have to be computed.
+        values: a tensor, or a tuple, mapping or dataclass of tensors, which may still have to be
+            computed.
     """
 
-    def __init__(self, values: Tensor) -> None:
-        self._values, self._arrived = values, None
-        if values.is_cuda:
-            # A copy of now: one that is asked for later stands behind all that is queued by then.
-            self._values = torch.empty_like(values, device="cpu").pin_memory()
-            self._values.copy_(values, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+    def __init__(self, values: Values) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        # A copy of now: one that is asked for later stands behind all that is queued by then.
+        self._values = _mapped(values, self._copied)
+        if self._arrived is not None:
             self._arrived.record()
 
-    def read(self) -> list[float]:
-        """The numbers; waits until the device has computed them, and for nothing after that."""
+    def read(self) -> Values:
+        """The values, on the CPU; waits until the device has computed them, and for nothing that
+        it was given to do after that."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._values.tolist()
+        return self._values
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda:
+            return tensor
+        self._arrived = self._arrived or torch.cuda.Event()
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
+            tensor, non_blocking=True
+        )
+
+
+def _mapped(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The values with ``function`` of each tensor."""
+    if is_dataclass(values):
+        parts = {f.name: _mapped(getattr(values, f.name), function) for f in fields(values)}
+        return replace(values, **parts)
+    return tree_map(function, values)

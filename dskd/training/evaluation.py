@@ -93,18 +93,18 @@ def _evaluate(
         return make_batch(each.rows, each.view, given_B, np.zeros_like(given_B))
 
     with closing(prefetch(map(made, firsts), device)) as batches:
-        for first, batch in zip(firsts, batches, strict=True):
-            sums = objective.forward_evaluation(batch, metrics)
+        for first, sent in zip(firsts, batches, strict=True):
+            sums = objective.forward_evaluation(sent.on_device(), metrics)
             if totals is None:
                 totals = [torch.zeros_like(one) for one in sums]
             if first < len(own):
-                supervised += batch.supervised
+                supervised += sent.batch.supervised
                 totals = [total + one for total, one in zip(totals, sums, strict=True)]
             next_one()
     pause()
     assert totals is not None, f"no row in {each.name}"
     everywhere = dist.Summing([supervised])
-    values = Fetched(dist.sum_over_ranks(torch.cat(totals))).read()
+    values = Fetched(dist.sum_over_ranks(torch.cat(totals))).read().tolist()
     if everywhere.sums() == [0]:
         count = len(row_ids)
         raise DataError(f"no token of the {count} validation rows is predicted; use more rows")

@@ -80,7 +80,7 @@ class Queued:
         Raises:
             NonFiniteError: one of them is NaN or infinite: the student is spoilt.
         """
-        values = self._values.read()
+        values = self._values.read().tolist()
         means = dict(zip(self._names, values, strict=False))
         rest, loss = values[len(means) :], means.pop(LOSS)
         norms = rest[len(self._computed) :]

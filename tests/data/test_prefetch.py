@@ -1,14 +1,14 @@
 """Batches that are made and sent ahead: in order, one ahead, and with their own errors."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import closing
 
 import pytest
 import torch
 
 from dskd.batch import Batch
-from dskd.data.prefetch import prefetch
+from dskd.data.prefetch import Sent, prefetch
 from dskd.errors import StoreError
 from tests.batches import batch_of
 
@@ -19,8 +19,8 @@ def batch(row: int) -> Batch:
     return batch_of(torch.tensor([[row]]), row_ids_B=torch.tensor([row]))
 
 
-def rows(batches: Iterator[Batch]) -> list[int]:
-    return [each.row_ids_B.item() for each in batches]
+def rows(sent: Iterable[Sent]) -> list[int]:
+    return [each.on_device().row_ids_B.item() for each in sent]
 
 
 def test_all_come_in_order():
@@ -53,7 +53,7 @@ def test_an_error_comes_in_the_place_of_its_batch():
     taken = []
     with pytest.raises(StoreError, match=r"^row 2 is damaged$"):
         for each in prefetch(map(make, range(5)), CPU):
-            taken.append(each.row_ids_B.item())
+            taken += rows([each])
     assert taken == [0, 1]
 
 

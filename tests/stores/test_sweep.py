@@ -28,31 +28,15 @@ def _score(batch, signal):
     return Scored(batch.counts_B.numpy(), encoded(LAYOUT, batch, signal.logits_NV))
 
 
-def fill(
-    folder,
-    *,
-    micro_batch=3,
-    rows=None,
-    domain=None,
-    forward=None,
-    progress=None,
-    stop=None,
-    view=None,
-):
+def fill(folder, *, rows=None, domain=None, forward=None, view=None, score=_score, **options):
     """Sweep a toy teacher over toy rows: 23 rows, 2 draws, 12 shards of at most 4 rows."""
     rows = rows or ToyRows()
     view = view or ToyMasks()
     spec = LAYOUT.spec(rows=len(rows), draws=2, rows_per_shard=4, fingerprints=PRINTS)
     present = None if domain is None else rows.domains_B(np.arange(len(rows))) == domain
     teacher = forward or ToyTeacher()
-    options = {
-        "device": CPU,
-        "score": _score,
-        "present_R": present,
-        "progress": progress,
-        "stop": stop,
-    }
-    sweep(teacher, rows, view, Writer(folder, spec), micro_batch=micro_batch, **options)
+    options = {"micro_batch": 3, "device": CPU, "score": score, "present_R": present, **options}
+    sweep(teacher, rows, view, Writer(folder, spec), **options)
     return teacher
 
 
@@ -160,6 +144,24 @@ def test_failure_of_one_rank_ends_all_after_the_round(tmp_path, reference):
     with pytest.raises(NonFiniteError, match="row 6"):
         fill(tmp_path / "one", forward=_FailingTeacher())
     assert sorted(files(tmp_path / "one")) == kept
+
+
+def test_values_are_kept_while_the_next_pass_is_made(tmp_path):
+    """Of the batch that they are of; with the last pass of a round behind them, at once."""
+    events = []
+
+    class Noting(ToyTeacher):
+        def __call__(self, batch):
+            events.append(("pass", *batch.row_ids_B.tolist()))
+            return super().__call__(batch)
+
+    def score(batch, kept):
+        events.append(("keep", *batch.row_ids_B.tolist()))
+        return _score(batch, kept)
+
+    fill(tmp_path / "s", forward=Noting(), micro_batch=2, score=score)
+    first = [("pass", 0, 1), ("pass", 2, 3), ("keep", 0, 1), ("keep", 2, 3)]
+    assert events[:5] == [*first, ("pass", 4, 5)]
 
 
 class _UnreadableMasks(ToyMasks):

@@ -1,11 +1,14 @@
-"""How often a step makes the host wait for a GPU, in dskd's own lines: for the step before."""
+"""How often the host waits for a GPU in dskd's own lines: in a step for the one before, and in an
+evaluation, of however many batches, for its results."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dskd.batch import Batch
+from dskd.data.prefetch import Sent
 from dskd.fused import per_token, topk_teacher
 from dskd.training.trainer import Trainer
 from tests.equivalence.small import LIVE, Runs, cached, causal, routed
@@ -28,40 +31,46 @@ def runs(tmp_path_factory):
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
-    """Have every step append the waits in it, by line, to a file."""
-    launch, move = Trainer._launch, Batch.to
+    """Have every step and every evaluation append the waits in it, by line, to a file."""
+    plain = Sent.on_device
 
-    def watched_launch(self: Trainer, stop: bool):
-        with HostWaits() as waits:
-            waits.put(self.engine.module.parameters())
-            if self._unread is not None:
-                waits.put([self._unread.queued._values._values])
-            monkeypatch.setattr(Batch, "to", lambda batch, device: moved(waits, batch, device))
-            result = launch(self, stop)
-        with out.open("a") as stream:
-            stream.write(json.dumps(waits.lines) + "\n")
-        return result
+    def watching(what: str, function: Callable) -> Callable:
+        def call(trainer: Trainer, *args):
+            with HostWaits() as waits:
+                waits.put(trainer.engine.module.parameters())
+                if trainer._unread is not None:
+                    waits.put([trainer._unread.queued._values._values])
+                monkeypatch.setattr(Sent, "on_device", lambda sent: arrived(waits, sent))
+                result = function(trainer, *args)
+            with out.open("a") as stream:
+                stream.write(json.dumps([what, waits.lines]) + "\n")
+            return result
 
-    def moved(waits: HostWaits, batch: Batch, device: object) -> Batch:
-        found = move(batch, device)
+        return call
+
+    def arrived(waits: HostWaits, sent: Sent) -> Batch:
+        found = plain(sent)
         read_by_models = (found.ids_BT, found.mask_BT, found.labels_BT, found.positions_N)
         waits.put([*read_by_models, found.labels_N, *found.columns.values()])
         return found
 
-    monkeypatch.setattr(Trainer, "_launch", watched_launch)
+    for what, name in (("step", "_launch"), ("evaluation", "_score")):
+        monkeypatch.setattr(Trainer, name, watching(what, getattr(Trainer, name)))
     for module in (per_token, topk_teacher):
         monkeypatch.setattr(module, "looks", lambda values: False)  # it looks at CPU tensors alone
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("name", RUNS)
-def test_a_step_of_two_micro_batches_waits_for_the_one_before(
+def test_a_step_of_two_micro_batches_waits_once_and_so_does_an_evaluation(
     runs, tmp_path, monkeypatch, name, stage
 ):
     watched(monkeypatch, tmp_path / "waits.jsonl")
-    every = ["evaluation.every=4", "checkpoint.every=4"]  # what ends with its own numbers read
+    every = ["evaluation.every=4", "checkpoint.every=4", "evaluation.micro_batch=2"]
     runs.run(f"{name}{stage}", 1, f"deepspeed=zero{stage}", *every, **RUNS[name])
-    steps = [json.loads(line) for line in (tmp_path / "waits.jsonl").read_text().splitlines()]
-    assert [sum(waits.values()) for waits in steps] == [0, 1, 1, 1], steps
-    for waits in steps[1:]:
-        assert next(iter(waits)).startswith("system/device.py:")
+    found = [json.loads(line) for line in (tmp_path / "waits.jsonl").read_text().splitlines()]
+    counts = [(what, sum(waits.values())) for what, waits in found]
+    steps = [("step", 0), ("step", 1), ("step", 1), ("step", 1)]
+    assert counts == [*steps, ("evaluation", 1)], found
+    places = [next(iter(waits)).partition(":")[0] for _, waits in found if waits]
+    assert places == [*3 * ["training/step_numbers.py"], "training/evaluation.py"]

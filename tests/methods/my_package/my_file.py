@@ -140,7 +140,7 @@ def score(context: StageContext) -> None:
         return lambda batch: positions_ce(positions_of(model, batch)).label_N
 
     def values(batch: Batch, nll_N: Tensor) -> Scored:
-        return Scored(batch.counts_B.numpy(), {"nll": nll_N.float().cpu().numpy()})
+        return Scored(batch.counts_B.numpy(), {"nll": nll_N.float().numpy()})
 
     fill(
         folder_of(context),

@@ -162,10 +162,14 @@ def construct(
     return model.train()
 
 
-def parameter_count(config: PreTrainedConfig) -> int:
-    """Parameters of the model of a config, tied ones counted once, without making it."""
+def parameter_count(config: PreTrainedConfig, where: str) -> int:
+    """Parameters of the model of a config, tied ones counted once, without making it.
+
+    Raises:
+        ConfigError: it makes no model; the message names ``where``.
+    """
     with torch.device("meta"):
-        model = construct(config, "auto", None, torch.float32, "the config of the export")
+        model = construct(config, "auto", None, torch.float32, where)
     tie_head_bias(model)
     return sum(parameter.numel() for parameter in model.parameters())
 

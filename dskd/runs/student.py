@@ -81,7 +81,7 @@ def _in_engine(
     ds = _config(context, saved)
     student = build_student(context, context.student, ds, where="model")
     # Before the method's hooks, which may put other modules into the student.
-    exported = parameter_count(context.method.exported_config(student.config))
+    exported = parameter_count(context.method.exported_config(student.config), "export")
     with dist.agreed(), sharded_construction(ds):
         # Again, as the student's config is known now; and before anything is put into it.
         context.method.check(run, student.config)

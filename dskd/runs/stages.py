@@ -177,7 +177,8 @@ def evaluate_export(context: RunContext) -> None:
     # Sharded like the student was: a model that needs ZeRO-3 fits no single GPU here either.
     if stage_of(context.ds) == 3:
         ds = teacher_config(run.deepspeed, precision, run, hidden_size(exported, where="export"))
-    model = build_student(context, exported, ds, where="export")
+    whole = context.device if ds is None else None
+    model = build_student(context, exported, ds, where="export", device=whole)
     model = model.to(context.device) if ds is None else shard_teacher(model, ds)
     scores = by_key(_evaluate(context, Objective(model, context.method, None)))
     _write(context.folder.scores, scores)

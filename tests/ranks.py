@@ -26,6 +26,7 @@ import transformers  # noqa: F401
 from deepspeed import ops as deepspeed_ops
 
 import dskd.runs.plan  # noqa: F401
+from dskd.system.device import on_gpu
 
 # The CPU communication op is compiled with g++ at start-up and hangs on a stale lock: never use it.
 deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -89,7 +90,8 @@ def _child(
 ) -> None:
     be_rank(rank, world, port)
     try:
-        deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
+        if not on_gpu():  # else the user's command joins by itself
+            deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
         results.put((rank, False, function(rank, *args)))
     except BaseException:
         results.put((rank, True, traceback.format_exc()))

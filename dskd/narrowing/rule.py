@@ -52,7 +52,8 @@ class Rule(ABC):
         self.removed_at: dict[str, Tensor] = {}
         """By group: the step t whose mask removed each unit, 0 where it is kept; int64 [U]."""
         for name, units in self.groups.items():
-            self.removed_at[name] = torch.zeros(units.cut.size, dtype=torch.int64)
+            # Said, because where a ZeRO-3 student is made, DeepSpeed's default is its device.
+            self.removed_at[name] = torch.zeros(units.cut.size, dtype=torch.int64, device="cpu")
         self._cached: dict[tuple[str, torch.device], Tensor] = {}
 
     @property

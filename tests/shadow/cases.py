@@ -1,0 +1,85 @@
+"""Every method and every kind of teacher as a tiny run, on the shadow device and on the CPU."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from deepspeed.accelerator import real_accelerator
+
+from dskd.fused import backend, gradients, update
+from dskd.settings.yaml_tree import merge
+from tests.equivalence import small
+from tests.equivalence.small import MASKED, Runs, cached, causal, routed
+
+EXACT = {"precision": "fp32"}  # on a GPU `auto` is bf16
+LIVE, LIVE_OTHER = small.LIVE | EXACT, small.LIVE_OTHER | EXACT
+STUDENT = {"config": MASKED | {"num_hidden_layers": 1}}
+HARD = {"masking": {"kind": "hard_tokens", "metric": "quantile"}}
+SMOOTHED = {"kind": "self_evolution", "smoothing": 0.5}
+WID = {"kind": "wid", "hidden_size": 16, "every": 1, "ramp": 1, "anneal": 1, "lr": 0.01}
+
+FROZEN = {"kind": "self", "weights": "frozen"} | EXACT
+CASES: dict[str, dict[str, Any]] = {
+    "lm": {"method": {"kind": "lm"}, "teacher": None},
+    "ki live": {"teacher": LIVE},
+    "ki causal": merge(causal(), {"teacher": EXACT}),
+    "ki routed": {"teacher": routed(LIVE, LIVE_OTHER)},
+    "ki cached": {"teacher": cached(LIVE)},
+    "self current": {"method": SMOOTHED, "teacher": {"kind": "self"}, "data": HARD},
+    "self frozen": {"method": SMOOTHED, "teacher": FROZEN},
+    "self average": {"method": SMOOTHED, "teacher": {"kind": "self", "weights": "average"}},
+    "wid": {"method": WID, "teacher": None},
+}
+
+
+def ranks_of(stage: int) -> int:
+    """Two where gradients or weights are spread over the ranks."""
+    return 2 if stage >= 2 else 1
+
+
+def train(
+    runs: Runs, name: str, case: str, stage: int, precision: str, *words: str, **more: Any
+) -> Path:
+    """The run of a case, of two steps of two micro-batches a rank; its teachers in fp32."""
+    changes = dict(CASES[case])
+    if case == "wid":
+        changes["model"] = STUDENT | {"path": str(weights(runs))}
+    size = 4 * ranks_of(stage)
+    steps = ("train.steps=2", f"train.batch={size}", "train.micro_batch=2")
+    words = (f"deepspeed=zero{stage}", f"train.precision={precision}", *steps, *words)
+    return runs.run(name, ranks_of(stage), *words, **changes | more)
+
+
+def weights(runs: Runs) -> Path:
+    """A folder of random weights, made once."""
+    if not (runs.folder / "weights").exists():
+        still = {"steps": 1, "lr": 1e-12, "precision": "fp32"}
+        plain = {"method": {"kind": "lm"}, "teacher": None, "until": "export"}
+        runs.run("weights", 1, "deepspeed=zero1", model=STUDENT, train=still, **plain)
+    return runs.folder / "weights" / "export"
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Ranks that are forked inside compute on the CPU, as if there were no device."""
+    with (
+        patch.dict("os.environ", DS_ACCELERATOR="cpu"),
+        patch.object(real_accelerator, "ds_accelerator", None),
+    ):
+        yield
+
+
+@contextmanager
+def plain_losses() -> Iterator[None]:
+    """Ranks that are forked inside use the closed forms in place of the kernels, for which there is
+    the interpreter only: slow, and wrong in bf16."""
+
+    def none(tensor: object) -> bool:
+        return False
+
+    with ExitStack() as stack:
+        for module in (backend, gradients, update):
+            stack.enter_context(patch.object(module, "on_triton", none))
+        yield

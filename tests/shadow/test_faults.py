@@ -1,0 +1,67 @@
+"""The device shows the mistakes that a GPU would: one planted fault a test."""
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import pytest
+
+from dskd.batch import Batch
+from dskd.methods import inheritance_loss
+from tests.equivalence.small import Runs
+from tests.shadow.cases import plain_losses, train
+from tests.shadow.watched import read, watched
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("faults"))
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], old: str, new: str) -> str:
+    """Change a piece of a function's text, wherever it is used; ``file:line`` of the piece."""
+    lines, first = inspect.getsourcelines(function)
+    source = "".join(lines)
+    assert source.count(old) == 1, source
+    text = "\n" * (first - 1) + textwrap.dedent(source).replace(old, new)
+    module = compile(text, function.__code__.co_filename, "exec", dont_inherit=True)
+    (code,) = [c for c in module.co_consts if isinstance(c, CodeType)]
+    assert code.co_freevars == function.__code__.co_freevars
+    monkeypatch.setattr(function, "__code__", code)
+    line = first + source[: source.index(old)].count("\n")
+    return f"{inspect.getmodule(function).__name__.replace('.', '/')}.py:{line}"
+
+
+def failed(runs: Runs, case: str) -> str:
+    """What the run of a case dies of."""
+    with plain_losses(), pytest.raises(AssertionError) as problem:
+        train(runs, f"failed {case}", case, 2, "bf16")
+    return str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{name: copy(column)", "{name: column", "ids: is on cpu, not the logits'"),
+        ("copy(self.positions_N)", "self.positions_N", "Expected all tensors to be on the same"),
+    ],
+)
+def test_a_part_of_a_batch_that_stays_on_the_cpu(runs, monkeypatch, old, new, message):
+    plant(monkeypatch, Batch._copied, old, new)
+    assert message in failed(runs, "ki cached")
+
+
+def test_a_wait_in_a_loss(runs, monkeypatch):
+    """Named with its line, for each micro-batch."""
+    place = plant(
+        monkeypatch,
+        inheritance_loss.labels_term,
+        "losses.total,",
+        "losses.total * losses.total.item() ** 0,",
+    )
+    file = runs.folder / "waits.json"
+    with plain_losses(), watched(file):
+        train(runs, "waits", "lm", 2, "bf16")
+    assert read(file).own("passes") == {f"{place} (item)": 4}

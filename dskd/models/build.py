@@ -178,7 +178,7 @@ def _parameters_on(device: torch.device | None) -> Iterator[None]:
     """
 
     def moved(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if parameter.device == device:  # a tied one
+        if parameter.device.type == device.type:  # a tied one, made before
             return None
         return nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
 

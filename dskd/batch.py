@@ -7,7 +7,7 @@ teacher, K kept logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -178,11 +178,18 @@ class ProjectedTeacher:
     projection: Projection
     vocabulary: int
 
-    @cached_property
-    def logits_NV(self) -> Tensor:
-        """Teacher logits [N, vocabulary], without gradient."""
-        with torch.no_grad():
-            return self.projection(self.hidden_NE)[:, : self.vocabulary]
+
+@dataclass(frozen=True)
+class ProjectedTeachers:
+    """Several teachers of one vocabulary, each of some of the N supervised positions.
+
+    Attributes:
+        parts: in an order that is the same on every rank; one may teach no position.
+        places_N: int64, which positions the rows of the parts are, one part's after the other's.
+    """
+
+    parts: Sequence[ProjectedTeacher]
+    places_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -196,6 +203,14 @@ class LinearTeacher:
     hidden_NE: Tensor
     weight_VE: Tensor
     bias_V: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LinearTeachers:
+    """What :class:`ProjectedTeachers` are inside of all their projections."""
+
+    parts: Sequence[LinearTeacher]
+    places_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -226,7 +241,7 @@ class TopKTeacher:
     tail_N: Mapping[float, Tensor]
 
 
-Signal = ProjectedTeacher | DenseTeacher | TopKTeacher
+Signal = ProjectedTeacher | ProjectedTeachers | DenseTeacher | TopKTeacher
 """What a teacher gives for the supervised positions of a batch."""
 
 

@@ -11,17 +11,30 @@ The same in plain differentiable torch, for any dtype, is in ``dskd/fused/refere
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from dskd.batch import DenseTeacher, LinearTeacher, Positions, ProjectedTeacher, Signal, TopKTeacher
+from dskd.batch import (
+    DenseTeacher,
+    LinearTeacher,
+    LinearTeachers,
+    Positions,
+    ProjectedTeacher,
+    ProjectedTeachers,
+    Signal,
+    TopKTeacher,
+)
 from dskd.errors import ConfigError
 from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, TokenWeight, TopKMode
 from dskd.fused.backend import implementation, triton_everywhere
 from dskd.fused.compactor import FactorGradients, Factors, Merged, merge_layers, unmerge_layers
 from dskd.fused.dense import dense_kd
 from dskd.fused.label import label_ce
-from dskd.fused.linear import LogitTeacher, linear_kd
+from dskd.fused.linear import linear_kd
+from dskd.fused.linear_teacher import LogitTeacher
 from dskd.fused.mixture import mixture_kd
 from dskd.fused.topk import topk_kd
 from dskd.fused.topk_teacher import topk_teacher
@@ -35,6 +48,7 @@ __all__ = [
     "FactorGradients",
     "Factors",
     "LinearTeacher",
+    "LinearTeachers",
     "LogitMap",
     "Losses",
     "Merged",
@@ -76,7 +90,7 @@ def positions_kd(
 ) -> Losses:
     """:func:`linear_kd` of a student's supervised positions against whatever teaches them.
 
-    It runs inside the forward of the heads of student and teacher, where ZeRO-3 has gathered their
+    It runs inside the forward of the heads of student and teachers, where ZeRO-3 has gathered their
     weights.
 
     Args:
@@ -105,7 +119,10 @@ def positions_kd(
     if isinstance(signal, DenseTeacher):
         shared = signal.logits_NV.shape[1] if kind in INFINITE else None
         return _through_head(positions, signal, shared, **options)
-    return _through_heads(positions, signal, options)
+    if isinstance(signal, ProjectedTeachers):
+        of_heads = partial(LinearTeachers, places_N=signal.places_N)
+        return _through_heads(positions, signal.parts, of_heads, options)
+    return _through_heads(positions, [signal], lambda heads: heads[0], options)
 
 
 def _through_head(
@@ -125,23 +142,40 @@ def _through_head(
 
 
 def _through_heads(
-    positions: Positions, signal: ProjectedTeacher, options: dict[str, object]
+    positions: Positions,
+    parts: Sequence[ProjectedTeacher],
+    teacher_of: Callable[[list[LinearTeacher]], LogitTeacher],
+    options: dict[str, object],
 ) -> Losses:
-    found: list[Losses] = []
+    """Through the heads of all parts, one within the other: all weights are there at once."""
+    (vocabulary,) = {part.vocabulary for part in parts}
+    shared = vocabulary if options["kind"] in INFINITE else None
     with_gradient = torch.is_grad_enabled()
+    heads: list[LinearTeacher] = []
+    found: list[Losses] = []
 
-    def use(hidden_NE: Tensor, weight_WE: Tensor, bias_W: Tensor | None) -> Tensor:
-        teacher = LinearTeacher(hidden_NE, weight_WE, bias_W)
+    def enter(rest: Sequence[ProjectedTeacher]) -> None:
+        if rest:
+            rest[0].projection(rest[0].hidden_NE, partial(use, rest[1:]))
+            return
         with torch.set_grad_enabled(with_gradient):
-            vocabulary = signal.vocabulary
-            shared = vocabulary if options["kind"] in INFINITE else None
+            teacher = teacher_of(heads)
             found.append(
                 _through_head(positions, teacher, shared, vocabulary=vocabulary, **options)
             )
+
+    def use(
+        rest: Sequence[ProjectedTeacher],
+        hidden_NE: Tensor,
+        weight_WE: Tensor,
+        bias_W: Tensor | None,
+    ) -> Tensor:
+        heads.append(LinearTeacher(hidden_NE, weight_WE, bias_W))
+        enter(rest)
         return hidden_NE
 
-    # The result leaves by the side: as the module's output it would take the hooks of the
-    # teacher's engine into the student's backward pass.
+    # The result leaves by the side: as a module's output it would take the hooks of a teacher's
+    # engine into the student's backward pass.
     with torch.no_grad():
-        signal.projection(signal.hidden_NE, use)
+        enter(parts)
     return found[0]

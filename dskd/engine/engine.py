@@ -63,6 +63,7 @@ def start(ranks_timeout: float = 10) -> torch.device:
     timeout = timedelta(minutes=(watch.LONG + 1) * ranks_timeout + 20)
     # It binds NCCL to this rank's device, unless it is alone (where that fails: its issue 8248).
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+    dist.add_host_group(timeout)
     return device
 
 
@@ -77,7 +78,7 @@ def _meet(minutes: float) -> None:
 
 def stop() -> None:
     """Leave the process group."""
-    torch.distributed.destroy_process_group()
+    dist.leave()
 
 
 def stage_of(ds: dict[str, Any]) -> int:

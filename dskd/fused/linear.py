@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd.batch import DenseTeacher, LinearTeacher, TopKTeacher
+from dskd.batch import TopKTeacher
 from dskd.fused.arguments import (
     SAME,
     LogitMap,
@@ -23,21 +23,23 @@ from dskd.fused.arguments import (
     TokenWeight,
     kind_of,
     map_of,
-    matrix,
     refuse,
-    teacher_columns,
     temperature_of,
-    unit_columns,
     wide,
 )
 from dskd.fused.gradients import detached, refuse_second_order, scaled, wanted
+from dskd.fused.linear_teacher import (
+    LogitTeacher,
+    autocast,
+    check_form,
+    check_head,
+    form_of,
+    tail_of,
+)
 from dskd.fused.linear_visit import visit
 from dskd.fused.logit_loss import LossForm
 from dskd.fused.per_token import TokenWeights, weights_of
-from dskd.fused.topk_teacher import at_temperature, check_masses, topk_of
-
-LogitTeacher = LinearTeacher | DenseTeacher | TopKTeacher | None
-"""Whose divergence is taken; None: nobody's, cross entropy alone."""
+from dskd.fused.topk_teacher import check_masses
 
 
 def linear_kd(
@@ -70,7 +72,9 @@ def linear_kd(
         hidden_ND: fp32, bf16, fp16 or float64; inside autocast it is cast as a linear layer's.
         weight_VD: of the same type.
         bias_V: likewise.
-        teacher: whose divergence (classes of ``dskd/batch.py``); None: cross entropy alone.
+        teacher: whose divergence (classes of ``dskd/batch.py``); several linear ones have a share
+            of the tokens each, all the same columns, and ``hidden_ND`` is copied in the order of
+            their rows; None: cross entropy alone.
         kind, beta, teacher_map, vocabulary: of dense and linear teachers, see
             :func:`~dskd.fused.dense.dense_kd`; a top-k teacher's is the forward KL.
         mode: of a top-k teacher alone, see :func:`~dskd.fused.topk.topk_kd`.
@@ -85,8 +89,8 @@ def linear_kd(
     Raises:
         ValueError: an argument of a wrong shape, type, device or range, named.
     """
-    hidden_ND, weight_VD, bias_V = _autocast(hidden_ND, weight_VD, bias_V)
-    _check_head("", hidden_ND, weight_VD, bias_V)
+    hidden_ND, weight_VD, bias_V = autocast(hidden_ND, weight_VD, bias_V)
+    check_head("", hidden_ND, weight_VD, bias_V)
     columns, dtype = len(weight_VD), logits_dtype or wide(hidden_ND.dtype)
     dtypes = dict.fromkeys((hidden_ND.dtype, wide(hidden_ND.dtype)))
     refuse(
@@ -97,9 +101,9 @@ def linear_kd(
     # as the row functions will see them
     logits_NV = hidden_ND.new_empty(0, dtype=dtype).expand(len(hidden_ND), 0)
     temperature = temperature_of(temperature)
-    form, tensors, narrower = _teacher(teacher, logits_NV, columns, vocabulary, mode, temperature)
-    kind_of(kind, beta, reverse_weight, narrower)
-    _check_form(form, kind, mode, vocabulary, teacher_map)
+    found = form_of(teacher, logits_NV, columns, vocabulary, mode, temperature)
+    kind_of(kind, beta, reverse_weight, found.narrower)
+    check_form(found.form, kind, mode, vocabulary, teacher_map)
     weight = 0.0 if teacher is None else weight
     weights = weights_of(
         logits_NV, labels_N, ignore_index, columns, weight, reverse_weight, label_weight
@@ -108,123 +112,31 @@ def linear_kd(
         teacher is None and weights.label_N is None, lambda: "teacher: neither a teacher nor labels"
     )
     if isinstance(teacher, TopKTeacher):
-        parts = (teacher.ids_NK, teacher.logprobs_NK, _tail(teacher, mode, temperature))
+        parts = (teacher.ids_NK, teacher.logprobs_NK, tail_of(teacher, mode, temperature))
         check_masses(*parts, weights.divergence_N, temperature=temperature, columns=columns)
+    places_N = found.places_N
+    if places_N is not None:  # the rows of one teacher together, for products of many rows
+        hidden_ND = hidden_ND.index_select(0, places_N)
+        weights = _in_order(weights, places_N)
     inputs = (hidden_ND, weight_VD, bias_V)
     needs = [x is not None and wanted(x) for x in inputs]
     maps = [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)]
-    kind = kind if form in ("dense", "linear") else mode
-    loss = (tensors, *weights, form, kind, float(beta), temperature, maps)
-    return detached(_linear(*inputs, *loss, dtype, chunk or 0, needs))
+    kind = kind if found.form in ("dense", "linear") else mode
+    loss = (found.tensors, *weights, found.form, kind, float(beta), temperature, maps)
+    losses = detached(_linear(*inputs, *loss, dtype, chunk or 0, needs))
+    return losses if places_N is None else _out_of_order(losses, places_N)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The operands of a linear layer as autocast would cast them."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+def _in_order(values: TokenWeights, places_N: Tensor) -> TokenWeights:
+    return TokenWeights(*(x if x is None else x.index_select(0, places_N) for x in values))
 
 
-def _check_head(owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    matrix(f"{owner}hidden", hidden)
-    matrix(f"{owner}weight", weight, like=hidden)
-    refuse(
-        weight.shape[1] != hidden.shape[1],
-        lambda: (
-            f"{owner}weight: has {weight.shape[1]} columns, the hidden states {hidden.shape[1]}"
-        ),
-    )
-    refuse(
-        weight.dtype != hidden.dtype,
-        lambda: f"{owner}weight: is {weight.dtype}, the hidden states are {hidden.dtype}",
-    )
-    if bias is not None:
-        refuse(
-            bias.shape != weight.shape[:1] or bias.dtype != weight.dtype,
-            lambda: (
-                f"{owner}bias: must be {weight.dtype} [{len(weight)}], not {bias.dtype} "
-                f"{list(bias.shape)}"
-            ),
-        )
-        refuse(
-            bias.device != weight.device,
-            lambda: f"{owner}bias: is on {bias.device}, not the weight's",
-        )
+def _out_of_order(losses: Losses, places_N: Tensor) -> Losses:
+    def put(value_N: Tensor) -> Tensor:
+        return torch.empty_like(value_N).index_copy_(0, places_N, value_N)
 
-
-def _check_form(
-    form: str, kind: str, mode: str, vocabulary: int | None, teacher_map: LogitMap
-) -> None:
-    """Refuse what this form of a teacher would leave aside."""
-    if form != "topk":
-        refuse(mode != "tail", lambda: f"mode: {mode!r} is of a top-k teacher, which this is not")
-    if form in ("topk", "label"):
-        less = "the teacher's logits are not all there"
-        refuse(kind != "forward_kl", lambda: f"kind: {kind} cannot be computed, {less}")
-        refuse(vocabulary is not None, lambda: f"vocabulary: nothing to cut, {less}")
-        refuse(teacher_map != SAME, lambda: f"teacher_map: nothing to map, {less}")
-
-
-def _teacher(
-    teacher: LogitTeacher,
-    logits_NV: Tensor,
-    columns: int,
-    vocabulary: int | None,
-    mode: str,
-    temperature: float,
-) -> tuple[str, list[Tensor], bool]:
-    """Its form, its tensors, and whether it has fewer columns than the student.
-
-    ``columns``: of the student; ``vocabulary``: how many of them are real tokens.
-    """
-    count = len(logits_NV)
-    if teacher is None:
-        return "label", [], False
-    if isinstance(teacher, TopKTeacher):
-        return "topk", _topk(teacher, logits_NV, columns, mode, temperature), False
-    if isinstance(teacher, DenseTeacher):
-        matrix("teacher", teacher.logits_NV, rows=count, like=logits_NV)
-        shared = teacher_columns(teacher.logits_NV.shape[1], columns, vocabulary)
-        return "dense", [unit_columns(teacher.logits_NV.detach()[:, :shared])], shared < columns
-    refuse(
-        not isinstance(teacher, LinearTeacher),
-        lambda: (
-            f"teacher: must be a DenseTeacher, LinearTeacher, TopKTeacher or None, "
-            f"not {type(teacher).__name__}"
-        ),
-    )
-    hidden_NE, weight_WE, bias_W = _autocast(teacher.hidden_NE, teacher.weight_VE, teacher.bias_V)
-    _check_head("teacher's ", hidden_NE, weight_WE, bias_W)
-    matrix("teacher's hidden", hidden_NE, rows=count, like=logits_NV)
-    shared = teacher_columns(len(weight_WE), columns, vocabulary)
-    tensors = [hidden_NE, weight_WE[:shared]] + ([] if bias_W is None else [bias_W[:shared]])
-    return "linear", [x.detach() for x in tensors], shared < columns
-
-
-def _topk(
-    teacher: TopKTeacher, logits_NV: Tensor, columns: int, mode: str, temperature: float
-) -> list[Tensor]:
-    """Ids, log-probabilities at the temperature, and the tail in mode ``tail``."""
-    tail_N = _tail(teacher, mode, temperature)
-    ids_NK, *kept = topk_of(teacher.ids_NK, teacher.logprobs_NK, tail_N, mode, logits_NV, columns)
-    found = (ids_NK, *at_temperature(*kept, temperature))
-    return [x for x in found if x is not None]
-
-
-def _tail(teacher: TopKTeacher, mode: str, temperature: float) -> Tensor | None:
-    if mode != "tail":
-        return None
-    stored = teacher.tail_N
-    refuse(
-        temperature not in stored,
-        lambda: (
-            f"teacher: has no tail mass at temperature {temperature}, but at "
-            f"{', '.join(map(str, stored))}"
-        ),
-    )
-    return stored[temperature]
+    label_N = put(losses.label_N) if losses.label_N.shape == places_N.shape else losses.label_N
+    return Losses(losses.total, put(losses.divergence_N), label_N)
 
 
 @torch.library.custom_op(

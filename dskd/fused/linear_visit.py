@@ -5,17 +5,13 @@ Shape letters: N tokens, C of them in a chunk, V student columns, W teacher colu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from dskd.fused.arguments import wide
 from dskd.fused.chunking import Buffer, HeadGradients, chunk_of, chunks, operand, project
 from dskd.fused.logit_loss import LossForm
-
-ChunkLoss = Callable[[slice, Tensor, Tensor | None], tuple]
-"""(tokens of the chunk, their logits, room for the gradient) -> divergence [C], label loss [C]."""
+from dskd.fused.teacher_logits import runs_ahead, teacher_logits
 
 
 def visit(
@@ -28,16 +24,21 @@ def visit(
     chunk: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, HeadGradients]:
-    """Total, divergence [N], label loss [N] or [0], and the gradients that are needed."""
+    """Total, divergence [N], label loss [N] or [0], and the gradients that are needed.
+
+    Beside these and what it is given it takes ``C V`` times :func:`_bytes_per_logit`, V as a
+    multiple of 64: C is as many tokens as the budget of a chunk holds.
+    """
     count, columns = len(hidden_ND), len(weight_VD)
     hidden_ND, weight_VD = operand(hidden_ND), operand(weight_VD)
     bias_V = None if bias_V is None else operand(bias_V)
     device, in_place = hidden_ND.device, hidden_ND.dtype == logits_dtype
-    bytes_per_logit = logits_dtype.itemsize * (2 if loss.form == "linear" else 1)
-    bytes_per_logit += 0 if in_place else hidden_ND.dtype.itemsize
-    size = chunk or chunk_of(count, columns, bytes_per_logit, device)
+    each = _bytes_per_logit(loss, hidden_ND.dtype, logits_dtype, runs_ahead(device))
+    size = chunk or chunk_of(count, columns, each, device)
     size = min(size, max(1, count))
-    chunk_loss = _chunk_loss(loss, size, logits_dtype)
+    teacher = None
+    if loss.form == "linear":
+        teacher = teacher_logits(loss.teacher, count, size, logits_dtype)
     gradients = HeadGradients(hidden_ND, weight_VD, bias_V, needs)
     logits = Buffer(size, columns, logits_dtype, device)
     rounded = None
@@ -53,7 +54,8 @@ def visit(
         grad_CV = None
         if any(needs):
             grad_CV = logits_CV if rounded is None else rounded.first(len(hidden_CD))
-        divergence_N[rows], label_C = chunk_loss(rows, logits_CV, grad_CV)
+        teacher_CW = None if teacher is None else next(teacher)
+        divergence_N[rows], label_C = loss.rows(rows, logits_CV, grad_CV, teacher_CW)
         if label_C is not None:
             label_N[rows] = label_C
         if grad_CV is not None:
@@ -61,15 +63,8 @@ def visit(
     return *loss.total(divergence_N, label_N), gradients
 
 
-def _chunk_loss(loss: LossForm, size: int, logits_dtype: torch.dtype) -> ChunkLoss:
-    if loss.form != "linear":
-        return loss.rows
-    hidden_NE, weight_WE, *bias = map(operand, loss.teacher)
-    buffer = Buffer(size, len(weight_WE), logits_dtype, weight_WE.device)
-
-    def chunk_loss(rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
-        teacher_CW = buffer.first(len(logits_CV))
-        project(hidden_NE[rows], weight_WE, bias[0] if bias else None, teacher_CW)
-        return loss.dense(rows, logits_CV, teacher_CW, grad_CV)
-
-    return chunk_loss
+def _bytes_per_logit(loss: LossForm, hidden: torch.dtype, logits: torch.dtype, ahead: bool) -> int:
+    """What a chunk takes for each of its logits: the student's, the teacher's (and the next
+    chunk's), and their gradient in the type of the operands."""
+    buffers = (2 + ahead) if loss.form == "linear" else 1
+    return buffers * logits.itemsize + (0 if hidden == logits else hidden.itemsize)

@@ -24,8 +24,8 @@ class LossForm(NamedTuple):
 
     Attributes:
         form: ``dense``, ``linear``, ``topk``, or ``label``: cross entropy alone.
-        teacher: its logits; or hidden states, weight and maybe bias; or ids, log-probabilities and
-            maybe tail; or nothing.
+        teacher: its logits; or hidden states, weight and bias (empty: none) of each teacher; or
+            ids, log-probabilities and maybe tail; or nothing.
         weights: of every token; a token's label.
         kind: the divergence, or the mode of a top-k teacher.
         beta, temperature: see :func:`dskd.fused.dense.dense_kd`.
@@ -40,34 +40,36 @@ class LossForm(NamedTuple):
     temperature: float
     maps: list[float]
 
-    def rows(self, rows: slice, logits_CV: Tensor, grad_CV: Tensor | None) -> tuple:
+    def rows(
+        self,
+        rows: slice,
+        logits_CV: Tensor,
+        grad_CV: Tensor | None,
+        teacher_CW: Tensor | None = None,
+    ) -> tuple:
         """Divergence [C] and label loss [C] or None of some tokens, their gradient in ``grad_CV``.
 
-        The logits of form ``topk`` are used up.
+        ``teacher_CW``: the logits of a teacher of form ``linear``. The student's of form ``topk``
+        are used up.
         """
-        if self.form == "dense":
-            return self.dense(rows, logits_CV, self.teacher[0][rows], grad_CV)
-        weight_C, _, labels_C, label_C = self._weights(rows)
-        functions = row_functions(self.form, logits_CV)
+        weight_C, reverse_C, labels_C, label_C = self._weights(rows)
         options = {"student_map": tuple(self.maps[:2]), "grad_NV": grad_CV}
         if self.form == "label":
+            functions = row_functions("label", logits_CV)
             losses_C = functions.label_rows(logits_CV, labels_C, label_C, **options)
             return torch.zeros_like(losses_C), losses_C
-        ids_CK, logprobs_CK, *tail = (tensor[rows] for tensor in self.teacher)
-        options |= {"mode": self.kind, "temperature": self.temperature}
-        kept = (ids_CK, logprobs_CK, tail[0] if tail else None)
-        return functions.topk_rows(logits_CV, *kept, labels_C, weight_C, label_C, **options)
-
-    def dense(
-        self, rows: slice, logits_CV: Tensor, teacher_CW: Tensor, grad_CV: Tensor | None
-    ) -> tuple:
-        """The same from the teacher's logits of these tokens."""
-        weight_C, reverse_C, labels_C, label_C = self._weights(rows)
-        logits = (logits_CV, teacher_CW)
-        heat = {"kind": self.kind, "beta": self.beta, "temperature": self.temperature}
-        maps = {"student_map": tuple(self.maps[:2]), "teacher_map": tuple(self.maps[2:])}
+        options |= {"temperature": self.temperature}
+        if self.form == "topk":
+            functions = row_functions("topk", logits_CV)
+            ids_CK, logprobs_CK, *tail = (tensor[rows] for tensor in self.teacher)
+            kept = (ids_CK, logprobs_CK, tail[0] if tail else None)
+            options |= {"mode": self.kind}
+            return functions.topk_rows(logits_CV, *kept, labels_C, weight_C, label_C, **options)
+        teacher_CW = self.teacher[0][rows] if teacher_CW is None else teacher_CW
+        weights = (labels_C, weight_C, reverse_C, label_C)
+        options |= {"kind": self.kind, "beta": self.beta, "teacher_map": tuple(self.maps[2:])}
         return row_functions("dense", logits_CV).dense_rows(
-            *logits, labels_C, weight_C, reverse_C, label_C, **heat, **maps, grad_NV=grad_CV
+            logits_CV, teacher_CW, *weights, **options
         )
 
     def total(self, divergence_N: Tensor, label_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

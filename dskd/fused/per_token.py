@@ -118,6 +118,17 @@ def labels_of(labels_N: Tensor, logits_NV: Tensor) -> Tensor:
     return labels_N
 
 
+def places_of(places_N: Tensor, logits_NV: Tensor) -> Tensor:
+    """Places of the right shape and type; where one looks, of every token once."""
+    _check_vector("places", places_N, logits_NV)
+    refuse(places_N.dtype != torch.int64, lambda: f"places: must be int64, not {places_N.dtype}")
+    if looks(places_N):
+        count = len(places_N)
+        once = torch.equal(places_N.sort().values, torch.arange(count, device=places_N.device))
+        refuse(not once, lambda: f"places: are not each of the {count} tokens once")
+    return places_N
+
+
 def _check_vector(name: str, value: Tensor, logits_NV: Tensor) -> None:
     """Check [N] on the logits' device."""
     shape, count = tuple(value.shape), len(logits_NV)

@@ -18,19 +18,18 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dskd.batch import TopKTeacher
+from dskd.batch import ProjectedTeacher, TopKTeacher
 from dskd.fused.arguments import MODES, beside, matrix, refuse, temperature_of, wide
 from dskd.fused.backend import on_triton
+from dskd.fused.chunking import chunk_of
 from dskd.fused.per_token import in_range, looks, vector
+from dskd.fused.through_head import through_head
 
 MOST_KEPT = 4096
 """Kept tokens of a row that the kernels hold in the registers of 1024 threads."""
 
 SLACK = 1e-3
 """By which a mass may miss 1 for other reasons than rounded log-probabilities."""
-
-_CHUNK = 1 << 24
-"""Logits that are sorted at once: bounds the fp32 copies to some 64 MiB each."""
 
 
 def topk_teacher(logits_NV: Tensor, k: int, temperatures: float | Sequence[float]) -> TopKTeacher:
@@ -76,10 +75,28 @@ def topk_teacher(logits_NV: Tensor, k: int, temperatures: float | Sequence[float
 @torch.no_grad()
 def largest(logits_NV: Tensor, k: int, temperatures: Sequence[float]) -> TopKTeacher:
     """:func:`topk_teacher` of arguments that are known to be right."""
-    size = max(1, _CHUNK // logits_NV.shape[1])
+    count, columns = logits_NV.shape
+    size = chunk_of(count, columns, _bytes_per_logit(logits_NV.dtype), logits_NV.device)
     parts = [_largest(part_NV, k, temperatures) for part_NV in logits_NV.split(size)]
-    ids_NK, logprobs_NK, *tails = (torch.cat(each) for each in zip(*parts, strict=True))
-    return TopKTeacher(ids_NK, logprobs_NK, dict(zip(temperatures, tails, strict=True)))
+    return _kept([torch.cat(each) for each in zip(*parts, strict=True)], temperatures)
+
+
+def largest_of(teacher: ProjectedTeacher, k: int, temperatures: Sequence[float]) -> TopKTeacher:
+    """The same of a teacher's logits, which are made chunk by chunk in its head."""
+    found = through_head(
+        teacher.projection,
+        teacher.hidden_NE,
+        teacher.vocabulary,
+        lambda rows, logits_CV: _largest(logits_CV, k, temperatures),
+        bytes_per_logit=_bytes_per_logit(teacher.hidden_NE.dtype),
+    )
+    return _kept(found, temperatures)
+
+
+def _bytes_per_logit(dtype: torch.dtype) -> int:
+    """What :func:`_largest` takes beside the logits: log-probabilities, those at a temperature, and
+    their exponentials."""
+    return 3 * wide(dtype).itemsize
 
 
 def _largest(logits_NV: Tensor, k: int, temperatures: Sequence[float]) -> list[Tensor]:
@@ -87,8 +104,13 @@ def _largest(logits_NV: Tensor, k: int, temperatures: Sequence[float]) -> list[T
     logprobs_NV = logits_NV.to(wide(logits_NV.dtype)).log_softmax(1)
     logprobs_NK, ids_NK = logprobs_NV.topk(k, dim=1)
     # from the others themselves: 1 - sum has no digits left where k tokens hold nearly everything
-    rest_NV = logprobs_NV.scatter(1, ids_NK, -math.inf)
+    rest_NV = logprobs_NV.scatter_(1, ids_NK, -math.inf)
     return [ids_NK, logprobs_NK, *((rest_NV / heat).logsumexp(1) for heat in temperatures)]
+
+
+def _kept(found: Sequence[Tensor], temperatures: Sequence[float]) -> TopKTeacher:
+    ids_NK, logprobs_NK, *tails = found
+    return TopKTeacher(ids_NK, logprobs_NK, dict(zip(temperatures, tails, strict=True)))
 
 
 def topk_of(

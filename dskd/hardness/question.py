@@ -11,19 +11,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from dskd.batch import Batch, Positions
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
+from dskd.fused.through_head import through_head
 from dskd.hardness.scoring import ScoringView
 from dskd.hardness.store import describe_scores, encode, hardness_spec
 from dskd.models.families import positions_of
 from dskd.settings.data import HardTokens
 from dskd.stores.fill import Words, fill
 from dskd.stores.sweep import Scored, refuse_non_finite
-
-_CHUNK = 1 << 24  # logits at once: bounds their float32 copies to some 64 MiB each
 
 
 class TokenScores(NamedTuple):
@@ -92,7 +90,6 @@ def question(
     )
 
 
-@torch.no_grad()
 def token_scores(positions: Positions, vocabulary: int) -> TokenScores:
     """How hard the labels were to a model; its head runs once, by chunks of bounded memory.
 
@@ -101,20 +98,14 @@ def token_scores(positions: Positions, vocabulary: int) -> TokenScores:
         vocabulary: number of real tokens; padding columns beyond are dropped.
     """
     labels_N = positions.labels_N
-
-    def use(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, ...]:
-        weight_VD = weight_VD[:vocabulary]
-        bias_V = None if bias_V is None else bias_V[:vocabulary]
-        step = max(1, _CHUNK // vocabulary)
-        # once with an empty chunk where there is no place at all
-        chunks = zip(hidden_ND.split(step), labels_N.split(step), strict=True)
-        found = [
-            _chunk_scores(linear(part_ND, weight_VD, bias_V), label_N)
-            for part_ND, label_N in chunks
-        ]
-        return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
-
-    return TokenScores(*positions.projection(positions.hidden_ND, use))
+    found = through_head(
+        positions.projection,
+        positions.hidden_ND,
+        vocabulary,
+        lambda rows, logits_CV: _chunk_scores(logits_CV, labels_N[rows]),
+        bytes_per_logit=8,  # two matrices in float32
+    )
+    return TokenScores(*found)
 
 
 def _chunk_scores(logits_NV: Tensor, labels_N: Tensor) -> TokenScores:

@@ -23,6 +23,7 @@ from transformers import (
 
 from dskd.batch import Batch, Positions, Use
 from dskd.errors import ConfigError
+from dskd.models.attention_masks import attention_arguments
 from dskd.settings.parsing import nearest, show
 
 Transform = Callable[[Any, Tensor], Tensor]
@@ -160,9 +161,8 @@ def positions_of(model: nn.Module, batch: Batch) -> Positions:
     The batch is on the model's device, and ``hidden_ND`` of the result in the model's dtype.
     """
     head = head_in(model)
-    # A cache of keys and values serves generation only.
-    options = {"use_cache": False} if head.objective == "causal" else {}
-    body = model.base_model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options)
+    attention = attention_arguments(model, batch, causal=head.objective == "causal")
+    body = model.base_model(input_ids=batch.ids_BT, **attention)
     # By their indices: indexing by the mask itself would wait for a GPU to count its trues.
     hidden_ND = body.last_hidden_state.flatten(0, 1).index_select(0, batch.positions_N)
     hidden_ND = head.transform(model, hidden_ND)

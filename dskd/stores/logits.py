@@ -29,13 +29,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dskd.batch import IGNORE, Batch
+from dskd.batch import IGNORE, Batch, TopKTeacher
 from dskd.data.prepared import RowBatch
 from dskd.data.views import CausalView, Shown, draws_of
 from dskd.errors import ConfigError, StoreError
-from dskd.fused.topk_teacher import check_ids, check_masses, largest
+from dskd.fused.topk_teacher import check_ids, check_masses
 from dskd.stores.manifest import MANIFEST, is_count, read_spec
 from dskd.stores.shard import Column, StoreSpec
 from dskd.stores.store import Store
@@ -131,18 +130,18 @@ class LogitLayout:
             settings=asdict(self),
         )
 
-    def encode(self, batch: Batch, logits_NV: Tensor) -> dict[str, np.ndarray]:
+    def encode(self, batch: Batch, kept: TopKTeacher) -> dict[str, np.ndarray]:
         """The columns of a batch's supervised positions.
 
         Args:
             batch: the batch that the teacher saw, on any device.
-            logits_NV: its logits there, V exactly the vocabulary; -inf is allowed, NaN is not.
+            kept: the ``k`` largest of its logits there and the tails at the ``temperatures``, on
+                any device; -inf is allowed, NaN is not.
 
         Raises:
             NonFiniteError: a row's logits are NaN, infinite, or -inf throughout.
         """
-        assert logits_NV.shape[1] == self.vocabulary, (logits_NV.shape, self.vocabulary)
-        kept = largest(logits_NV, self.k, self.temperatures)
+        assert kept.ids_NK.shape[1] == self.k and (*kept.tail_N,) == self.temperatures, kept
         logprobs_NK = kept.logprobs_NK.cpu()
         refuse_non_finite(batch, ~torch.isfinite(logprobs_NK[:, 0]), "the teacher's")
         columns = {

@@ -7,6 +7,7 @@ import os
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dskd.settings.teachers import Precision
 
@@ -35,3 +36,26 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class Fetched:
+    """Numbers on their way from the device to the host, which goes on meanwhile.
+
+    Args:
+        values: on their device, where they may still have to be computed.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._arrived = values, None
+        if values.is_cuda:
+            # A copy of now: one that is asked for later stands behind all that is queued by then.
+            self._values = torch.empty_like(values, device="cpu").pin_memory()
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """The numbers; waits until the device has computed them, and for nothing after that."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()

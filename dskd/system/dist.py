@@ -1,11 +1,17 @@
-"""The few things dskd asks of torch.distributed; with one process and no group they do nothing."""
+"""The few things dskd asks of torch.distributed; with one process and no group they do nothing.
+
+What is on a GPU goes over the main group. Everything else, objects, flags and waiting, goes over a
+group of gloo: it waits for no device, and one rank that is late or fails is an error there that the
+others report, where NCCL would abort them.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +25,26 @@ Value = TypeVar("Value")
 
 _RANK0_THREAD = "dskd-rank0"
 """Name of the thread in which rank 0 works alone: a collective in it would wait for ever."""
+
+_host: list[torch_dist.ProcessGroup] = []
+"""The group of gloo, where the main group is another; else the main one serves."""
+
+
+def add_host_group(timeout: timedelta) -> None:
+    """Make the group of what is on the CPU, if the main group is not one itself (collective)."""
+    if torch_dist.get_backend() != "gloo":
+        _host.append(torch_dist.new_group(backend="gloo", timeout=timeout))
+
+
+def leave() -> None:
+    """Leave all groups."""
+    _host.clear()
+    torch_dist.destroy_process_group()
+
+
+def _host_group() -> torch_dist.ProcessGroup | None:
+    """The group of what is on the CPU; None: the main one."""
+    return _host[0] if _host else None
 
 
 def _grouped() -> bool:
@@ -46,16 +72,40 @@ def _together() -> bool:
 def barrier() -> None:
     """Wait until every rank is here."""
     if _together():
-        torch_dist.barrier()
+        torch_dist.barrier(group=_host_group())
         got_on()
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Sum ``value`` over the ranks in place (identical on every rank afterwards); return it."""
+    """Sum ``value`` over the ranks in place (identical on every rank afterwards); return it. On a
+    GPU the host does not wait for the sum."""
     if _together():
-        torch_dist.all_reduce(value)
+        torch_dist.all_reduce(value, group=_host_group() if value.device.type == "cpu" else None)
         got_on()
     return value
+
+
+class Summing:
+    """Numbers of this rank on their way to their sums over the ranks: begun when it is made
+    (collective), so that there is other work to do until they are wanted.
+
+    Args:
+        values: summed as float64, on the CPU.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self._values = torch.tensor(values, dtype=torch.float64)
+        self._work: torch_dist.Work | None = None
+        if _together():
+            self._work = torch_dist.all_reduce(self._values, group=_host_group(), async_op=True)
+
+    def sums(self) -> list[float]:
+        """The sums, the same on every rank; waits until all ranks have begun."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            got_on()
+        return self._values.tolist()
 
 
 def broadcast_object(value: Any) -> Any:
@@ -63,7 +113,7 @@ def broadcast_object(value: Any) -> Any:
     if not _together():
         return value
     box = [value]
-    torch_dist.broadcast_object_list(box, src=0)
+    torch_dist.broadcast_object_list(box, src=0, group=_host_group())
     got_on()
     return box[0]
 
@@ -73,7 +123,7 @@ def gather_objects(value: Any) -> list[Any]:
     if not _together():
         return [value]
     values: list[Any] = [None] * world()
-    torch_dist.all_gather_object(values, value)
+    torch_dist.all_gather_object(values, value, group=_host_group())
     got_on()
     return values
 

@@ -12,6 +12,15 @@ from types import FrameType
 
 _PACKAGE = Path(__file__).parents[1]
 
+_WAITING = (
+    "/torch/distributed/",
+    "/deepspeed/",
+    "/dskd/system/dist.py",
+    "/dskd/system/device.py",
+    "/torch/cuda/streams.py",  # below it, for an event
+)
+"""Files whose innermost call stands still only where others are waited for."""
+
 
 @dataclass
 class Doing:
@@ -106,12 +115,11 @@ def newest_checkpoint() -> str:
 
 def _waits(frame: FrameType | None) -> bool:
     """Whether a thread that is there waits for other ranks: in a collective, in DeepSpeed around
-    one, or where the step's numbers are read, for all that the device has to do."""
+    one, or where a step's numbers are read, for all that the device has to do before."""
     if frame is None:
         return False
     path = Path(frame.f_code.co_filename).as_posix()
-    reads = path.endswith("/training/trainer.py") and frame.f_code.co_name == "_read"
-    return reads or "/torch/distributed/" in path or "/deepspeed/" in path
+    return any(place in path for place in _WAITING)
 
 
 def _place(frame: FrameType | None) -> str:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from dskd.batch import Batch, DenseTeacher
+from dskd.batch import Batch, TopKTeacher
 from dskd.data.prepared import Prepared
 from dskd.data.tokenizers import vocabulary_size
 from dskd.data.views import CausalView, View
 from dskd.errors import ConfigError
+from dskd.fused.topk_teacher import largest_of
 from dskd.settings.teachers import CachedTeacher
 from dskd.stores.fill import Words, fill
 from dskd.stores.logits import LogitLayout, describe_cache
@@ -73,13 +74,13 @@ def capture(
         fingerprints=fingerprints,
     )
 
-    def forward() -> Callable[[Batch], DenseTeacher]:
+    def forward() -> Callable[[Batch], TopKTeacher]:
         teacher = FrozenTeacher(model(), layout.vocabulary)
         # with the head here: a sharded one is a collective, and not every batch is scored
-        return lambda batch: DenseTeacher(teacher(batch.to(device)).logits_NV)
+        return lambda batch: largest_of(teacher(batch.to(device)), layout.k, layout.temperatures)
 
-    def score(batch: Batch, signal: DenseTeacher) -> Scored:
-        return Scored(batch.counts_B.numpy(), layout.encode(batch, signal.logits_NV))
+    def score(batch: Batch, kept: TopKTeacher) -> Scored:
+        return Scored(batch.counts_B.numpy(), layout.encode(batch, kept))
 
     def holds(folder: Path) -> str:
         about = describe_cache(folder)

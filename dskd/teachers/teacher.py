@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dskd.batch import IGNORE, Batch, DenseTeacher, ProjectedTeacher, Signal, TopKTeacher
+from dskd.batch import (
+    IGNORE,
+    Batch,
+    ProjectedTeacher,
+    ProjectedTeachers,
+    Signal,
+    TopKTeacher,
+)
 from dskd.data.prepared import RowBatch
 from dskd.data.views import Shown
 from dskd.models.families import positions_of
@@ -113,28 +120,27 @@ class RoutedTeachers:
         self._by_domain = dict(sorted(by_domain.items()))  # as the columns go
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> DenseTeacher:
-        """Run each teacher on its rows and put the logits in the order of the batch."""
-        whole_NV: Tensor | None = None
+    def __call__(self, batch: Batch) -> ProjectedTeachers:
+        """Run each teacher on its rows, up to its last linear map."""
+        parts = []
         row = position = 0
         for domain, teacher in self._by_domain.items():
             here_B = batch.domains_B == domain
             rows, positions = int(here_B.sum()), int(batch.counts_B[here_B].sum())
-            places_M = batch.columns[GROUPED_PLACES][position : position + positions]
             if rows:
-                rows_S = batch.columns[GROUPED_ROWS][row : row + rows]
-                positions_M = batch.columns[GROUPED_POSITIONS][position : position + positions]
-                part = _part(batch, here_B, rows_S, positions_M, places_M)
+                here = slice(position, position + positions)
+                part = _part(
+                    batch,
+                    here_B,
+                    batch.columns[GROUPED_ROWS][row : row + rows],
+                    batch.columns[GROUPED_POSITIONS][here],
+                    batch.columns[GROUPED_PLACES][here],
+                )
             else:
                 part = _first_row(batch)
-            logits_MV = teacher(part).logits_NV
-            if whole_NV is None:
-                shape = (len(batch.labels_N), logits_MV.shape[1])
-                whole_NV = torch.zeros(shape, device=logits_MV.device)  # fp32 holds any teacher's
-            whole_NV.index_copy_(0, places_M, logits_MV.float())
+            parts.append(teacher(part))
             row, position = row + rows, position + positions
-        assert whole_NV is not None
-        return DenseTeacher(whole_NV)
+        return ProjectedTeachers(parts, batch.columns[GROUPED_PLACES])
 
 
 GROUPED_ROWS = "grouped_rows"

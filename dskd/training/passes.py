@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,42 +29,53 @@ Shares = dict[str, Tensor]
 term: float64 scalars on the device, whose sums over the ranks are global means."""
 
 
-@dataclass(frozen=True)
 class Counts:
-    """Sums over all ranks and micro-batches, float64 scalars on the device, known before the first
-    forward. Nothing waits for them there: the host reads them together with the loss.
+    """Sums over all ranks and micro-batches, on the host. They are begun before the first forward
+    and waited for when its loss is divided: no device has a part in them.
 
-    Attributes:
-        by_term: what each term's sum is divided by, 1 where nothing counts.
-        tokens: tokens that are not padding.
-        stop: above 0 if a signal came on one of the ranks.
+    Args:
+        names: of the terms.
+        summing: their counts, the tokens, and 1 if a signal came, of this rank.
     """
 
-    by_term: dict[str, Tensor]
-    tokens: Tensor
-    stop: Tensor
+    def __init__(self, names: Sequence[str], summing: dist.Summing) -> None:
+        self._names = names
+        self._summing = summing
+
+    @cached_property
+    def by_term(self) -> dict[str, float]:
+        """What each term's sum is divided by: 1 where nothing counts, which has a loss of 0, not of
+        0 / 0."""
+        return dict(zip(self._names, (v or 1.0 for v in self._sums[:-2]), strict=True))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self._sums[-2])
+
+    @property
+    def stop(self) -> bool:
+        """Whether a signal came on one of the ranks."""
+        return self._sums[-1] > 0
+
+    @cached_property
+    def _sums(self) -> list[float]:
+        return self._summing.sums()
 
 
-def count(
-    counts: LossCounts, batches: Sequence[Batch], device: torch.device, *, stop: bool = False
-) -> Counts:
-    """Add up what the loss is divided by, in one all-reduce.
+def count(counts: LossCounts, batches: Sequence[Batch], *, stop: bool = False) -> Counts:
+    """Begin to add up what the loss is divided by, in one all-reduce (collective).
 
     Args:
         counts: of one batch, by term.
         batches: this rank's micro-batches, on the CPU, so that no count waits for a GPU.
-        device: where the sums are wanted.
         stop: whether a signal came on this rank.
     """
     parts = [counts(batch) for batch in batches]
     names = sorted(parts[0])
-    sums = [sum(part[name] for part in parts) for name in names]
-    tokens = sum(batch.tokens for batch in batches)
-    mine = torch.tensor([*sums, tokens, stop], dtype=torch.float64)
-    *by_term, tokens_all, stop_any = dist.sum_over_ranks(mine.to(device, non_blocking=True))
-    # A batch in which nothing counts has a loss of 0, not of 0 / 0.
-    divisors = {n: torch.where(v == 0, 1.0, v) for n, v in zip(names, by_term, strict=True)}
-    return Counts(divisors, tokens_all, stop_any)
+    sums = [float(sum(part[name] for part in parts)) for name in names]
+    tokens = float(sum(batch.tokens for batch in batches))
+    return Counts(names, dist.Summing([*sums, tokens, float(stop)]))
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class Passes:
             torch.manual_seed(int(mix(*parts)) & (2**63 - 1))
             self.hooks.before_micro_batch(last)
             terms = self.engine.forward(batch, step, loss)
-            totals = [term.total / counts.by_term[name] for name, term in terms.items()]
+            totals = [t.total.double() / counts.by_term[name] for name, t in terms.items()]
             self.engine.backward(torch.stack(totals).sum(), last)
             for name, term in terms.items():
                 for part, total in {LOSS: term.total, **term.parts}.items():
@@ -141,7 +153,7 @@ class GradientProbe:
         self.forget()
         self.calls += 1
         engine = self.passes.engine
-        counted = count(self.counts if counts is None else counts, batches, engine.device)
+        counted = count(self.counts if counts is None else counts, batches)
         # Negative: no micro-batch of the step draws the same numbers.
         self.passes.run(batches, counted, self.step, (self.position, -self.calls), loss)
         return engine.weights(gradients=True)

@@ -1,19 +1,17 @@
 """The step loop: counts first, loss inside the forward, one division, one optimiser step.
 
-The host waits for the device once a step: it reads loss, norm and counts together, when all work of
-the step is queued.
+The host waits for the device once a step: it reads loss and norm together, and those of the step
+before, when the next one is queued. Before it evaluates, saves or stops, it reads them all.
 """
 
 from __future__ import annotations
 
-import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor
 
 from dskd.data.loader import Loader
@@ -23,7 +21,7 @@ from dskd.engine.engine import Engine
 from dskd.engine.hooks import StepHooks
 from dskd.engine.manifests import Progress
 from dskd.errors import DiskError, DskdError, NonFiniteError
-from dskd.fused.per_token import Named, first_non_finite, weights_kept
+from dskd.fused.per_token import weights_kept
 from dskd.methods.base import Method
 from dskd.settings.run import Run
 from dskd.stores.sweep import Stopped
@@ -33,7 +31,8 @@ from dskd.system.log import WHAT as METRICS
 from dskd.system.log import Metrics, progress_line, say, used_memory
 from dskd.training.evaluation import Scores, by_key
 from dskd.training.learning_rate import learning_rate
-from dskd.training.passes import LOSS, Counts, GradientProbe, Passes, Shares, count
+from dskd.training.passes import GradientProbe, Passes, count
+from dskd.training.step_numbers import Numbers, Queued, refuse_non_finite
 
 MOST_SKIPPED = 100
 """fp16 overflows in a row that stop a run: no loss scale from 2^32 down helps."""
@@ -46,24 +45,20 @@ class Interrupted(Exception):
         super().__init__(f"stopped by a signal; step {step} is saved")
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What became of one optimiser step.
+@dataclass
+class _Unread:
+    """A step whose numbers are still to be read.
 
     Attributes:
-        applied: whether it was taken; if not, fp16 overflow skipped it.
-        stop: whether a signal came on one of the ranks.
-        loss: a global mean, as are ``means``, the parts of it by name.
-        lr: learning rate of groups without a scale of their own.
-        grad_norm: before clipping; None where DeepSpeed computes none.
+        queued: the step.
+        rates: what the log shows beside its numbers; None: it is not logged.
+        tokens: taken until its end, ``seconds`` the time of training.
     """
 
-    applied: bool
-    stop: bool
-    loss: float
-    means: dict[str, float]
-    lr: float
-    grad_norm: float | None
+    queued: Queued
+    rates: dict[str, float] | None
+    tokens: int
+    seconds: float
 
 
 @dataclass(kw_only=True, eq=False)
@@ -99,6 +94,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._passes = Passes(self.engine, self.hooks, self.run.seed)
         self._since = (self.progress.tokens, self.progress.train_seconds)
+        self._unread: _Unread | None = None
         self._saved = self.progress.step
         """The step of the newest checkpoint (0: as the student begins)."""
         self._unwritten: DiskError | None = None
@@ -120,28 +116,62 @@ class Trainer:
             while progress.step < run.train.steps:
                 self._prepare(requested)
                 doing.at_step(progress.step + 1)
-                clock = time.monotonic()
-                result = self.step(requested())
-                doing.next_one()
-                progress.train_seconds += time.monotonic() - clock
+                queued = self._launch(requested())
                 progress.wall_seconds = time.monotonic() - begun
-                if not result.applied:
+                if not queued.applied:
                     skipped += 1
+                    self._catch_up()
                     self._refuse_endless(skipped)
                     continue
                 skipped = 0
-                progress.step += 1
-                self._log(result)
-                self._close_step(result.stop)
-                if result.stop:
+                self._close_step(queued.stop)
+                if queued.stop:
                     raise Interrupted(progress.step)
         return progress
+
+    def _launch(self, stop: bool) -> Queued:
+        """Queue a step, then read the one before."""
+        progress, clock = self.progress, time.monotonic()
+        try:
+            queued = self.step(stop)
+        except Exception:
+            self._catch_up()  # it may have spoilt the student, which then is what went wrong
+            raise
+        progress.train_seconds += time.monotonic() - clock
+        self._catch_up()
+        doing.next_one()
+        rates = None
+        if queued.applied:
+            progress.step += 1
+            if progress.step % self.run.log_every == 0 or progress.step == self.run.train.steps:
+                own = {**self.method.rates(progress.step - 1), **self.hooks.rates()}
+                rates = {"lr": queued.lr, **own}
+        self._unread = _Unread(queued, rates, progress.tokens, progress.train_seconds)
+        return queued
+
+    def _catch_up(self) -> None:
+        """Read and log the step that is not read yet, if there is one.
+
+        Raises:
+            NonFiniteError: it has spoilt the student.
+        """
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return
+        clock = time.monotonic()
+        numbers = unread.queued.read()
+        waited = time.monotonic() - clock
+        self.progress.train_seconds += waited
+        unread.seconds += waited
+        if unread.rates is not None:
+            self._log(unread, numbers, unread.rates)
 
     def _prepare(self, requested: Callable[[], bool]) -> None:
         """Do what the next batch waits for, from a checkpoint from which it can be repeated."""
         progress = self.progress
         if not self.hooks.waits(progress.position):
             return
+        self._catch_up()
         doing.pause()
         if self._saved < progress.step:
             self._save(None)
@@ -150,19 +180,16 @@ class Trainer:
         except Stopped as stopped:
             raise Interrupted(progress.step) from stopped
 
-    def step(self, stop: bool) -> StepResult:
-        """Forward, backward and optimiser step over one effective batch.
+    def step(self, stop: bool) -> Queued:
+        """Queue forward, backward and optimiser step over one effective batch.
 
         Args:
             stop: whether a signal came on this rank.
-
-        Raises:
-            NonFiniteError: a loss term or the gradient is NaN or infinite; the student is spoilt.
         """
-        progress, engine = self.progress, self.engine
+        progress = self.progress
         batches = self.loader.next_step()
         position = self.loader.position
-        counts = count(self.method.counts, batches, engine.device, stop=stop)
+        counts = count(self.method.counts, batches, stop=stop)
         probe = GradientProbe(self._passes, self.method.counts, progress.step, position)
         self.hooks.before_passes(probe, progress.step)
         probe.forget()
@@ -170,10 +197,12 @@ class Trainer:
             shares = self._passes.run(batches, counts, progress.step, (position,))
         lr = learning_rate(self.run.train, progress.step)
         applied, norm = self._update(lr)
-        result, tokens = self._read(shares, counts, weights, norm, applied, lr)
         progress.position = position
-        progress.tokens += tokens
-        return result
+        progress.tokens += counts.tokens
+        about = {"lr": lr, "applied": applied, "stop": counts.stop}
+        # only fp16 skips a step and goes on
+        skips = self.precision == "fp16"
+        return Queued(progress.step + 1, shares, norm, weights, **about, may_skip=skips)
 
     def _update(self, lr: float) -> tuple[bool, Tensor | None]:
         """The optimiser's step and the hooks around it; whether it was taken, and the norm of the
@@ -190,35 +219,6 @@ class Trainer:
             hooks.after_step(engine.weights(gradients=False), step, lr)
         return applied, norm
 
-    def _read(
-        self,
-        shares: Shares,
-        counts: Counts,
-        weights: list[Named],
-        norm: Tensor | None,
-        applied: bool,
-        lr: float,
-    ) -> tuple[StepResult, int]:
-        """The step's numbers and its tokens; all ranks see the same values, so all stop or none.
-
-        In one read, because each one makes the host wait until the device has done all that is
-        queued. The weights of its losses are read only if a loss is not finite.
-        """
-        names, step = sorted(shares), self.progress.step + 1
-        sums = dist.sum_over_ranks(torch.stack([shares[name] for name in names]))
-        others = [counts.tokens, counts.stop, *([] if norm is None else [norm])]
-        values = torch.cat([sums, torch.stack(others)]).tolist()
-        means = dict(zip(names, values, strict=False))
-        tokens, stop, *norms = values[len(names) :]
-        loss = means.pop(LOSS)
-        for name, mean in means.items():  # before their sum: they say which of them it is
-            _finite(step, f"loss term '{name}'", mean, weights)
-        _finite(step, "the loss", loss, weights)
-        grad_norm = norms[0] if norms else None
-        if applied or self.precision != "fp16":  # only fp16 skips a step and goes on
-            _finite(step, "the gradient's norm", grad_norm if applied else math.nan)
-        return StepResult(applied, stop > 0, loss, means, lr, grad_norm), int(tokens)
-
     def _refuse_endless(self, skipped: int) -> None:
         """Say that fp16 overflow skipped a step; stop where no loss scale is small enough."""
         step = self.progress.step + 1
@@ -229,25 +229,22 @@ class Trainer:
                 f"loss scale; the last checkpoint is intact"
             )
 
-    def _log(self, result: StepResult) -> None:
-        progress, steps = self.progress, self.run.train.steps
-        if progress.step % self.run.log_every and progress.step < steps:
-            return
-        loss, means, norm = result.loss, result.means, result.grad_norm
-        rates = {"lr": result.lr, **self.method.rates(progress.step - 1), **self.hooks.rates()}
+    def _log(self, unread: _Unread, numbers: Numbers, rates: dict[str, float]) -> None:
+        step, steps = unread.queued.number, self.run.train.steps
+        loss, means, norm = numbers.loss, numbers.means, numbers.grad_norm
         tokens, seconds = self._since
-        speed = (progress.tokens - tokens) / (progress.train_seconds - seconds)
-        self._since = (progress.tokens, progress.train_seconds)
-        left = (steps - progress.step) * progress.train_seconds / progress.step
+        speed = (unread.tokens - tokens) / (unread.seconds - seconds)
+        self._since = (unread.tokens, unread.seconds)
+        left = (steps - step) * unread.seconds / step
         shown = {"loss": loss, **means, **rates, "|g|": norm}
-        say(progress_line(progress.step, steps, shown, tokens_per_second=speed, left=left))
+        say(progress_line(step, steps, shown, tokens_per_second=speed, left=left))
         used = {"tokens_per_second": speed, **used_memory()}
         line = {"loss": loss, "terms": means, **rates, "grad_norm": norm, **used}
         terms = {f"terms/{name}": mean for name, mean in means.items()}
         flat = {"loss": loss, **terms, **rates, **used}
         with self._later():
-            self.metrics.write(step=progress.step, **line, seconds=progress.train_seconds)
-            self.engine.log({f"train/{k}": float(v) for k, v in flat.items()}, progress.step)
+            self.metrics.write(step=step, **line, seconds=unread.seconds)
+            self.engine.log({f"train/{k}": float(v) for k, v in flat.items()}, step)
 
     @contextmanager
     def _later(self) -> Iterator[None]:
@@ -264,8 +261,11 @@ class Trainer:
         step, run = self.progress.step, self.run
         last = step == run.train.steps
         due = last or step % run.checkpoint.every == 0
+        evaluates = last or step % run.evaluation.every == 0
+        if due or evaluates or stop:
+            self._catch_up()
         score = None
-        if last or step % run.evaluation.every == 0:
+        if evaluates:
             doing.pause()
             score = self._score()
         if due or stop:
@@ -285,7 +285,7 @@ class Trainer:
             with self._later():
                 self.engine.log({f"{name}/{k}": value for k, value in shown.items()}, step)
         assert key in results, f"the method selects by {key}, which is none of {sorted(results)}"
-        _finite(step, f"the evaluation's {key}", results[key])
+        refuse_non_finite(step, f"the evaluation's {key}", results[key])
         return results[key]
 
     def _save(self, score: float | None) -> None:
@@ -313,22 +313,6 @@ class Trainer:
             "state": {"progress": asdict(self.progress), "hooks": self.hooks.state()},
         }
         self.checkpoints.commit(step, about)
-
-
-def _finite(step: int, name: str, value: float | None, weights: Iterable[Named] = ()) -> None:
-    """Stop where a number that all ranks share is out of range, before it reaches a checkpoint.
-
-    ``weights``: of this rank's losses, the first bad one of which is named (then collective).
-    """
-    if value is None or math.isfinite(value):
-        return
-    wrong = dist.gather_objects(first_non_finite(weights))
-    because = next((f", and rank {n}'s {what}" for n, what in enumerate(wrong) if what), "")
-    problem = NonFiniteError(
-        f"step {step}: {name} is {value}{because}; the last checkpoint is intact"
-    )
-    problem.printed_by_other_rank = dist.rank() != 0
-    raise problem
 
 
 @contextmanager

@@ -37,8 +37,9 @@ import deepspeed.compile.backend
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
+from torch import Tensor
 
-from dskd.batch import Batch, Positions, Signal, Term, TopKTeacher
+from dskd.batch import Batch, Positions, ProjectedTeacher, Signal, Term, TopKTeacher
 from dskd.data.loader import Loader
 from dskd.engine import engine
 from dskd.engine.checkpoints import Checkpoints, Selection
@@ -62,6 +63,7 @@ from dskd.system import dist
 from dskd.system.log import Metrics, peak_memory
 from dskd.teachers.setup import TeacherSetup, set_up
 from dskd.training.objective import Objective
+from dskd.training.step_numbers import Queued
 from dskd.training.trainer import Progress, Trainer
 from launch.bench import measure
 from launch.bench.measure import markdown, over, show, slug, spread
@@ -100,10 +102,17 @@ class EagerInheritance(KnowledgeInheritance):
             parts = (signal.ids_NK, *kept, self.topk)
             kl_N = reference.topk_divergence(student_NV, *parts, temperature=self.temperature)
         else:
-            kl_N = reference.divergence(student_NV, signal.logits_NV, temperature=self.temperature)
+            teacher_NV = _logits(signal)
+            kl_N = reference.divergence(student_NV, teacher_NV, temperature=self.temperature)
         ce, kl = reference.cross_entropy(student_NV, rows.labels_N).sum(), kl_N.sum() * heat
         total = (1 - alpha) * ce + alpha * kl
         return {"tokens": Term(total, {"ce": ce.detach(), "kl": kl.detach()})}
+
+
+@torch.no_grad()
+def _logits(signal: ProjectedTeacher) -> Tensor:
+    """A live teacher's logits, whole."""
+    return signal.projection(signal.hidden_NE)[:, : signal.vocabulary]
 
 
 def variants(settings: Path, overrides: list[str], folder: Path, steps: int) -> dict[str, Run]:
@@ -160,11 +169,15 @@ class Step:
             metrics=Metrics(run.out / "metrics.jsonl", 0),
             progress=self.progress,
         )
+        self._unread: Queued | None = None
 
     def step(self) -> None:
         """The body of the trainer's loop, without log lines, evaluations and checkpoints."""
-        self._trainer.step(False)
+        queued = self._trainer.step(False)
         self.progress.step += 1
+        if self._unread is not None:
+            self._unread.read()
+        self._unread = queued
 
 
 def loader_of(context: RunContext, setup: TeacherSetup) -> Loader:
@@ -194,7 +207,7 @@ def forwards(run: Run, device: torch.device, rounds: int) -> Callable[[], None]:
 
     def forward() -> None:
         for batch in steps.pop(0):
-            _ = teacher(batch.to(device)).logits_NV  # with its head, computed on demand
+            _logits(teacher(batch.to(device)))
 
     return forward
 

@@ -19,7 +19,9 @@ echo "python $* DEVICES=${{CUDA_VISIBLE_DEVICES-unset}}" >>"{log}"
 case "$*" in
     "-c import pytest") exit {pytest} ;;
     "-c import xdist") exit 1 ;;
+    "-c import deepspeed") exit {deepspeed} ;;
     "-m pytest"*) exit {tests} ;;
+    "-u launch/bench/gpu_steps.py"*) exit {steps} ;;
     "-u launch/bench/kernels.py"*) echo result >"{folder}/$6/case.md"; exit {bench} ;;
     "- "*) exec {python} "$@" ;;
 esac
@@ -45,9 +47,10 @@ class Check:
         (self.folder / "tests/kernels/test_one.py").write_text(text + "\n")
         (self.folder / "tests/fused/test_two.py").write_text("")
 
-    def run(self, *words: str, pytest: int = 0, tests: int = 0, bench: int = 0) -> list[str]:
+    def run(self, *words: str, **status: int) -> list[str]:
+        """``status``: what the parts end with, 0 unless said."""
         values = {"log": self._log, "folder": self.folder, "python": sys.executable}
-        values |= {"pytest": pytest, "tests": tests, "bench": bench}
+        values |= dict.fromkeys(("pytest", "deepspeed", "tests", "steps", "bench"), 0) | status
         for name, text in {"python": PYTHON, "timeout": TIMEOUT}.items():
             path = self.folder / "bin" / name
             path.write_text(text.format(**values))
@@ -87,18 +90,31 @@ def test_a_gpu_is_used_or_hidden_from_the_interpreter(check):
 def test_time_bounds_tests_and_benchmark_and_what_is_cut_off_is_no_success(check):
     calls = check.run(bench=124)
     assert check.done.returncode == 1
-    assert only(calls, "timeout 210") == "timeout 210 python -m pytest"
+    assert "timeout 105 python -m pytest" in calls
+    assert "timeout 105 python -u launch/bench/gpu_steps.py" in calls  # 75 s and its end
+    assert "--seconds 75 " in only(calls, "python -u launch/bench/gpu_steps.py")
     (bound,) = (call for call in calls if call.endswith("python -u launch/bench/kernels.py"))
     assert 440 <= int(bound.split()[1]) <= 470  # 8 minutes for all of it, less what has passed
     assert (check.folder / "launch/bench/results/case.md").read_text() == "result\n"
     assert "cut off by time: the finished cases are in launch/bench/results" in check.done.stdout
 
 
-@pytest.mark.parametrize(("tests", "bench", "status"), [(1, 0, 1), (0, 1, 1), (2, 0, 1), (0, 0, 0)])
-def test_the_status_is_that_of_tests_and_benchmark(check, tests, bench, status):
-    calls = check.run(tests=tests, bench=bench)
+@pytest.mark.parametrize(
+    ("wrong", "status"),
+    [({"tests": 1}, 1), ({"steps": 1}, 1), ({"bench": 1}, 1), ({"tests": 2}, 1), ({}, 0)],
+)
+def test_the_status_is_that_of_all_parts(check, wrong, status):
+    calls = check.run(**wrong)
     assert check.done.returncode == status
     assert only(calls, "python -u launch/bench/kernels.py")
+
+
+def test_without_deepspeed_the_kernel_part_runs_alone(check):
+    calls = check.run(deepspeed=1)
+    assert check.done.returncode == 1
+    assert not [call for call in calls if "gpu_steps.py" in call]
+    assert "the steps do not run: there is no deepspeed" in check.done.stdout
+    assert only(calls, "python -m pytest") and only(calls, "python -u launch/bench/kernels.py")
 
 
 @pytest.mark.parametrize(
@@ -123,4 +139,6 @@ def test_without_pytest_the_benchmark_runs_and_the_status_says_so(check):
     assert check.done.returncode == 1
     assert not [call for call in calls if call.startswith("python -m pytest")]
     assert "the tests do not run: there is no pytest" in check.done.stdout
-    assert "--tests runs/gpu_check/gpu_check_tests.xml" in only(calls, "python -u launch/bench")
+    assert "--tests runs/gpu_check/gpu_check_tests.xml" in only(
+        calls, "python -u launch/bench/kernels.py"
+    )

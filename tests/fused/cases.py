@@ -3,7 +3,7 @@
 import torch
 
 from dskd import ops
-from dskd.ops import DenseTeacher, LinearTeacher, TopKTeacher
+from dskd.ops import DenseTeacher, LinearTeacher, LinearTeachers, TopKTeacher
 from tests.fused import expected
 
 N, V, W, D, E, K = 5, 11, 9, 4, 3, 4
@@ -62,11 +62,32 @@ def linear_teacher(dtype=torch.float64, rows=W):
     return LinearTeacher(*(part.to(dtype) for part in parts))
 
 
+def linear_teachers(dtype=torch.float64, rows=W):
+    """Three: of two tokens, of none, and of three, without a bias and of another hidden size."""
+    parts = [(2, E, True), (0, E + 2, True), (3, E + 1, False)]
+    made = []
+    for seed, (count, width, bias) in enumerate(parts, start=20):
+        shapes = [(count, width), (rows, width)] + [(rows,)] * bias
+        made.append(LinearTeacher(*(normal(*s, seed=seed + len(s), dtype=dtype) for s in shapes)))
+    return LinearTeachers(made, torch.tensor([3, 0, 4, 1, 2]))
+
+
+def parts_of(teachers):
+    """Hidden states, weight and bias (empty: none) of each linear teacher."""
+    tensors = [(t.hidden_NE, t.weight_VE, t.bias_V) for t in teachers]
+    return [torch.empty(0).double() if x is None else x for each in tensors for x in each]
+
+
 def logits_of(teacher):
-    return teacher.hidden_NE @ teacher.weight_VE.t() + teacher.bias_V
+    if isinstance(teacher, LinearTeachers):
+        logits_NV = torch.cat([logits_of(part) for part in teacher.parts])
+        return torch.empty_like(logits_NV).index_copy_(0, teacher.places_N, logits_NV)
+    logits_NV = teacher.hidden_NE @ teacher.weight_VE.t()
+    return logits_NV if teacher.bias_V is None else logits_NV + teacher.bias_V
 
 
 FORMS = {
+    "linears": lambda: (linear_teachers(), logits_of(linear_teachers())),
     "linear": lambda: (linear_teacher(), logits_of(linear_teacher())),
     "dense": lambda: (DenseTeacher(normal(N, W, seed=1)), normal(N, W, seed=1)),
     "topk": lambda: (topk_teacher(normal(N, V, seed=1), 2.0), kept(normal(N, V, seed=1), 2.0)),

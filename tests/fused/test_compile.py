@@ -17,7 +17,9 @@ from tests.fused.cases import (
     gradients,
     head,
     linear_teacher,
+    linear_teachers,
     normal,
+    parts_of,
 )
 
 
@@ -114,8 +116,7 @@ def test_operators_are_registered_as_pytorch_wants_them():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for gradient in (True, False):
         torch.library.opcheck(torch.ops.dskd.logit_loss, (*dense, gradient), test_utils=tests)
-    inputs, teacher = head(), linear_teacher()
-    parts = [teacher.hidden_NE, teacher.weight_VE, teacher.bias_V]
     rest = (weight_N, None, labels_N, label_N, "linear", "forward_kl", 0.5, 2.0, maps)
-    linear = (*inputs, parts, *rest, torch.float64, 2, [True] * 3)
-    torch.library.opcheck(torch.ops.dskd.linear_kd, linear, test_utils=tests)
+    for teachers in ([linear_teacher()], linear_teachers().parts):
+        linear = (*head(), parts_of(teachers), *rest, torch.float64, 2, [True] * 3)
+        torch.library.opcheck(torch.ops.dskd.linear_kd, linear, test_utils=tests)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dskd import ops
 from dskd.fused import reference
-from dskd.ops import DenseTeacher, LinearTeacher, LogitMap
+from dskd.ops import DenseTeacher, LinearTeacher, LinearTeachers, LogitMap
 from tests.fused.cases import (
     COMMON,
     FORMS,
@@ -25,6 +25,7 @@ from tests.fused.cases import (
     head,
     kept,
     linear_teacher,
+    linear_teachers,
     logits_of,
     normal,
     same,
@@ -290,8 +291,9 @@ def test_autocast_casts_as_a_linear_layer_does():
 @pytest.mark.parametrize("form", FORMS)
 def test_the_kernels_take_each_form_of_a_teacher(form):
     inputs, (teacher, _) = head(torch.float32), FORMS[form]()
-    if form == "linear":
-        teacher = linear_teacher(torch.float32)
+    if form in ("linear", "linears"):
+        make = linear_teacher if form == "linear" else linear_teachers
+        teacher = make(torch.float32)
     plain_total = ops.linear_kd(*inputs, teacher=teacher, temperature=2.0, **COMMON).total
     expected = gradients(plain_total, *inputs)
     with ops.triton_everywhere():
@@ -315,6 +317,8 @@ def test_no_tokens(form):
 
 
 def _of_no_tokens(teacher):
+    if isinstance(teacher, LinearTeachers):
+        return LinearTeachers([*map(_of_no_tokens, teacher.parts)], teacher.places_N[:0])
     parts = vars(teacher).copy()
     for name in parts.keys() - {"weight_VE", "bias_V"}:
         tails = name == "tail_N"

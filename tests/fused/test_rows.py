@@ -9,6 +9,7 @@ from dskd.errors import ConfigError
 from dskd.fused import reference
 from dskd.models.families import LinearProjection
 from tests.fused.cases import D, E, N, V, W, normal, same
+from tests.heads import logits_of
 
 LABELS = torch.tensor([3, 0, 8, 5, 7])
 
@@ -23,11 +24,11 @@ def student_and_teacher(vocabulary):
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_reverse_kl_of_a_padded_student_is_of_the_shared_vocabulary(dense):
     rows, signal = student_and_teacher(W)
-    teacher = DenseTeacher(signal.logits_NV) if dense else signal
+    teacher = DenseTeacher(logits_of(signal)) if dense else signal
     how = {"kind": "reverse_kl", "temperature": 2.0, "label_weight": 0.5}
     found = ops.positions_kd(rows, teacher, **how)
     shared_NW = rows.logits_NV[:, :W]
-    divergence_N = reference.divergence(shared_NW, signal.logits_NV, "reverse_kl", temperature=2.0)
+    divergence_N = reference.divergence(shared_NW, logits_of(signal), "reverse_kl", temperature=2.0)
     expected = divergence_N.sum() + 0.5 * reference.cross_entropy(shared_NW, LABELS).sum()
     same(found.total, expected, rows.hidden_ND, *rows.projection.parameters())
 
@@ -39,7 +40,7 @@ def test_the_mixed_divergence_has_its_weight():
         rows, signal, kind="mixed", temperature=1.0, weight=0.3, reverse_weight=reverse_N
     )
     forward_N, backward_N = (
-        reference.divergence(rows.logits_NV, signal.logits_NV, kind)
+        reference.divergence(rows.logits_NV, logits_of(signal), kind)
         for kind in ("forward_kl", "reverse_kl")
     )
     expected = (0.3 * forward_N + reverse_N * backward_N).sum()

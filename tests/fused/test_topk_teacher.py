@@ -9,6 +9,7 @@ from dskd import ops
 from dskd.fused import per_token, reference, topk_teacher
 from dskd.ops import DenseTeacher, TopKTeacher
 from tests.fused.cases import N, V, head, normal, same
+from tests.heads import small_chunks
 
 INF, NAN = math.inf, math.nan
 LOGITS = normal(N, V, seed=1)
@@ -44,7 +45,7 @@ def test_a_teacher_of_all_logits_is_the_dense_one(temperature):
 
 def test_many_logits_are_sorted_in_parts(monkeypatch):
     whole = ops.topk_teacher(LOGITS, 3, 2.0)
-    monkeypatch.setattr(topk_teacher, "_CHUNK", 2 * V)
+    small_chunks(monkeypatch, 2)
     parts = ops.topk_teacher(LOGITS, 3, 2.0)
     assert parts.ids_NK.equal(whole.ids_NK) and parts.logprobs_NK.equal(whole.logprobs_NK)
     assert parts.tail_N[2.0].equal(whole.tail_N[2.0])

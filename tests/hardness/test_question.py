@@ -23,6 +23,7 @@ from tests.data.conftest import make_corpus
 from tests.data.row_batches import PlainRows
 from tests.data.test_views import tokenizer_of
 from tests.goldens import golden
+from tests.heads import small_chunks
 from tests.models.tiny import zero3
 from tests.ranks import run_ranks
 from tests.stores.caches import files
@@ -207,7 +208,7 @@ def test_chunks_do_not_matter(tmp_path, folders, monkeypatch, objective, shown):
     prepared = open_prepared(folders[objective])
     masking = masking_of(shown=shown)
     run_question(tmp_path / "one", prepared, objective, masking=masking)
-    monkeypatch.setattr(question_module, "_CHUNK", 7 * 300)
+    small_chunks(monkeypatch, 7)
     run_question(tmp_path / "seven", prepared, objective, masking=masking)
     one, seven = (everything(tmp_path / name, prepared) for name in ("one", "seven"))
     np.testing.assert_allclose(one[0], seven[0], **NEAR)

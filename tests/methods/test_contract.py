@@ -10,6 +10,7 @@ from dskd.methods.base import METHODS, Method, build_method
 from dskd.models.families import LinearProjection
 from tests.batches import batch_of, changed
 from tests.fused.plain_losses import top_k
+from tests.heads import logits_of
 
 VOCABULARY, WIDTH = 13, 6
 
@@ -64,9 +65,9 @@ class Toy:
             hidden_ND = self.teacher[batch.ids_BT[chosen_BT]]
             signal = ProjectedTeacher(hidden_ND, self.teacher_head, VOCABULARY)
             if self.kind == "dense":
-                signal = DenseTeacher(signal.logits_NV)
+                signal = DenseTeacher(logits_of(signal))
             if self.kind == "topk":
-                signal = top_k(signal.logits_NV, 4, method.temperature)
+                signal = top_k(logits_of(signal), 4, method.temperature)
         return method.loss(rows, signal, batch, step)
 
     def gradients(self, terms):

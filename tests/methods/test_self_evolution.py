@@ -21,7 +21,6 @@ from tests.methods.test_ki import Identity
 GOLDEN = golden("self_evolution")
 TLS = GOLDEN["stage2_loss"][0]["inputs"]
 PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-6)]
-CPU = torch.device("cpu")
 LOGGED = 1e-6  # the original logs in fp32
 
 
@@ -184,9 +183,8 @@ def test_light_tokens_are_averaged_like_others(hard_weight):
     (loss, _), logits_BTV, batch = forward(method, TLS, hard_N=torch.ones(5))
     (expected, _), others_BTV, _ = forward(plain, TLS)
     halves = [replace(batch, columns={HARD_LABELS: torch.ones(5)}), _without_labels(batch)]
-    whole = count(method.counts, halves, CPU).by_term["tokens"]
-    assert whole.dtype == torch.float64
-    assert whole.item() == pytest.approx(5 * hard_weight, rel=1e-4)  # the weights are fp32
+    whole = count(method.counts, halves).by_term["tokens"]
+    assert whole == pytest.approx(5 * hard_weight, rel=1e-4)  # the weights are fp32
     loss, expected = loss / whole, expected / 5
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()
@@ -196,7 +194,7 @@ def test_light_tokens_are_averaged_like_others(hard_weight):
 
 def test_a_batch_without_labels_is_divided_by_1():
     method = method_of(hard_weight=0.5)
-    counts = count(method.counts, [_without_labels(batch_of(TLS))], CPU, stop=True)
+    counts = count(method.counts, [_without_labels(batch_of(TLS))], stop=True)
     assert counts.by_term == {"tokens": 1.0} and counts.stop
 
 

@@ -5,6 +5,7 @@ import torch
 
 from dskd.batch import IGNORE, DenseTeacher
 from dskd.data.views import Shown
+from dskd.fused.topk_teacher import largest
 from dskd.stores.logits import CachedLogits, CachedMasks
 from dskd.stores.store import Writer
 from tests.data.row_batches import PlainRows
@@ -51,6 +52,11 @@ def read(cache, rows, *, use_k=None, temperature=2.0):
     """What a cache gives for some rows: inputs, labels, and the columns of the logits."""
     shown = CachedMasks(cache)(rows)
     return *shown, CachedLogits(cache, use_k, temperature)(rows, shown)
+
+
+def encoded(layout, batch, logits_NV):
+    """The cache's columns of a teacher's logits."""
+    return layout.encode(batch, largest(logits_NV, layout.k, layout.temperatures))
 
 
 def write_store(folder, spec, content):

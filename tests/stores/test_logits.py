@@ -12,14 +12,14 @@ from dskd.batch import IGNORE
 from dskd.data.loader import make_batch
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError, NonFiniteError, StoreError
-from dskd.fused import topk_teacher
 from dskd.stores import logits as logits_module
 from dskd.stores.logits import LogitCache, LogitLayout, describe_cache, verify
 from dskd.stores.store import MANIFEST, Store, Writer, shard_path
 from dskd.system.files import read_manifest, write_manifest
 from tests import batches
+from tests.heads import small_chunks
 from tests.stores import caches
-from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, write_store
+from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, encoded, write_store
 
 PRINTS = {"teacher": "T", "tokenizer": "V", "data": "D", "masking": "M"}
 
@@ -48,7 +48,7 @@ def store_all(folder, layout, rows, view, logits_of):
 
     def content(draw, row_ids):
         batch = make_batch(rows, view, row_ids, np.full_like(row_ids, draw))
-        return batch.supervised_BT.sum(1).numpy(), layout.encode(batch, logits_of(batch))
+        return batch.supervised_BT.sum(1).numpy(), encoded(layout, batch, logits_of(batch))
 
     write_store(folder, spec, content)
     return LogitCache(folder, PRINTS)
@@ -90,10 +90,10 @@ def test_all_of_the_vocabulary_gives_back_the_dense_distribution(tmp_path):
 
 def test_stored_values_are_the_teachers_bit_for_bit():
     batch, logits = batch_of(3, 4), torch.randn(12, 50) * 5
-    columns = layout_of(k=50).encode(batch, logits)
+    columns = encoded(layout_of(k=50), batch, logits)
     dense = torch.log_softmax(logits, 1)
     assert torch.equal(scattered(columns["ids"].astype(np.int64), columns["logprobs"]), dense)
-    half = layout_of(k=50, values="fp16").encode(batch, logits)
+    half = encoded(layout_of(k=50, values="fp16"), batch, logits)
     np.testing.assert_array_equal(half["logprobs"], columns["logprobs"].astype(np.float16))
 
 
@@ -104,7 +104,7 @@ def test_tails_are_exact_at_every_temperature(k, spread):
     temperatures = (0.5, 1.0, 2.0, 10.0)
     logits = torch.randn(40, 25) * spread
     layout = layout_of(k=k, vocabulary=25, temperatures=temperatures, values="fp16")
-    tail_NS = layout.encode(batch_of(8, 5), logits)["tail"]
+    tail_NS = encoded(layout, batch_of(8, 5), logits)["tail"]
     logprobs = torch.log_softmax(logits.double(), 1).sort(1, descending=True).values
     for place, temperature in enumerate(temperatures):
         wanted = torch.logsumexp(logprobs[:, k:] / temperature, 1)
@@ -133,7 +133,7 @@ def test_using_fewer_is_the_same_as_keeping_fewer(tmp_path, use_k, temperature):
 def test_impossible_tokens_have_no_probability():
     logits = torch.full((4, 50), -math.inf)
     logits[:, 10], logits[:, 20] = 1.0, 2.0
-    columns = layout_of(k=5).encode(batch_of(2, 2), logits)
+    columns = encoded(layout_of(k=5), batch_of(2, 2), logits)
     assert columns["ids"][:, :2].tolist() == [[20, 10]] * 4
     assert (columns["logprobs"][:, 2:] == -math.inf).all() and (columns["tail"] == -math.inf).all()
     np.testing.assert_allclose(np.exp(columns["logprobs"]).sum(1), 1, rtol=1e-6)
@@ -144,20 +144,20 @@ def test_row_without_finite_logits_is_named(bad):
     logits = torch.randn(12, 50)
     logits[7, 3] = bad
     with pytest.raises(NonFiniteError, match="row 101"):
-        layout_of().encode(batch_of(3, 4), logits)
+        encoded(layout_of(), batch_of(3, 4), logits)
 
 
 def test_batch_without_supervised_position():
-    columns = layout_of().encode(batch_of(2, 0), torch.empty(0, 50))
+    columns = encoded(layout_of(), batch_of(2, 0), torch.empty(0, 50))
     shapes = {"ids": (0, 5), "logprobs": (0, 5), "tail": (0, 2), "pos": (0,), "input": (0,)}
     assert {name: array.shape for name, array in columns.items()} == shapes
 
 
 def test_encoding_in_chunks_changes_nothing(monkeypatch):
     logits = torch.randn(12, 50)
-    whole = layout_of().encode(batch_of(3, 4), logits)
-    monkeypatch.setattr(topk_teacher, "_CHUNK", 150)  # three positions at a time
-    parts = layout_of().encode(batch_of(3, 4), logits)
+    whole = encoded(layout_of(), batch_of(3, 4), logits)
+    small_chunks(monkeypatch, 3)
+    parts = encoded(layout_of(), batch_of(3, 4), logits)
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array)
 
@@ -172,7 +172,7 @@ def test_every_id_of_a_large_vocabulary(vocabulary):
     logits = torch.zeros(1, vocabulary)
     kept = [vocabulary - 1, 65_533, 257]
     logits[0, kept] = torch.tensor([30.0, 20.0, 10.0])
-    columns = layout.encode(batch, logits)
+    columns = encoded(layout, batch, logits)
     assert logits_module._join("ids", columns).tolist() == [kept]
     assert logits_module._join("input", columns).tolist() == [vocabulary - 2]
     normaliser = math.log(math.exp(30) + math.exp(20) + math.exp(10) + vocabulary - 3)
@@ -294,7 +294,7 @@ def spoilt(folder, spoil, rows_per_shard=10, **changes):
 
     def content(draw, row_ids):
         batch = make_batch(rows, view, row_ids, np.full_like(row_ids, draw))
-        columns = layout.encode(batch, teach(batch))
+        columns = encoded(layout, batch, teach(batch))
         ends = batch.counts_B.cumsum(0).tolist()
         for row, begin, end in zip(row_ids.tolist(), [0, *ends], ends, strict=False):
             spoil(draw, row, {name: values[begin:end] for name, values in columns.items()})

@@ -15,7 +15,7 @@ from dskd.stores.logits import LogitCache, LogitLayout
 from dskd.stores.store import Writer, shard_path
 from dskd.stores.sweep import Scored, Stopped, sweep
 from tests.ranks import run_ranks
-from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, files, read
+from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, encoded, files, read
 
 PRINTS = {"teacher": "T", "data": "D"}
 LAYOUT = LogitLayout(
@@ -24,7 +24,7 @@ LAYOUT = LogitLayout(
 
 
 def _score(batch, signal):
-    return Scored(batch.counts_B.numpy(), LAYOUT.encode(batch, signal.logits_NV))
+    return Scored(batch.counts_B.numpy(), encoded(LAYOUT, batch, signal.logits_NV))
 
 
 def fill(folder, *, micro_batch=3, rows=None, domain=None, forward=None, progress=None, stop=None):

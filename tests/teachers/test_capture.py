@@ -18,6 +18,7 @@ from dskd.stores.store import shard_path
 from dskd.teachers.capture import capture
 from dskd.teachers.teacher import FrozenTeacher, StoredTeacher
 from tests.data.conftest import make_corpus
+from tests.heads import logits_of
 from tests.models.tiny import zero3
 from tests.ranks import run_ranks
 from tests.stores.caches import flip, read
@@ -76,7 +77,7 @@ def test_cached_signal_is_the_live_one_when_all_is_kept(tmp_path, folders, objec
     for name in ("row_ids_B", "domains_B", "ids_BT", "mask_BT", "labels_BT"):
         assert torch.equal(getattr(with_cache, name), getattr(with_view, name)), name
     signal = StoredTeacher(2.0)(with_cache)
-    dense = torch.log_softmax(live(with_view).logits_NV, 1)
+    dense = torch.log_softmax(logits_of(live(with_view)), 1)
     assert (signal.tail_N[2.0] == -math.inf).all() and len(dense) > 0
     found = torch.zeros_like(dense).scatter(1, signal.ids_NK, signal.logprobs_NK)
     torch.testing.assert_close(found, dense, rtol=1e-5, atol=1e-5)

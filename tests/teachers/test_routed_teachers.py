@@ -9,6 +9,7 @@ from dskd.data.prepared import RowBatch
 from dskd.data.views import Shown
 from dskd.teachers.teacher import FrozenTeacher, RoutedTeachers, group_by_domain
 from tests.batches import changed
+from tests.heads import logits_of
 from tests.teachers.test_teacher_self import VOCABULARY, masked_batch, student
 
 
@@ -31,11 +32,11 @@ def test_each_row_has_its_domains_logits(domains):
         with torch.no_grad():
             model.bert.embeddings.word_embeddings.weight.mul_(domain + 1)
         teachers[domain] = FrozenTeacher(model, VOCABULARY)
-    found_NV = RoutedTeachers(teachers)(batch).logits_NV
-    whole = {domain: teacher(batch).logits_NV for domain, teacher in teachers.items()}
+    found_NV = logits_of(RoutedTeachers(teachers)(batch))
+    whole = {domain: logits_of(teacher(batch)) for domain, teacher in teachers.items()}
     domain_N = batch.domains_B.repeat_interleave(batch.counts_B).tolist()
     wanted_NV = torch.stack([whole[domain][n] for n, domain in enumerate(domain_N)])
-    assert len(found_NV) == batch.supervised and found_NV.dtype == torch.float32
+    assert len(found_NV) == batch.supervised
     torch.testing.assert_close(found_NV, wanted_NV, rtol=1e-5, atol=1e-5)
 
 

@@ -18,6 +18,7 @@ from dskd.teachers.average import Average
 from dskd.teachers.teacher import FrozenTeacher, ShownUnmasked, StudentAsTeacher
 from dskd.training.objective import Objective
 from tests.batches import batch_of, changed
+from tests.heads import logits_of
 
 VOCABULARY, MASK = 23, 4
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -61,9 +62,9 @@ def test_it_sees_what_the_masks_hide():
     signal = ShownUnmasked(StudentAsTeacher(model, VOCABULARY))(batch)
     assert isinstance(signal, ProjectedTeacher)
     expected_NV = plain_logits(model, rows_BT, batch)
-    torch.testing.assert_close(signal.logits_NV, expected_NV, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits_of(signal), expected_NV, rtol=1e-12, atol=1e-12)
     assert not signal.hidden_NE.requires_grad
-    seen_NV = StudentAsTeacher(model, VOCABULARY)(batch).logits_NV
+    seen_NV = logits_of(StudentAsTeacher(model, VOCABULARY)(batch))
     torch.testing.assert_close(seen_NV, plain_logits(model, batch.ids_BT, batch))
     assert (seen_NV - expected_NV).abs().max() > 0.1
 
@@ -76,7 +77,7 @@ def test_a_causal_student_sees_its_row_as_it_is():
     labels_BT = torch.full_like(rows_BT, IGNORE)
     labels_BT[:, :-1] = rows_BT[:, 1:]
     batch = batch_of(labels_BT, ids_BT=rows_BT)
-    found_NV = StudentAsTeacher(model, VOCABULARY)(batch).logits_NV
+    found_NV = logits_of(StudentAsTeacher(model, VOCABULARY)(batch))
     torch.testing.assert_close(found_NV, plain_logits(model, rows_BT, batch))
 
 

@@ -1,4 +1,4 @@
-"""How often a step makes the host wait for a GPU, in dskd's own lines: once."""
+"""How often a step makes the host wait for a GPU, in dskd's own lines: for the step before."""
 
 import json
 from pathlib import Path
@@ -29,13 +29,15 @@ def runs(tmp_path_factory):
 
 def watched(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
     """Have every step append the waits in it, by line, to a file."""
-    step, move = Trainer.step, Batch.to
+    launch, move = Trainer._launch, Batch.to
 
-    def watched_step(self: Trainer, stop: bool):
+    def watched_launch(self: Trainer, stop: bool):
         with HostWaits() as waits:
             waits.put(self.engine.module.parameters())
+            if self._unread is not None:
+                waits.put([self._unread.queued._values._values])
             monkeypatch.setattr(Batch, "to", lambda batch, device: moved(waits, batch, device))
-            result = step(self, stop)
+            result = launch(self, stop)
         with out.open("a") as stream:
             stream.write(json.dumps(waits.lines) + "\n")
         return result
@@ -46,18 +48,20 @@ def watched(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
         waits.put([*read_by_models, found.labels_N, *found.columns.values()])
         return found
 
-    monkeypatch.setattr(Trainer, "step", watched_step)
+    monkeypatch.setattr(Trainer, "_launch", watched_launch)
     for module in (per_token, topk_teacher):
         monkeypatch.setattr(module, "looks", lambda values: False)  # it looks at CPU tensors alone
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("name", RUNS)
-def test_a_step_of_two_micro_batches_waits_once(runs, tmp_path, monkeypatch, name, stage):
+def test_a_step_of_two_micro_batches_waits_for_the_one_before(
+    runs, tmp_path, monkeypatch, name, stage
+):
     watched(monkeypatch, tmp_path / "waits.jsonl")
-    runs.run(f"{name}{stage}", 1, f"deepspeed=zero{stage}", **RUNS[name])
+    every = ["evaluation.every=4", "checkpoint.every=4"]  # what ends with its own numbers read
+    runs.run(f"{name}{stage}", 1, f"deepspeed=zero{stage}", *every, **RUNS[name])
     steps = [json.loads(line) for line in (tmp_path / "waits.jsonl").read_text().splitlines()]
-    assert len(steps) == 4
-    for waits in steps:
-        assert sum(waits.values()) == 1, waits
-        assert next(iter(waits)).startswith("training/trainer.py:")
+    assert [sum(waits.values()) for waits in steps] == [0, 1, 1, 1], steps
+    for waits in steps[1:]:
+        assert next(iter(waits)).startswith("system/device.py:")

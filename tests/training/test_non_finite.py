@@ -40,7 +40,7 @@ def one_step(rank: int, world: int, method: Method) -> tuple[str, bool] | int:
     with HostWaits() as waits:
         waits.put(engine.module.parameters())
         try:
-            trainer.step(stop=False)
+            trainer.step(stop=False).read()
         except NonFiniteError as problem:
             return str(problem), problem.printed_by_other_rank
     return sum(waits.lines.values())

@@ -1,5 +1,6 @@
 """Gradients that no step follows: those of a plain model, and no trace of them in the training."""
 
+import time
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from dskd.models.families import positions_of
 from dskd.settings.run import Run, Train
 from dskd.system import dist
 from dskd.training.objective import Objective
+from dskd.training.passes import count
 from dskd.training.trainer import Trainer
 from tests.models.tiny import adamw, batch, geometry, loss_of, make, without_dropout
 from tests.ranks import run_ranks
@@ -129,8 +131,9 @@ def trained(
     numbers = []
     for step in range(STEPS):
         trainer.progress.step = step
-        result = trainer.step(stop=False)
-        assert result.applied
+        queued = trainer.step(stop=False)
+        assert queued.applied
+        result = queued.read()
         numbers += [result.loss, result.grad_norm]
     names = [name for name, _ in engine.module.student.named_parameters()]
     weights = engine.weights(gradients=False).wholes(names)
@@ -177,3 +180,20 @@ def test_shards_that_no_hook_looks_at_need_not_be_known():
     refused = "ConfigError: deepspeed: it has DeepSpeed step by its BF16_Optimizer, whose weights"
     with pytest.raises(AssertionError, match=refused):
         run_ranks(_with_fp32_sums, LooksBack(None), world=1)
+
+
+def _counted(rank: int) -> tuple[list[float], bool, bool]:
+    """What is summed of two ranks, and whether the first one went on before the other had begun."""
+    if rank == 1:
+        time.sleep(0.5)
+    began = time.monotonic()
+    counts = count(rows_and_a_half, own(micro_batches(1)), stop=rank == 1)
+    went_on = time.monotonic() - began < 0.25
+    return [counts.by_term["squares"], counts.tokens], counts.stop, went_on
+
+
+def test_counts_are_waited_for_only_when_a_loss_is_divided():
+    """They come over the host's group meanwhile: 4 rows in each of 2 micro-batches, half a row more
+    in each micro-batch of each rank."""
+    tokens = sum(each.tokens for each in micro_batches(1))
+    assert run_ranks(_counted) == [([10.0, tokens], True, True)] * 2

@@ -1,0 +1,194 @@
+"""Whose divergence `linear_kd` takes, checked and as tensors.
+
+Shape letters: N tokens, M of them of one teacher of several, V student columns, W teacher columns,
+E hidden size of a teacher, K kept logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dskd.batch import DenseTeacher, LinearTeacher, LinearTeachers, TopKTeacher
+from dskd.fused.arguments import (
+    SAME,
+    LogitMap,
+    matrix,
+    refuse,
+    teacher_columns,
+    unit_columns,
+)
+from dskd.fused.per_token import places_of
+from dskd.fused.topk_teacher import at_temperature, topk_of
+
+LogitTeacher = LinearTeacher | LinearTeachers | DenseTeacher | TopKTeacher | None
+"""Whose divergence is taken; None: nobody's, cross entropy alone."""
+
+
+class TeacherForm(NamedTuple):
+    """A teacher as :class:`~dskd.fused.logit_loss.LossForm` takes it.
+
+    Attributes:
+        form: ``linear``, ``dense``, ``topk`` or ``label``.
+        tensors: of that form.
+        narrower: whether it has fewer columns than the student.
+        places_N: which tokens its rows are, where they are not in the order of the tokens.
+    """
+
+    form: str
+    tensors: list[Tensor]
+    narrower: bool = False
+    places_N: Tensor | None = None
+
+
+def form_of(
+    teacher: LogitTeacher,
+    logits_NV: Tensor,
+    columns: int,
+    vocabulary: int | None,
+    mode: str,
+    temperature: float,
+) -> TeacherForm:
+    """The form of a teacher; ``columns``: of the student; ``vocabulary``: its real tokens.
+
+    ``logits_NV`` has the tokens, type and device of the student's logits, no columns.
+    """
+    count = len(logits_NV)
+    if teacher is None:
+        return TeacherForm("label", [])
+    if isinstance(teacher, TopKTeacher):
+        return TeacherForm("topk", _topk(teacher, logits_NV, columns, mode, temperature))
+    if isinstance(teacher, DenseTeacher):
+        matrix("teacher", teacher.logits_NV, rows=count, like=logits_NV)
+        shared = teacher_columns(teacher.logits_NV.shape[1], columns, vocabulary)
+        tensors = [unit_columns(teacher.logits_NV.detach()[:, :shared])]
+        return TeacherForm("dense", tensors, shared < columns)
+    if isinstance(teacher, LinearTeachers):
+        places_N = places_of(teacher.places_N, logits_NV)
+        names = [f"teachers[{k}]'s " for k in range(len(teacher.parts))]
+        refuse(not names, lambda: "teachers: there are none")
+        tensors, shared = _heads(teacher.parts, names, logits_NV, columns, vocabulary)
+        return TeacherForm("linear", tensors, shared < columns, places_N)
+    refuse(
+        not isinstance(teacher, LinearTeacher),
+        lambda: (
+            f"teacher: must be a DenseTeacher, LinearTeacher, LinearTeachers, TopKTeacher or None, "
+            f"not {type(teacher).__name__}"
+        ),
+    )
+    tensors, shared = _heads([teacher], ["teacher's "], logits_NV, columns, vocabulary)
+    return TeacherForm("linear", tensors, shared < columns)
+
+
+def check_form(
+    form: str, kind: str, mode: str, vocabulary: int | None, teacher_map: LogitMap
+) -> None:
+    """Refuse what this form of a teacher would leave aside."""
+    if form != "topk":
+        refuse(mode != "tail", lambda: f"mode: {mode!r} is of a top-k teacher, which this is not")
+    if form in ("topk", "label"):
+        less = "the teacher's logits are not all there"
+        refuse(kind != "forward_kl", lambda: f"kind: {kind} cannot be computed, {less}")
+        refuse(vocabulary is not None, lambda: f"vocabulary: nothing to cut, {less}")
+        refuse(teacher_map != SAME, lambda: f"teacher_map: nothing to map, {less}")
+
+
+def tail_of(teacher: TopKTeacher, mode: str, temperature: float) -> Tensor | None:
+    """The tail [N] of a top-k teacher in mode ``tail``, None in another."""
+    if mode != "tail":
+        return None
+    stored = teacher.tail_N
+    refuse(
+        temperature not in stored,
+        lambda: (
+            f"teacher: has no tail mass at temperature {temperature}, but at "
+            f"{', '.join(map(str, stored))}"
+        ),
+    )
+    return stored[temperature]
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The operands of a linear layer as autocast would cast them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+def check_head(owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check the operands of a linear layer; ``owner`` begins their names."""
+    matrix(f"{owner}hidden", hidden)
+    matrix(f"{owner}weight", weight, like=hidden)
+    refuse(
+        weight.shape[1] != hidden.shape[1],
+        lambda: (
+            f"{owner}weight: has {weight.shape[1]} columns, the hidden states {hidden.shape[1]}"
+        ),
+    )
+    refuse(
+        weight.dtype != hidden.dtype,
+        lambda: f"{owner}weight: is {weight.dtype}, the hidden states are {hidden.dtype}",
+    )
+    if bias is not None:
+        refuse(
+            bias.shape != weight.shape[:1] or bias.dtype != weight.dtype,
+            lambda: (
+                f"{owner}bias: must be {weight.dtype} [{len(weight)}], not {bias.dtype} "
+                f"{list(bias.shape)}"
+            ),
+        )
+        refuse(
+            bias.device != weight.device,
+            lambda: f"{owner}bias: is on {bias.device}, not the weight's",
+        )
+
+
+def _heads(
+    teachers: Sequence[LinearTeacher],
+    names: Sequence[str],
+    logits_NV: Tensor,
+    columns: int,
+    vocabulary: int | None,
+) -> tuple[list[Tensor], int]:
+    """Hidden states, weight and bias (empty: none) of each, and the columns that they share."""
+    tensors: list[Tensor] = []
+    widths, rows = [], 0
+    for teacher, name in zip(teachers, names, strict=True):
+        hidden_ME, weight_WE, bias_W = autocast(
+            teacher.hidden_NE, teacher.weight_VE, teacher.bias_V
+        )
+        check_head(name, hidden_ME, weight_WE, bias_W)
+        alone = len(logits_NV) if len(teachers) == 1 else None
+        matrix(f"{name}hidden", hidden_ME, rows=alone, like=logits_NV)
+        shared = teacher_columns(len(weight_WE), columns, vocabulary)
+        bias_W = weight_WE.new_empty(0) if bias_W is None else bias_W[:shared]
+        tensors += [x.detach() for x in (hidden_ME, weight_WE[:shared], bias_W)]
+        widths.append(shared)
+        rows += len(hidden_ME)
+    refuse(
+        rows != len(logits_NV),
+        lambda: f"teachers: have {rows} rows where there are {len(logits_NV)} tokens",
+    )
+    refuse(
+        len(set(widths)) > 1,
+        lambda: (
+            f"teachers: have {', '.join(map(str, widths))} columns; if those beyond are padding, "
+            f"say how many are real tokens (vocabulary=)"
+        ),
+    )
+    return tensors, widths[0]
+
+
+def _topk(
+    teacher: TopKTeacher, logits_NV: Tensor, columns: int, mode: str, temperature: float
+) -> list[Tensor]:
+    """Ids, log-probabilities at the temperature, and the tail in mode ``tail``."""
+    tail_N = tail_of(teacher, mode, temperature)
+    ids_NK, *kept = topk_of(teacher.ids_NK, teacher.logprobs_NK, tail_N, mode, logits_NV, columns)
+    found = (ids_NK, *at_temperature(*kept, temperature))
+    return [x for x in found if x is not None]

@@ -1,0 +1,59 @@
+"""What a model's attention must know of padding, told so that the host waits for no GPU.
+
+Given a mask of rows, transformers reads its values to learn whether there is padding at all, and
+makes the mask [B, 1, T, T] that attention takes only if there is some. The host knows that already.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from dskd.batch import Batch
+
+_WARNS_OF_PADDING = frozenset({"gpt2"})
+"""Types that look for padding in the tokens of a batch that comes without a mask."""
+
+_OWN_MASKS = frozenset({"modernbert"})
+"""Encoders whose layers do not all have the same mask."""
+
+
+class _KeepsNothing(DynamicCache):
+    """A cache of keys and values that is always empty.
+
+    Causal models that get neither a mask nor a cache read the positions, for rows that are several
+    texts, each counted from 0.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values of this pass alone."""
+        del args, kwargs
+        return key_states, value_states
+
+
+def attention_arguments(model: PreTrainedModel, batch: Batch, *, causal: bool) -> dict[str, Any]:
+    """Arguments of the body's forward pass that keep padding from the batch's real tokens; what it
+    makes of the padding itself means nothing."""
+    kind = model.config.model_type
+    if causal:
+        # A cache of keys and values serves generation only.
+        if kind in _WARNS_OF_PADDING:
+            return {"use_cache": False, "attention_mask": batch.mask_BT}
+        # No token sees those after it, where the padding is.
+        options: dict[str, Any] = {"use_cache": False, "attention_mask": None}
+        recomputed = getattr(model.base_model, "gradient_checkpointing", False)
+        if not (recomputed and model.training):  # no cache goes with that
+            options["past_key_values"] = _KeepsNothing()
+        return options
+    rows, tokens = batch.mask_BT.shape
+    if not (batch.lengths_B < tokens).any():
+        return {"attention_mask": None}
+    if kind in _OWN_MASKS or model.config._attn_implementation != "sdpa":
+        return {"attention_mask": batch.mask_BT}
+    # As transformers makes it, which takes one of this shape as it is.
+    real_BT = batch.mask_BT.bool()
+    return {"attention_mask": real_BT[:, None, None, :].expand(rows, 1, tokens, tokens)}

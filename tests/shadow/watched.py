@@ -21,20 +21,18 @@ from dskd.training.trainer import Trainer
 from tests.shadow.waits import Wait, Watch
 
 _WITHIN = {
-    "training": (Trainer, "train"),
-    "passes": (Passes, "run"),
-    "evaluation": (Trainer, "_score"),
-    "checkpoint": (Trainer, "_save"),
-    "sweep": (fill, "sweep"),
-    "masks": (Rule, "_choose"),
-    "norms": (Surgery, "mask"),
+    "training": [(Trainer, "train")],
+    "passes": [(Passes, "run")],
+    "evaluation": [(Trainer, "_score")],
+    "checkpoint": [(Trainer, "_save")],
+    "sweep": [(fill, "sweep")],
+    "masks": [(Rule, "_choose"), (Rule, "_on"), (Surgery, "mask"), (Surgery, "compact")],
 }
 _COUNTED = {
-    "training": (Engine, "step"),
-    "masks": (Rule, "_choose"),
-    "norms": (Surgery, "mask"),
-    "passes": (Engine, "backward"),
-    "evaluation": (Objective, "forward_evaluation"),
+    "training": [(Engine, "step")],
+    "passes": [(Engine, "backward")],
+    "evaluation": [(Objective, "forward_evaluation")],
+    "masks": [(Rule, "_choose")],
 }
 
 
@@ -43,8 +41,7 @@ class Waits(NamedTuple):
 
     Attributes:
         times: how many steps (``training``), micro-batches (``passes``), batches of an evaluation
-            and of a sweep over all rows, and choices of WID's units (``masks``, ``norms``) there
-            were.
+            and of a sweep over all rows, and choices of WID's units (``masks``) there were.
         found: waits by what they were within.
     """
 
@@ -107,7 +104,7 @@ def watched(file: Path) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(plan, "execute", execute))
         for wrap, owners in ((labelled, _WITHIN), (counted, _COUNTED)):
-            for within, (owner, name) in owners.items():
+            for within, (owner, name) in [(w, f) for w, found in owners.items() for f in found]:
                 replaced = wrap(within, getattr(owner, name))
                 stack.enter_context(patch.object(owner, name, replaced))
         yield

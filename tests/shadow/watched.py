@@ -49,16 +49,12 @@ class Waits(NamedTuple):
     found: Counter[tuple[str, Wait]]
 
     def own(self, within: str) -> dict[str, int]:
-        """Those in dskd's own lines, by line and reason."""
+        """Those that are dskd's to mend, by line and reason."""
         return {
-            f"{wait.own} ({wait.what})": count
+            " <- ".join(dict.fromkeys((wait.place, wait.under))) + f" ({wait.what})": count
             for (label, wait), count in self.found.items()
             if label == within and wait.own
         }
-
-    def others(self, within: str) -> int:
-        """How many are in lines of others."""
-        return sum(n for (label, wait), n in self.found.items() if label == within and not wait.own)
 
 
 def read(file: Path) -> Waits:

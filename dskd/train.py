@@ -25,6 +25,8 @@ from dskd.system.launcher import stop_with_launcher
 
 USAGE = "usage: deepspeed --num_gpus N dskd/train.py [FILE.yaml] [a.b=value ...]"
 MENDABLE, STOPPED = 2, 75
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables that tune how torch reserves GPU memory; the user's own are left alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(f"{__doc__}\n{USAGE}")
         return 0
+    # Rows differ in width from batch to batch, and blocks of fixed size would be kept for each.
+    # Before torch is imported, on every rank; PyTorch 2.8 knows the first name only.
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
     try:
         status = _status(words)
     except BaseException as problem:

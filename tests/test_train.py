@@ -1,9 +1,11 @@
 """The command: its words, its exit statuses, what it says."""
 
+import ast
 import json
 
 import pytest
 
+from dskd import train
 from dskd.train import main
 from tests.launching import ROOT, environment, evaluations, losses, python
 
@@ -45,6 +47,32 @@ def test_what_can_be_mended_is_told_in_one_message(tmp_path, capsys, words, mess
     assert message in told.err
     assert "Traceback" not in told.err and not told.out
     assert not (tmp_path / "out").exists()
+
+
+ALLOCATOR = """
+import os, sys
+from dskd import train
+def seen(words):
+    assert "torch" not in sys.modules  # which reads them once
+    print({name: os.environ.get(name) for name in train.ALLOCATOR})
+    return 0
+train._run = seen
+train.main([])
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, ["expandable_segments:True", "expandable_segments:True"]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, ["max_split_size_mb:64", None]),
+        ({"PYTORCH_ALLOC_CONF": ""}, [None, ""]),
+    ],
+)
+def test_gpu_memory_is_reserved_in_segments_that_grow_unless_told_otherwise(given, seen):
+    own = {key: value for key, value in environment().items() if key not in train.ALLOCATOR}
+    told = python("-c", ALLOCATOR, cwd=ROOT, env=own | given).stdout
+    assert ast.literal_eval(told) == dict(zip(train.ALLOCATOR, seen, strict=True))
 
 
 def test_every_mistake_is_told_by_one_rank(tmp_path, capsys, monkeypatch):

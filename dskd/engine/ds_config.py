@@ -24,9 +24,17 @@ Role = Literal["student", "teacher"]
 _ADAM = ("adam", "adamw")
 _FROZEN = ("optimizer", "gradient_clipping", "tensorboard", "wandb", "csv_monitor", "comet")
 """Words about training, dropped where a JSON made for a student shards a frozen teacher."""
+SLOW_STEP = (
+    "0 in bf16 lets the host wait twice for its GPU at every parameter tensor of a step, where"
+    " DeepSpeed looks for infinities; the preset zero1 does not, and trains alike"
+)
+"""What is wrong with the setting, on several GPUs and on one."""
 _NEVER_PRINT = 1_000_000_000
 _SMALLEST_BUCKET = 5_000_000
-"""Elements of a ZeRO-3 bucket for small models, below which communication is all latency."""
+"""Elements of a bucket for small models, below which communication is all latency."""
+_LARGEST_BUCKETS = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 200_000_000}
+"""Elements of a bucket at ZeRO-1 and 2 for large models. DeepSpeed holds two whole ones to reduce
+while it goes backward (200 MB in 16 bits), however few gradients there are to fill them."""
 
 
 def load_preset(name: str | Path) -> DS:
@@ -86,6 +94,7 @@ def fill_auto(
     hidden: int,
     cuda: bool,
     *,
+    parameters: int | None = None,
     role: Role = "student",
     precision: Precision | None = None,
     bf16: bool | None = None,
@@ -99,6 +108,7 @@ def fill_auto(
         run: the settings.
         world: number of ranks.
         hidden: the model's hidden size, which scales the buckets of ZeRO-3.
+        parameters: the model's, which bound the buckets of ZeRO-1 and 2; None: many.
         cuda: whether the ranks have GPUs. On CPU, Adam is PyTorch's, because DeepSpeed's are
             compiled with g++ at first use; on GPUs it is PyTorch's fused one, or DeepSpeed's CPU
             Adam where the optimizer is offloaded.
@@ -122,8 +132,9 @@ def fill_auto(
         filling.batch(run, world)
         setting = "train.precision" if precision is None else f"the {role}'s precision"
         wanted = run.train.precision if precision is None else precision
-        filling.precision(wanted, setting, cuda if bf16 is None else bf16)
+        filling.precision(wanted, setting, cuda if bf16 is None else bf16, world)
         per_node = world if ranks_per_node is None else ranks_per_node
+        filling.buckets(hidden, parameters)
         filling.zero(hidden, world, per_node, run.out / "swap" / role)
         filling.left(filling.ds)
     if not filling.problems:
@@ -203,7 +214,7 @@ class _Filling:
         self.settle("gradient_accumulation_steps", steps, sizes)
         self.ds.setdefault("steps_per_print", _NEVER_PRINT)
 
-    def precision(self, wanted: Precision, setting: str, bf16: bool) -> None:
+    def precision(self, wanted: Precision, setting: str, bf16: bool, world: int) -> None:
         """Switch bf16 and fp16 on or off; "auto" is bf16 where the hardware has it, else fp32."""
         given = {
             name: self.ds.setdefault(name, {}).get("enabled", "auto") for name in ("bf16", "fp16")
@@ -220,9 +231,12 @@ class _Filling:
         if wanted == "auto":
             free = bf16 and given["bf16"] == "auto"
             wanted = fixed[0] if fixed else "bf16" if free else "fp32"
-        if wanted == "fp16" and not self.ds.get("zero_optimization", {}).get("stage", 0):
-            text = "fp16 needs ZeRO-1, 2 or 3: at stage 0 DeepSpeed does not scale the loss"
-            self.problems.append(text)
+        if not self.ds.get("zero_optimization", {}).get("stage", 0):
+            if wanted == "fp16":
+                text = "fp16 needs ZeRO-1, 2 or 3: at stage 0 DeepSpeed does not scale the loss"
+                self.problems.append(text)
+            elif wanted == "bf16" and self.cuda and world > 1:
+                self.problems.append(f"zero_optimization.stage: {SLOW_STEP}")
         for name, value in given.items():
             self.ds[name]["enabled"] = name == wanted
             if value not in ("auto", name == wanted):
@@ -257,16 +271,27 @@ class _Filling:
         elif params.get("fused", "auto") == "auto":
             params["fused"] = self.cuda and not offloaded
 
-    def zero(self, hidden: int, world: int, ranks_per_node: int, swap: Path) -> None:
-        """Bucket sizes that follow the model, offload, and the ZeRO++ group."""
+    def buckets(self, hidden: int, parameters: int | None) -> None:
+        """Bucket sizes that follow the model."""
         zero = self.ds.setdefault("zero_optimization", {"stage": 0})
-        bucket = max(hidden * hidden, _SMALLEST_BUCKET)
+        if zero.get("stage", 0) == 3:  # around a layer, as its weights are gathered
+            size = max(hidden * hidden, _SMALLEST_BUCKET)
+            autos = dict.fromkeys(_LARGEST_BUCKETS, size)
+        else:
+            autos = {
+                name: most if parameters is None else min(max(parameters, _SMALLEST_BUCKET), most)
+                for name, most in _LARGEST_BUCKETS.items()
+            }
+            size = autos["reduce_bucket_size"]
+        autos["stage3_prefetch_bucket_size"] = size * 9 // 10
+        autos["stage3_param_persistence_threshold"] = 10 * hidden
+        _fill(zero, autos)
+
+    def zero(self, hidden: int, world: int, ranks_per_node: int, swap: Path) -> None:
+        """The ZeRO++ group, quantisation and offload."""
+        zero = self.ds["zero_optimization"]
         several = world > ranks_per_node > 1
         autos: DS = {
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket * 9 // 10,
-            "stage3_param_persistence_threshold": 10 * hidden,
             "zero_hpz_partition_size": ranks_per_node if several else 1,
             "zero_quantized_weights": self.cuda,  # it has no CPU operator
         }

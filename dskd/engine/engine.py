@@ -61,6 +61,7 @@ def start(ranks_timeout: float = 10) -> torch.device:
     _meet(ranks_timeout)
     # Longer than a rank is waited for: the watch can name it, a collective cannot.
     timeout = timedelta(minutes=(watch.LONG + 1) * ranks_timeout + 20)
+    # It binds NCCL to this rank's device, unless it is alone (where that fails: its issue 8248).
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
     dist.add_host_group(timeout)
     return device

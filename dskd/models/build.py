@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -42,11 +46,13 @@ def build(
     ds: dict[str, Any] | None,
     dtype: torch.dtype,
     where: str,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Build a random model or load one, in train mode (collective).
 
-    Its weights are the same at every ZeRO stage and world size. Under ZeRO-3 no rank holds more
-    than one module's own parameters at full size.
+    Its weights are the same at every ZeRO stage and world size, and on every device. Under ZeRO-3
+    no rank holds more than one module's own parameters at full size; with a ``device`` no rank's
+    CPU does, unless the weights are quantised.
 
     Args:
         tokenizer: the data's; the model must use the same one.
@@ -54,6 +60,7 @@ def build(
         ds: DeepSpeed config without ``auto`` of the engine the model is for; None: no engine.
         dtype: of the weights; under ZeRO-3 the one ``ds`` says.
         where: the setting's name, for messages.
+        device: where whole parameters lie, None: on the CPU; buffers lie there in either case.
 
     Raises:
         ConfigError: unknown or contradicting config fields, a family that is not supported or does
@@ -66,9 +73,9 @@ def build(
         check_tokenizer(tokenizer, folder, settings.trust_remote_code, f"{where}.path")
     check_shape(config, objective, block_size, where)
     check_vocabulary(config, tokenizer, where)
-    model = construct(
-        config, settings.attention, ds, dtype, where, objective, settings.trust_remote_code
-    )
+    attention, trust = settings.attention, settings.trust_remote_code
+    with _parameters_on(device):
+        model = construct(config, attention, ds, dtype, where, objective, trust)
     if folder is None:
         initialise(model, seed)
         tie_head_bias(model)
@@ -162,10 +169,37 @@ def construct(
     return model.train()
 
 
-def parameter_count(config: PreTrainedConfig) -> int:
-    """Parameters of the model of a config, tied ones counted once, without making it."""
+@contextmanager
+def _parameters_on(device: torch.device | None) -> Iterator[None]:
+    """Parameters of modules that are made inside get their memory on the device, one by one.
+
+    Only they: what a module computes for its buffers is computed on the CPU, since functions of a
+    GPU may differ in the last bit.
+    """
+
+    def moved(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter.device.type == device.type:  # a tied one, made before
+            return None
+        return nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+
+    if device is None:
+        yield
+        return
+    hook = register_module_parameter_registration_hook(moved)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def parameter_count(config: PreTrainedConfig, where: str) -> int:
+    """Parameters of the model of a config, tied ones counted once, without making it.
+
+    Raises:
+        ConfigError: it makes no model; the message names ``where``.
+    """
     with torch.device("meta"):
-        model = construct(config, "auto", None, torch.float32, "the config of the export")
+        model = construct(config, "auto", None, torch.float32, where)
     tie_head_bias(model)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -38,7 +38,8 @@ def frozen_model(
             hidden = hidden_size(settings, where=where)
             ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden)
         precision = precision_of_teacher(teacher, ds)
-        model = model_of(run, settings, where, prepared.tokenizer, ds, precision)
+        whole = device if ds is None else None
+        model = model_of(run, settings, where, prepared.tokenizer, ds, precision, whole)
     model.requires_grad_(False)
     return model.to(device) if ds is None else shard_teacher(model, ds)
 
@@ -50,8 +51,10 @@ def model_of(
     tokenizer: PreTrainedTokenizerBase,
     ds: dict[str, Any] | None,
     precision: str,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """A model for the run's rows; ``ds`` shards its construction, None does not."""
+    """A model for the run's rows; ``ds`` shards its construction, None does not, but makes it on
+    ``device`` (None: on the CPU), all but its buffers."""
     return build(
         settings,
         tokenizer,
@@ -61,6 +64,7 @@ def model_of(
         ds=ds,
         dtype=DTYPES[precision],
         where=where,
+        device=device,
     )
 
 

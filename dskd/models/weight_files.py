@@ -196,6 +196,7 @@ def _dequantised(
 ) -> list[Stored]:
     refuse_quantised(quantised, where)
     cls = AUTO_QUANTIZATION_CONFIG_MAPPING[quantised["quant_method"]]
+    # transformers undoes it as a whole model is loaded, on the CPU of every rank that reads.
     known = set(inspect.signature(cls.__init__).parameters)
     how = cls(**{k: v for k, v in quantised.items() if k in known} | {"dequantize": True})
     try:

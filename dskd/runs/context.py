@@ -14,7 +14,8 @@ from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.engine.run_config import student_config
 from dskd.methods.base import Method
-from dskd.models.configs import hidden_size
+from dskd.models.build import parameter_count
+from dskd.models.configs import config_of
 from dskd.settings.folders import RunFolder, folder_of, student_settings
 from dskd.settings.model import Model
 from dskd.settings.run import Run
@@ -85,7 +86,9 @@ class RunContext:
     @cached_property
     def ds(self) -> dict[str, Any]:
         """The student's DeepSpeed config without ``auto``."""
-        return student_config(self.run, hidden_size(self.student, where="model"))
+        config = config_of(self.student, where="model", tokenizer=self.prepared.tokenizer)
+        count = parameter_count(config, "model")
+        return student_config(self.run, config.hidden_size, parameters=count)
 
     @property
     def student(self) -> Model:

@@ -25,7 +25,8 @@ _SUMMARY_KEYS = (
     "wall_seconds",
     "parameters",
 )
-
+_GPU_KEYS = ("reserved_memory_bytes",)
+"""Of the summary of a run on GPUs."""
 
 _TYPES = {"terms": dict, "metric": str}
 """Of what is no number, among the keys that a file must have."""
@@ -80,7 +81,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    return read_object(RunFolder(folder).summary, _SUMMARY_KEYS)
+    path = RunFolder(folder).summary
+    summary = read_object(path, _SUMMARY_KEYS)
+    return _require(summary, [key for key in _GPU_KEYS if key in summary], str(path))
 
 
 def steps_to(points: Points, target: float, *, higher_is_better: bool = False) -> float | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from dskd.engine import engine
 from dskd.engine.row_masks import masks_of
-from dskd.engine.run_config import student_config, teacher_config
+from dskd.engine.run_config import slow_step, student_config, teacher_config
 from dskd.engine.stage import Stage, in_order
 from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
@@ -76,7 +76,9 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
                 elif (config := _loaded(recipe, methods, model, where)) is not None:
                     check_model(config, model, **_rows_of(run), where=where)
         # The hidden size only sets buckets; a model that an earlier run will export has none yet.
-        student_config(run, NOMINAL_HIDDEN, world=world)
+        slow = slow_step(student_config(run, NOMINAL_HIDDEN, world=world))
+        if slow is not None:  # on one GPU, or it is refused
+            say(f"warning: {run.deepspeed}: {slow}")
         _check_student(recipe, methods, name)
         itself = [run.teacher] if isinstance(run.teacher, SelfTeacher) else []
         for teacher in (*each_teacher(run.teacher).values(), *itself):

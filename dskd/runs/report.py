@@ -25,7 +25,7 @@ from dskd.errors import ConfigError
 from dskd.runs.history import History, Points, read_history, read_object, steps_to
 from dskd.settings.folders import RunFolder
 from dskd.system.files import write_atomic
-from dskd.system.log import clock
+from dskd.system.log import clock, memory_text
 
 _MARKED = 60
 """A line of at most so many points shows each of them."""
@@ -155,7 +155,7 @@ def _rows(
             _number(last.get(compared.metric), ".4f"),
             _number(last.get("eval_ppl"), ".2f"),
             f"{summary['tokens_per_second']:,.0f}",
-            f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
+            memory_text(summary),
             clock(summary["wall_seconds"]),
         ]
         rows.append(row + (_against(history, histories[control], compared) if control else []))

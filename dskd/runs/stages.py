@@ -35,7 +35,7 @@ from dskd.stores.fingerprints import expected
 from dskd.system import dist
 from dskd.system.device import free_memory
 from dskd.system.files import write_atomic
-from dskd.system.log import Metrics, peak_memory, reset_peak_memory, say
+from dskd.system.log import Metrics, reset_peak_memory, say, used_memory
 from dskd.teachers.capture import capture
 from dskd.teachers.setup import TeacherSetup, frozen, set_up
 from dskd.training.evaluation import EvaluationSet, Scores, by_key, evaluate
@@ -177,7 +177,8 @@ def evaluate_export(context: RunContext) -> None:
     # Sharded like the student was: a model that needs ZeRO-3 fits no single GPU here either.
     if stage_of(context.ds) == 3:
         ds = teacher_config(run.deepspeed, precision, run, hidden_size(exported, where="export"))
-    model = build_student(context, exported, ds, where="export")
+    whole = context.device if ds is None else None
+    model = build_student(context, exported, ds, where="export", device=whole)
     model = model.to(context.device) if ds is None else shard_teacher(model, ds)
     scores = by_key(_evaluate(context, Objective(model, context.method, None)))
     _write(context.folder.scores, scores)
@@ -199,6 +200,7 @@ def _value(saved: Saved) -> float | None:
 def _summarise(context: RunContext, progress: Progress, parameters: dict[str, int]) -> None:
     best, last, scored = context.checkpoints.best(), context.checkpoints.latest(), context.scored
     assert last is not None
+    used = dist.gather_objects(used_memory())
     summary = {
         "steps": progress.step,
         "metric": scored.metric,
@@ -209,7 +211,7 @@ def _summarise(context: RunContext, progress: Progress, parameters: dict[str, in
         **parameters,
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
-        "peak_memory_bytes": max(dist.gather_objects(peak_memory())),
+        **{name: max(rank[name] for rank in used) for name in used[0]},
         "wall_seconds": progress.wall_seconds,
         comparable.KEY: comparable.basis(context),
     }

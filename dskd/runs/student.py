@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from dskd.engine import reshard
@@ -47,17 +48,21 @@ class StudentInEngine:
 
 
 def build_student(
-    context: RunContext, settings: Model, ds: dict[str, Any] | None, where: str
+    context: RunContext,
+    settings: Model,
+    ds: dict[str, Any] | None,
+    where: str,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """A model in the student's precision, sharded as ``ds`` says (collective).
+    """A model in the student's precision (collective), sharded as ``ds`` says, or whole on
+    ``device`` but for its buffers.
 
     Raises:
         ConfigError: it cannot be built; the message names the setting ``where``.
     """
     with dist.agreed():
-        return model_of(
-            context.run, settings, where, context.prepared.tokenizer, ds, precision_of(context.ds)
-        )
+        precision, tokenizer = precision_of(context.ds), context.prepared.tokenizer
+        return model_of(context.run, settings, where, tokenizer, ds, precision, device)
 
 
 def student_to_train(
@@ -81,7 +86,7 @@ def _in_engine(
     ds = _config(context, saved)
     student = build_student(context, context.student, ds, where="model")
     # Before the method's hooks, which may put other modules into the student.
-    exported = parameter_count(context.method.exported_config(student.config))
+    exported = parameter_count(context.method.exported_config(student.config), "export")
     with dist.agreed(), sharded_construction(ds):
         # Again, as the student's config is known now; and before anything is put into it.
         context.method.check(run, student.config)

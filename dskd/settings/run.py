@@ -81,8 +81,8 @@ class Run(Section):
     seed: int = Field(1, ge=0, lt=2**63)
     until: Annotated[str, FREE] = "evaluate"
     """Last stage to run."""
-    deepspeed: Annotated[str, RunPath(), FREE] = "zero0"
-    """A shipped preset (``zero2`` is ``ds_configs/zero2.json``) or a path to a DeepSpeed JSON."""
+    deepspeed: Annotated[str, RunPath(), FREE] = "zero1"
+    """A shipped preset (``zero1`` is ``ds_configs/zero1.json``) or a path to a DeepSpeed JSON."""
     method: dict[str, Any] = Field(
         default_factory=lambda: {"kind": "ki", "schedule": "linear", "steps": 10}
     )

@@ -54,8 +54,26 @@ def peak_memory() -> int:
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
+def used_memory() -> dict[str, int]:
+    """:func:`peak_memory`, and on a GPU the most bytes that were reserved for tensors besides, by
+    the names that they are logged under. It is the reserve that runs out, and where rows differ in
+    width it may be far above what tensors took."""
+    used = {"peak_memory_bytes": peak_memory()}
+    if on_gpu():
+        used["reserved_memory_bytes"] = torch.cuda.max_memory_reserved()
+    return used
+
+
+def memory_text(used: dict[str, int]) -> str:
+    """What :func:`used_memory` found, for a reader."""
+    peak = used["peak_memory_bytes"]
+    reserved = used.get("reserved_memory_bytes", peak)
+    more = "" if reserved == peak else f" ({reserved / 2**30:.2f} reserved)"
+    return f"{peak / 2**30:.2f} GiB{more}"
+
+
 def reset_peak_memory() -> None:
-    """Count :func:`peak_memory` from now on (on a CPU under Linux only)."""
+    """Count :func:`used_memory` from now on (on a CPU under Linux only)."""
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
     elif _STATUS.exists():
@@ -136,7 +154,7 @@ def progress_line(
     shown = " ".join(f"{k} {_short(v)}" for k, v in values.items() if v is not None)
     return (
         f"step {step:{len(str(steps))}d}/{steps}  {shown}  {tokens_per_second:,.0f} tok/s  "
-        f"{peak_memory() / 2**30:.2f} GiB  {clock(left)} left"
+        f"{memory_text(used_memory())}  {clock(left)} left"
     )
 
 

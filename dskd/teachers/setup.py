@@ -131,7 +131,8 @@ def _from_itself(
     with dist.agreed():
         ds = student_config(run, hidden_size(settings, where="model"))
         precision = precision_of(ds)
-        replica = model_of(run, settings, "model", prepared.tokenizer, None, precision).to(device)
+        replica = model_of(run, settings, "model", prepared.tokenizer, None, precision, device)
+        replica.to(device)  # its buffers
     average = Average(replica, teacher.decay)  # before its gradients are off: it keeps what trains
     return TeacherSetup(unmasked(FrozenTeacher(replica, vocabulary)), hooks=average)
 

@@ -28,7 +28,7 @@ from dskd.stores.sweep import Stopped
 from dskd.system import dist, doing
 from dskd.system.disk import writing
 from dskd.system.log import WHAT as METRICS
-from dskd.system.log import Metrics, peak_memory, progress_line, say
+from dskd.system.log import Metrics, progress_line, say, used_memory
 from dskd.training.evaluation import Scores, by_key
 from dskd.training.learning_rate import learning_rate
 from dskd.training.passes import GradientProbe, Passes, count
@@ -239,7 +239,7 @@ class Trainer:
         left = (steps - step) * unread.seconds / step
         shown = {"loss": loss, **means, **rates, "|g|": norm}
         say(progress_line(step, steps, shown, tokens_per_second=speed, left=left))
-        used = {"tokens_per_second": speed, "peak_memory_bytes": peak_memory()}
+        used = {"tokens_per_second": speed, **used_memory()}
         line = {"loss": loss, "terms": means, **rates, "grad_norm": norm, **used}
         terms = {f"terms/{name}": mean for name, mean in means.items()}
         flat = {"loss": loss, **terms, **rates, **used}

@@ -99,13 +99,29 @@ def test_whose_adam_runs(preset, cuda, torch_adam, fused):
     assert (params["torch_adam"], params.get("fused")) == (torch_adam, fused)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "reduced", "gathered"),
+    [
+        (1_574_016, 5_000_000, 5_000_000),
+        (20_000_000, 20_000_000, 20_000_000),
+        (124_439_808, 50_000_000, 124_439_808),
+        (8_030_261_248, 50_000_000, 200_000_000),
+        (None, 50_000_000, 200_000_000),
+    ],
+)
+@pytest.mark.parametrize("preset", ["zero1", "zero2", "zero2_offload"])
+def test_buckets_are_no_larger_than_what_fills_them(preset, parameters, reduced, gathered):
+    zero = _filled(preset, parameters=parameters)["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (reduced, gathered)
+
+
 def test_nodes_share_weights_within_themselves():
     zero = _filled("zeropp", "train.batch=128", world=16, ranks_per_node=8)["zero_optimization"]
     assert zero["zero_hpz_partition_size"] == 8
     zero = _filled("zeropp", world=2, ranks_per_node=2)["zero_optimization"]
     assert zero["zero_hpz_partition_size"] == 1
     lines = _refused({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}})
-    assert lines == ["zero0: zero_optimization.zero_hpz_partition_size 4 does not divide 2 ranks"]
+    assert lines == ["zero1: zero_optimization.zero_hpz_partition_size 4 does not divide 2 ranks"]
 
 
 def test_student_and_teacher_swap_to_different_folders():
@@ -183,7 +199,7 @@ ROUND_ROBIN = "zero_optimization.round_robin_gradients"
     ],
 )  # fmt: skip
 def test_a_contradiction_names_both(ds, line):
-    assert _refused(ds) == [f'zero0: {line}; write "auto" to follow the setting']
+    assert _refused(ds) == [f'zero1: {line}; write "auto" to follow the setting']
 
 
 @pytest.mark.parametrize(
@@ -211,7 +227,7 @@ def test_a_contradiction_names_both(ds, line):
     ],
 )  # fmt: skip
 def test_a_wrong_word_is_named(ds, line):
-    assert _refused(ds) == [f"zero0: {line}"]
+    assert _refused(ds) == [f"zero1: {line}"]
 
 
 def test_all_problems_are_told_at_once():
@@ -273,7 +289,24 @@ def test_precision(setting, ds, hardware, expected):
     ],
 )  # fmt: skip
 def test_precision_contradictions(setting, ds, line):
-    assert _refused(ds, f"train.precision={setting}") == [f"zero0: {line}"]
+    assert _refused(ds, f"train.precision={setting}") == [f"zero1: {line}"]
+
+
+@pytest.mark.parametrize("setting", ["bf16", "auto"])
+def test_bf16_at_zero_0_on_several_gpus_names_the_better_preset(setting):
+    (line,) = _refused("zero0", f"train.precision={setting}", cuda=True, where="zero0")
+    assert line == (
+        "zero0: zero_optimization.stage: 0 in bf16 lets the host wait twice for its GPU at every "
+        "parameter tensor of a step, where DeepSpeed looks for infinities; the preset zero1 does "
+        "not, and trains alike"
+    )
+    for filled in (
+        _filled("zero0", f"train.precision={setting}", cuda=True, world=1),
+        _filled("zero1", f"train.precision={setting}", cuda=True),
+        _filled("zero0", "train.precision=bf16", cuda=False),
+    ):
+        assert precision_of(filled) == "bf16"
+    assert precision_of(_filled("zero0", cuda=True)) == "fp32"
 
 
 # The tables against the installed DeepSpeed
@@ -383,6 +416,14 @@ def plain():
 @pytest.mark.parametrize("preset", EXACT)
 def test_presets_train_alike(plain, preset):
     assert _train(preset) == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["zero1", "zero2", "zero3"])
+def test_buckets_of_any_size_train_alike(plain, preset):
+    """Here smaller than some of the parameters, which have up to 640 elements."""
+    ds = load_preset(preset)
+    ds["zero_optimization"] |= {"reduce_bucket_size": 500, "allgather_bucket_size": 500}
+    assert _train(ds) == pytest.approx(plain, abs=1e-5)
 
 
 def test_whose_fp16_needs_a_gpu_is_named():

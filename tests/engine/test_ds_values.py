@@ -70,20 +70,20 @@ def _optimizer(kind, **params):
 )  # fmt: skip
 def test_a_wrong_value_is_named_before_anything_starts(ds, line):
     (found,) = _refused(ds)
-    assert found.startswith(f"zero0: {line}"), found
+    assert found.startswith(f"zero1: {line}"), found
 
 
 def test_deepspeeds_own_adams_have_parameters_of_their_own():
     fused = _refused(_optimizer("AdamW", torch_adam=False, fused=True), cuda=True)
-    assert fused == ["zero0: optimizer.params.fused: FusedAdam has no such parameter"]
+    assert fused == ["zero1: optimizer.params.fused: FusedAdam has no such parameter"]
     offloaded = _zero(2, offload_optimizer={"device": "cpu"})
     found = _refused(offloaded | _optimizer("AdamW", amsgrat=True), cuda=True)
-    assert found[0].startswith("zero0: optimizer.params.amsgrat: DeepSpeedCPUAdam has no such")
+    assert found[0].startswith("zero1: optimizer.params.amsgrat: DeepSpeedCPUAdam has no such")
 
 
 @pytest.mark.parametrize("monitor", ["wandb", "comet", "tensorboard"])
 def test_a_monitor_whose_package_is_missing_is_named(monkeypatch, monitor):
     monkeypatch.setattr(ds_values.importlib.util, "find_spec", lambda name: None)
     package = {"comet": "comet_ml"}.get(monitor, monitor)
-    line = f"zero0: {monitor}.enabled: needs the package {package}, which is not installed"
+    line = f"zero1: {monitor}.enabled: needs the package {package}, which is not installed"
     assert _refused({monitor: {"enabled": True}}) == [line]

@@ -67,6 +67,7 @@ def settings(folder: Path) -> dict[str, Any]:
     """A run of KI by a live teacher, on both corpora of the folder."""
     return {
         "seed": 3,
+        "deepspeed": "zero0",
         "data": {
             "folder": str(folder / "data"),
             "sources": [source(folder, "left"), source(folder, "right")],

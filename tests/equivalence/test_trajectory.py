@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 STEPS = 6
 SETTINGS = """
 seed: 3
+deepspeed: zero0
 data:
   folder: {data}
   sources: [{{kind: builtin, documents: 60}}]

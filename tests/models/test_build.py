@@ -191,7 +191,7 @@ def test_hidden_size_needs_no_model(tmp_path):
 @pytest.mark.parametrize("model_type", ALL)
 def test_parameters_are_counted_without_a_model(model_type, tied):
     model = make(model_type, tie_word_embeddings=tied)
-    counted = parameter_count(model.config)
+    counted = parameter_count(model.config, "model")
     assert counted == sum(parameter.numel() for parameter in model.parameters())
 
 

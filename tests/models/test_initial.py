@@ -1,5 +1,7 @@
 """Random weights: the model's own kind, and the same however the model is held."""
 
+import ctypes
+
 import deepspeed
 import pytest
 import torch
@@ -7,7 +9,18 @@ import xxhash
 
 from dskd.engine.zero import full_shape, gathered, is_sharded
 from dskd.system import dist
-from tests.models.tiny import ALL, SIX, auto_of, count_gathered, make, tokenizer, zero3
+from dskd.system.log import peak_memory, reset_peak_memory
+from tests.models.tiny import (
+    ALL,
+    SIX,
+    auto_of,
+    count_gathered,
+    make,
+    settings,
+    stored,
+    tokenizer,
+    zero3,
+)
 from tests.ranks import run_ranks
 
 
@@ -181,3 +194,48 @@ def test_no_rank_holds_more_than_one_module(model_type):
         assert most == largest
         assert times > 40  # every module was seen, twice
         assert most < whole / 4
+
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("model_type", SIX)
+def test_whole_parameters_are_made_on_the_device_and_buffers_on_the_cpu(tmp_path, model_type):
+    """Here on a device without memory; where they come from makes no difference."""
+    expected = dict(make(model_type).named_buffers())
+    for what in (settings(model_type), stored(tmp_path, model_type)):
+        model = make(what, model_type=model_type, device=META, dtype=torch.bfloat16)
+        assert {p.device for p in model.parameters()} == {META}
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        names = dict(model.named_parameters(remove_duplicate=False))
+        plain = make(what, model_type=model_type)
+        whole = dict(plain.named_parameters(remove_duplicate=False))
+        assert {n: p.shape for n, p in names.items()} == {n: p.shape for n, p in whole.items()}
+        assert len({*map(id, names.values())}) == len({*map(id, whole.values())})  # tied alike
+        buffers = dict(model.named_buffers())
+        assert buffers.keys() == expected.keys()
+        for name, buffer in buffers.items():
+            assert torch.equal(buffer, expected[name]) and buffer.dtype == expected[name].dtype
+
+
+M_MMAP_THRESHOLD = -3
+LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
+
+
+def _taken(rank, device):
+    """Bytes of this process that a model of 47 MB takes while it is made."""
+    del rank
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # else glibc keeps what is freed
+    make("llama", device=device)  # what is imported and cached on the way
+    reset_peak_memory()
+    before = peak_memory()
+    model = make("llama", **LARGE, device=device)
+    assert 47e6 < sum(4 * p.numel() for p in model.parameters()) < 48e6
+    return peak_memory() - before
+
+
+def test_a_model_made_on_a_device_is_never_whole_in_the_memory_of_the_cpu():
+    """Its largest parameter has 1 MB."""
+    ((here,), (there,)) = (run_ranks(_taken, device, world=1) for device in (None, META))
+    assert here > 40e6
+    assert there < 8e6

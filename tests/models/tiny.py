@@ -60,11 +60,15 @@ def settings(model_type: str, **fields) -> Model:
     return Model(config={"model_type": model_type, **own, **fields})
 
 
-def make(what: Model | str, *, tok=None, ds=None, seed=7, dtype=torch.float32, block=BLOCK, **kw):
+def make(
+    what: Model | str, *, tok=None, ds=None, seed=7, dtype=torch.float32, block=BLOCK, device=None,
+    **kw,
+):  # fmt: skip
     """Build from settings, or a tiny random model of a ``model_type``."""
     chosen = settings(what, **kw) if isinstance(what, str) else what
     model_type = chosen.config.get("model_type") or kw["model_type"]
-    how = {"block_size": block, "seed": seed, "ds": ds, "dtype": dtype, "where": "model"}
+    how = {"block_size": block, "seed": seed, "ds": ds, "dtype": dtype, "device": device}
+    how["where"] = "model"
     return build(chosen, tok or tokenizer(), objective=lm_head(model_type).objective, **how)
 
 

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors import safe_open
 
+from dskd.engine import run_config
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
 from dskd.models import weight_files
@@ -63,6 +64,19 @@ def test_the_files_of_a_stage_that_the_other_settings_do_not_have_are_seen(tmp_p
     changed = r"(?s)was started with other settings:.* data\.masking: 'hard_tokens', now 'random'"
     with pytest.raises(ConfigError, match=changed):
         checked(path, "data.masking.kind=random")
+
+
+def test_bf16_at_zero_0_on_one_gpu_is_warned_of(tmp_path, monkeypatch, capfd):
+    """On several it is refused: ``tests/engine/test_ds_config.py``."""
+    path = recipe_of(tmp_path, {"only": {"model": {"config": BERT}}})
+    checked(path, "train.precision=bf16")
+    assert capfd.readouterr().out == ""
+    monkeypatch.setattr(run_config, "on_gpu", lambda: True)
+    checked(path, "train.precision=bf16", "deepspeed=zero1")
+    assert capfd.readouterr().out == ""
+    checked(path, "train.precision=bf16")
+    told = "warning: zero0: zero_optimization.stage: 0 in bf16 lets the host wait twice for its GPU"
+    assert capfd.readouterr().out.startswith(told)
 
 
 # ---- exports that are not there yet --------------------------------------------------------------

@@ -114,6 +114,16 @@ def test_table_numbers(runs):
     assert cells(made, 1)[-2:] == ["400", "-"]
 
 
+def test_what_a_gpu_had_reserved_is_shown_beside_what_tensors_took(runs):
+    path = runs["ki"] / "train" / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"reserved_memory_bytes": 2**31}))
+    assert cells(table(runs, "scratch"), 0)[6] == "1.50 GiB (2.00 reserved)"
+    path.write_text(json.dumps(summary | {"reserved_memory_bytes": "2"}))
+    with pytest.raises(CheckpointError, match=r"summary\.json: damaged, 'reserved_memory_bytes'"):
+        table(runs, "scratch")
+
+
 def test_a_run_that_never_gets_there_says_so(tmp_path, runs):
     runs["slow"] = make_run(tmp_path / "slow", [6.0, 5.0, 4.0, 3.9], alpha=False)
     assert cells(table(runs, "scratch"), 2)[-2:] == ["not reached", "-"]

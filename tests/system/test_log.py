@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from dskd.errors import CheckpointError, DiskError
-from dskd.system.log import Metrics, clock, progress_line, read_metrics
+from dskd.system import log
+from dskd.system.log import Metrics, clock, memory_text, progress_line, read_metrics, used_memory
 from tests.disks import limited
 
 LINES = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_nll": 2.5}]
@@ -71,6 +73,19 @@ def test_a_line_that_does_not_fit_is_taken_back(path):
     assert path.read_text() == TEXT
     metrics.write(step=3, loss=1.0)
     assert read_metrics(path)[:-1] == LINES
+
+
+def test_what_is_reserved_beside_what_tensors_took(monkeypatch):
+    assert used_memory().keys() == {"peak_memory_bytes"}
+    monkeypatch.setattr(log, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
+    used = used_memory()
+    assert used == {"peak_memory_bytes": 3 * 2**29, "reserved_memory_bytes": 2**31}
+    line = progress_line(7, 200, {}, tokens_per_second=12345.6, left=75)
+    assert line.endswith("  12,346 tok/s  1.50 GiB (2.00 reserved)  1:15 left")
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**29)
+    assert memory_text(used_memory()) == "1.50 GiB"
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from dskd.batch import Batch
 from dskd.data.counter import mix
+from dskd.data.prefetch import Sent, send
 from dskd.data.prepared import RowSet
 from dskd.data.views import Reader, View
+
+CPU = torch.device("cpu")
 
 _ORDER = 5  # stream of random numbers, apart from those of the masks
 
@@ -39,7 +42,7 @@ class Loader:
         ready: whether the batch of a position can be made yet; None: always. If it cannot, it is
             made when it is needed, and not by the thread.
         position: optimiser steps already taken.
-        pin: put the tensors into page-locked memory, for asynchronous copies to a GPU.
+        device: where the batches are sent.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Loader:
         readers: Sequence[Reader] = (),
         ready: Callable[[int], bool] | None = None,
         position: int = 0,
-        pin: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         assert batch % (micro_batch * world) == 0, (batch, micro_batch, world)
         self.position = position
@@ -67,13 +70,13 @@ class Loader:
         self._world = world
         self._readers = readers
         self._ready = ready
-        self._pin = pin
+        self._device = device
         self._order = _Order(len(rowset), seed)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dskd-loader")
         self._next = self._ahead()
 
-    def next_step(self) -> list[Batch]:
-        """This rank's micro-batches of the next optimiser step, on the CPU."""
+    def next_step(self) -> list[Sent]:
+        """This rank's micro-batches of the next optimiser step, on their way to the device."""
         batches = self._make(self.position) if self._next is None else self._next.result()
         self.position += 1
         self._next = self._ahead()
@@ -83,20 +86,20 @@ class Loader:
         """Stop the thread (after the step it is working on)."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _ahead(self) -> Future[list[Batch]] | None:
+    def _ahead(self) -> Future[list[Sent]] | None:
         """The next step, begun in the thread, if it can be."""
         if self._ready is not None and not self._ready(self.position):
             return None
         return self._thread.submit(self._make, self.position)
 
-    def _make(self, step: int) -> list[Batch]:
+    def _make(self, step: int) -> list[Sent]:
         per_round = self._micro_batch * self._world
         batches = []
         for begin in range(0, self._batch, per_round):
             first = step * self._batch + begin + self._rank * self._micro_batch
             row_ids_B, epochs_B = self._order.take(first, self._micro_batch)
             batch = make_batch(self._rowset, self._view, row_ids_B, epochs_B, self._readers)
-            batches.append(batch.pinned() if self._pin else batch)
+            batches.append(send(batch, self._device))
         self._order.forget(before=(step + 1) * self._batch)
         return batches
 

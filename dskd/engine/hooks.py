@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dskd.batch import Batch, Loss, LossCounts
@@ -127,8 +128,9 @@ class StepHooks:
         del step
         return True
 
-    def rates(self) -> dict[str, float]:
-        """Numbers that the log shows after a step, by name."""
+    def rates(self) -> dict[str, float | Tensor]:
+        """Numbers that the log shows after a step, by name; as scalars on the device, where they
+        are computed there, which are read when the next step is queued."""
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -227,9 +229,9 @@ class HookChain(StepHooks):
         """Whether the student is complete to all of them."""
         return all(each.complete(step) for each in self._hooks.values())
 
-    def rates(self) -> dict[str, float]:
+    def rates(self) -> dict[str, float | Tensor]:
         """The numbers of all; no two give one of the same name."""
-        found: dict[str, float] = {}
+        found: dict[str, float | Tensor] = {}
         for name, each in self._hooks.items():
             rates = each.rates()
             assert not found.keys() & rates.keys(), f"{name}: {found.keys() & rates.keys()} twice"

@@ -62,12 +62,20 @@ class ParameterShards:
         gradients: whether the gradients are those of a step still to be taken.
     """
 
+    spread = False
+    """Whether each entry lies on one rank alone, as under ZeRO; else every rank holds all."""
+
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Any, *, gradients: bool
     ) -> None:
         self._parameters = parameters
         self._optimizer = optimizer
         self._gradients = gradients
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, the same kind on every rank; the pieces may lie elsewhere."""
+        return next(iter(self._parameters.values())).device
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -165,6 +173,8 @@ class PartitionShards(ParameterShards):
     ``round_robin_gradients`` changes their order, and learns of the first group's moments only.
     """
 
+    spread = True
+
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Any, *, gradients: bool
     ) -> None:
@@ -239,6 +249,8 @@ class PartitionShards(ParameterShards):
 
 class SliceShards(ParameterShards):
     """ZeRO-3: every parameter is cut into one even slice per rank, the last ones padded."""
+
+    spread = True
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Any, *, gradients: bool

@@ -70,7 +70,7 @@ def question(
     def forward() -> Callable[[Batch], TokenScores]:
         scorer = model().eval()
         # with the head here: a sharded one is a collective, and not every batch is kept
-        return lambda batch: token_scores(positions_of(scorer, batch.to(device)), vocabulary)
+        return lambda batch: token_scores(positions_of(scorer, batch), vocabulary)
 
     def holds(folder: Path) -> str:
         about = describe_scores(folder)
@@ -85,6 +85,7 @@ def question(
         forward,
         _score,
         micro_batch=masking.micro_batch,
+        device=device,
         words=Words("question", "scoring every token", holds),
         stop=stop,
     )

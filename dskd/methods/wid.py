@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Positions, Signal, Term
@@ -285,7 +286,7 @@ class Narrowing(StepHooks):
         assert self._weights is not None, "no step was taken yet"
         return self._rule.complete(step, self._weights)
 
-    def rates(self) -> dict[str, float]:
+    def rates(self) -> dict[str, float | Tensor]:
         """``hidden``: width that is kept; ``kept``: share of all units; ``removed``: their norm."""
         assert self._weights is not None, "no step was taken yet"
         keep = self._rule.keep

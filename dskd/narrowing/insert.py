@@ -34,7 +34,8 @@ from dskd.narrowing.units import Whole, spread
 from dskd.narrowing.widths import Widths
 
 Keep = Mapping[str, Tensor]
-"""For each group which of its units are kept, bool [U]; units are equal runs of entries."""
+"""For each group which of its units are kept, bool [U] on the CPU; units are equal runs of
+entries."""
 
 
 @dataclass
@@ -50,8 +51,8 @@ class Surgery:
         for name, group in self.groups.items():
             for path in group.norms:
                 norm = self.model.get_submodule(path)
-                keep_H = spread(keep[name], full_shape(norm.weight)[0]).to(norm.weight.device)
-                norm.keep = None if keep_H.all() else keep_H
+                keep_H = spread(keep[name], full_shape(norm.weight)[0])
+                norm.keep = None if keep_H.all() else keep_H.to(norm.weight.device)
 
     def compact(self, keep: Keep) -> None:
         """Leave the removed units out of every product and activation from now on.

@@ -110,20 +110,15 @@ class Rule(ABC):
                 largest = max(largest, float(square_U.cpu()[at_U > 0].max()) / count)
         return math.sqrt(dist.broadcast_object(largest))
 
-    def removed_norm(self, weights: ParameterShards) -> float:
-        """Euclidean norm of all removed entries of all compactors. Collective."""
+    def removed_norm(self, weights: ParameterShards) -> Tensor:
+        """Euclidean norm of all removed entries of all compactors: a float64 scalar on the model's
+        device, for which nothing has waited. Collective."""
         matrices = self._matrices(weights, self.groups)
-        here: dict[str, tuple[float, int, int]] = {}
+        square = torch.zeros((), dtype=torch.float64, device=weights.device)
         for (group, _, shard), squares_K in zip(matrices, self._edit(matrices), strict=True):
             removed_U = self._on(group, shard.weight.device) > 0
-            square = (squares_K.double() * spread(removed_U, shard.shape[-1])).sum().item()
-            here[shard.name] = square, shard.weight.numel(), math.prod(shard.shape)
-        total = 0.0
-        ranks = dist.gather_objects(here)
-        for name in sorted({name for held in ranks for name in held}):
-            squares, held, whole = zip(*(rank[name] for rank in ranks if name in rank), strict=True)
-            total += sum(squares) * whole[0] / sum(held)  # at ZeRO-0 every rank holds all
-        return math.sqrt(total)
+            square += (squares_K.double() * spread(removed_U, shard.shape[-1])).sum()
+        return (dist.sum_over_ranks(square) if weights.spread else square).sqrt()
 
     def state(self) -> dict[str, Any]:
         """JSON: for each group the removed units by the step of the mask that removed them."""

@@ -142,11 +142,11 @@ def scores(units: Units, whole: Whole, ranking: Ranking) -> Tensor:
 def lost(units: Units, whole: Whole) -> tuple[Tensor, int]:
     """Squared norms of each unit's columns (left members) and rows (right ones), summed: float64
     [U]; and how many columns and rows of a unit there are. Collective as ``whole``."""
-    total_U, count = torch.zeros(units.cut.size, dtype=torch.float64), 0
+    total_U, count = 0.0, 0
     for member in units.members:
         for compactor_KK in _compactor(whole(member.name)):
             norms_K = norms(compactor_KK, member.side)
-            total_U = total_U.to(norms_K.device) + fold(norms_K.square(), units.cut.size)
+            total_U = total_U + fold(norms_K.square(), units.cut.size)
             count += len(norms_K) // units.cut.size
     return total_U, count
 

@@ -106,7 +106,7 @@ def train(context: RunContext) -> None:
         readers=(*context.readers, *setup.readers),
         ready=lambda position: not hooks.waits(position),
         position=progress.position,
-        pin=context.device.type == "cuda",
+        device=context.device,
     )
     trainer = Trainer(
         run=run,

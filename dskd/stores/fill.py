@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dskd.batch import Batch
@@ -44,6 +45,7 @@ def fill(
     score: Callable[[Batch, Output], Scored],
     *,
     micro_batch: int,
+    device: torch.device,
     words: Words,
     present_R: NDArray[np.bool_] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -88,6 +90,7 @@ def fill(
                 view,
                 Writer(folder, spec),
                 micro_batch=micro_batch,
+                device=device,
                 score=score,
                 present_R=present_R,
                 progress=report,

@@ -10,7 +10,9 @@ the ranks make would hang them.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from dskd.batch import Batch
 from dskd.data.loader import make_batch
+from dskd.data.prefetch import prefetch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
 from dskd.errors import DskdError, NonFiniteError
@@ -56,6 +59,7 @@ def sweep(
     writer: Writer,
     *,
     micro_batch: int,
+    device: torch.device,
     score: Callable[[Batch, Output], Scored],
     present_R: NDArray[np.bool_] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -64,12 +68,13 @@ def sweep(
     """Fill a store; collective, and called again after an interruption it goes on.
 
     Args:
-        forward: the frozen model on a batch (of CPU tensors); called without gradients, equally
-            often on every rank, so it must use the same parameters in every call.
+        forward: the frozen model on a batch; called without gradients, equally often on every
+            rank, so it must use the same parameters in every call.
         rowset: the rows; the store's row ids are theirs.
         view: what the model sees of them; the store's draw d is epoch d.
         writer: this rank's writer of the store.
         micro_batch: rows of a forward pass.
+        device: where the model is, and the batches are sent.
         score: the store's values for a batch and what the model returned for it.
         present_R: bool, which of the R rows to take; None: all.
         progress: ``progress(done, total)`` is called after each forward pass: row views kept so far
@@ -97,30 +102,52 @@ def sweep(
         shard = shards[dist.rank()] if dist.rank() < len(shards) else None
         ids = ids_by_rank[dist.rank()] if shard is not None else idle[:0]
         epoch = 0 if shard is None else spec.span(shard)[0]
-        parts, problem = [], None
-        for call in range(calls):
-            part = slice(call * micro_batch, (call + 1) * micro_batch)
-            working = problem is None and len(ids[part]) > 0
-            ids_B = ids[part] if working else idle
-            batch = make_batch(rowset, view, ids_B, np.full_like(ids_B, epoch))
-            with torch.no_grad():
-                output = forward(batch)
-            try:
-                if working:
-                    parts.append(score(batch, output))
-            except DskdError as found:
-                problem = found  # raised after the round: the others expect this rank's passes
-            done += sum(len(theirs[part]) for theirs in ids_by_rank)
-            if progress is not None:
-                progress(done, total)
-            next_one()
+        shares = [ids[c * micro_batch : (c + 1) * micro_batch] for c in range(calls)]
+        parts: list[Scored] = []
+        failed: list[DskdError] = []  # raised after the round: the others expect this rank's passes
+        made = _batches(shares, idle, partial(_batch, rowset, view, epoch), failed)
+        with closing(prefetch(made, device)) as batches:
+            for call, (ids_B, batch) in enumerate(zip(shares, batches, strict=True)):
+                with torch.no_grad():
+                    output = forward(batch)
+                try:
+                    if len(ids_B) and not failed:
+                        parts.append(score(batch, output))
+                except DskdError as found:
+                    failed.append(found)
+                part = slice(call * micro_batch, (call + 1) * micro_batch)
+                done += sum(len(theirs[part]) for theirs in ids_by_rank)
+                if progress is not None:
+                    progress(done, total)
+                next_one()
         pause()
         with dist.agreed():
-            if problem is not None:
-                raise problem
+            if failed:
+                raise failed[0]
             if shard is not None:
                 _write(writer, shard, ids, present_R, parts)
     _finish(writer)
+
+
+def _batches(
+    shares: Sequence[NDArray[np.int64]],
+    idle: NDArray[np.int64],
+    make: Callable[[NDArray[np.int64]], Batch],
+    failed: list[DskdError],
+) -> Iterator[Batch]:
+    """A batch of each share of the rows, or of an idle one where it is empty or something has
+    ``failed``, which a batch that cannot be made is added to."""
+    for ids_B in shares:
+        try:
+            batch = make(ids_B if len(ids_B) and not failed else idle)
+        except DskdError as found:
+            failed.append(found)
+            batch = make(idle)
+        yield batch
+
+
+def _batch(rowset: RowSet, view: View, epoch: int, ids_B: NDArray[np.int64]) -> Batch:
+    return make_batch(rowset, view, ids_B, np.full_like(ids_B, epoch))
 
 
 def refuse_non_finite(batch: Batch, bad_N: Tensor, whose: str) -> None:

@@ -77,7 +77,7 @@ def capture(
     def forward() -> Callable[[Batch], TopKTeacher]:
         teacher = FrozenTeacher(model(), layout.vocabulary)
         # with the head here: a sharded one is a collective, and not every batch is scored
-        return lambda batch: largest_of(teacher(batch.to(device)), layout.k, layout.temperatures)
+        return lambda batch: largest_of(teacher(batch), layout.k, layout.temperatures)
 
     def score(batch: Batch, kept: TopKTeacher) -> Scored:
         return Scored(batch.counts_B.numpy(), layout.encode(batch, kept))
@@ -97,6 +97,7 @@ def capture(
         forward,
         score,
         micro_batch=cached.micro_batch,
+        device=device,
         words=Words("cache", "capturing logits", holds),
         present_R=present_R,
         verify=verify,

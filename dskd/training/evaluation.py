@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dskd.batch import Batch
 from dskd.data.loader import make_batch
+from dskd.data.prefetch import prefetch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
 from dskd.errors import DataError
 from dskd.methods.metrics import Metric
 from dskd.models.frozen import evaluating
 from dskd.system import dist
+from dskd.system.device import Fetched
 from dskd.system.doing import next_one, pause
 from dskd.training.objective import Objective
 
@@ -81,23 +85,27 @@ def _evaluate(
     own = row_ids[dist.rank() * share : (dist.rank() + 1) * share]
     supervised = 0
     totals: list[Tensor] | None = None
-    for first in range(0, share, micro_batch):
+    firsts = range(0, share, micro_batch)
+
+    def made(first: int) -> Batch:
         row_ids_B = own[first : first + micro_batch]
-        counted = len(row_ids_B) > 0
-        given_B = row_ids_B if counted else row_ids[:1]
-        batch = make_batch(each.rows, each.view, given_B, np.zeros_like(given_B))
-        sums = objective.forward_evaluation(batch.to(device), metrics)
-        if totals is None:
-            totals = [torch.zeros_like(one) for one in sums]
-        if counted:
-            supervised += batch.supervised
-            totals = [total + one for total, one in zip(totals, sums, strict=True)]
-        next_one()
+        given_B = row_ids_B if len(row_ids_B) else row_ids[:1]
+        return make_batch(each.rows, each.view, given_B, np.zeros_like(given_B))
+
+    with closing(prefetch(map(made, firsts), device)) as batches:
+        for first, batch in zip(firsts, batches, strict=True):
+            sums = objective.forward_evaluation(batch, metrics)
+            if totals is None:
+                totals = [torch.zeros_like(one) for one in sums]
+            if first < len(own):
+                supervised += batch.supervised
+                totals = [total + one for total, one in zip(totals, sums, strict=True)]
+            next_one()
     pause()
     assert totals is not None, f"no row in {each.name}"
-    mine = torch.tensor([float(supervised)], dtype=torch.float64, device=device)
-    *values, everywhere = dist.sum_over_ranks(torch.cat([*totals, mine])).tolist()
-    if not everywhere:
+    everywhere = dist.Summing([supervised])
+    values = Fetched(dist.sum_over_ranks(torch.cat(totals))).read()
+    if everywhere.sums() == [0]:
         count = len(row_ids)
         raise DataError(f"no token of the {count} validation rows is predicted; use more rows")
     results: dict[str, float] = {}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dskd.batch import Batch, Loss, LossCounts
 from dskd.data.counter import mix
+from dskd.data.prefetch import Sent, send
 from dskd.engine.engine import Engine
 from dskd.engine.hooks import StepHooks
 from dskd.engine.shards import ParameterShards
@@ -94,7 +95,7 @@ class Passes:
 
     def run(
         self,
-        batches: Sequence[Batch],
+        batches: Sequence[Sent],
         counts: Counts,
         step: int,
         draw: Sequence[int],
@@ -103,22 +104,20 @@ class Passes:
         """Add up the gradient of a loss in the engine (collective).
 
         Args:
-            batches: this rank's micro-batches, on the CPU.
+            batches: this rank's micro-batches, on the way to the engine's device.
             counts: theirs.
             step: completed optimiser steps.
             draw: integers that tell the random numbers of these passes from those of others.
             loss: None: the method's.
         """
         shares: Shares = {}
-        # All of them before the first pass: the copies overlap with it.
-        moved = [batch.to(self.engine.device) for batch in batches]
-        for micro, batch in enumerate(moved):
-            last = micro == len(moved) - 1
+        for micro, sent in enumerate(batches):
+            last = micro == len(batches) - 1
             # Dropout is a function of its coordinates, so that there is no generator state to save.
             parts = (self.seed, *draw, micro, dist.rank())
             torch.manual_seed(int(mix(*parts)) & (2**63 - 1))
             self.hooks.before_micro_batch(last)
-            terms = self.engine.forward(batch, step, loss)
+            terms = self.engine.forward(sent.on_device(), step, loss)
             totals = [t.total.double() / counts.by_term[name] for name, t in terms.items()]
             self.engine.backward(torch.stack(totals).sum(), last)
             for name, term in terms.items():
@@ -155,7 +154,8 @@ class GradientProbe:
         engine = self.passes.engine
         counted = count(self.counts if counts is None else counts, batches)
         # Negative: no micro-batch of the step draws the same numbers.
-        self.passes.run(batches, counted, self.step, (self.position, -self.calls), loss)
+        sent = [send(batch, engine.device) for batch in batches]
+        self.passes.run(sent, counted, self.step, (self.position, -self.calls), loss)
         return engine.weights(gradients=True)
 
     def forget(self) -> None:

@@ -7,7 +7,7 @@ without work until the host has launched the next step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +27,13 @@ class Numbers:
     Attributes:
         loss: a global mean, as are ``means``, the parts of it by name.
         grad_norm: before clipping; None where DeepSpeed computes none.
+        rates: what is logged beside them, by name; empty if the step is not logged.
     """
 
     loss: float
     means: dict[str, float]
     grad_norm: float | None
+    rates: dict[str, float]
 
 
 class Queued:
@@ -42,7 +44,7 @@ class Queued:
         shares: of its loss and parts, on the device.
         norm: of its gradient before clipping, on the device.
         weights: of this rank's losses, to be looked at if a loss is not finite.
-        lr: learning rate of groups without a scale of their own.
+        rates: what is logged beside its numbers, by name: numbers, or scalars on a device.
         applied: whether it is taken; if not, fp16 overflow skipped it.
         may_skip: whether one that is not taken is no error: with fp16 alone.
         stop: whether a signal came on one of the ranks.
@@ -54,18 +56,22 @@ class Queued:
         shares: Shares,
         norm: Tensor | None,
         weights: list[Named],
+        rates: Mapping[str, float | Tensor],
         *,
-        lr: float,
         applied: bool,
         may_skip: bool,
         stop: bool,
     ) -> None:
-        self.number, self.lr, self.applied, self.stop = number, lr, applied, stop
+        self.number, self.applied, self.stop = number, applied, stop
         self._may_skip = may_skip
         self._weights = weights
         self._names = sorted(shares)
+        self._rates = dict(rates)
+        self._computed = [name for name, rate in rates.items() if isinstance(rate, Tensor)]
         sums = dist.sum_over_ranks(torch.stack([shares[name] for name in self._names]))
-        self._values = Fetched(torch.cat([sums, *([] if norm is None else [norm[None]])]))
+        others = [rates[name].to(sums) for name in self._computed]
+        others += [] if norm is None else [norm]
+        self._values = Fetched(torch.cat([sums, *(each[None] for each in others)]))
 
     def read(self) -> Numbers:
         """The step's numbers, the same on all ranks, so that all stop or none; waits until it is
@@ -76,7 +82,9 @@ class Queued:
         """
         values = self._values.read()
         means = dict(zip(self._names, values, strict=False))
-        norms, loss = values[len(means) :], means.pop(LOSS)
+        rest, loss = values[len(means) :], means.pop(LOSS)
+        norms = rest[len(self._computed) :]
+        rates = self._rates | dict(zip(self._computed, rest, strict=False))
         for name, mean in means.items():  # before their sum: they say which of them it is
             refuse_non_finite(self.number, f"loss term '{name}'", mean, self._weights)
         refuse_non_finite(self.number, "the loss", loss, self._weights)
@@ -84,7 +92,7 @@ class Queued:
         if self.applied or not self._may_skip:
             shown = grad_norm if self.applied else math.nan
             refuse_non_finite(self.number, "the gradient's norm", shown)
-        return Numbers(loss, means, grad_norm)
+        return Numbers(loss, means, grad_norm, rates)
 
 
 def refuse_non_finite(

@@ -51,12 +51,12 @@ class _Unread:
 
     Attributes:
         queued: the step.
-        rates: what the log shows beside its numbers; None: it is not logged.
+        logged: whether the log shows it.
         tokens: taken until its end, ``seconds`` the time of training.
     """
 
     queued: Queued
-    rates: dict[str, float] | None
+    logged: bool
     tokens: int
     seconds: float
 
@@ -140,13 +140,9 @@ class Trainer:
         progress.train_seconds += time.monotonic() - clock
         self._catch_up()
         doing.next_one()
-        rates = None
-        if queued.applied:
-            progress.step += 1
-            if progress.step % self.run.log_every == 0 or progress.step == self.run.train.steps:
-                own = {**self.method.rates(progress.step - 1), **self.hooks.rates()}
-                rates = {"lr": queued.lr, **own}
-        self._unread = _Unread(queued, rates, progress.tokens, progress.train_seconds)
+        progress.step += queued.applied
+        logged = queued.applied and self._is_logged(queued.number)
+        self._unread = _Unread(queued, logged, progress.tokens, progress.train_seconds)
         return queued
 
     def _catch_up(self) -> None:
@@ -163,8 +159,8 @@ class Trainer:
         waited = time.monotonic() - clock
         self.progress.train_seconds += waited
         unread.seconds += waited
-        if unread.rates is not None:
-            self._log(unread, numbers, unread.rates)
+        if unread.logged:
+            self._log(unread, numbers)
 
     def _prepare(self, requested: Callable[[], bool]) -> None:
         """Do what the next batch waits for, from a checkpoint from which it can be repeated."""
@@ -189,7 +185,7 @@ class Trainer:
         progress = self.progress
         batches = self.loader.next_step()
         position = self.loader.position
-        counts = count(self.method.counts, batches, stop=stop)
+        counts = count(self.method.counts, [sent.batch for sent in batches], stop=stop)
         probe = GradientProbe(self._passes, self.method.counts, progress.step, position)
         self.hooks.before_passes(probe, progress.step)
         probe.forget()
@@ -199,10 +195,15 @@ class Trainer:
         applied, norm = self._update(lr)
         progress.position = position
         progress.tokens += counts.tokens
-        about = {"lr": lr, "applied": applied, "stop": counts.stop}
+        number, rates = progress.step + 1, {}
+        if applied and self._is_logged(number):
+            rates = {"lr": lr, **self.method.rates(progress.step), **self.hooks.rates()}
         # only fp16 skips a step and goes on
-        skips = self.precision == "fp16"
-        return Queued(progress.step + 1, shares, norm, weights, **about, may_skip=skips)
+        about = {"applied": applied, "stop": counts.stop, "may_skip": self.precision == "fp16"}
+        return Queued(number, shares, norm, weights, rates, **about)
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.run.log_every == 0 or step == self.run.train.steps
 
     def _update(self, lr: float) -> tuple[bool, Tensor | None]:
         """The optimiser's step and the hooks around it; whether it was taken, and the norm of the
@@ -229,9 +230,9 @@ class Trainer:
                 f"loss scale; the last checkpoint is intact"
             )
 
-    def _log(self, unread: _Unread, numbers: Numbers, rates: dict[str, float]) -> None:
+    def _log(self, unread: _Unread, numbers: Numbers) -> None:
         step, steps = unread.queued.number, self.run.train.steps
-        loss, means, norm = numbers.loss, numbers.means, numbers.grad_norm
+        loss, means, norm, rates = numbers.loss, numbers.means, numbers.grad_norm, numbers.rates
         tokens, seconds = self._since
         speed = (unread.tokens - tokens) / (unread.seconds - seconds)
         self._since = (unread.tokens, unread.seconds)

@@ -191,7 +191,7 @@ def loader_of(context: RunContext, setup: TeacherSetup) -> Loader:
         world=dist.world(),
         seed=context.run.seed,
         readers=setup.readers,
-        pin=context.device.type == "cuda",
+        device=context.device,
     )
 
 
@@ -202,12 +202,12 @@ def forwards(run: Run, device: torch.device, rounds: int) -> Callable[[], None]:
     teacher = set_up(run, heat, context.prepared, context.view, device).teacher
     assert teacher is not None
     loader = loader_of(context, TeacherSetup())
-    steps: list[list[Batch]] = [loader.next_step() for _ in range(rounds)]
+    steps = [loader.next_step() for _ in range(rounds)]
     loader.close()
 
     def forward() -> None:
-        for batch in steps.pop(0):
-            _logits(teacher(batch.to(device)))
+        for sent in steps.pop(0):
+            _logits(teacher(sent.on_device()))
 
     return forward
 

@@ -22,7 +22,7 @@ def loader(prepared: Prepared, **changes: object) -> Loader:
 
 def steps(source: Loader, count: int) -> list[list[Batch]]:
     try:
-        return [source.next_step() for _ in range(count)]
+        return [[sent.batch for sent in source.next_step()] for _ in range(count)]
     finally:
         source.close()
 

@@ -132,7 +132,8 @@ def first_loss(folder: Path, teachers: dict) -> float:
     prepared = open_prepared(prepare(run.data))
     view = view_for(run.data, prepared.tokenizer, run.seed)
     loader = Loader(prepared.train, view, batch=8, micro_batch=8, rank=0, world=1, seed=run.seed)
-    (batch,) = loader.next_step()
+    (sent,) = loader.next_step()
+    batch = sent.batch
     loader.close()
     assert set(batch.domains_B.tolist()) == {0, 1}  # else this test could not tell
 

@@ -214,7 +214,7 @@ def test_causal_labels_say_which_are_hard(tmp_path, most):
     assert isinstance(view, HardCausalView) and view.draws == 1
     kwargs = {"batch": 8, "micro_batch": 8, "rank": 0, "world": 1, "seed": 1}
     loader = Loader(ALL, view, readers=(view.read_hard,), **kwargs)
-    batches = [loader.next_step()[0] for _ in range(60)]
+    batches = [loader.next_step()[0].batch for _ in range(60)]
     loader.close()
     again: dict[int, list[float]] = {}
     for batch in batches:

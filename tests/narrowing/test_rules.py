@@ -188,7 +188,7 @@ def _state_and_norm(rank, shares, more=0.0):
     annealed, toy = rule(), Toy()
     toy.parameters["stream.right"].data[[1, 5]] += more * rank
     run([annealed], toy, range(4), [shares[rank]])
-    return annealed.state(), annealed.removed_norm(toy.weights(shares[rank]))
+    return annealed.state(), annealed.removed_norm(toy.weights(shares[rank])).item()
 
 
 def test_all_ranks_take_rank_0s_masks():

@@ -60,6 +60,7 @@ class Pieces(ParameterShards):
     def __init__(self, parameters, optimizer, *, gradients, share=(0.0, 1.0)):
         super().__init__(parameters, optimizer, gradients=gradients)
         self.share = share
+        self.spread = share != (0.0, 1.0)
 
     @property
     def groups(self):

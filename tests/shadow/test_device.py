@@ -102,7 +102,7 @@ def test_a_wait_is_found(what):
         WAITS[what](a)
     ((_, wait),) = watch.found
     assert wait.what == what
-    assert wait.place.startswith("tests/shadow/test_device.py:") and not wait.own
+    assert wait.place.startswith("tests/shadow/test_device.py:") and not wait.under
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,18 @@ class Wait(NamedTuple):
 
     Attributes:
         what: it does there.
-        own: ``file:line`` of the innermost line of dskd, if that is what calls torch; else empty.
-        place: ``file:line`` of the innermost line outside torch.
+        place: ``file:line`` of the innermost line outside torch, of dskd or a library.
         under: ``file:line`` of the innermost line of dskd.
     """
 
     what: str
-    own: str
     place: str
     under: str
+
+    @property
+    def own(self) -> bool:
+        """Whether it is dskd's to mend: in a line of its own, or in the model that it runs."""
+        return bool(self.under) and not self.place.startswith("deepspeed/")
 
 
 _watches: list["Watch"] = []
@@ -101,7 +104,7 @@ class Watch(TorchDispatchMode):
             if not under and any(Path(file).is_relative_to(own) for own in OWN):
                 under = _named(file, frame.f_lineno)
             frame = frame.f_back
-        self.found[self.label, Wait(what, place if place == under else "", place, under)] += 1
+        self.found[self.label, Wait(what, place, under)] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -112,10 +115,9 @@ class Watch(TorchDispatchMode):
 
 
 def _named(file: str, line: int) -> str:
-    path = Path(file)
-    if path.is_relative_to(ROOT) and ".venv" not in path.parts:
-        return f"{path.relative_to(ROOT)}:{line}"
-    return f"{'/'.join(path.parts[-3:])}:{line}"
+    *_, installed = file.rpartition("/site-packages/")
+    path = Path(installed)
+    return f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{line}"
 
 
 def _wait(name: str, args: tuple, kwargs: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from dskd.engine.engine import Engine
+from dskd.narrowing.insert import Surgery
+from dskd.narrowing.rule import Rule
 from dskd.runs import plan
 from dskd.stores import fill
 from dskd.training.objective import Objective
@@ -19,16 +21,18 @@ from dskd.training.trainer import Trainer
 from tests.shadow.waits import Wait, Watch
 
 _WITHIN = {
-    "training": (Trainer, "train"),
-    "passes": (Passes, "run"),
-    "evaluation": (Trainer, "_score"),
-    "checkpoint": (Trainer, "_save"),
-    "sweep": (fill, "sweep"),
+    "training": [(Trainer, "train")],
+    "passes": [(Passes, "run")],
+    "evaluation": [(Trainer, "_score")],
+    "checkpoint": [(Trainer, "_save")],
+    "sweep": [(fill, "sweep")],
+    "masks": [(Rule, "_choose"), (Rule, "_on"), (Surgery, "mask"), (Surgery, "compact")],
 }
 _COUNTED = {
-    "training": (Engine, "step"),
-    "passes": (Engine, "backward"),
-    "evaluation": (Objective, "forward_evaluation"),
+    "training": [(Engine, "step")],
+    "passes": [(Engine, "backward")],
+    "evaluation": [(Objective, "forward_evaluation")],
+    "masks": [(Rule, "_choose")],
 }
 
 
@@ -36,8 +40,8 @@ class Waits(NamedTuple):
     """What rank 0 of a run has waited for.
 
     Attributes:
-        times: how many steps (``training``), micro-batches (``passes``), batches of an evaluation,
-            and batches of a sweep (``sweep``) there were.
+        times: how many steps (``training``), micro-batches (``passes``), batches of an evaluation
+            and of a sweep over all rows, and choices of WID's units (``masks``) there were.
         found: waits by what they were within.
     """
 
@@ -45,16 +49,12 @@ class Waits(NamedTuple):
     found: Counter[tuple[str, Wait]]
 
     def own(self, within: str) -> dict[str, int]:
-        """Those in dskd's own lines, by line and reason."""
+        """Those that are dskd's to mend, by line and reason."""
         return {
-            f"{wait.own} ({wait.what})": count
+            " <- ".join(dict.fromkeys((wait.place, wait.under))) + f" ({wait.what})": count
             for (label, wait), count in self.found.items()
             if label == within and wait.own
         }
-
-    def others(self, within: str) -> int:
-        """How many are in lines of others."""
-        return sum(n for (label, wait), n in self.found.items() if label == within and not wait.own)
 
 
 def read(file: Path) -> Waits:
@@ -100,7 +100,7 @@ def watched(file: Path) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(plan, "execute", execute))
         for wrap, owners in ((labelled, _WITHIN), (counted, _COUNTED)):
-            for within, (owner, name) in owners.items():
+            for within, (owner, name) in [(w, f) for w, found in owners.items() for f in found]:
                 replaced = wrap(within, getattr(owner, name))
                 stack.enter_context(patch.object(owner, name, replaced))
         yield

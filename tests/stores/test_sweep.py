@@ -17,6 +17,7 @@ from dskd.stores.sweep import Scored, Stopped, sweep
 from tests.ranks import run_ranks
 from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, encoded, files, read
 
+CPU = torch.device("cpu")
 PRINTS = {"teacher": "T", "data": "D"}
 LAYOUT = LogitLayout(
     k=5, vocabulary=50, temperatures=(1.0, 2.0), values="fp32", block_size=16, masked=True
@@ -27,14 +28,30 @@ def _score(batch, signal):
     return Scored(batch.counts_B.numpy(), encoded(LAYOUT, batch, signal.logits_NV))
 
 
-def fill(folder, *, micro_batch=3, rows=None, domain=None, forward=None, progress=None, stop=None):
+def fill(
+    folder,
+    *,
+    micro_batch=3,
+    rows=None,
+    domain=None,
+    forward=None,
+    progress=None,
+    stop=None,
+    view=None,
+):
     """Sweep a toy teacher over toy rows: 23 rows, 2 draws, 12 shards of at most 4 rows."""
     rows = rows or ToyRows()
-    view = ToyMasks()
+    view = view or ToyMasks()
     spec = LAYOUT.spec(rows=len(rows), draws=2, rows_per_shard=4, fingerprints=PRINTS)
     present = None if domain is None else rows.domains_B(np.arange(len(rows))) == domain
     teacher = forward or ToyTeacher()
-    options = {"score": _score, "present_R": present, "progress": progress, "stop": stop}
+    options = {
+        "device": CPU,
+        "score": _score,
+        "present_R": present,
+        "progress": progress,
+        "stop": stop,
+    }
     sweep(teacher, rows, view, Writer(folder, spec), micro_batch=micro_batch, **options)
     return teacher
 
@@ -143,6 +160,27 @@ def test_failure_of_one_rank_ends_all_after_the_round(tmp_path, reference):
     with pytest.raises(NonFiniteError, match="row 6"):
         fill(tmp_path / "one", forward=_FailingTeacher())
     assert sorted(files(tmp_path / "one")) == kept
+
+
+class _UnreadableMasks(ToyMasks):
+    """Cannot show row 6, which is in shard 1: rank 1's first of two ranks."""
+
+    def __call__(self, rows):
+        if 6 in rows.ids_B:
+            raise StoreError("row 6 is damaged")
+        return super().__call__(rows)
+
+
+def _unreadable_rank(rank, folder):
+    del rank
+    teacher = ToyTeacher()
+    with pytest.raises(StoreError, match="row 6 is damaged"):
+        fill(folder, forward=teacher, view=_UnreadableMasks())
+    return teacher.calls
+
+
+def test_a_batch_that_one_rank_cannot_make_ends_all_after_the_round(tmp_path):
+    assert run_ranks(_unreadable_rank, tmp_path / "s") == [2, 2]
 
 
 def _fill_until_stopped(rank, folder):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dskd.batch import Batch, Positions, Signal, Term
+from dskd.data.prefetch import Sent, send
 from dskd.engine.checkpoints import Selection
 from dskd.engine.engine import Engine, decay_groups
 from dskd.engine.hooks import HookChain, Probe, StepHooks
@@ -24,6 +25,7 @@ from tests.models.tiny import adamw, batch, geometry, loss_of, make, without_dro
 from tests.ranks import run_ranks
 
 STEPS, MICRO, ROWS = 3, 2, 4
+CPU = torch.device("cpu")
 METHOD = LanguageModelling(kind="lm")
 
 
@@ -49,9 +51,9 @@ class Stream:
 
     position = 0
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list[Sent]:
         self.position += 1
-        return own(micro_batches(self.position))
+        return [send(each, CPU) for each in own(micro_batches(self.position))]
 
 
 def mean_square(rows: Positions, signal: Signal | None, batch: Batch, step: int) -> dict[str, Term]:

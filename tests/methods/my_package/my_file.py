@@ -137,7 +137,7 @@ def score(context: StageContext) -> None:
     def forward() -> Callable[[Batch], Tensor]:
         frozen = LiveTeacher(model=run.model, precision=run.train.precision)
         model = frozen_model(run, frozen, run.model, "model", prepared, context.device).eval()
-        return lambda batch: positions_ce(positions_of(model, batch.to(context.device))).label_N
+        return lambda batch: positions_ce(positions_of(model, batch)).label_N
 
     def values(batch: Batch, nll_N: Tensor) -> Scored:
         return Scored(batch.counts_B.numpy(), {"nll": nll_N.float().cpu().numpy()})
@@ -150,6 +150,7 @@ def score(context: StageContext) -> None:
         forward,
         values,
         micro_batch=8,
+        device=context.device,
         words=Words(KIND, "scoring labels", lambda folder: "the NLL of every label"),
     )
 

@@ -1,5 +1,5 @@
 """What this machine decides: number formats, the last values of a DeepSpeed config, and whether it
-can compile what DeepSpeed would."""
+has what that needs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ def student_config(
         world: ranks, None: those of this group.
 
     Raises:
-        ConfigError: the JSON cannot be read, contradicts the settings, has no meaning here, or
-            needs an operator of DeepSpeed that this machine can neither find nor compile.
+        ConfigError: the JSON cannot be read, contradicts the settings or has no meaning here.
     """
-    ds = load_preset(run.deepspeed)
-    ds = _fill(ds, run, world, hidden, parameters=parameters, where=run.deepspeed)
+    options = {"parameters": parameters, "where": run.deepspeed}
+    ds = _fill(load_preset(run.deepspeed), run, world, hidden, **options)
     for name in ("tensorboard", "csv_monitor"):
         if name in ds:  # else the runs of a recipe would write into one folder
             place = {"output_path": str(run.out / "train" / name), "job_name": run.out.name}
@@ -53,18 +52,29 @@ def teacher_config(
     return _fill(ds, run, world, hidden, role="teacher", precision=precision, where=name)
 
 
+def check_operators(ds: dict[str, Any], where: str, *, world: int) -> None:
+    """Refuse a filled config, of the JSON ``where``, that needs an operator of DeepSpeed which this
+    machine neither has nor can compile.
+
+    Raises:
+        ConfigError: names the settings, what is missing, and a preset that goes without.
+    """
+    missing = missing_ops(ds, several_nodes=world > _on_this_node(world))
+    if missing:
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in missing))
+
+
+def _on_this_node(world: int) -> int:
+    # The first is set by DeepSpeed's launcher, the second by torchrun.
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))
+
+
 def _fill(
-    ds: dict[str, Any], run: Run, world: int | None, hidden: int, *, where: str, **options: Any
+    ds: dict[str, Any], run: Run, world: int | None, hidden: int, **options: Any
 ) -> dict[str, Any]:
     world = dist.world() if world is None else world
     if options.get("precision", run.train.precision) == "fp16" and not on_gpu():
         setting = "the teacher's precision" if "precision" in options else "train.precision"
         raise ConfigError(f"{setting}: fp16 needs a GPU; use bf16 or fp32")
-    # The first is set by DeepSpeed's launcher, the second by torchrun.
-    local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))
-    machine = {"bf16": has_bf16(), "ranks_per_node": local}
-    filled = fill_auto(ds, run, world, hidden, on_gpu(), where=where, **machine, **options)
-    missing = missing_ops(filled, several_nodes=world > local)
-    if missing:
-        raise ConfigError("\n".join(f"{where}: {problem}" for problem in missing))
-    return filled
+    machine = {"bf16": has_bf16(), "ranks_per_node": _on_this_node(world)}
+    return fill_auto(ds, run, world, hidden, on_gpu(), **machine, **options)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from dskd.engine import engine
 from dskd.engine.row_masks import masks_of
-from dskd.engine.run_config import slow_step, student_config, teacher_config
+from dskd.engine.run_config import check_operators, slow_step, student_config, teacher_config
 from dskd.engine.stage import Stage, in_order
 from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
@@ -75,16 +75,13 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
                     check_random(model, **_rows_of(run), where=where)
                 elif (config := _loaded(recipe, methods, model, where)) is not None:
                     check_model(config, model, **_rows_of(run), where=where)
-        # The hidden size only sets buckets; a model that an earlier run will export has none yet.
-        slow = slow_step(student_config(run, NOMINAL_HIDDEN, world=world))
+        configs = _deepspeed_configs(run, world)
+        _check_student(recipe, methods, name)
+        for where, ds in configs:  # after what no machine could do
+            check_operators(ds, where, world=world)
+        slow = slow_step(configs[0][1])
         if slow is not None:  # on one GPU, or it is refused
             say(f"warning: {run.deepspeed}: {slow}")
-        _check_student(recipe, methods, name)
-        itself = [run.teacher] if isinstance(run.teacher, SelfTeacher) else []
-        for teacher in (*each_teacher(run.teacher).values(), *itself):
-            if teacher.deepspeed is not None:
-                ds, precision = teacher.deepspeed, teacher.precision
-                teacher_config(ds, precision, run, NOMINAL_HIDDEN, world=world)
     _refuse_changes(recipe, methods)
 
 
@@ -96,6 +93,19 @@ def refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
             text = f"{run.until!r} is not one of {', '.join(known)}{nearest(run.until, known)}"
             prefix = recipe.prefix(name)
             raise ConfigError(line("", (prefix, "until") if prefix else ("until",), text))
+
+
+def _deepspeed_configs(run: Run, world: int) -> list[tuple[str, dict[str, Any]]]:
+    """The filled configs of the student and of its teachers, by the names of their JSONs."""
+    # The hidden size only sets buckets; a model that an earlier run will export has none yet.
+    options = {"hidden": NOMINAL_HIDDEN, "world": world}
+    found = [(run.deepspeed, student_config(run, **options))]
+    itself = [run.teacher] if isinstance(run.teacher, SelfTeacher) else []
+    for teacher in (*each_teacher(run.teacher).values(), *itself):
+        if teacher.deepspeed is not None:
+            ds = teacher_config(teacher.deepspeed, teacher.precision, run, **options)
+            found.append((teacher.deepspeed, ds))
+    return found
 
 
 def _rows_of(run: Run) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from torch.utils import cpp_extension
 
 from dskd.engine import ds_ops
 from dskd.engine.ds_config import fill_auto, load_preset
-from dskd.engine.run_config import student_config, teacher_config
 from dskd.errors import ConfigError
+from dskd.methods.base import build_method
+from dskd.runs import plan
 from dskd.settings.recipe import read
 
 NVCC = """#!/bin/sh
@@ -191,13 +192,12 @@ def test_on_a_cpu_the_presets_need_nothing_but_nvmes_libaio(gpu, monkeypatch):
     assert line.startswith("zero_optimization.zero_quantized_weights: DeepSpeed has no Quantizer")
 
 
-def test_student_and_teacher_are_refused_with_the_name_of_the_json(gpu, monkeypatch):
+def test_student_and_teacher_are_refused_before_anything_starts(gpu, monkeypatch):
     monkeypatch.setattr(ds_ops, "get_accelerator", CPU_Accelerator)
     monkeypatch.setattr(OpBuilder, "has_function", lambda *args, **options: False)
-    run = read(None, ["train.precision=fp32", "deepspeed=zero3_nvme"]).runs["run"]
-    with pytest.raises(ConfigError, match=r"^zero3_nvme: zero_optimization\.offload_optimizer: "):
-        student_config(run, 64, world=1)
-    with pytest.raises(
-        ConfigError, match=r"^zero3_nvme: zero_optimization\.offload_param: .*libaio"
-    ):
-        teacher_config("zero3_nvme", "fp32", run, 64, world=1)
+    for setting, word in (("deepspeed", "optimizer"), ("teacher.deepspeed", "param")):
+        recipe = read(None, ["train.precision=fp32", f"{setting}=zero3_nvme"])
+        methods = {name: build_method(run.method) for name, run in recipe.runs.items()}
+        told = rf"^zero3_nvme: zero_optimization\.offload_{word}: .*libaio-dev"
+        with pytest.raises(ConfigError, match=told):
+            plan.check(recipe, methods, world=1)

@@ -1,4 +1,4 @@
-"""What a rank does with its GPU before it trains: joins by it, and makes models on it."""
+"""What a rank does with its GPU before it trains: is refused, joins by it, makes models on it."""
 
 import pytest
 import torch
@@ -6,6 +6,9 @@ import torch.distributed as torch_dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskd.engine import engine
+from dskd.settings.yaml_tree import dump
+from tests.equivalence import small
+from tests.launching import forked
 from tests.models.tiny import SIX, make, settings, stored
 from tests.ranks import run_ranks
 
@@ -28,6 +31,21 @@ def _joined(rank: int) -> tuple[torch.device, list[torch.device | None]]:
 def test_nccl_is_told_the_device_and_need_not_guess_it():
     gpus = [torch.device("cuda", rank) for rank in range(2)]
     assert run_ranks(_joined) == [(gpu, [gpu]) for gpu in gpus]
+
+
+def test_bf16_at_zero_0_is_refused_on_two_gpus_and_warned_of_on_one(tmp_path, capfd):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(small.settings(tmp_path)))
+    small.write_corpora(tmp_path)
+    words = (str(recipe), f"out={tmp_path / 'run'}", "train.precision=auto", "until=data")
+    slow = "zero0: zero_optimization.stage: 0 in bf16 lets the host wait twice for its GPU at every"
+    forked(2, *words, status=2)
+    assert capfd.readouterr().err.startswith(f"error: {slow}")
+    assert not (tmp_path / "run").exists()
+    forked(1, *words)
+    assert f"warning: {slow}" in capfd.readouterr().out
+    forked(2, *words, "deepspeed=zero1")
+    assert slow not in capfd.readouterr().out
 
 
 class HostTensors(TorchDispatchMode):

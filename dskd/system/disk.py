@@ -6,8 +6,9 @@ import errno
 import os
 import re
 import resource
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from dskd.errors import DiskError
@@ -84,15 +85,11 @@ def _found_out(path: Path) -> OSError | None:
     if limit != resource.RLIM_INFINITY and max(sizes, default=0) >= limit:
         return OSError(errno.EFBIG, "")
     folder = path if path.is_dir() else path.parent  # which may be where a disk begins
-    probe = folder / f".probe.{os.getpid()}.tmp"
     try:
-        with probe.open("wb") as stream:
+        with tempfile.TemporaryFile(dir=folder) as stream:  # without a name, if a kill comes here
             stream.write(_MORE)
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as found:
         return found
-    finally:
-        with suppress(OSError):
-            probe.unlink()
     return None

@@ -111,10 +111,10 @@ def sweep(
         made = _batches(shares, idle, partial(_batch, rowset, view, epoch), failed)
         with closing(prefetch(made, device)) as batches:
             passes = zip(shares, _passes(forward, batches), strict=True)
-            for call, (ids_B, (batch, output)) in enumerate(passes):
+            for call, (ids_B, (batch, fetched)) in enumerate(passes):
                 try:
                     if len(ids_B) and not failed:
-                        parts.append(score(batch, output))
+                        parts.append(score(batch, fetched.read()))
                 except DskdError as found:
                     failed.append(found)
                 part = slice(call * micro_batch, (call + 1) * micro_batch)
@@ -150,18 +150,18 @@ def _batches(
 
 def _passes(
     forward: Callable[[Batch], Output], batches: Iterable[Sent]
-) -> Iterator[tuple[Batch, Output]]:
-    """Each batch and what the model makes of it, both on the CPU: taken from the device when it has
-    the next one to work on."""
+) -> Iterator[tuple[Batch, Fetched[Output]]]:
+    """Each batch, on the CPU, and what the model makes of it: given out when the device has the
+    next one to work on."""
     last: tuple[Batch, Fetched[Output]] | None = None
     for sent in batches:
         with torch.no_grad():
-            output = Fetched(forward(sent.on_device()))
+            fetched = Fetched(forward(sent.on_device()))
         if last is not None:
-            yield last[0], last[1].read()
-        last = sent.batch, output
+            yield last
+        last = sent.batch, fetched
     if last is not None:
-        yield last[0], last[1].read()
+        yield last
 
 
 def _batch(rowset: RowSet, view: View, epoch: int, ids_B: NDArray[np.int64]) -> Batch:

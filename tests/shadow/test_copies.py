@@ -53,7 +53,8 @@ def test_what_is_fetched_is_waited_for_once():
         assert not watch.found
         teacher, pair, here = (each.read() for each in fetched)
     ((_, wait),) = watch.found
-    assert wait.what == "synchronize of an event" and wait.own.startswith("dskd/system/device.py:")
+    assert wait.what == "synchronize of an event"
+    assert wait.place.startswith("dskd/system/device.py:")
     assert watch.found.total() == 2  # none for what was on the CPU
     assert teacher.ids_NK.tolist() == [[1] * 3] * 2 and teacher.tail_N[2.0].tolist() == [1, 1]
     assert type(pair) is Pair and pair.first.tolist() == [[2] * 3] * 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
+from dskd.engine import run_config
 from dskd.methods.base import build_method
 from dskd.narrowing.layouts import layout_of, widths_of
 from dskd.narrowing.widths import Family, Target, Widths, student_widths
@@ -40,6 +41,15 @@ def test_a_recipe_is_accepted_on_any_power_of_two_of_ranks(path, world, tmp_path
     check(recipe, methods(recipe), world=world)
     trained_on = path.parent.name == "self_evolution"  # from one model, with or without the method
     assert ("random" if trained_on else CONTROL) in recipe.runs
+
+
+@pytest.mark.parametrize("path", [None, *RECIPES], ids=lambda path: path.stem if path else "toy")
+def test_a_recipe_is_accepted_on_gpus_in_its_own_precision(path, tmp_path, monkeypatch):
+    """Which is bf16 where it says nothing."""
+    for name in ("on_gpu", "has_bf16"):
+        monkeypatch.setattr(run_config, name, lambda: True)
+    recipe = read(path, [f"out={tmp_path}"])
+    check(recipe, methods(recipe), world=2 if path is None else 8)
 
 
 @pytest.mark.parametrize("path", sorted(KI.glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """Every method and every kind of teacher as a tiny run, on the shadow device and on the CPU."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from dskd.fused import backend, gradients, update
 from dskd.settings.yaml_tree import merge
 from tests.equivalence import small
 from tests.equivalence.small import MASKED, Runs, cached, causal, routed
+from tests.ranks import run_ranks
 
 EXACT = {"precision": "fp32"}  # on a GPU `auto` is bf16
 LIVE, LIVE_OTHER = small.LIVE | EXACT, small.LIVE_OTHER | EXACT
@@ -59,6 +61,16 @@ def weights(runs: Runs) -> Path:
         plain = {"method": {"kind": "lm"}, "teacher": None, "until": "export"}
         runs.run("weights", 1, "deepspeed=zero1", model=STUDENT, train=still, **plain)
     return runs.folder / "weights" / "export"
+
+
+def in_fork(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test that makes gradients in a fork: torch forks no process that has made some."""
+
+    @functools.wraps(test)
+    def call(**fixtures: Any) -> None:
+        run_ranks(lambda rank: test(**fixtures), world=1)
+
+    return call
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
+from tests.shadow.cases import in_fork
 from tests.shadow.waits import Watch
 
 
@@ -16,17 +17,14 @@ def on_device(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.arange(torch.Size(shape).numel()).view(shape).to(dtype).to("cuda")
 
 
-def _gradient(rank: int) -> None:
+@in_fork
+def test_values_and_gradients_are_those_of_the_cpu():
     a, b = on_device(3, 4), on_device(4, 5).requires_grad_()
     (torch.nn.functional.gelu(a @ b) ** 2).sum().backward()
     host = b.detach().cpu().requires_grad_()
     (torch.nn.functional.gelu(a.cpu() @ host) ** 2).sum().backward()
     assert b.grad.is_cuda
     assert torch.equal(b.grad.cpu(), host.grad)
-
-
-def test_values_and_gradients_are_those_of_the_cpu():
-    run_ranks(_gradient, world=1)  # a process that has made a gradient cannot be forked any more
 
 
 @pytest.mark.parametrize(

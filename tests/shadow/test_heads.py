@@ -9,6 +9,7 @@ from dskd.fused.topk_teacher import largest_of
 from dskd.models.families import positions_of
 from dskd.teachers.teacher import FrozenTeacher, RoutedTeachers
 from tests.fused.cases import COMMON, gradients, head, linear_teachers
+from tests.shadow.cases import in_fork
 from tests.shadow.waits import Watch
 from tests.teachers.test_no_whole_logits import VOCABULARY, full_batch, model_of
 
@@ -50,6 +51,7 @@ def test_a_capture_takes_what_a_chunk_does(monkeypatch):
     assert not [wait for _, wait in watch.found if wait.own]
 
 
+@in_fork
 def test_a_routed_step_takes_what_a_chunk_does(monkeypatch):
     batch, student, tokens = full_batch(4, 17).to(GPU), model_of(0).bfloat16().to(GPU), 8
     teachers = RoutedTeachers({0: frozen(1), 1: frozen(2)})
@@ -83,6 +85,7 @@ def of_linear(chunk: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
+@in_fork
 def test_one_chunk_ahead_is_the_same_bit_for_bit(monkeypatch, chunk):
     streams, side_stream = [], teacher_logits._side_stream
 

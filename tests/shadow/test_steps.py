@@ -15,9 +15,9 @@ from tests.shadow.cases import CASES, on_cpu, plain_losses, train
 STAGES = [0, 1, 2, 3]
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2}
 BUDGET = json.loads(Path(__file__).with_name("waits.json").read_text())
-"""Waits that are dskd's to mend, by case and stage: for each micro-batch (``passes``), for each step
-beside these (``training``), for each batch of an evaluation and of a sweep over all rows (capture,
-questions), and for each choice of the units that WID removes (``masks``)."""
+"""Waits that are dskd's to mend, by case and stage: for each micro-batch (``passes``), for each
+step beside these (``training``), for each batch of an evaluation and of a sweep over all rows
+(capture, questions), and for each choice of the units that WID removes (``masks``)."""
 
 
 @pytest.fixture(scope="module")

@@ -86,8 +86,8 @@ def watched(file: Path) -> Iterator[None]:
     def labelled(within: str, function: Callable) -> Callable:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if within == "sweep":
-                kwargs["score"] = counted(within, kwargs["score"])
+            if within == "sweep":  # a pass of the model, which is the first argument, for a batch
+                args = (counted(within, args[0]), *args[1:])
             before, watch.label = watch.label, within
             try:
                 return function(*args, **kwargs)

@@ -134,29 +134,29 @@ class LogitLayout:
         """The columns of a batch's supervised positions.
 
         Args:
-            batch: the batch that the teacher saw, on any device.
+            batch: the batch that the teacher saw, on the CPU.
             kept: the ``k`` largest of its logits there and the tails at the ``temperatures``, on
-                any device; -inf is allowed, NaN is not.
+                the CPU; -inf is allowed, NaN is not.
 
         Raises:
             NonFiniteError: a row's logits are NaN, infinite, or -inf throughout.
         """
         assert kept.ids_NK.shape[1] == self.k and (*kept.tail_N,) == self.temperatures, kept
-        logprobs_NK = kept.logprobs_NK.cpu()
+        logprobs_NK = kept.logprobs_NK
         refuse_non_finite(batch, ~torch.isfinite(logprobs_NK[:, 0]), "the teacher's")
         columns = {
-            **_split("ids", kept.ids_NK.cpu().numpy(), self.vocabulary),
+            **_split("ids", kept.ids_NK.numpy(), self.vocabulary),
             "logprobs": logprobs_NK.numpy().astype(self.columns()["logprobs"].dtype),
-            "tail": torch.stack([*kept.tail_N.values()], 1).cpu().numpy(),
+            "tail": torch.stack([*kept.tail_N.values()], 1).numpy(),
         }
-        supervised_BT = batch.supervised_BT.cpu()
+        supervised_BT = batch.supervised_BT
         if self.masked:
             pos_N = supervised_BT.nonzero()[:, 1].numpy()
             columns["pos"] = pos_N.astype(self.columns()["pos"].dtype)
-            input_N = batch.ids_BT.cpu()[supervised_BT].numpy()
+            input_N = batch.ids_BT[supervised_BT].numpy()
             columns |= _split("input", input_N, self.vocabulary)
         else:
-            followed_BT = batch.mask_BT[:, 1:].bool().cpu()
+            followed_BT = batch.mask_BT[:, 1:].bool()
             assert (
                 torch.equal(supervised_BT[:, :-1], followed_BT) and not supervised_BT[:, -1].any()
             )

@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 
 from dskd.batch import Batch
+from dskd.errors import NonFiniteError
 from dskd.methods import inheritance_loss
-from tests.equivalence.small import Runs
-from tests.shadow.cases import plain_losses, train
+from dskd.settings.yaml_tree import dump, merge
+from dskd.stores.logits import LogitLayout
+from dskd.system import dist
+from tests.equivalence.small import Runs, settings
+from tests.launching import forked
+from tests.shadow.cases import CASES, plain_losses, train
 from tests.shadow.watched import read, watched
 
 
@@ -51,6 +56,23 @@ def failed(runs: Runs, case: str) -> str:
 def test_a_part_of_a_batch_that_stays_on_the_cpu(runs, monkeypatch, old, new, message):
     plant(monkeypatch, Batch._copied, old, new)
     assert message in failed(runs, "ki cached")
+
+
+def test_what_fails_on_one_rank_is_told_by_status_2_on_all(runs, monkeypatch, capfd):
+    """Said once; the other rank learns of it where the two meet next, as on a CPU."""
+    encode = LogitLayout.encode
+
+    def fails_on_rank_1(layout: LogitLayout, *args: Any) -> Any:
+        if dist.rank() == 1:
+            raise NonFiniteError("planted on rank 1")
+        return encode(layout, *args)
+
+    monkeypatch.setattr(LogitLayout, "encode", fails_on_rank_1)
+    recipe = runs.folder / "one rank.yaml"
+    recipe.write_text(dump(merge(settings(runs.folder), CASES["ki cached"])), encoding="utf-8")
+    words = (str(recipe), f"out={runs.folder / 'one rank'}", "deepspeed=zero2")
+    forked(2, *words, status=2)
+    assert capfd.readouterr().err.count("error: planted on rank 1\n") == 1
 
 
 def test_a_wait_in_a_loss(runs, monkeypatch):

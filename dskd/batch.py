@@ -17,6 +17,8 @@ from torch import Tensor
 
 IGNORE = -100
 """Label of a position that is not supervised."""
+UNLABELLED = -1
+"""Label of a supervised position whose class is not known: a teacher may teach there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Batch:
             LMs); ``IGNORE`` where the position is not supervised.
         positions_N: int64, where the supervised positions are in the flattened [B * T].
         labels_N: int64, their labels.
+        types_BT: int64, 1 on the tokens of a row's second text and 0 elsewhere; None: no row has a
+            second text that its tokenizer marks so.
         columns: further tensors by name, whose first axis is B or N as their reader says
             (:class:`dskd.data.views.Reader`, which has the name as a constant beside it).
     """
@@ -50,6 +54,7 @@ class Batch:
     labels_BT: Tensor
     positions_N: Tensor
     labels_N: Tensor
+    types_BT: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -60,6 +65,7 @@ class Batch:
         ids_BT: Tensor,
         mask_BT: Tensor,
         labels_BT: Tensor,
+        types_BT: Tensor | None = None,
         columns: Mapping[str, Tensor] | None = None,
     ) -> Batch:
         """The batch of some tensors on the CPU; the positions and what is counted are found here.
@@ -82,6 +88,7 @@ class Batch:
             labels_BT=labels_BT,
             positions_N=positions_N,
             labels_N=labels_BT.flatten().index_select(0, positions_N),
+            types_BT=types_BT,
             columns=columns,
         )
 
@@ -119,6 +126,7 @@ class Batch:
             ids_BT=self.ids_BT[rows_S],
             mask_BT=self.mask_BT[rows_S],
             labels_BT=self.labels_BT[rows_S],
+            types_BT=None if self.types_BT is None else self.types_BT[rows_S],
         )
 
     def _copied(self, copy: Callable[[Tensor], Tensor]) -> Batch:
@@ -129,6 +137,7 @@ class Batch:
             labels_BT=copy(self.labels_BT),
             positions_N=copy(self.positions_N),
             labels_N=copy(self.labels_N),
+            types_BT=None if self.types_BT is None else copy(self.types_BT),
             columns={name: copy(column) for name, column in self.columns.items()},
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -25,15 +27,26 @@ from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import check_same_vocabulary
 from dskd.engine.zero import sharded_construction
 from dskd.errors import ConfigError
-from dskd.models.configs import check_shape, check_vocabulary, config_of, stored_folder
-from dskd.models.families import ObjectiveName, lm_head, projection_of, tie_head_bias
+from dskd.models.configs import (
+    check_shape,
+    check_vocabulary,
+    config_of,
+    stored_folder,
+    with_classes,
+)
+from dskd.models.families import lm_head, projection_of, tie_head_bias
+from dskd.models.heads import ObjectiveName
 from dskd.models.initial import initialise
-from dskd.models.reading import load_weights
+from dskd.models.reading import in_class_head, load_weights
 from dskd.models.weight_files import weight_files
 from dskd.settings.model import Model
 from dskd.system.files import file_hash, fingerprint
 
-_AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
+_AUTO = {
+    "masked": AutoModelForMaskedLM,
+    "causal": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+}
 
 
 def build(
@@ -47,6 +60,8 @@ def build(
     dtype: torch.dtype,
     where: str,
     device: torch.device | None = None,
+    classes: Sequence[str] | None = None,
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """Build a random model or load one, in train mode (collective).
 
@@ -61,13 +76,19 @@ def build(
         dtype: of the weights; under ZeRO-3 the one ``ds`` says.
         where: the setting's name, for messages.
         device: where whole parameters lie, None: on the CPU; buffers lie there in either case.
+        classes: of a model for classification: the names of its classes, none of them if it gives
+            a number; None: as many as its config says.
+        new_head: whether such a model may be loaded from a folder without a head for classes, and
+            then gets a random one of ``seed``.
 
     Raises:
         ConfigError: unknown or contradicting config fields, a family that is not supported or does
             not fit the objective, too few positions or too small a vocabulary, another tokenizer
-            than the data's, weights that cannot be read.
+            than the data's, weights that cannot be read, a head for other classes.
     """
-    config = config_of(settings, where=where, tokenizer=tokenizer)
+    stored = config = config_of(settings, where=where, tokenizer=tokenizer)
+    if classes is not None:
+        config = with_classes(config, classes, tokenizer)
     folder = stored_folder(settings, where)
     if folder is not None:
         check_tokenizer(tokenizer, folder, settings.trust_remote_code, f"{where}.path")
@@ -81,7 +102,9 @@ def build(
         tie_head_bias(model)
     else:
         tie_head_bias(model)
-        load_weights(model, folder, f"{where}.path")
+        if new_head:
+            initialise(model, seed, partial(in_class_head, model))
+        load_weights(model, folder, f"{where}.path", new_head=new_head, trained_for=stored)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             with raised_as(ConfigError, f"{where}.path: generation_config.json of {folder}"):
                 model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -192,14 +215,17 @@ def _parameters_on(device: torch.device | None) -> Iterator[None]:
         hook.remove()
 
 
-def parameter_count(config: PreTrainedConfig, where: str) -> int:
-    """Parameters of the model of a config, tied ones counted once, without making it.
+def parameter_count(
+    config: PreTrainedConfig, where: str, objective: ObjectiveName | None = None
+) -> int:
+    """Parameters of the model of a config, tied ones counted once, without making it; ``objective``
+    as of :func:`construct`.
 
     Raises:
         ConfigError: it makes no model; the message names ``where``.
     """
     with torch.device("meta"):
-        model = construct(config, "auto", None, torch.float32, where)
+        model = construct(config, "auto", None, torch.float32, where, objective)
     tie_head_bias(model)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import first_of, vocabulary_size
 from dskd.errors import ConfigError
-from dskd.models.families import (
-    ObjectiveName,
-    counts_past_padding,
-    head_of,
-    lm_head,
-    longest_row,
-    refuse_unknown,
-)
+from dskd.models.families import counts_past_padding, head_of, longest_row, refuse_unknown
+from dskd.models.heads import ObjectiveName, is_causal
 from dskd.models.overrides import known_fields, random_config, with_own
 from dskd.models.weight_files import folder_at_hand, local_folder, refuse_quantised
 from dskd.settings.model import Model
@@ -72,6 +68,26 @@ def check_shape(
         )
 
 
+def with_classes(
+    config: PreTrainedConfig, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
+    """The config of a model that tells these classes apart, in this order; none of them: of one
+    that gives a number. HuggingFace's own class of it then finds a row's last token, too."""
+    config = copy.deepcopy(config)
+    names = list(classes) or ["LABEL_0"]
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "single_label_classification" if classes else "regression"
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return config
+
+
+def classes_in(config: PreTrainedConfig) -> list[str]:
+    """The class names that a config gives, in the order of the logits."""
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
 def check_vocabulary(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> None:
@@ -111,7 +127,7 @@ def _random_config(
     refuse_unknown(model_type, f"{where}.config.model_type")
     given: dict[str, int | None] = {}
     if tokenizer is not None:
-        special = _special_ids(tokenizer, lm_head(model_type).objective)
+        special = _special_ids(tokenizer, is_causal(model_type))
         known = known_fields(type(AutoConfig.for_model(model_type)))
         given = {name: value for name, value in special.items() if name in known}
         multiple = settings.vocab_multiple
@@ -119,12 +135,12 @@ def _random_config(
     return random_config(model_type, fields, given, f"{where}.config")
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase, objective: str) -> dict[str, int | None]:
+def _special_ids(tokenizer: PreTrainedTokenizerBase, causal: bool) -> dict[str, int | None]:
     """The config's ids of special tokens."""
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     return {
         # As the embeddings' padding index a token gets no gradient: never one that text contains.
-        "pad_token_id": None if objective == "causal" and pad == end else pad,
+        "pad_token_id": None if causal and pad == end else pad,
         "bos_token_id": first_of(tokenizer.bos_token_id, tokenizer.cls_token_id),
         "eos_token_id": first_of(end, tokenizer.sep_token_id),
         "cls_token_id": tokenizer.cls_token_id,

@@ -1,22 +1,16 @@
-"""The heads of the model types that dskd knows, and the one forward pass that everything uses.
-
-A head belongs to a ``model_type`` and an objective: it says how hidden states become logits. A new
-one is a line in ``HEADS`` and is then tested against its HuggingFace class by
-``tests/models/test_families.py``.
-"""
+"""Which head a model has, what it takes of its config, and the one forward pass that everything
+uses."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -24,30 +18,8 @@ from transformers import (
 from dskd.batch import Batch, Positions, Use
 from dskd.errors import ConfigError
 from dskd.models.attention_masks import attention_arguments
+from dskd.models.heads import HEADS, MODEL_TYPES, Head, ObjectiveName, is_causal, of_objective
 from dskd.settings.parsing import nearest, show
-
-Transform = Callable[[Any, Tensor], Tensor]
-"""(model, the body's hidden states [N, D]) -> those its last linear map takes, [N, D']."""
-
-
-ObjectiveName = Literal["masked", "causal"]
-
-
-@dataclass(frozen=True)
-class Head:
-    """How a model of one ``model_type`` and objective turns hidden states into logits.
-
-    Attributes:
-        objective: what it is trained on.
-        projection: module path of the last linear map, from hidden states to logits.
-        transform: what is done before it, through modules of the model only.
-        bias: the head's own copy of the projection's bias, as the module path of its owner.
-    """
-
-    objective: ObjectiveName
-    projection: str
-    transform: Transform = lambda model, hidden_ND: hidden_ND
-    bias: str | None = None
 
 
 class LinearProjection(nn.Linear):
@@ -60,46 +32,11 @@ class LinearProjection(nn.Linear):
         return use(hidden_ND, self.weight, self.bias)
 
 
-def _distilbert_transform(model: Any, hidden_ND: Tensor) -> Tensor:
-    return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND)))
-
-
-def _roberta_transform(model: Any, hidden_ND: Tensor) -> Tensor:
-    return model.lm_head.layer_norm(gelu(model.lm_head.dense(hidden_ND)))
-
-
-_BERT = Head(
-    "masked",
-    "cls.predictions.decoder",
-    lambda model, hidden_ND: model.cls.predictions.transform(hidden_ND),
-    bias="cls.predictions",
-)
-_ROBERTA = Head("masked", "lm_head.decoder", _roberta_transform, bias="lm_head")
-_DISTILBERT = Head("masked", "vocab_projector", _distilbert_transform)
-_MODERNBERT = Head("masked", "decoder", lambda model, hidden_ND: model.head(hidden_ND))
-_ELECTRA = Head(
-    "masked", "generator_lm_head", lambda model, hidden_ND: model.generator_predictions(hidden_ND)
-)
-_CAUSAL = Head("causal", "lm_head")
-
-HEADS: dict[tuple[str, ObjectiveName], Head] = {
-    ("bert", "masked"): _BERT,
-    ("roberta", "masked"): _ROBERTA,
-    ("xlm-roberta", "masked"): _ROBERTA,
-    ("distilbert", "masked"): _DISTILBERT,
-    ("modernbert", "masked"): _MODERNBERT,
-    ("electra", "masked"): _ELECTRA,
-    ("gpt2", "causal"): _CAUSAL,
-    ("llama", "causal"): _CAUSAL,
-    ("mistral", "causal"): _CAUSAL,
-    ("qwen2", "causal"): _CAUSAL,
-    ("qwen3", "causal"): _CAUSAL,
+_CLASSES = {
+    "masked": MODEL_FOR_MASKED_LM_MAPPING,
+    "causal": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 }
-"""By model type and objective."""
-
-MODEL_TYPES: tuple[str, ...] = tuple(dict.fromkeys(model_type for model_type, _ in HEADS))
-
-_CLASSES = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
 """HuggingFace's model class by config class, for each objective."""
 
 _PAST_PADDING = frozenset({"roberta", "xlm-roberta"})
@@ -126,17 +63,25 @@ def head_of(config: PreTrainedConfig, objective: ObjectiveName, where: str) -> H
     """
     model_type = config.model_type
     if (model_type, objective) not in HEADS:
-        fitting = ", ".join(name for name, of in HEADS if of == objective)
+        has = [of for name, of in HEADS if name == model_type and of != "classification"]
+        what = f"is a {has[0]} LM" if has else "is for classification only, here"
         raise ConfigError(
-            f"{where}: a {model_type} is a {lm_head(model_type).objective} LM, data.objective is "
-            f"{objective}; {objective} ones are {fitting}"
+            f"{where}: a {model_type} {what}, data.objective is {objective}; {objective} ones are "
+            f"{', '.join(of_objective(objective))}"
+        )
+    # ModernBERT's alone has it; a mean is of all hidden states of a row, and not of one.
+    pooling = getattr(config, "classifier_pooling", "cls")
+    if objective == "classification" and pooling != "cls":
+        raise ConfigError(
+            f"{where}.config.classifier_pooling: {show(pooling)}, but a class is read at one token "
+            "here; set it to cls"
         )
     return HEADS[model_type, objective]
 
 
 def lm_head(model_type: str) -> Head:
-    """The head by which a type models language, masked or causal: every type has one of the two."""
-    return next(head for (name, _), head in HEADS.items() if name == model_type)
+    """The head by which a type models language, masked or causal: none has both."""
+    return HEADS[model_type, "causal" if is_causal(model_type) else "masked"]
 
 
 def head_in(model: PreTrainedModel) -> Head:
@@ -155,18 +100,41 @@ def _head_of_class(model: type[PreTrainedModel], config: type[PreTrainedConfig])
 def positions_of(model: nn.Module, batch: Batch) -> Positions:
     """Run the body on a batch and its head up to the last linear map, on supervised positions only.
 
+    A head that reads a row as a whole does so where its type reads it, wherever in the row the
+    supervised position is: the same batch serves models that read it at other places.
+
     Under ZeRO-3 call it inside the forward of the module DeepSpeed wraps. With N = 0 every
     parameter is still in the graph (products with empty matrices), with gradients of zero.
 
     The batch is on the model's device, and ``hidden_ND`` of the result in the model's dtype.
     """
     head = head_in(model)
-    attention = attention_arguments(model, batch, causal=head.objective == "causal")
-    body = model.base_model(input_ids=batch.ids_BT, **attention)
+    causal = is_causal(model.config.model_type)
+    arguments = attention_arguments(model, batch, causal=causal)
+    if batch.types_BT is not None and _has_types(model.config):
+        arguments["token_type_ids"] = batch.types_BT
+    body = model.base_model(input_ids=batch.ids_BT, **arguments)
     # By their indices: indexing by the mask itself would wait for a GPU to count its trues.
-    hidden_ND = body.last_hidden_state.flatten(0, 1).index_select(0, batch.positions_N)
+    places_N = batch.positions_N if head.reads == "supervised" else _places_read(batch, head)
+    hidden_ND = body.last_hidden_state.flatten(0, 1).index_select(0, places_N)
     hidden_ND = head.transform(model, hidden_ND)
     return Positions(hidden_ND, projection_of(model), batch.labels_N)
+
+
+def _places_read(batch: Batch, head: Head) -> Tensor:
+    """Where in the flattened [B * T] a head reads the rows of the supervised positions."""
+    width = batch.ids_BT.shape[1]
+    rows_N = batch.positions_N.div(width, rounding_mode="floor")
+    if head.reads == "first":
+        return rows_N * width
+    # Of the mask, which is on the device; the lengths are on the host.
+    lengths_B = batch.mask_BT.sum(1)
+    return rows_N * width + lengths_B.index_select(0, rows_N) - 1
+
+
+def _has_types(config: PreTrainedConfig) -> bool:
+    """Whether a model tells the two texts of a row apart by types of tokens."""
+    return getattr(config, "type_vocab_size", 0) > 1
 
 
 def projection_of(model: nn.Module) -> LinearProjection:

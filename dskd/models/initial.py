@@ -9,6 +9,7 @@ parameters.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,11 @@ from dskd.system import dist
 from dskd.system.files import fingerprint
 
 
-def initialise(model: PreTrainedModel, seed: int) -> None:
-    """Fill every parameter with the model's own kind of random numbers (collective if sharded)."""
+def initialise(
+    model: PreTrainedModel, seed: int, only: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Fill every parameter, or those whose names are ``only``'s, with the model's own kind of
+    random numbers (collective if sharded)."""
     with torch.device("meta"):
         shadow = type(model)(copy.deepcopy(model.config))  # the same model without memory
     tied = set(model.all_tied_weights_keys)
@@ -28,7 +32,7 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
         own = {
             name: parameter
             for name, parameter in module.named_parameters(recurse=False)
-            if _join(path, name) not in tied
+            if _join(path, name) not in tied and only(_join(path, name))
         }
         mine = dist.rank() == 0 or not any(is_sharded(p) for p in own.values())
         with gathered(own.values(), write=True), torch.no_grad():

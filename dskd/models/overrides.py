@@ -23,6 +23,7 @@ _SET_BY_OTHERS = {
     "vocab_size": "comes from the tokenizer (and vocab_multiple)",
     **dict.fromkeys(_SPECIALS, "comes from the tokenizer"),
     **dict.fromkeys(("dtype", "torch_dtype"), "comes from the precision setting"),
+    **dict.fromkeys(("num_labels", "id2label", "label2id", "problem_type"), "comes from the data"),
     "quantization_config": "weights are trained and stored as they are computed with",
 }
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")

@@ -12,28 +12,44 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.engine.zero import full_shape, gathered, is_sharded
 from dskd.errors import ConfigError
+from dskd.models.configs import classes_in
 from dskd.models.families import head_in
 from dskd.models.weight_files import Stored, open_weights
 from dskd.system import dist
 from dskd.system.log import say
 
 _RENAMED = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
-_LEFTOVERS = re.compile(
-    r"(.*\.)?(pooler\..*|cls\.seq_relationship\..*|discriminator_predictions\..*"  # other heads
-    r"|classifier\..*|score\.weight|qa_outputs\..*|cls\.predictions\..*|lm_head\..*"
-    r"|embeddings\.position_ids|embeddings\.token_type_ids"  # constants that were once saved
-    r"|rotary_emb\.inv_freq|attn\.(masked_)?bias)"
-)
+_CONSTANTS = r"embeddings\.position_ids|embeddings\.token_type_ids|rotary_emb\.inv_freq"
+_CONSTANTS += r"|attn\.(masked_)?bias"  # of older versions, which saved them
+_OTHER_HEADS = r"pooler\..*|cls\.seq_relationship\..*|discriminator_predictions\..*"
+_OTHER_HEADS += r"|classifier\..*|score\.weight|qa_outputs\..*|cls\.predictions\..*|lm_head\..*"
+_LM_HEADS = r"vocab_(transform|layer_norm|projector)\..*|generator_(predictions|lm_head)\..*"
+_LM_HEADS += r"|(lm|mask)_predictions\..*|decoder\.(weight|bias)"
+
+_LEFTOVERS = re.compile(rf"(.*\.)?({_OTHER_HEADS}|{_CONSTANTS})")
 """Tensors of a language model's folder that another head or an older version left there."""
+_CLASS_LEFTOVERS = re.compile(rf"(.*\.)?({_OTHER_HEADS}|{_LM_HEADS}|{_CONSTANTS})")
+"""Those of a folder from which a model for classification takes what it can use."""
 _SHOWN = 6
 
 
-def load_weights(model: PreTrainedModel, folder: Path, where: str) -> None:
+def load_weights(
+    model: PreTrainedModel,
+    folder: Path,
+    where: str,
+    *,
+    new_head: bool = False,
+    trained_for: PreTrainedConfig | None = None,
+) -> None:
     """Fill every parameter from ``folder``, rounded to the parameter's dtype (collective).
+
+    With ``new_head``, a head for classes keeps the weights that it has as far as the folder holds
+    none; but a folder with such a head must hold all of it, and for the classes of the model:
+    ``trained_for`` is its config, None: the model's.
 
     Old names are understood. Heads for other tasks and constants are named and left out; any other
     tensor without a use here is refused, for it belongs to another model, or to the decoding of a
@@ -41,25 +57,59 @@ def load_weights(model: PreTrainedModel, folder: Path, where: str) -> None:
 
     Raises:
         ConfigError: weights are missing, of another shape, damaged, codes instead of numbers, or
-            stored apart where the config ties them; on every rank.
+            stored apart where the config ties them, or are of a head for other classes; on every
+            rank.
     """
     mine = dist.rank() == 0 or not any(is_sharded(p) for p in model.parameters())
     with dist.agreed():
-        plan = _plan(model, open_weights(model, folder, where), where) if mine else {}
+        plan = {}
+        if mine:
+            stored = _stored(model, open_weights(model, folder, where), where)
+            if trained_for is not None and _has_class_head(model, stored):
+                _refuse_other_classes(model, trained_for, where)
+            plan = _plan(model, stored, where, new_head)
     for name, parameter in model.named_parameters():
         with gathered([parameter], write=True), torch.no_grad():
-            if mine:
+            if name in plan:
                 parameter.copy_(plan[name].read())
 
 
-def _plan(model: PreTrainedModel, sources: list[Stored], where: str) -> dict[str, Stored]:
+def in_class_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter of a model for classification is of its head: what stands beside the
+    body, and BERT's pooler, which a masked LM does not train."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+
+
+def _has_class_head(model: PreTrainedModel, stored: Mapping[str, Stored]) -> bool:
+    """Whether a folder holds the last map of the model's head, which is one for classes."""
+    head = head_in(model)
+    return head.objective == "classification" and f"{head.projection}.weight" in stored
+
+
+def _refuse_other_classes(model: PreTrainedModel, config: PreTrainedConfig, where: str) -> None:
+    theirs, own = classes_in(config), classes_in(model.config)
+    if theirs != own:
+        raise ConfigError(
+            f"{where}: its head is for the {len(theirs)} classes {_some(theirs)}; those of the "
+            f"data, in order, are {len(own)}: {_some(own)}"
+        )
+
+
+def _stored(model: PreTrainedModel, sources: list[Stored], where: str) -> dict[str, Stored]:
+    """The tensors of a folder by the model's names for them."""
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored = {_name_in(model, known, source.key): source for source in sources}
+    _refuse_foreign(model, stored, known, where)
+    return stored
+
+
+def _plan(
+    model: PreTrainedModel, stored: Mapping[str, Stored], where: str, new_head: bool
+) -> dict[str, Stored]:
     """The source of each parameter, by the first of its names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    known = {name for aliases in names.values() for name in aliases}
-    stored = {_name_in(model, known, source.key): source for source in sources}
-    _refuse_foreign(stored, known, where)
     plan, missing, wrong = {}, [], []
     for name, parameter in model.named_parameters():
         found = [alias for alias in names[id(parameter)] if alias in stored]
@@ -70,6 +120,10 @@ def _plan(model: PreTrainedModel, sources: list[Stored], where: str) -> dict[str
         if plan[name].shape != full_shape(parameter):
             here, there = tuple(full_shape(parameter)), tuple(plan[name].shape)
             wrong.append(f"{name} is {there}, the config says {here}")
+    if new_head and not _has_class_head(model, stored):
+        random = [name for name in missing if in_class_head(model, name)]
+        missing = [name for name in missing if name not in random]
+        say(f"{where}: no head for classes there; random weights for {_some(random)}")
     if missing:
         raise ConfigError(f"{where}: weights are missing: {_some(missing)}")
     if wrong:
@@ -77,7 +131,9 @@ def _plan(model: PreTrainedModel, sources: list[Stored], where: str) -> dict[str
     return plan
 
 
-def _refuse_foreign(stored: Mapping[str, Stored], known: set[str], where: str) -> None:
+def _refuse_foreign(
+    model: PreTrainedModel, stored: Mapping[str, Stored], known: set[str], where: str
+) -> None:
     """Refuse what is neither a weight of the model nor a known leftover; name the leftovers."""
     codes = [
         f"{n} ({stored[n].dtype})" for n in sorted(stored.keys() & known) if not stored[n].is_value
@@ -87,7 +143,9 @@ def _refuse_foreign(stored: Mapping[str, Stored], known: set[str], where: str) -
             f"{where}: weights are stored as codes of a quantised model: {_some(codes)}"
         )
     unused = sorted(stored.keys() - known)
-    foreign = [name for name in unused if not _LEFTOVERS.fullmatch(name)]
+    for_classes = head_in(model).objective == "classification"
+    leftovers = _CLASS_LEFTOVERS if for_classes else _LEFTOVERS
+    foreign = [name for name in unused if not leftovers.fullmatch(name)]
     if foreign:
         raise ConfigError(
             f"{where}: tensors that this model has no use for: {_some(foreign)}; they belong to "

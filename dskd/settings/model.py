@@ -25,7 +25,7 @@ class Slice(Section):
 
 
 class Model(Section):
-    """A HuggingFace masked or causal LM, loaded or built at random."""
+    """A HuggingFace model for the objective of the data, loaded or built at random."""
 
     path: Annotated[str | None, RunPath("export")] = None
     """Folder or hub id to load; ``run:NAME`` is the export of another run of the recipe; null:

@@ -178,6 +178,7 @@ def _part(
         labels_BT=batch.labels_BT.index_select(0, rows_S),
         positions_N=positions_M,
         labels_N=batch.labels_N.index_select(0, places_M),
+        types_BT=None if batch.types_BT is None else batch.types_BT.index_select(0, rows_S),
     )
 
 
@@ -193,4 +194,5 @@ def _first_row(batch: Batch) -> Batch:
         labels_BT=torch.full_like(batch.labels_BT[:1], IGNORE),
         positions_N=batch.positions_N[:0],
         labels_N=batch.labels_N[:0],
+        types_BT=None if batch.types_BT is None else batch.types_BT[:1],
     )

@@ -7,7 +7,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
 from dskd.errors import ConfigError
-from dskd.models.families import HEADS, head_in, head_of, longest_row, positions_of
+from dskd.models.families import head_in, head_of, longest_row, positions_of
+from dskd.models.heads import HEADS
 from dskd.ops import positions_ce
 from tests.models.tiny import ALL, SIX, LossOf, batch, loss_of, make, without_dropout, zero3
 from tests.ranks import run_ranks

@@ -14,13 +14,14 @@ from transformers import (
 from dskd.batch import IGNORE, Batch
 from dskd.engine.zero import full_shape
 from dskd.models.build import build
-from dskd.models.families import MODEL_TYPES, lm_head, positions_of
+from dskd.models.families import lm_head, positions_of
+from dskd.models.heads import HEADS
 from dskd.settings.model import Model
 from tests.batches import batch_of
 
 BLOCK = 16
 SIX = ["bert", "roberta", "gpt2", "llama", "qwen2", "qwen3"]
-ALL = list(MODEL_TYPES)
+ALL = list(dict.fromkeys(name for name, of in HEADS if of != "classification"))
 AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
 _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
@@ -62,14 +63,16 @@ def settings(model_type: str, **fields) -> Model:
 
 def make(
     what: Model | str, *, tok=None, ds=None, seed=7, dtype=torch.float32, block=BLOCK, device=None,
-    **kw,
+    classes=None, new_head=False, **kw,
 ):  # fmt: skip
-    """Build from settings, or a tiny random model of a ``model_type``."""
+    """Build from settings, or a tiny random model of a ``model_type``; one for ``classes``, if they
+    are given."""
     chosen = settings(what, **kw) if isinstance(what, str) else what
     model_type = chosen.config.get("model_type") or kw["model_type"]
     how = {"block_size": block, "seed": seed, "ds": ds, "dtype": dtype, "device": device}
-    how["where"] = "model"
-    return build(chosen, tok or tokenizer(), objective=lm_head(model_type).objective, **how)
+    how |= {"where": "model", "classes": classes, "new_head": new_head}
+    objective = "classification" if classes is not None else lm_head(model_type).objective
+    return build(chosen, tok or tokenizer(), objective=objective, **how)
 
 
 def stored(folder, model_type: str, *, tok=None, drift=False, shard="5GB", **fields) -> Model:

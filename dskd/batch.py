@@ -19,6 +19,9 @@ IGNORE = -100
 """Label of a position that is not supervised."""
 UNLABELLED = -1
 """Label of a supervised position whose class is not known: a teacher may teach there."""
+TARGETS = "targets"
+"""Column of a batch of rows for regression, float32 [B]: the number of each row. Labels are then 0
+or, where there is no number (nan), ``UNLABELLED``."""
 
 
 @dataclass(frozen=True, kw_only=True)

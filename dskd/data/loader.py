@@ -5,6 +5,9 @@ each other without a gap, and optimiser step s takes the ``batch`` rows from pos
 on, so a batch may span two epochs. Micro-batch m of rank r is a fixed slice of it: all geometries
 see the same rows in the same step, and the number of steps taken is all there is to checkpoint.
 
+Labelled rows are as long as their texts: those of a step are sorted by length before they are cut
+into micro-batches, so that rows that are padded together are about equally long.
+
 Shape letters: B rows, T tokens, N supervised positions.
 """
 
@@ -18,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dskd.batch import Batch
+from dskd.batch import TARGETS, Batch
 from dskd.data.counter import mix
 from dskd.data.prefetch import Sent, send
-from dskd.data.prepared import RowSet
+from dskd.data.prepared import RowBatch, RowSet
 from dskd.data.views import Reader, View
 
 CPU = torch.device("cpu")
@@ -94,11 +97,15 @@ class Loader:
 
     def _make(self, step: int) -> list[Sent]:
         per_round = self._micro_batch * self._world
+        ids, epochs = self._order.take(step * self._batch, self._batch)
+        if self._rowset.labelled:
+            by_length = np.lexsort((ids, self._rowset.lengths_B(ids)))
+            ids, epochs = ids[by_length], epochs[by_length]
         batches = []
         for begin in range(0, self._batch, per_round):
-            first = step * self._batch + begin + self._rank * self._micro_batch
-            row_ids_B, epochs_B = self._order.take(first, self._micro_batch)
-            batch = make_batch(self._rowset, self._view, row_ids_B, epochs_B, self._readers)
+            first = begin + self._rank * self._micro_batch
+            mine = slice(first, first + self._micro_batch)
+            batch = make_batch(self._rowset, self._view, ids[mine], epochs[mine], self._readers)
             batches.append(send(batch, self._device))
         self._order.forget(before=(step + 1) * self._batch)
         return batches
@@ -145,6 +152,8 @@ def make_batch(
     rows = rowset.rows(row_ids_B, epochs_B)
     shown = view(rows)
     columns: dict[str, Tensor] = {}
+    if rows.targets_B is not None:
+        columns[TARGETS] = torch.from_numpy(rows.targets_B)
     for reader in readers:
         for name, array in reader(rows, shown).items():
             assert name not in columns, f"two readers make the column {name!r}"
@@ -155,5 +164,15 @@ def make_batch(
         ids_BT=torch.from_numpy(shown.inputs_BT),
         mask_BT=torch.from_numpy(rows.real_BT.astype(np.int64)),
         labels_BT=torch.from_numpy(shown.labels_BT),
+        types_BT=_types_BT(rows),
         columns=columns,
     )
+
+
+def _types_BT(rows: RowBatch) -> Tensor | None:
+    """Types of tokens; None where no row has a second text that its tokenizer marks."""
+    if rows.seconds_B is None or (rows.seconds_B == rows.lengths_B).all():
+        return None
+    places_T = np.arange(rows.tokens_BT.shape[1])
+    types_BT = (places_T >= rows.seconds_B[:, None]) & rows.real_BT
+    return torch.from_numpy(types_BT.astype(np.int64))

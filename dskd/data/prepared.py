@@ -6,6 +6,11 @@ A prepared folder holds, for each of the splits ``train`` and ``validation``,
     <split>.offsets   int64 [rows + 1], where each row begins
     <split>.domains   uint16 [rows], each row's domain
 
+and of labelled rows also
+
+    <split>.labels    int32 [rows], the index of its class, -1 without one; float32 of numbers
+    <split>.seconds   int32 [rows], where its second text begins, or its length
+
 the tokenizer, and ``manifest.json`` with the settings and a checksum of every file. It is built
 under a temporary name and renamed, so it is whole or absent. The folder is named by the *key*, a
 hash of the settings and of the sources' bytes; ``fingerprint`` is a hash of the rows themselves and
@@ -32,13 +37,15 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
+from dskd.batch import UNLABELLED
 from dskd.data import sources
 from dskd.data.preparing import FORMAT, MANIFEST, build_rows
 from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.data.text_files import readable
-from dskd.data.tokenizers import load_tokenizer, tokenizer_fingerprint
+from dskd.data.tokenizers import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dskd.errors import DataError, DiskError
 from dskd.settings.data import Data, HubSource, PretrainedTokenizer, Source
+from dskd.settings.labels import Columns
 from dskd.system.files import file_hash, fingerprint, read_manifest, sync_to_disk
 
 
@@ -51,6 +58,11 @@ class RowBatch(NamedTuple):
         domains_B: int64, index of each row's domain in ``Prepared.domains``.
         tokens_BT: int64, the rows' own tokens, right-padded.
         lengths_B: int64, number of tokens of each row without padding.
+        labels_B: int64, of labelled rows the index of each one's class, ``UNLABELLED`` without one;
+            0 where it has a number.
+        seconds_B: int64, of labelled rows where each one's second text begins; the number of its
+            tokens, if it has none.
+        targets_B: float32, of rows for regression the number of each, nan without one.
     """
 
     ids_B: NDArray[np.int64]
@@ -58,6 +70,9 @@ class RowBatch(NamedTuple):
     domains_B: NDArray[np.int64]
     tokens_BT: NDArray[np.int64]
     lengths_B: NDArray[np.int64]
+    labels_B: NDArray[np.int64] | None = None
+    seconds_B: NDArray[np.int64] | None = None
+    targets_B: NDArray[np.float32] | None = None
 
     @property
     def real_BT(self) -> NDArray[np.bool_]:
@@ -66,7 +81,7 @@ class RowBatch(NamedTuple):
 
     def select(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> RowBatch:
         """The rows at some places of the batch (integers, or bools [B]); T stays as it is."""
-        return RowBatch(*(array[index] for array in self))
+        return RowBatch(*(None if array is None else array[index] for array in self))
 
 
 class RowSet:
@@ -74,22 +89,31 @@ class RowSet:
 
     Attributes:
         fingerprint: of the rows' content and the vocabulary that it is written in.
-        content: of the rows' tokens alone, whatever their domains are called.
+        content: of the rows' tokens and labels alone, whatever their domains are called.
         block_size: most tokens of a row.
         tokens: number of tokens of all rows, special tokens included.
+        labelled: whether each row is one example.
     """
 
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
         entry = manifest["splits"][split]
         self.fingerprint: str = entry["fingerprint"]
         files = manifest["files"]
-        self.content = fingerprint([files[f"{split}.{n}"]["xxh3"] for n in ("ids", "offsets")])
+        content = [files[f"{split}.{n}"]["xxh3"] for n in ("ids", "offsets")]
+        if "classes" in manifest:
+            content += [files[f"{split}.labels"]["xxh3"], manifest["classes"]]
+        self.content = fingerprint(content)
         self.block_size: int = manifest["block_size"]
         self.tokens: int = entry["tokens"]
         self._pad: int = manifest["pad"]
         self._ids = _mapped(folder / f"{split}.ids", manifest["dtype"])
         self._offsets = _mapped(folder / f"{split}.offsets", "int64")
         self._domains = _mapped(folder / f"{split}.domains", "uint16")
+        self.labelled = "classes" in manifest
+        if self.labelled:
+            kind = "int32" if manifest["classes"] else "float32"
+            self._labels = _mapped(folder / f"{split}.labels", kind)
+            self._seconds = _mapped(folder / f"{split}.seconds", "int32")
 
     def __len__(self) -> int:
         return len(self._domains)
@@ -99,14 +123,27 @@ class RowSet:
 
         T is the longest row's length rounded up to a multiple of 8, but at most ``block_size``.
         """
-        begins_B = self._offsets[row_ids_B]
-        lengths_B = self._offsets[row_ids_B + 1] - begins_B
+        begins_B, lengths_B = self._offsets[row_ids_B], self.lengths_B(row_ids_B)
         width = min(-(-int(lengths_B.max()) // 8) * 8, self.block_size)
         tokens_BT = np.full((len(row_ids_B), width), self._pad, dtype=np.int64)
         spans = zip(begins_B.tolist(), lengths_B.tolist(), strict=True)
         for b, (begin, length) in enumerate(spans):
             tokens_BT[b, :length] = self._ids[begin : begin + length]
-        return RowBatch(row_ids_B, epochs_B, self.domains_B(row_ids_B), tokens_BT, lengths_B)
+        rows = RowBatch(row_ids_B, epochs_B, self.domains_B(row_ids_B), tokens_BT, lengths_B)
+        return self._with_labels(rows) if self.labelled else rows
+
+    def _with_labels(self, rows: RowBatch) -> RowBatch:
+        labels_B, targets_B = self._labels[rows.ids_B], None
+        if labels_B.dtype == np.float32:
+            targets_B, labels_B = labels_B, np.where(np.isnan(labels_B), UNLABELLED, 0)
+        seconds_B = self._seconds[rows.ids_B].astype(np.int64)
+        return rows._replace(
+            labels_B=labels_B.astype(np.int64), seconds_B=seconds_B, targets_B=targets_B
+        )
+
+    def lengths_B(self, row_ids_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of tokens of each row, int64."""
+        return self._offsets[row_ids_B + 1] - self._offsets[row_ids_B]
 
     def domains_B(self, row_ids_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index of each row's domain in ``Prepared.domains``, int64."""
@@ -138,19 +175,25 @@ class _Manifest(BaseModel):
     dtype: Literal["uint16", "uint32"]
     pad: int
     domains: list[str]
+    classes: list[str] | None = None
     splits: _Splits
     files: dict[str, _File]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """An opened prepared folder."""
+    """An opened prepared folder.
+
+    ``classes``: of labelled rows the names of their classes, in the order of the logits; none, if
+    they have numbers. None: rows have no labels.
+    """
 
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     tokenizer_fingerprint: str
     domains: list[str]
+    classes: list[str] | None
     train: RowSet
     validation: RowSet
 
@@ -213,6 +256,7 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
         fingerprint=manifest["fingerprint"],
         tokenizer_fingerprint=manifest["tokenizer"],
         domains=manifest["domains"],
+        classes=manifest.get("classes"),
         train=RowSet(folder, "train", manifest),
         validation=RowSet(folder, "validation", manifest),
     )
@@ -234,6 +278,8 @@ def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
     width = np.dtype(read.dtype).itemsize
     for split, of in (("train", read.splits.train), ("validation", read.splits.validation)):
         sizes = {"ids": of.tokens * width, "offsets": 8 * (of.rows + 1), "domains": 2 * of.rows}
+        if read.classes is not None:
+            sizes |= {"labels": 4 * of.rows, "seconds": 4 * of.rows}
         for part, size in sizes.items():
             entry = read.files.get(f"{split}.{part}")
             if entry is None or entry.bytes != size:
@@ -255,14 +301,23 @@ def _check(path: Path, expected: dict[str, Any], content: bool) -> None:
 def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Hash of all that decides the rows, as far as it is known before reading."""
 
+    labelled = data.objective == "classification"
+
     def described(source: Source) -> dict[str, Any]:
         # Where local text lies does not matter; a HubSource's path may name a builder or a hub id.
         left_out = set() if isinstance(source, HubSource) else {"path"}
+        if not labelled:
+            left_out |= Columns.model_fields.keys() - {"field"}
         settings = source.model_dump(mode="json", exclude=left_out)
         return {**settings, "content": sources.content_hash(source)}
 
+    labels = {}
+    if labelled:
+        template = None if tokenizer is None else template_fingerprint(tokenizer)
+        labels = {"labels": data.model_dump(mode="json")["labels"], "template": template}
     return fingerprint(
-        {
+        labels
+        | {
             "format": FORMAT,
             "objective": data.objective,
             "block_size": data.block_size,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -18,23 +19,30 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from dskd.data import sources
+from dskd.data.examples import Example, examples
 from dskd.data.foreign import raised_as
+from dskd.data.labelled import ExampleEncoder, LabelSet, label_set
 from dskd.data.packing import Encoder, Packer
+from dskd.data.text_files import Advance
 from dskd.data.tokenizers import load_tokenizer, start_id, tokenizer_fingerprint, vocabulary_size
 from dskd.errors import DataError
 from dskd.settings.data import Data, Source, TextSource
+from dskd.settings.labels import Columns
 from dskd.system.files import file_hash, fingerprint, write_manifest
+from dskd.system.log import say
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 _CHUNK_CHARACTERS = 2_000_000  # of text in memory at a time
 _SPLITS = ("train", "validation")
 _FILES = ("ids", "offsets", "domains")
+_LABEL_FILES = ("labels", "seconds")
+"""The further files of labelled rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _RowBuild:
-    """What all steps of one build share."""
+    """What all steps of one build share; ``labels`` is None unless rows are labelled."""
 
     data: Data
     key: str
@@ -42,22 +50,32 @@ class _RowBuild:
     tokenizer: PreTrainedTokenizerBase
     domains: list[str]
     dtype: str
+    labels: LabelSet | None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of a split."""
+        return _FILES if self.labels is None else _FILES + _LABEL_FILES
 
 
 class _SplitWriter:
-    """Appends rows to the three files of a split."""
+    """Appends rows to the files of a split."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, start: int | None) -> None:
+    def __init__(self, made: _RowBuild, split: str, start: int | None = None) -> None:
+        folder, dtype = made.folder, made.dtype
         self.rows = 0
         self.tokens = 0
         self._dtype = dtype
         self._prefix = np.array([] if start is None else [start], dtype=dtype)
-        self._files = {name: (folder / f"{split}.{name}").open("wb") for name in _FILES}
+        self._files = {name: (folder / f"{split}.{name}").open("wb") for name in made.files}
         self._files["offsets"].write(np.zeros(1, dtype=np.int64).tobytes())
 
-    def write(self, rows: list[NDArray[np.int64]], domain: int) -> None:
+    def write(self, rows: list[NDArray[np.int64]], domain: int, **more: NDArray[Any]) -> None:
+        """Append rows of one domain; ``more`` are what further files hold of each."""
         if not rows:
             return
+        for name, array in more.items():
+            self._files[name].write(array.tobytes())
         pieces = [piece for row in rows for piece in (self._prefix, row.astype(self._dtype))]
         ends = self.tokens + np.cumsum([len(row) + len(self._prefix) for row in rows])
         self._files["ids"].write(np.concatenate(pieces).tobytes())
@@ -74,7 +92,8 @@ class _SplitWriter:
 def build_rows(
     data: Data, tokenizer: PreTrainedTokenizerBase | None, key: str, folder: Path, bar: Progress
 ) -> None:
-    """Fill ``folder`` with the rows, the tokenizer and the manifest.
+    """Fill ``folder`` with the rows, the tokenizer and the manifest (without a key ``classes`` if
+    the rows have no labels).
 
     Args:
         tokenizer: None: train one on the training documents.
@@ -84,8 +103,10 @@ def build_rows(
 
     Raises:
         DataError: there is less text than one row, or no row to validate on; see also
-            ``sources.documents``.
+            ``sources.documents``, or ``examples.examples`` and ``labelled.label_set``.
     """
+    # First: it is quick, and finds what is wrong with the rows.
+    labels = label_set(data) if data.objective == "classification" else None
     tokenizer = _trained_tokenizer(data, bar) if tokenizer is None else tokenizer
     made = _RowBuild(
         data=data,
@@ -94,8 +115,9 @@ def build_rows(
         tokenizer=tokenizer,
         domains=list(dict.fromkeys(source.domain for source, _ in _parts(data))),
         dtype="uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32",
+        labels=labels,
     )
-    writers = _write_rows(made, bar)
+    writers = _write_rows(made, bar) if labels is None else _write_examples(made, labels, bar)
     _refuse_small(data, writers)
     # The Rust library raises a full disk as an Exception.
     with raised_as(DataError, f"data.tokenizer: cannot be written to {data.folder}"):
@@ -107,17 +129,37 @@ def _write_rows(made: _RowBuild, bar: Progress) -> dict[str, _SplitWriter]:
     data = made.data
     encode = Encoder(data, made.tokenizer)
     start = start_id(made.tokenizer, data.objective)
-    writers = {split: _SplitWriter(made.folder, split, made.dtype, start) for split in _SPLITS}
+    writers = {split: _SplitWriter(made, split, start) for split in _SPLITS}
     for source, split in _parts(data):
         packers = {name: Packer(data.packing, encode.block) for name in _SPLITS}
         domain = made.domains.index(source.domain)
-        for chunk in _chunks(source, split, data.validation_fraction, bar):
+        for chunk in _chunks(source, split, data, bar):
             for name, texts in chunk.items():
                 writers[name].write(packers[name].add(encode(texts)), domain)
         for name, packer in packers.items():
             writers[name].write(packer.finish(), domain)
     for writer in writers.values():
         writer.close()
+    return writers
+
+
+def _write_examples(made: _RowBuild, labels: LabelSet, bar: Progress) -> dict[str, _SplitWriter]:
+    """Each example that the labels take as one row, in the order of the sources."""
+    data = made.data
+    encode = ExampleEncoder(data, made.tokenizer, labels.classes)
+    writers = {split: _SplitWriter(made, split) for split in _SPLITS}
+    for source, split in _parts(data):
+        domain = made.domains.index(source.domain)
+        for chunk in _chunks(source, split, data, bar):
+            for name, found in chunk.items():
+                taken = [example for example in found if labels.takes(example)]
+                rows, labels_R, seconds_R = encode(taken)
+                writers[name].write(rows, domain, labels=labels_R, seconds=seconds_R)
+    for writer in writers.values():
+        writer.close()
+    if encode.cut:
+        rows = sum(writer.rows for writer in writers.values())
+        say(f"data.block_size: {encode.cut} of {rows} rows are cut at {data.block_size} tokens")
     return writers
 
 
@@ -151,9 +193,25 @@ def _training_texts(data: Data) -> Iterator[str]:
 
 
 def _training_documents(source: Source, data: Data) -> Iterator[str]:
-    for text in sources.documents(source):
+    for found in _documents(source, data):
+        text = _text_of(found)
         if data.validation is not None or not _held_out(text, data.validation_fraction):
             yield text
+
+
+def _documents(
+    source: Source, data: Data, advance: Advance = int
+) -> Iterator[str] | Iterator[Example]:
+    """What a source holds, in its order: documents or examples."""
+    if data.objective == "classification":
+        assert isinstance(source, Columns), source  # settings.checks refuses others
+        return examples(source, advance)
+    return sources.documents(source, advance)
+
+
+def _text_of(found: str | Example) -> str:
+    """The text by which a document or example is held out."""
+    return found if isinstance(found, str) else "\n".join(found.texts)
 
 
 def _held_out(text: str, fraction: float) -> bool:
@@ -162,20 +220,21 @@ def _held_out(text: str, fraction: float) -> bool:
 
 
 def _chunks(
-    source: Source, split: str | None, fraction: float, bar: Progress
-) -> Iterator[dict[str, list[str]]]:
-    """The documents by split, about ``_CHUNK_CHARACTERS`` at a time."""
+    source: Source, split: str | None, data: Data, bar: Progress
+) -> Iterator[dict[str, list[Any]]]:
+    """The documents or examples by split, about ``_CHUNK_CHARACTERS`` at a time."""
     made = bar.add_task(f"Tokenizing {source.domain}", total=sources.size(source))
-    chunk: dict[str, list[str]] = {name: [] for name in _SPLITS}
+    chunk: dict[str, list[Any]] = {name: [] for name in _SPLITS}
     held = read = 0
 
     def advance(amount: int) -> None:
         nonlocal read
         read += amount
 
-    for text in sources.documents(source, advance):
-        name = split or _SPLITS[_held_out(text, fraction)]
-        chunk[name].append(text)
+    for found in _documents(source, data, advance):
+        text = _text_of(found)
+        name = split or _SPLITS[_held_out(text, data.validation_fraction)]
+        chunk[name].append(found)
         held += len(text)
         if held >= _CHUNK_CHARACTERS:
             yield chunk
@@ -188,7 +247,9 @@ def _chunks(
 
 def _refuse_small(data: Data, writers: dict[str, _SplitWriter]) -> None:
     tokens = writers["train"].tokens
-    if tokens < data.block_size:
+    if data.objective == "classification" and not writers["train"].rows:
+        raise DataError("data.sources: no row to train on; is data.validation_fraction too large?")
+    if data.objective != "classification" and tokens < data.block_size:
         raise DataError(
             f"data.sources: {tokens} tokens to train on are shorter than one row "
             f"(data.block_size: {data.block_size}){_single_documents(data)}"
@@ -232,12 +293,14 @@ def _write_manifest(made: _RowBuild, writers: dict[str, _SplitWriter]) -> None:
         "domains": made.domains,
         "tokenizer": tokenizer_fingerprint(made.tokenizer),
     }
+    if made.labels is not None:
+        written_in["classes"] = list(made.labels.classes)
     splits = {
         split: {
             "rows": writer.rows,
             "tokens": writer.tokens,
             "fingerprint": fingerprint(
-                {"files": [files[f"{split}.{name}"]["xxh3"] for name in _FILES], **written_in}
+                {"files": [files[f"{split}.{name}"]["xxh3"] for name in made.files], **written_in}
             ),
         }
         for split, writer in writers.items()

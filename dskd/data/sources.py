@@ -60,7 +60,7 @@ def files(source: Source) -> list[Path]:
         return _library()
     if isinstance(source, HubSource):
         return table_files(source, source_name(source))
-    pattern = "*.txt" if isinstance(source, TextSource) else "*.jsonl"
+    pattern = "*.txt" if isinstance(source, TextSource) else f"*.{source.kind}"
     return matching_files(source.path, pattern, source_name(source))
 
 

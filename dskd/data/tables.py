@@ -9,7 +9,7 @@ import glob
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,13 +87,35 @@ def table_texts(source: HubSource, where: str, advance: Advance) -> Iterator[str
         DataError: there is no such column, a row holds no text in it, or cannot be read.
         ConfigError: the table cannot be loaded as the settings say.
     """
+    rows = table_rows(source, [source.field], where, advance)
+    for number, (value,) in enumerate(rows):
+        yield checked_text(value, f"{where}: row {number}", f"in column {source.field!r}")
+
+
+def table_rows(
+    source: HubSource,
+    columns: Sequence[str],
+    where: str,
+    advance: Advance,
+    named: str | None = None,
+) -> Iterator[tuple[Any, ...]]:
+    """The values of some columns, row by row.
+
+    In the column ``named``, numbers of classes become their names if the table has names for them,
+    and -1, which stands for no class, None.
+
+    Raises:
+        DataError: there is no such column, or a row cannot be read.
+        ConfigError: the table cannot be loaded as the settings say.
+    """
     table = _open_table(source, where)
     if table.column_names is not None:  # a stream may not know its columns
-        if source.field not in table.column_names:
-            raise DataError(
-                f"{where}: no column {source.field!r}; its columns are {sorted(table.column_names)}"
-            )
-        table = table.select_columns([source.field])
+        for column in columns:
+            if column not in table.column_names:
+                known = sorted(table.column_names)
+                raise DataError(f"{where}: no column {column!r}; its columns are {known}")
+        table = table.select_columns(list(columns))
+    names = getattr((table.features or {}).get(named), "names", None)
     batches = table.iter(_BATCH)
     number = 0
     while True:
@@ -101,13 +123,17 @@ def table_texts(source: HubSource, where: str, advance: Advance) -> Iterator[str
             batch = next(batches, None)
         if batch is None:
             return
-        if source.field not in batch:
-            raise DataError(f"{where}: row {number}: no column {source.field!r}")
-        for value in batch[source.field]:
-            text = checked_text(value, f"{where}: row {number}", f"in column {source.field!r}")
+        for column in columns:
+            if column not in batch:
+                raise DataError(f"{where}: row {number}: no column {column!r}")
+        lists = [batch[column] for column in columns]
+        if names is not None:
+            place = columns.index(named)
+            lists[place] = [None if n in (None, -1) else names[n] for n in lists[place]]
+        for values in zip(*lists, strict=True):
             number += 1
             advance(1)
-            yield text
+            yield values
 
 
 def _is_saved(folder: Path) -> bool:

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import gzip
 import json
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dskd.errors import DataError
 
 Advance = Callable[[int], object]
 """Called with how many bytes (rows, of a ``datasets`` source) were read since the last call."""
 
+_GZIP = b"\x1f\x8b"
 _PACKED = {
-    b"\x1f\x8b": "gzip",
+    _GZIP: "gzip",
     b"BZh91AY&SY": "bzip2",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstandard",
@@ -166,16 +169,19 @@ def readable(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {path}cannot be read ({problem.strerror})") from problem
 
 
-def text_lines(path: Path, advance: Advance) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path, advance: Advance, *, unpack: bool = False) -> Iterator[tuple[int, str]]:
     """Number (from 1) and text of every line, without its end.
+
+    Args:
+        path: the file.
+        advance: told of the bytes of each line.
+        unpack: whether the file may be compressed by gzip.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8.
     """
     offset = 0
-    with readable("data.sources"), path.open("rb") as stream:
-        if (packed := packing(stream.peek(16))) is not None:
-            raise DataError(f"{path}: not text but {packed}")
+    with _opened(path, unpack) as stream:
         for number, raw in enumerate(stream, 1):
             try:
                 text = raw.decode("utf-8")
@@ -187,6 +193,24 @@ def text_lines(path: Path, advance: Advance) -> Iterator[tuple[int, str]]:
             offset += len(raw)
             advance(len(raw))
             yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
+
+
+@contextmanager
+def _opened(path: Path, unpack: bool) -> Iterator[IO[bytes]]:
+    with readable("data.sources"), path.open("rb") as stream:
+        head = stream.peek(16)
+        if unpack and head.startswith(_GZIP):
+            try:
+                with gzip.GzipFile(fileobj=stream) as unpacked:
+                    yield unpacked
+            except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
+                raise DataError(
+                    f"{path}: cannot be unpacked, it is damaged ({problem})"
+                ) from problem
+            return
+        if (packed := packing(head)) is not None:
+            raise DataError(f"{path}: not text but {packed}")
+        yield stream
 
 
 def packing(head: bytes) -> str | None:
@@ -211,30 +235,48 @@ def json_texts(path: Path, field: str, advance: Advance) -> Iterator[str]:
     Raises:
         DataError: a line is not JSON or has no text there; the message names file and line.
     """
-    for number, line in text_lines(path, advance):
-        if not line.strip():
-            continue
-        row = json_value(line, f"{path}:{number}")
-        if not isinstance(row, dict):
-            found = f"it is no object but {json_type(row)}"
-            raise DataError(f"{path}:{number}: no text under the key {field!r}; {found}")
-        if field not in row:
-            more = ", ..." if len(row) > _SHOWN_KEYS else ""
-            keys = f"[{', '.join(map(repr, sorted(row)[:_SHOWN_KEYS]))}{more}]"
-            raise DataError(
-                f"{path}:{number}: no text under the key {field!r}; its keys are {keys}"
-            )
-        yield checked_text(row[field], f"{path}:{number}", f"under the key {field!r}")
+    for place, row in json_rows(path, advance):
+        yield checked_text(row_value(row, field, place), place, f"under the key {field!r}")
 
 
-def json_value(line: str, place: str) -> Any:
-    """What a line of JSON says, whole numbers as floats.
+def json_rows(
+    path: Path,
+    advance: Advance,
+    whole: Callable[[str], Any] = float,
+    *,
+    unpack: bool = False,
+) -> Iterator[tuple[str, Any]]:
+    """File and line of each JSON value of a file, and the value; see :func:`json_value`."""
+    for number, line in text_lines(path, advance, unpack=unpack):
+        if line.strip():
+            place = f"{path}:{number}"
+            yield place, json_value(line, place, whole)
+
+
+def row_value(row: Any, key: str, place: str, what: str = "text") -> Any:
+    """What stands under a key of a JSON object.
+
+    Raises:
+        DataError: it is no object, or has no such key; names ``place``, where it stands.
+    """
+    if not isinstance(row, dict):
+        found = f"it is no object but {json_type(row)}"
+        raise DataError(f"{place}: no {what} under the key {key!r}; {found}")
+    if key not in row:
+        more = ", ..." if len(row) > _SHOWN_KEYS else ""
+        keys = f"[{', '.join(map(repr, sorted(row)[:_SHOWN_KEYS]))}{more}]"
+        raise DataError(f"{place}: no {what} under the key {key!r}; its keys are {keys}")
+    return row[key]
+
+
+def json_value(line: str, place: str, whole: Callable[[str], Any] = float) -> Any:
+    """What a line of JSON says; ``whole`` makes its whole numbers.
 
     Raises:
         DataError: it is none; ``place`` is where it stands.
     """
     try:
-        return json.loads(line, parse_int=float)  # int() refuses long numbers, which are JSON
+        return json.loads(line, parse_int=whole)  # int() refuses long numbers, which are JSON
     except (ValueError, RecursionError) as problem:
         deep = isinstance(problem, RecursionError)
         why = "nested too deep" if deep else f"not JSON: {problem}"

@@ -36,6 +36,7 @@ from dskd.system.files import fingerprint
 
 _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0..3; <mask> comes last, as in RoBERTa
 _MASK = "<mask>"
+_WITH_TYPES = ["input_ids", "token_type_ids", "attention_mask"]
 _TRAINING_CHARACTERS = 100_000_000  # more text hardly changes the merges
 _SHOWN = 5
 _BYTE_SPACES = ("\u0120", "\u0109", "\u010a", "\u010d")  # space, tab, line ends in byte-level BPE
@@ -65,7 +66,10 @@ def load_tokenizer(data: Data, texts: Iterable[str]) -> PreTrainedTokenizerFast:
         trust_remote_code=source.trust_remote_code,
     )
     where = f"data.tokenizer.path: {source.path}"
-    if end_id(tokenizer, data.objective) is None:
+    if data.objective == "classification":
+        if tokenizer.pad_token is None and tokenizer.eos_token is None:
+            raise ConfigError(f"{where} has no pad_token and no eos_token to pad with")
+    elif end_id(tokenizer, data.objective) is None:
         raise ConfigError(f"{where} has no end token (eos_token or sep_token)")
     if data.objective == "masked":
         for name in ("mask_token", "pad_token"):
@@ -170,6 +174,15 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "roles": roles,
     }
     return fingerprint(about)
+
+
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Fingerprint of what a tokenizer puts around one text or two, where it cuts them, and what it
+    hands to a model."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = tokenizer.model_input_names
+    side = tokenizer.truncation_side
+    return fingerprint({"template": spec["post_processor"], "side": side, "names": names})
 
 
 def check_same_vocabulary(
@@ -277,10 +290,15 @@ def _train(size: int, texts: Iterable[str], objective: str) -> PreTrainedTokeniz
     if backend.get_vocab_size() <= len(_SPECIALS) + len(pre_tokenizers.ByteLevel.alphabet()):
         raise DataError("data.sources: too little text to train a tokenizer on")
     backend.add_special_tokens([AddedToken(_MASK, lstrip=True, special=True)])
-    masked = objective == "masked"
+    # Of classes the first token is read, or the last; types tell the texts of a pair apart.
+    single, pair = {
+        "masked": ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+        "causal": ("<s> $A", "<s> $A $B"),
+        "classification": ("<s> $A </s>", "<s> $A </s> $B:1 </s>:1"),
+    }[objective]
     backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>" if masked else "<s> $A",
-        pair="<s> $A </s> </s> $B </s>" if masked else "<s> $A $B",
+        single=single,
+        pair=pair,
         special_tokens=[("<s>", 0), ("</s>", 2)],
     )
     return PreTrainedTokenizerFast(
@@ -293,6 +311,7 @@ def _train(size: int, texts: Iterable[str], objective: str) -> PreTrainedTokeniz
         unk_token="<unk>",
         mask_token=AddedToken(_MASK, lstrip=True, special=True),
         split_special_tokens=True,
+        **({"model_input_names": _WITH_TYPES} if objective == "classification" else {}),
     )
 
 

@@ -78,6 +78,21 @@ class CausalView:
         return Shown(tokens_BT, labels_BT)
 
 
+class LabelView:
+    """Rows as they are, each with the class of its example at its first place, wherever a model
+    reads the row; IGNORE elsewhere."""
+
+    draws: int | None = 1
+    fingerprint: str = fingerprint({"view": "labels"})
+
+    def __call__(self, rows: RowBatch) -> Shown:
+        """The rows as they are, and their classes; see :class:`View`."""
+        assert rows.labels_B is not None
+        labels_BT = np.full_like(rows.tokens_BT, IGNORE)
+        labels_BT[:, 0] = rows.labels_B
+        return Shown(rows.tokens_BT, labels_BT)
+
+
 class MaskedView:
     """BERT masking by counter-based random numbers.
 
@@ -181,13 +196,15 @@ def draws_of(rows: RowBatch, draws: int | None) -> NDArray[np.int64]:
 
 
 def view_for(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> View:
-    """The view of rows that are masked at random, or of a causal LM's.
+    """The view of rows that are masked at random, of a causal LM's or of labelled ones.
 
     Raises:
         ConfigError: the masking settings do not fit the tokenizer.
     """
     if data.objective == "causal":
         return CausalView()
+    if data.objective == "classification":
+        return LabelView()
     masking = data.masking
     assert isinstance(masking, Masking), f"masks of kind {masking.kind} have views of their own"
     kind = FairseqView if masking.sampler == "fairseq" else MaskedView

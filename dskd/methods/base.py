@@ -46,6 +46,8 @@ class Method(Section):
     """
 
     terms: ClassVar[tuple[str, ...]] = ("tokens",)
+    objectives: ClassVar[frozenset[str]] = frozenset({"masked", "causal"})
+    """The values of ``data.objective`` that :meth:`loss` is for."""
     temperature_setting: ClassVar[str] = "temperature"
     """Name of that setting below ``method``, for messages."""
     remakes_student: ClassVar[bool] = False

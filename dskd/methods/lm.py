@@ -1,18 +1,36 @@
-"""Plain language modelling: the control that every method is compared with."""
+"""Plain cross entropy: the control that every method is compared with."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
+
+from transformers import PreTrainedConfig
 
 from dskd.batch import Batch, Positions, Signal, Term
+from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.methods.inheritance_loss import labels_term
+from dskd.settings.run import Run
 
 
 class LanguageModelling(Method):
-    """Cross entropy with the labels, no teacher."""
+    """Cross entropy with the labels, of tokens or of classes; no teacher."""
 
     kind: Literal["lm"] = "lm"
+    objectives: ClassVar[frozenset[str]] = frozenset({"masked", "causal", "classification"})
+
+    def check(self, run: Run, config: PreTrainedConfig | None) -> None:
+        """Refuse rows without a class: there is no cross entropy with a number, or with nothing."""
+        del config
+        if run.data.objective != "classification":
+            return
+        if run.data.regression:
+            raise ConfigError("method.kind: lm learns classes, but the rows have numbers (target)")
+        if run.data.may_lack_labels:
+            raise ConfigError(
+                "method.kind: lm needs the class of every row, but a source may have rows without "
+                "(`unlabelled: true`, or no `label`)"
+            )
 
     def loss(
         self, positions: Positions, signal: Signal | None, batch: Batch, step: int

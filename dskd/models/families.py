@@ -111,7 +111,7 @@ def positions_of(model: nn.Module, batch: Batch) -> Positions:
     head = head_in(model)
     causal = is_causal(model.config.model_type)
     arguments = attention_arguments(model, batch, causal=causal)
-    if batch.types_BT is not None and _has_types(model.config):
+    if batch.types_BT is not None and has_types(model.config):
         arguments["token_type_ids"] = batch.types_BT
     body = model.base_model(input_ids=batch.ids_BT, **arguments)
     # By their indices: indexing by the mask itself would wait for a GPU to count its trues.
@@ -132,7 +132,7 @@ def _places_read(batch: Batch, head: Head) -> Tensor:
     return rows_N * width + lengths_B.index_select(0, rows_N) - 1
 
 
-def _has_types(config: PreTrainedConfig) -> bool:
+def has_types(config: PreTrainedConfig) -> bool:
     """Whether a model tells the two texts of a row apart by types of tokens."""
     return getattr(config, "type_vocab_size", 0) > 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,8 @@ def frozen_model(
             ds = teacher_config(teacher.deepspeed, teacher.precision, run, hidden)
         precision = precision_of_teacher(teacher, ds)
         whole = device if ds is None else None
-        model = model_of(run, settings, where, prepared.tokenizer, ds, precision, whole)
+        rows = {"tokenizer": prepared.tokenizer, "classes": prepared.classes}
+        model = model_of(run, settings, where, **rows, ds=ds, precision=precision, device=whole)
     model.requires_grad_(False)
     return model.to(device) if ds is None else shard_teacher(model, ds)
 
@@ -52,9 +53,13 @@ def model_of(
     ds: dict[str, Any] | None,
     precision: str,
     device: torch.device | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """A model for the run's rows; ``ds`` shards its construction, None does not, but makes it on
-    ``device`` (None: on the CPU), all but its buffers."""
+    ``device`` (None: on the CPU), all but its buffers. ``classes`` and ``new_head`` are those of
+    :func:`~dskd.models.build.build`."""
     return build(
         settings,
         tokenizer,
@@ -65,6 +70,8 @@ def model_of(
         dtype=DTYPES[precision],
         where=where,
         device=device,
+        classes=classes,
+        new_head=new_head,
     )
 
 

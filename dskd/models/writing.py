@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dskd.engine.zero import full_shape, gathered
 from dskd.errors import DiskError
-from dskd.models.families import longest_row
+from dskd.models.families import has_types, longest_row
 from dskd.system import dist
 from dskd.system.disk import writing
 from dskd.system.files import sync_to_disk
@@ -145,6 +145,11 @@ def _describe(
         model.generation_config.save_pretrained(folder)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = longest_row(model.config)
+    names = tokenizer.model_input_names
+    if "token_type_ids" in names and not has_types(model.config):
+        # Its forward pass may not even take them, and no training gave it any.
+        names = [name for name in names if name != "token_type_ids"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_card(card), encoding="utf-8")
     if len(files) > 1:

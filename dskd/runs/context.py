@@ -15,7 +15,7 @@ from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.engine.run_config import student_config
 from dskd.methods.base import Method
 from dskd.models.build import parameter_count
-from dskd.models.configs import config_of
+from dskd.models.configs import config_of, with_classes
 from dskd.settings.folders import RunFolder, folder_of, student_settings
 from dskd.settings.model import Model
 from dskd.settings.run import Run
@@ -86,8 +86,11 @@ class RunContext:
     @cached_property
     def ds(self) -> dict[str, Any]:
         """The student's DeepSpeed config without ``auto``."""
-        config = config_of(self.student, where="model", tokenizer=self.prepared.tokenizer)
-        count = parameter_count(config, "model")
+        prepared = self.prepared
+        config = config_of(self.student, where="model", tokenizer=prepared.tokenizer)
+        if prepared.classes is not None:
+            config = with_classes(config, prepared.classes, prepared.tokenizer)
+        count = parameter_count(config, "model", self.run.data.objective)
         return student_config(self.run, config.hidden_size, parameters=count)
 
     @property

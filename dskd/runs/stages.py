@@ -149,7 +149,9 @@ def export_best(context: RunContext) -> None:
     if hooks.defines_export:
         with dist.agreed():
             model = hooks.exported(engine.weights(gradients=False), _some_rows(context))
+    classifier = context.prepared.classes is not None
     card = {
+        "title": f"A {'classifier' if classifier else 'language model'} trained with dskd",
         "method": dict(context.run.method),
         "step": best.step,
         context.scored.metric: _value(best),

@@ -53,16 +53,20 @@ def build_student(
     ds: dict[str, Any] | None,
     where: str,
     device: torch.device | None = None,
+    *,
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """A model in the student's precision (collective), sharded as ``ds`` says, or whole on
-    ``device`` but for its buffers.
+    ``device`` but for its buffers; with ``new_head`` it may get a random head for the classes.
 
     Raises:
         ConfigError: it cannot be built; the message names the setting ``where``.
     """
     with dist.agreed():
-        precision, tokenizer = precision_of(context.ds), context.prepared.tokenizer
-        return model_of(context.run, settings, where, tokenizer, ds, precision, device)
+        precision, prepared = precision_of(context.ds), context.prepared
+        rows = {"tokenizer": prepared.tokenizer, "classes": prepared.classes}
+        how = {"ds": ds, "precision": precision, "device": device, "new_head": new_head}
+        return model_of(context.run, settings, where, **rows, **how)
 
 
 def student_to_train(
@@ -84,9 +88,11 @@ def _in_engine(
 ) -> StudentInEngine:
     run, stage = context.run, stage_of(context.ds)
     ds = _config(context, saved)
-    student = build_student(context, context.student, ds, where="model")
+    of_classes = run.data.objective == "classification"
+    student = build_student(context, context.student, ds, where="model", new_head=of_classes)
     # Before the method's hooks, which may put other modules into the student.
-    exported = parameter_count(context.method.exported_config(student.config), "export")
+    config = context.method.exported_config(student.config)
+    exported = parameter_count(config, "export", run.data.objective)
     with dist.agreed(), sharded_construction(ds):
         # Again, as the student's config is known now; and before anything is put into it.
         context.method.check(run, student.config)

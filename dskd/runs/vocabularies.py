@@ -153,11 +153,11 @@ def _refuse_other_run(
     ``tokenizer`` is this run's, if it is at hand.
     """
     made = recipe.runs[maker]
-    if made.data.objective != run.data.objective:
-        raise ConfigError(
-            f"{place}.path: run {maker} trains a {made.data.objective} LM, data.objective is "
-            f"{run.data.objective}"
-        )
+    theirs_of, own_of = made.data.objective, run.data.objective
+    encoder = place == "model" and own_of == "classification"  # which gets a head of its own
+    if theirs_of != own_of and not encoder:
+        what = "a classifier" if theirs_of == "classification" else f"a {theirs_of} LM"
+        raise ConfigError(f"{place}.path: run {maker} trains {what}, data.objective is {own_of}")
     own, theirs = _origin(recipe, run), _origin(recipe, made)
     why = _other_vocabulary(own, theirs)
     if why:

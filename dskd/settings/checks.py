@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dskd.errors import ConfigError
-from dskd.settings.data import Masking
+from dskd.settings.data import Data, Masking, Source
 from dskd.settings.folders import cache_folder
+from dskd.settings.labels import Columns, CsvSource, LabelPart, TsvSource
 from dskd.settings.model import Model
 from dskd.settings.parsing import line, nearest
 from dskd.settings.recipe import Recipe
@@ -28,6 +29,7 @@ def problems_of(run: Run, world: int) -> Problems:
     """Contradictions among the settings of a run on ``world`` ranks, whatever its method."""
     yield from _train(run, world)
     yield from _data(run)
+    yield from _labels(run)
     yield from model_problems("model", run.model)
     yield from _teachers(run)
 
@@ -78,6 +80,65 @@ def _data(run: Run) -> Problems:
         yield "data.masking.keep", text
     if isinstance(masking, Masking) and masking.whole_word and masking.sampler == "fairseq":
         yield "data.masking.whole_word", "the fairseq sampler selects tokens, not words"
+
+
+def _labels(run: Run) -> Problems:
+    """What does not go with labelled rows, or with others."""
+    data, labels = run.data, run.data.labels
+    named = [(f"data.sources.{n}", source) for n, source in enumerate(data.sources)]
+    named += [(f"data.validation.{n}", source) for n, source in enumerate(data.validation or [])]
+    if data.objective != "classification":
+        if labels is not None:
+            yield "data.labels", f"of data.objective classification, not {data.objective}"
+        for name, source in named:
+            yield from _unused_columns(name, source, data.objective)
+        return
+    for name, source in named:
+        yield from _columns(name, source, data)
+    if isinstance(labels, LabelPart) and labels.part >= labels.of:
+        yield "data.labels.part", f"{labels.part}, but counted from 0 there are {labels.of}"
+    if isinstance(labels, list) and len(labels) < 2:
+        yield "data.labels", f"{labels}: there is nothing to tell apart; name at least 2 classes"
+    if isinstance(labels, list) and len(set(labels)) < len(labels):
+        yield "data.labels", f"{labels} has one twice"
+    if labels is not None and data.regression:
+        yield "data.labels", "the rows have numbers (target), no classes"
+    no_labels = not any(isinstance(s, Columns) and s.labelled for s in data.sources)
+    if no_labels and not isinstance(labels, list):
+        yield "data.labels", "missing; no source has labels (label: COLUMN), so name the classes"
+    for name, idle in (("masking", "no token is masked"), ("packing", "a row is one example")):
+        value = getattr(data, name)
+        if value != Data.model_fields[name].default:
+            yield f"data.{name}", f"{idle} with data.objective classification; leave it out"
+    if run.model.slice is not None:
+        yield "model.slice", "cuts language models; data.objective is classification"
+
+
+def _unused_columns(name: str, source: Source, objective: str) -> Problems:
+    if isinstance(source, CsvSource | TsvSource):
+        text = f"{source.kind} is for data.objective classification, not {objective}"
+        yield f"{name}.kind", f"{text}; of text, jsonl, or datasets with path: csv"
+    elif isinstance(source, Columns):
+        for field in ("pair", "label", "target", "unlabelled"):
+            if getattr(source, field) != Columns.model_fields[field].default:
+                yield f"{name}.{field}", f"of data.objective classification, not {objective}"
+
+
+def _columns(name: str, source: Source, data: Data) -> Problems:
+    if not isinstance(source, Columns):
+        text = f"{source.kind} has no labels; one of csv, tsv, jsonl, datasets"
+        yield f"{name}.kind", f"{text}, or another data.objective"
+        return
+    if source.label is not None and source.target is not None:
+        yield f"{name}.target", f"a row has a class (label: {source.label}) or a number, not both"
+    elif source.label is not None and data.regression:
+        yield f"{name}.label", "a class, but other sources have numbers (target); one of the two"
+    elif source.target is not None and not data.regression:
+        yield f"{name}.target", "a number, but data.sources have classes (label); one of the two"
+    given = [getattr(source, field) for field in ("field", "pair", "label", "target")]
+    columns = [column for column in given if column is not None]
+    for column in {c for c in columns if columns.count(c) > 1}:
+        yield name, f"the column {column!r} is named for two things"
 
 
 def model_problems(name: str, model: Model) -> Problems:

@@ -1,4 +1,5 @@
-"""Settings of the data: sources, tokenizer, packing and masking."""
+"""Settings of the data: sources, tokenizer, packing and masking. Those of labelled rows are in
+``labels.py``."""
 
 from __future__ import annotations
 
@@ -8,10 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dskd.settings.base import CHOSEN_LATER, FREE, Freedom, RunPath, Section
+from dskd.settings.labels import Columns, CsvSource, Labels, SourcePath, TsvSource
 from dskd.settings.model import Model
-
-SourcePath = Annotated[str, RunPath(), FREE]
-"""Where text lies; a run compares what it holds."""
 
 
 class BuiltinSource(Section):
@@ -34,19 +33,18 @@ class TextSource(Section):
     documents: int | None = Field(None, ge=1)
 
 
-class JsonlSource(Section):
-    """JSON-lines files; one document a line."""
+class JsonlSource(Columns):
+    """JSON-lines files; one document or example a line."""
 
     kind: Literal["jsonl"]
     path: SourcePath
-    """A file, a folder (every ``*.jsonl`` below it, links followed) or a glob pattern."""
-    field: str = "text"
-    """The key that holds the text."""
+    """A file, a folder (every ``*.jsonl`` below it, links followed) or a glob pattern. Files of
+    examples may be compressed (``*.jsonl.gz``)."""
     domain: str = "jsonl"
     documents: int | None = Field(None, ge=1)
 
 
-class HubSource(Section):
+class HubSource(Columns):
     """Anything ``datasets.load_dataset`` or ``load_from_disk`` reads."""
 
     kind: Literal["datasets"]
@@ -57,15 +55,14 @@ class HubSource(Section):
     """A split, a slice of one (``train[:10%]``) or a sum of them, in the words of ``datasets``."""
     revision: str | None = None
     data_files: list[str] | None = None
-    field: str = "text"
-    """The column that holds the text."""
     streaming: bool = False
     domain: str = "datasets"
     documents: int | None = Field(None, ge=1)
 
 
 Source = Annotated[
-    BuiltinSource | TextSource | JsonlSource | HubSource, Field(discriminator="kind")
+    BuiltinSource | TextSource | JsonlSource | HubSource | CsvSource | TsvSource,
+    Field(discriminator="kind"),
 ]
 
 
@@ -176,7 +173,8 @@ AnyMasking = Annotated[Masking | HardTokens, Field(discriminator="kind")]
 class Data(Section):
     """Where the text comes from and how it becomes rows."""
 
-    objective: Literal["masked", "causal"] = "masked"
+    objective: Literal["masked", "causal", "classification"] = "masked"
+    """``classification``: each row is an example of a class, or has a number (regression)."""
     sources: list[Source] = Field(
         default_factory=lambda: [BuiltinSource(documents=400)], min_length=1
     )
@@ -184,6 +182,10 @@ class Data(Section):
     """Sources of the validation rows; null: ``validation_fraction`` of the documents."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the documents held out, chosen by a hash of each text."""
+    labels: Labels | None = None
+    """The classes that are taken, by name or as a part of all; rows of others are left out, those
+    without a label stay. null: all that ``sources`` have. Of sources without labels: what classes
+    there are."""
     tokenizer: TokenizerSource = TrainedTokenizer()
     block_size: int = Field(64, ge=8)
     """Most tokens of a row, special tokens included."""
@@ -193,3 +195,14 @@ class Data(Section):
     masking: AnyMasking = Masking()
     folder: Annotated[Path, RunPath(), FREE] = Path("runs/data")
     """Prepared rows live here, in a folder named by their fingerprint, and are reused."""
+
+    @property
+    def regression(self) -> bool:
+        """Whether the rows of this objective have numbers in the place of classes."""
+        return any(isinstance(s, Columns) and s.target is not None for s in self.sources)
+
+    @property
+    def may_lack_labels(self) -> bool:
+        """Whether rows, also of validation, may have no label."""
+        every = [*self.sources, *(self.validation or ())]
+        return any(isinstance(s, Columns) and s.may_lack_labels for s in every)

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails, to_json
 
 from dskd.errors import ConfigError
@@ -152,6 +152,8 @@ def _walk(root: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[SettingNam
         if len(sections) > 1:  # pydantic names a union's member by its kind: no part of the tree
             here = next(cls for cls in sections if part in _kinds(cls))
             continue
+        if part in _tags(here):  # as it does where the form of a value tells the member
+            continue
         place.append(str(part))
         holder, here = here, member(here, part)
     return tuple(place), holder, here
@@ -182,6 +184,16 @@ def _kinds(cls: type[BaseModel]) -> tuple[str, ...]:
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [option for option in _options(annotation) if _is_section(option)]
+
+
+def _tags(annotation: Any) -> set[str]:
+    """The names by which pydantic tells the members of a union that are told by a value's form."""
+    if get_origin(annotation) is Annotated:
+        inner, *marks = get_args(annotation)
+        return {mark.tag for mark in marks if isinstance(mark, Tag)} | _tags(inner)
+    if get_origin(annotation) in (Union, UnionType):
+        return {tag for option in get_args(annotation) for tag in _tags(option)}
+    return set()
 
 
 def _is_section(annotation: Any) -> bool:

@@ -67,6 +67,15 @@ def prepared(corpus: Path) -> Prepared:
     return open_prepared(prepare(settings(corpus)))
 
 
+@pytest.fixture
+def table_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what `datasets` caches in the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
 def all_rows(rows: RowSet) -> list[list[int]]:
     """Every row without its padding."""
     every = rows.rows(np.arange(len(rows)), np.zeros(len(rows), np.int64))

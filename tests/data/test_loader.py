@@ -95,7 +95,8 @@ def test_restart_goes_on_where_it_stopped(prepared: Prepared, position: int) -> 
 def test_batches_are_what_the_rows_hold(prepared: Prepared) -> None:
     batch = steps(loader(prepared), 1)[0][1]
     row_ids = batch.row_ids_B.numpy()
-    *_, ids_BT, lengths_B = prepared.train.rows(row_ids, row_ids * 0)
+    rows = prepared.train.rows(row_ids, row_ids * 0)
+    ids_BT, lengths_B = rows.tokens_BT, rows.lengths_B
     for tensor in (batch.row_ids_B, batch.domains_B, batch.ids_BT, batch.mask_BT, batch.labels_BT):
         assert tensor.dtype == torch.int64
     assert batch.mask_BT.sum(dim=1).tolist() == lengths_B.tolist()

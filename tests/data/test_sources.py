@@ -130,15 +130,6 @@ def test_content_hash_is_of_content(tmp_path: Path) -> None:
     assert content_hash(text(two)) != before
 
 
-@pytest.fixture
-def table_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what `datasets` caches in the test's folder."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
 def table(path: object, **more: object) -> HubSource:
     return HubSource(kind="datasets", path=str(path), **more)
 

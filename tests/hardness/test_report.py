@@ -80,7 +80,7 @@ def counts_by_loop(run, prepared, shift=0):
     special_V = special_ids(prepared.tokenizer)
     by_domain, seen, hard_of = {}, {}, {}
     for row in range(len(prepared.train)):
-        *_, ids_BT, lengths_B = prepared.train.rows(np.array([row]), np.array([0]))
+        ids_BT, lengths_B = prepared.train.rows(np.array([row]), np.array([0]))[3:5]
         domain = prepared.domains[prepared.train.domains_B(np.array([row]))[0]]
         for place in range(lengths_B[0] - shift):
             token = int(ids_BT[0, place + shift])

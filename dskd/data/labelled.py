@@ -21,7 +21,7 @@ from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import encoder
 from dskd.errors import ConfigError, DataError
 from dskd.settings.data import Data
-from dskd.settings.labels import LabelPart
+from dskd.settings.labels import Columns, LabelPart
 from dskd.settings.parsing import nearest
 
 _SHOWN = 10
@@ -66,7 +66,7 @@ def label_set(data: Data) -> LabelSet:
     """
     if data.regression:
         return LabelSet(())
-    labelled = [source for source in data.sources if source.labelled]
+    labelled = [s for s in data.sources if isinstance(s, Columns) and s.labelled]
     found = {e.label for source in labelled for e in examples(source) if e.label is not None}
     names = sorted(map(str, found))
     if isinstance(data.labels, list):
@@ -88,8 +88,10 @@ def label_set(data: Data) -> LabelSet:
             )
     else:
         taken = names
+    if not taken:
+        raise DataError("data.sources: no row has a label; name the classes in data.labels")
     if len(taken) < 2:
-        raise DataError(f"data.sources: {_shown(taken)} is the only label; it takes two at least")
+        raise DataError(f"data.sources: {taken[0]!r} is the only label; it takes two at least")
     return LabelSet(tuple(taken), frozenset(found) - set(taken))
 
 

@@ -225,7 +225,10 @@ def test_classes_that_there_are_not(tmp_path, labels, error, message):
     assert str(found.value) == message
 
 
-def test_a_single_class_is_refused(tmp_path):
+def test_too_few_classes_are_refused(tmp_path):
+    nothing = [row | {"label": None} for row in lines()]
+    with pytest.raises(DataError, match=r"^data\.sources: no row has a label; name the classes in"):
+        opened(tmp_path, nothing, {"label": "label", "unlabelled": True})
     with pytest.raises(DataError, match=r"^data\.sources: 'sea' is the only label; it takes two"):
         opened(tmp_path, lines()[::4])
 

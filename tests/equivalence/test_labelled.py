@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dskd.ops import triton_everywhere
 from tests.data.test_labelled import CLASSES, write
 from tests.equivalence import small
 from tests.equivalence.small import STEPS, Runs, same
@@ -12,6 +13,7 @@ from tests.launching import evaluations, losses
 # Far from uniform, so that it matters which row has which class, and what its pair is.
 BERT = small.MASKED | {"model_type": "bert", "initializer_range": 0.3}
 CAUSAL = small.CAUSAL | {"initializer_range": 0.3}
+DEBERTA = BERT | {"model_type": "deberta-v2", "relative_attention": True, "type_vocab_size": 2}
 
 
 def rows() -> list[dict]:
@@ -48,7 +50,7 @@ def run(runs: Runs, name: str, ranks: int, model: dict, *words: str) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(runs) -> dict[str, Path]:
-    return {each["model_type"]: run(runs, "one", 1, each) for each in (BERT, CAUSAL)}
+    return {each["model_type"]: run(runs, "one", 1, each) for each in (BERT, CAUSAL, DEBERTA)}
 
 
 @pytest.mark.parametrize(
@@ -64,9 +66,16 @@ def test_one_trajectory(runs, reference, name, ranks, words):
     same(run(runs, name, ranks, BERT, *words), reference["bert"])
 
 
-def test_one_trajectory_of_a_model_that_reads_the_last_token(runs, reference):
+@pytest.mark.parametrize("model", [CAUSAL, DEBERTA], ids=["last token", "relative positions"])
+def test_one_trajectory_of_other_heads(runs, reference, model):
     words = ("deepspeed=zero3", "train.micro_batch=4")
-    same(run(runs, "zero3", 2, CAUSAL, *words), reference["llama"])
+    same(run(runs, "zero3", 2, model, *words), reference[model["model_type"]])
+
+
+def test_the_kernels_take_as_few_columns_as_there_are_classes(runs, reference):
+    """In Triton's interpreter."""
+    with triton_everywhere():
+        same(run(runs, "kernels", 1, BERT), reference["bert"])
 
 
 def test_it_trains(reference):

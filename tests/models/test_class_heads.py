@@ -5,20 +5,21 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     BertForMaskedLM,
+    BertModel,
     ModernBertForMaskedLM,
     RobertaForMaskedLM,
 )
 
 from dskd.batch import IGNORE
 from dskd.errors import ConfigError
-from dskd.models.build import parameter_count
+from dskd.models.build import check_random, parameter_count
 from dskd.models.families import head_of, positions_of, projection_of
 from dskd.models.heads import of_objective
 from dskd.models.writing import export
 from dskd.settings.model import Model
 from tests.batches import batch_of
 from tests.models.test_initial import fingerprints
-from tests.models.tiny import make, tokenizer, zero3
+from tests.models.tiny import BLOCK, make, settings, tokenizer, zero3
 from tests.ranks import run_ranks
 
 CLASSIFIERS = of_objective("classification")
@@ -119,6 +120,14 @@ def test_the_config_names_the_classes(model_type):
     assert counted == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("model_type", CLASSIFIERS)
+def test_settings_are_looked_at_without_a_model(model_type):
+    how = {"objective": "classification", "block_size": BLOCK}
+    check_random(settings(model_type), **how, where="model")
+    with pytest.raises(ConfigError, match=r"max_position_embeddings: 32 are too few"):
+        check_random(settings(model_type), **how | {"block_size": 40}, where="model")
+
+
 def test_numbers_are_of_one_column():
     config = make("bert", classes=[]).config
     assert (config.num_labels, config.problem_type) == (1, "regression")
@@ -186,6 +195,18 @@ def test_an_encoder_gets_a_head_of_the_seed(tmp_path, cls, model_type, kept, dra
     for name in weights:
         assert torch.equal(state[name], random[name])
         assert not torch.equal(state[name], other[name])
+
+
+def test_a_body_alone_is_an_encoder_too(tmp_path):
+    """As encoders of sentences are stored: without the body's prefix, with its pooler."""
+    torch.manual_seed(5)
+    body = BertModel(make("bert").config)
+    body.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    chosen = Model(path=str(tmp_path))
+    state = make(chosen, model_type="bert", classes=CLASSES, new_head=True).bert.state_dict()
+    for name, value in body.state_dict().items():
+        assert torch.equal(state[name], value), name
 
 
 def test_a_stored_head_is_of_the_same_classes_in_the_same_order(tmp_path):

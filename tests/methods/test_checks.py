@@ -8,7 +8,7 @@ import pytest
 from dskd.engine.row_masks import masks_of
 from dskd.errors import ConfigError
 from dskd.hardness.masks import HARD_LABELS
-from dskd.methods.base import build_method
+from dskd.methods.base import Method, build_method
 from dskd.methods.checks import validate
 from dskd.settings.checks import problems_of
 from dskd.settings.folders import cache_folder
@@ -26,6 +26,7 @@ class _Method:
     kind: str = "ki"
     temperature: float = 2.0
     temperature_setting: str = "temperature"
+    objectives: frozenset[str] = Method.objectives
     wants: bool = True
     weighs: bool = False
     selects: bool = True

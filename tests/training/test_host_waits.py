@@ -11,6 +11,7 @@ from dskd.batch import Batch
 from dskd.data.prefetch import Sent
 from dskd.fused import per_token, topk_teacher
 from dskd.training.trainer import Trainer
+from tests.equivalence import test_labelled as labelled
 from tests.equivalence.small import LIVE, Runs, cached, causal, routed
 from tests.training.waits import HostWaits
 
@@ -52,6 +53,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
         found = plain(sent)
         read_by_models = (found.ids_BT, found.mask_BT, found.labels_BT, found.positions_N)
         waits.put([*read_by_models, found.labels_N, *found.columns.values()])
+        waits.put([] if found.types_BT is None else [found.types_BT])
         return found
 
     for what, name in (("step", "_launch"), ("evaluation", "_score")):
@@ -68,6 +70,18 @@ def test_a_step_of_two_micro_batches_waits_once_and_so_does_an_evaluation(
     watched(monkeypatch, tmp_path / "waits.jsonl")
     every = ["evaluation.every=4", "checkpoint.every=4", "evaluation.micro_batch=2"]
     runs.run(f"{name}{stage}", 1, f"deepspeed=zero{stage}", *every, **RUNS[name])
+    _waits_once_each(tmp_path)
+
+
+@pytest.mark.parametrize("model", [labelled.BERT, labelled.CAUSAL], ids=["first", "last"])
+def test_so_it_is_where_a_head_reads_whole_rows(runs, tmp_path, monkeypatch, model):
+    watched(monkeypatch, tmp_path / "waits.jsonl")
+    every = ["evaluation.every=4", "checkpoint.every=4", "evaluation.micro_batch=2"]
+    labelled.run(runs, "labelled", 1, model, *every)
+    _waits_once_each(tmp_path)
+
+
+def _waits_once_each(tmp_path):
     found = [json.loads(line) for line in (tmp_path / "waits.jsonl").read_text().splitlines()]
     counts = [(what, sum(waits.values())) for what, waits in found]
     steps = [("step", 0), ("step", 1), ("step", 1), ("step", 1)]

@@ -11,6 +11,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from dskd.batch import IGNORE, TARGETS, UNLABELLED
+from dskd.data import preparing
 from dskd.data.counter import below
 from dskd.data.labelled import parts_of
 from dskd.data.loader import Loader, make_batch
@@ -45,8 +46,8 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def data_of(folder: Path, rows: list[dict], columns: dict | None = None, **changes) -> Data:
-    path = write(folder / "rows.jsonl", rows)
+def data_of(where: Path, rows: list[dict], columns: dict | None = None, **changes) -> Data:
+    path = write(where / "rows.jsonl", rows)
     columns = {"label": "label"} if columns is None else columns
     values = {
         "objective": "classification",
@@ -54,7 +55,7 @@ def data_of(folder: Path, rows: list[dict], columns: dict | None = None, **chang
         "tokenizer": TrainedTokenizer(vocab_size=300),
         "validation_fraction": 0.3,
         "block_size": 16,
-        "folder": folder / "data",
+        "folder": where / "data",
     }
     return Data(**(values | changes))
 
@@ -116,6 +117,13 @@ def test_long_texts_are_cut_as_huggingface_cuts_them(tmp_path, capsys):
     assert found == want
     cut = sum(len(tokenizer(r["text"], r["pair"]).input_ids) > 24 for r in rows)
     assert f"data.block_size: {cut} of 60 rows are cut at 24 tokens" in capsys.readouterr().out
+
+
+def test_stretches_do_not_show(tmp_path, monkeypatch):
+    whole = opened(tmp_path, lines())
+    monkeypatch.setattr(preparing, "_CHUNK_CHARACTERS", 100)
+    pieces = opened(tmp_path, lines(), folder=tmp_path / "pieces")
+    assert pieces.folder != whole.folder and pieces.fingerprint == whole.fingerprint
 
 
 def test_rows_of_one_text_have_no_types(tmp_path):

@@ -26,6 +26,7 @@ from dskd.data.counter import mix
 from dskd.data.prefetch import Sent, send
 from dskd.data.prepared import RowBatch, RowSet
 from dskd.data.views import Reader, View
+from dskd.settings.length import ends_epoch
 
 CPU = torch.device("cpu")
 
@@ -84,6 +85,10 @@ class Loader:
         self.position += 1
         self._next = self._ahead()
         return batches
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch of the rows ends in optimiser step ``step``, counted from 1."""
+        return ends_epoch(step, self._batch, len(self._rowset))
 
     def close(self) -> None:
         """Stop the thread (after the step it is working on)."""

@@ -23,8 +23,12 @@ from dskd.settings.run import Run
 class StageContext(Protocol):
     """One run being carried out; what costs time is made when it is first used, by all ranks."""
 
-    run: Run
     device: torch.device
+
+    @property
+    def run(self) -> Run:
+        """The settings, with the length of the run in steps."""
+        ...
 
     @property
     def folder(self) -> RunFolder:

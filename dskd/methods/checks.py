@@ -5,7 +5,7 @@ from __future__ import annotations
 from dskd.engine.row_masks import masks_of
 from dskd.methods.base import Method
 from dskd.settings.checks import Problems, problems_of, refuse_problems
-from dskd.settings.run import Run
+from dskd.settings.run import Every, Run
 from dskd.settings.teachers import CachedTeacher, SelfTeacher, each_teacher, section_name
 
 
@@ -33,7 +33,7 @@ def _problems(run: Run, method: Method, world: int) -> Problems:
         text = f"{run.data.objective} is not what method {method.kind} is for; it is for {known}"
         yield "data.objective", text
     selects = masks.selects and method.selection() is not None
-    if selects and run.checkpoint.every % run.evaluation.every:
+    if selects and not _is_multiple(run.checkpoint.every, run.evaluation.every):
         yield (
             "checkpoint.every",
             f"{run.checkpoint.every} is not a multiple of evaluation.every {run.evaluation.every};"
@@ -42,6 +42,13 @@ def _problems(run: Run, method: Method, world: int) -> Problems:
     if method.wants_teacher():
         yield from _teacher(run, method)
     yield from masks.problems(method.columns(), cached=cached)
+
+
+def _is_multiple(rarer: Every, every: Every) -> bool:
+    """Whether, each time that the one is due, the other is, too."""
+    if isinstance(rarer, int) and isinstance(every, int):
+        return rarer % every == 0
+    return every in (rarer, 1)
 
 
 def _teacher(run: Run, method: Method) -> Problems:

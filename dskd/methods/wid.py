@@ -145,7 +145,8 @@ class WeightInheritance(Method):
                 f"train.clip: {train.clip} would clip the penalty of method.rule original together "
                 f"with the gradient; it must be 0"
             )
-        self._check_length(train.steps, config)
+        if train.steps is not None:  # else when the rows are counted
+            self._check_length(train.steps, config)
 
     def _check_rule(self) -> None:
         """Refuse settings of the other rule only, unless at their defaults, as ``dskd settings``

@@ -17,6 +17,7 @@ from dskd.methods.base import Method
 from dskd.models.build import parameter_count
 from dskd.models.configs import config_of, with_classes
 from dskd.settings.folders import RunFolder, folder_of, student_settings
+from dskd.settings.length import is_in_steps, with_steps
 from dskd.settings.model import Model
 from dskd.settings.run import Run
 from dskd.system import dist
@@ -26,27 +27,39 @@ EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run being carried out; the :class:`~dskd.engine.stage.StageContext` of its stages."""
+    """One run being carried out; the :class:`~dskd.engine.stage.StageContext` of its stages.
 
-    run: Run
+    Attributes:
+        given: the settings as they are written.
+    """
+
+    given: Run
     method: Method
     device: torch.device
+
+    @cached_property
+    def run(self) -> Run:
+        """The settings with the length of the run in steps; where that depends on the rows,
+        collective where it is first used, as ``prepared`` is."""
+        if is_in_steps(self.given.train):
+            return self.given
+        return with_steps(self.given, len(self.prepared.train))
 
     @property
     def folder(self) -> RunFolder:
         """What the run writes, and where."""
-        return folder_of(self.run)
+        return folder_of(self.given)
 
     @cached_property
     def prepared(self) -> Prepared:
         """The prepared rows; rank 0 builds and verifies them while the others wait."""
-        folder = dist.on_rank0(lambda: open_prepared(prepare(self.run.data)).folder)
+        folder = dist.on_rank0(lambda: open_prepared(prepare(self.given.data)).folder)
         return open_prepared(folder, verify=False)
 
     @cached_property
     def masks(self) -> RowMasks:
         """How training rows are masked, and what the run does for that."""
-        return masks_of(self.run)
+        return masks_of(self.given)
 
     @cached_property
     def view(self) -> View:

@@ -191,6 +191,7 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
         # Another job may have worked here while this one waited.
         dist.on_rank0(lambda: _refuse_changes(recipe, methods))
         dist.on_rank0(lambda: _write_settings(recipe))
+        counted: dict[str, Run] = {}  # with their lengths in steps
         for name, run in recipe.runs.items():
             say(f"== {name}: {run.method['kind']}, {run.out}")
             at_run()
@@ -200,8 +201,10 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
                 stage.run(context)
                 free_memory()
                 if stage.name == "data":
+                    counted[name] = context.run
+                    known_runs = Recipe(recipe.out, recipe.runs | counted)
                     # As soon as the rows are there, before hours go into what may not fit them.
-                    dist.on_rank0(lambda c=context: _check_inputs(recipe, methods, c))
+                    dist.on_rank0(lambda r=known_runs, c=context: _check_inputs(r, methods, c))
         dist.on_rank0(lambda: report(recipe, methods))
     engine.stop()
 
@@ -317,6 +320,8 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
             check_tokenizer(tokenizer, folder, trust, f"{name}.path")
     for name in recipe.runs:
         _check_student(recipe, methods, name)
+        prefix = recipe.prefix(name)
+        validate(recipe.runs[name], methods[name], world=dist.world(), prefix=prefix)
     if not path.exists():
         write_manifest(path, now)
         return

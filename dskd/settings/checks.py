@@ -67,7 +67,12 @@ def _train(run: Run, world: int) -> Problems:
         product = f"train.micro_batch {train.micro_batch} x {ranks} = {step}"
         text = f"{train.batch} is not a multiple of {product}; the nearest that are: {near}"
         yield "train.batch", text
-    if train.warmup > train.steps:
+    if train.steps is None and train.epochs is None:
+        yield "train.steps", "missing; say how long to train, by train.steps or train.epochs"
+    elif train.steps is not None and train.epochs is not None:
+        text = f"{train.epochs:g}, but train.steps is {train.steps}; set one of them to null"
+        yield "train.epochs", text
+    if train.steps is not None and train.warmup > train.steps:
         yield "train.warmup", f"{train.warmup} is more than train.steps {train.steps}"
     if train.end_lr > train.lr:
         yield "train.end_lr", f"{train.end_lr} is more than train.lr {train.lr}"

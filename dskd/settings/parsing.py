@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, Tag, ValidationError
+from pydantic import BaseModel, ValidationError, WrapValidator
 from pydantic_core import ErrorDetails, to_json
 
 from dskd.errors import ConfigError
@@ -86,6 +86,18 @@ def section_of(annotation: Any, tree: Tree) -> type[BaseModel] | None:
     if len(sections) > 1:
         sections = [cls for cls in sections if tree.get("kind") in _kinds(cls)]
     return sections[0] if sections else None
+
+
+def either(expected: str) -> WrapValidator:
+    """For a field that takes one of several types: one message, that names them, for them all."""
+
+    def validate(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as problem:
+            raise ValueError(f"expected {expected}, found {show(value)}") from problem
+
+    return WrapValidator(validate)
 
 
 def line(where: str, place: SettingName, text: str) -> str:

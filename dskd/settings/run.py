@@ -10,22 +10,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dskd.settings.base import FREE, RunPath, Section
 from dskd.settings.data import Data
 from dskd.settings.model import Model
+from dskd.settings.parsing import either
 from dskd.settings.teachers import TINY, AnyTeacher, LiveTeacher, Precision
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Factor of a running average."""
 
 
+Warmup = Annotated[
+    Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)],
+    either("a number of steps, or a share of them below 1"),
+]
+Every = Annotated[
+    Annotated[int, Field(ge=1)] | Literal["epoch"], either("a number of steps from 1 on, or epoch")
+]
+"""Steps from one to the next; ``epoch``: the steps in which an epoch of the training rows ends."""
+
+
 class Train(Section):
     """The optimisation; batch sizes count rows."""
 
-    steps: int = Field(20, ge=1)
-    """Optimiser steps."""
+    steps: int | None = Field(20, ge=1)
+    """Optimiser steps; null where ``epochs`` says how long."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training rows, in place of ``steps``: so many steps that no fewer rows are
+    taken."""
     batch: int = Field(16, ge=1)
     """Rows of one optimiser step, over all ranks and accumulation steps."""
     micro_batch: Annotated[int, FREE] = Field(8, ge=1)
@@ -34,8 +48,8 @@ class Train(Section):
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant", "polynomial"] = "linear"
     """Decay after the warm-up."""
-    warmup: int = Field(2, ge=0)
-    """Steps of linear warm-up from 0."""
+    warmup: Warmup = 2
+    """Steps of linear warm-up from 0; below 1: a share of all steps, rounded up."""
     end_lr: float = Field(0.0, ge=0)
     power: float = Field(1.0, gt=0)
     """Exponent of the polynomial decay."""
@@ -52,13 +66,20 @@ class Train(Section):
     compile: Annotated[bool, FREE] = False
     """Run the student's layers through ``torch.compile``."""
 
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        """Where ``epochs`` alone is given, the default of ``steps`` does not stand beside it."""
+        if self.epochs is not None and "steps" not in self.model_fields_set:
+            object.__setattr__(self, "steps", None)  # frozen, but nobody has seen it yet
+        return self
+
 
 class Evaluation(Section):
     """The plain LM loss on the validation rows; it selects the best checkpoint, but not where hard
     tokens are masked or by method ``self_evolution``."""
 
-    every: Annotated[int, FREE] = Field(10, ge=1)
-    """Steps between evaluations (the last step is always evaluated)."""
+    every: Annotated[Every, FREE] = 10
+    """Steps between evaluations, or ``epoch`` (the last step is always evaluated)."""
     rows: int | None = Field(None, ge=1)
     """Use only so many validation rows; null: all."""
     micro_batch: Annotated[int, FREE] = Field(16, ge=1)
@@ -67,8 +88,8 @@ class Evaluation(Section):
 class Checkpoint(Section):
     """When to save and how many to keep."""
 
-    every: Annotated[int, FREE] = Field(10, ge=1)
-    """Steps between checkpoints (the last step is always saved)."""
+    every: Annotated[Every, FREE] = 10
+    """Steps between checkpoints, or ``epoch`` (the last step is always saved)."""
     keep: Annotated[int, FREE] = Field(2, ge=1)
     """Most recent checkpoints kept; the best one, if the evaluation selects, besides."""
 

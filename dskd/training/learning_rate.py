@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from dskd.settings.length import is_in_steps
 from dskd.settings.run import Train
 
 
@@ -18,6 +19,7 @@ def learning_rate(train: Train, step: int) -> float:
     ``train.end_lr`` at ``train.steps``. ``linear`` is ``polynomial`` with power 1; ``constant``
     stays at ``train.lr``.
     """
+    assert is_in_steps(train), "a rate is a function of steps: settings.length.with_steps first"
     if train.warmup > 0 and step <= train.warmup:
         return step / train.warmup * train.lr
     if train.schedule == "constant":

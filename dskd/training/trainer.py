@@ -23,7 +23,7 @@ from dskd.engine.manifests import Progress
 from dskd.errors import DiskError, DskdError, NonFiniteError
 from dskd.fused.per_token import weights_kept
 from dskd.methods.base import Method
-from dskd.settings.run import Run
+from dskd.settings.run import Every, Run
 from dskd.stores.sweep import Stopped
 from dskd.system import dist, doing
 from dskd.system.disk import writing
@@ -66,7 +66,7 @@ class Trainer:
     """The step loop of one run: steps, logs, evaluates and saves until all steps are taken.
 
     Attributes:
-        run: the settings.
+        run: the settings, with its length in steps.
         precision: ``fp32``, ``bf16`` or ``fp16``, as resolved from them.
         method: makes the loss.
         hooks: what is done around the steps, apart from the loss.
@@ -261,8 +261,8 @@ class Trainer:
         """Evaluate and save where they are due."""
         step, run = self.progress.step, self.run
         last = step == run.train.steps
-        due = last or step % run.checkpoint.every == 0
-        evaluates = last or step % run.evaluation.every == 0
+        due = last or self._is_due(run.checkpoint.every)
+        evaluates = last or self._is_due(run.evaluation.every)
         if due or evaluates or stop:
             self._catch_up()
         score = None
@@ -273,6 +273,11 @@ class Trainer:
             # One that only a signal caused is no candidate for the best: the undisturbed run,
             # which exports the same weights, does not have it.
             self._save(score if due and self.hooks.complete(step) else None)
+
+    def _is_due(self, every: Every) -> bool:
+        """Whether the step that was just taken is one of these."""
+        step = self.progress.step
+        return self.loader.ends_epoch(step) if every == "epoch" else step % every == 0
 
     def _score(self) -> float:
         """Evaluate, write the results down, and return the one that a checkpoint keeps."""

@@ -33,6 +33,7 @@ from pydantic import Field
 from safetensors import safe_open
 
 from dskd.data.prepared import Prepared, open_prepared, prepare
+from dskd.errors import ConfigError
 from dskd.hardness.masks import hard_view
 from dskd.hardness.question import question
 from dskd.hardness.scoring import scoring_view
@@ -43,6 +44,7 @@ from dskd.models.build import model_fingerprint
 from dskd.models.frozen import model_of
 from dskd.settings.base import Section
 from dskd.settings.data import HardTokens
+from dskd.settings.length import is_in_steps
 from dskd.settings.model import Model
 from dskd.settings.parsing import parse
 from dskd.settings.recipe import read
@@ -61,8 +63,8 @@ LOSS, HARD, RANDOM = "loss", "hard tokens", "random tokens"
 """What a model is scored by, in nats a masked token: the loss of random masks alone, or those of
 hard tokens and of random ones."""
 FIXED = (
-    "train.steps", "train.lr", "train.warmup", "seed", "evaluation.every", "checkpoint.every",
-    "method", "base", "runs",
+    "train.steps", "train.epochs", "train.lr", "train.warmup", "seed", "evaluation.every",
+    "checkpoint.every", "method", "base", "runs",
 )  # fmt: skip
 """Settings of the trials' own, which an override of all runs would silently replace."""
 
@@ -147,6 +149,9 @@ class Comparison:
         read_ = read(recipe, over)
         self.out, self.runs = read_.out, read_.runs
         self.origin = self.runs[self.plan.origin]
+        if counted := [name for name, run in self.runs.items() if not is_in_steps(run.train)]:
+            text = "is in epochs or shares; the trials are compared by steps"
+            raise ConfigError(f"runs.{counted[0]}.train: {text}")
         self._goes = 0
 
     def carry_out(self, trials: list[Trial]) -> None:

@@ -144,6 +144,7 @@ class Step:
 
     def __init__(self, run: Run, device: torch.device) -> None:
         context = RunContext(run, build_method(run.method), device)
+        run = context.run
         setup = TeacherSetup()
         if context.method.wants_teacher():
             heat = context.method.temperature

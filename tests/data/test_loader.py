@@ -61,6 +61,14 @@ def test_every_row_once_an_epoch_in_another_order(prepared: Prepared) -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+def test_an_epoch_ends_in_the_step_that_takes_its_last_row(prepared: Prepared) -> None:
+    source, rows = loader(prepared, batch=6, micro_batch=6), len(prepared.train)
+    seen: set[int] = set()
+    for number, step in enumerate(steps(source, rows // 6 + 1), 1):
+        seen |= {row for batch in step for row in batch.row_ids_B.tolist()}
+        assert source.ends_epoch(number) == (len(seen) == rows)
+
+
 def test_masks_change_with_the_epoch_within_a_batch(prepared: Prepared) -> None:
     rows = len(prepared.train)
     many = loader(prepared, batch=2 * rows, micro_batch=2 * rows)

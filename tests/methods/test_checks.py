@@ -138,6 +138,20 @@ def test_checkpoints_without_evaluation_where_it_does_not_select():
 
 
 @pytest.mark.parametrize(
+    ("checkpoint", "evaluation", "sound"),
+    [("epoch", "epoch", True), ("epoch", 1, True), ("epoch", 5, False), (10, "epoch", False)],
+)
+def test_checkpoints_of_epochs_are_evaluated(checkpoint, evaluation, sound):
+    every = [f"checkpoint.every={checkpoint}", f"evaluation.every={evaluation}"]
+    if sound:
+        validate(_run(*every), _Method(), world=1)
+    else:
+        (line,) = _problems(*every)
+        told = f"checkpoint.every: {checkpoint} is not a multiple of evaluation.every {evaluation};"
+        assert line.startswith(told)
+
+
+@pytest.mark.parametrize(
     ("overrides", "line"),
     [
         (["train.warmup=21"], "train.warmup: 21 is more than train.steps 20"),

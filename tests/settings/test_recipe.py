@@ -279,7 +279,7 @@ def test_home_is_expanded(monkeypatch):
         ("train: {steps: true}", "train.steps: expected a whole number, found true"),
         ("train: {steps: '5'}", "train.steps: expected a whole number, found '5'"),
         ("train: {steps: 0}", "train.steps: 0 should be greater than or equal to 1"),
-        ("train: {steps: }", "train.steps: expected a whole number, found null"),
+        ("train: {batch: }", "train.batch: expected a whole number, found null"),
         ("train: {lr: true}", "train.lr: expected a number, found true"),
         ("train: {lr: fast}", "train.lr: expected a number, found 'fast'"),
         ("train: {lr: .inf}", "train.lr: expected a finite number, found inf"),
@@ -497,7 +497,7 @@ def test_dump_round_trips(tmp_path):
 FREE = ["out=elsewhere", "until=data", "deepspeed=zero3", "teacher.deepspeed=zero3", "log_every=3"]
 FREE += ["train.micro_batch=2", "train.compile=true", "train.activation_checkpointing=true"]
 FREE += ["checkpoint.every=3", "checkpoint.keep=9", "evaluation.every=3", "data.folder=x"]
-FREE += ["evaluation.micro_batch=3", "ranks_timeout=0.5"]
+FREE += ["evaluation.micro_batch=3", "ranks_timeout=0.5", "evaluation.every=epoch"]
 
 
 @pytest.mark.parametrize(
@@ -505,6 +505,8 @@ FREE += ["evaluation.micro_batch=3", "ranks_timeout=0.5"]
     [
         ("train.lr=2e-3", ["train.lr: 0.001, now 0.002"]),
         ("train.batch=32", ["train.batch: 16, now 32"]),
+        ("train.epochs=2", ["train.steps: 20, now null", "train.epochs: null, now 2.0"]),
+        ("train.warmup=0.1", ["train.warmup: 2, now 0.1"]),
         ("seed=2", ["seed: 1, now 2"]),
         ("teacher=null", ["teacher: 'live', now null"]),
         ("teacher.kind=cached", ["teacher: 'live', now 'cached'"]),

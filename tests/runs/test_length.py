@@ -1,0 +1,70 @@
+"""A run of epochs is the run of as many steps, over stops too, and is looked at when they end."""
+
+from math import ceil
+from pathlib import Path
+
+import pytest
+
+from dskd.data.prepared import open_prepared, prepare
+from dskd.settings.recipe import SINGLE, read
+from dskd.system.log import read_metrics
+from tests.equivalence.small import Runs, step_lines
+from tests.launching import forked, losses
+
+TRAIN = {"steps": None, "epochs": 1.5, "warmup": 0.3, "batch": 48, "micro_batch": 24}
+EPOCH = {"evaluation": {"every": "epoch"}, "checkpoint": {"every": "epoch", "keep": 9}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("length"))
+
+
+@pytest.fixture(scope="module")
+def epochs(runs) -> Path:
+    return runs.run("epochs", 1, "method={kind: lm}", "teacher=null", train=TRAIN, **EPOCH)
+
+
+def rows_of(run: Path) -> int:
+    data = read(run / "config.yaml").runs[SINGLE].data
+    return len(open_prepared(prepare(data)).train)
+
+
+def evaluated(run: Path) -> list[int]:
+    lines = read_metrics(run / "train" / "metrics.jsonl")
+    return [line["step"] for line in lines if "eval_nll" in line]
+
+
+def test_the_same_steps_in_numbers(runs, epochs):
+    """Losses and rates to the bit, and one evaluation and checkpoint an epoch."""
+    rows = rows_of(epochs)
+    steps = ceil(1.5 * rows / 48)
+    assert rows % 48 and steps > ceil(rows / 48) > 2
+    train = TRAIN | {"steps": steps, "epochs": None, "warmup": ceil(0.3 * steps)}
+    counted = runs.run("steps", 1, "method={kind: lm}", "teacher=null", train=train)
+    assert losses(counted) == losses(epochs) and len(losses(epochs)) == steps
+    assert [x["lr"] for x in step_lines(counted)] == [x["lr"] for x in step_lines(epochs)]
+    assert evaluated(epochs) == [ceil(rows / 48), steps]
+    saved = sorted(path.name for path in (epochs / "train" / "checkpoints").iterdir())
+    assert saved == [f"step-{step:08d}" for step in evaluated(epochs)]
+
+
+def test_a_killed_run_goes_on_to_the_same_end(runs, epochs):
+    out = runs.copied(epochs, "resumed", ceil(rows_of(epochs) / 48))
+    forked(1, str(out / "config.yaml"))
+    assert losses(out) == losses(epochs) and evaluated(out) == evaluated(epochs)
+    train = read(out / "config.yaml").runs[SINGLE].train
+    assert (train.steps, train.epochs, train.warmup) == (None, 1.5, 0.3)
+
+
+def test_another_length_is_another_run(epochs, capfd):
+    forked(1, str(epochs / "config.yaml"), "train.epochs=2", status=2)
+    assert "train.epochs: 1.5, now 2" in capfd.readouterr().err
+
+
+def test_what_does_not_fit_the_counted_steps_is_refused_after_the_data(runs, epochs, capfd):
+    words = [str(epochs / "config.yaml"), f"out={runs.folder / 'refused'}", "train.warmup=90"]
+    forked(1, *words, status=2)
+    steps = ceil(1.5 * rows_of(epochs) / 48)
+    assert f"train.warmup: 90 is more than train.steps {steps}" in capfd.readouterr().err
+    assert not (runs.folder / "refused" / "train").exists()

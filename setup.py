@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "quantised": ["accelerate"],  # to load weights that transformers dequantises
+        "tasks": ["scikit-learn", "scipy"],  # scores of labelled rows: F1, correlations
         "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff", "tensorboard", "accelerate"],
     },
 )

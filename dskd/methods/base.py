@@ -17,7 +17,7 @@ from dskd.engine.checkpoints import Selection
 from dskd.engine.hooks import StepHooks
 from dskd.engine.stage import Stage, StageContext
 from dskd.errors import ConfigError
-from dskd.methods.metrics import LM_LOSS, Metric
+from dskd.methods.metrics import LM_LOSS, AnyMetric
 from dskd.settings.base import Section
 from dskd.settings.parsing import named_object, nearest, parse
 from dskd.settings.run import Run
@@ -116,7 +116,7 @@ class Method(Section):
         del student, context
         return None
 
-    def metrics(self) -> tuple[Metric, ...]:
+    def metrics(self) -> tuple[AnyMetric, ...]:
         """What the student is evaluated by, on every set of rows; with the result that
         :meth:`selection` names, or, where that is None, the LM loss: every checkpoint keeps it."""
         return (LM_LOSS,)

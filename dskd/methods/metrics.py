@@ -1,4 +1,5 @@
-"""What a student is evaluated by: sums over supervised positions, and the numbers made of them."""
+"""What a student is evaluated by: sums over its supervised positions or what is kept of each of
+them, and the numbers made of it."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dskd.batch import Batch, Positions
@@ -26,6 +29,26 @@ class Metric:
 
     sums: Callable[[Positions, Batch], Tensor]
     results: Callable[[Sequence[float]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class ValueMetric:
+    """Numbers about all supervised positions together, which no sums tell: a rank correlation.
+
+    What it keeps stays in memory until the end of an evaluation, so it is for labelled rows, which
+    have one supervised position each, rather than for tokens.
+
+    Attributes:
+        values: of the positions of one batch, float64 [N, S] with S the same for every batch.
+        results: what the values [P, S] of all positions come to, by name; P >= 1, in the order of
+            the rows.
+    """
+
+    values: Callable[[Positions, Batch], Tensor]
+    results: Callable[[NDArray[np.float64]], dict[str, float]]
+
+
+AnyMetric = Metric | ValueMetric
 
 
 def _lm_sums(positions: Positions, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from dskd.data.prefetch import prefetch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
 from dskd.errors import DataError
-from dskd.methods.metrics import Metric
+from dskd.methods.metrics import AnyMetric, ValueMetric
 from dskd.models.frozen import evaluating
 from dskd.system import dist
 from dskd.system.device import Fetched
@@ -54,7 +55,7 @@ def by_key(scores: Scores) -> dict[str, float]:
 def evaluate(
     objective: Objective,
     sets: Sequence[EvaluationSet],
-    metrics: Sequence[Metric],
+    metrics: Sequence[AnyMetric],
     *,
     micro_batch: int,
     device: torch.device,
@@ -74,7 +75,7 @@ def evaluate(
 def _evaluate(
     objective: Objective,
     each: EvaluationSet,
-    metrics: Sequence[Metric],
+    metrics: Sequence[AnyMetric],
     micro_batch: int,
     device: torch.device,
 ) -> dict[str, float]:
@@ -84,7 +85,7 @@ def _evaluate(
     share = -(-len(row_ids) // dist.world())
     own = row_ids[dist.rank() * share : (dist.rank() + 1) * share]
     supervised = 0
-    totals: list[Tensor] | None = None
+    taken = _Taken(metrics)
     firsts = range(0, share, micro_batch)
 
     def made(first: int) -> Batch:
@@ -94,27 +95,51 @@ def _evaluate(
 
     with closing(prefetch(map(made, firsts), device)) as batches:
         for first, sent in zip(firsts, batches, strict=True):
-            sums = objective.forward_evaluation(sent.on_device(), metrics)
-            if totals is None:
-                totals = [torch.zeros_like(one) for one in sums]
-            if first < len(own):
-                supervised += sent.batch.supervised
-                totals = [total + one for total, one in zip(totals, sums, strict=True)]
+            counted = first < len(own)
+            taken.add(objective.forward_evaluation(sent.on_device(), metrics), counted=counted)
+            supervised += counted * sent.batch.supervised
             next_one()
     pause()
-    assert totals is not None, f"no row in {each.name}"
     everywhere = dist.Summing([supervised])
-    values = Fetched(dist.sum_over_ranks(torch.cat(totals))).read().tolist()
+    over_all = taken.everywhere()
     if everywhere.sums() == [0]:
         count = len(row_ids)
         raise DataError(f"no token of the {count} validation rows is predicted; use more rows")
     results: dict[str, float] = {}
-    for metric, total in zip(metrics, totals, strict=True):
-        found = metric.results(values[: len(total)])
-        assert not results.keys() & found.keys(), f"two metrics named {results.keys() & found}"
-        results |= found
-        values = values[len(total) :]
+    for metric, values in zip(metrics, over_all, strict=True):
+        named = metric.results(values)
+        assert not results.keys() & named.keys(), f"two metrics named {results.keys() & named}"
+        results |= named
     return results
+
+
+class _Taken:
+    """What metrics took of the batches so far, on the device: the host waits for it once."""
+
+    def __init__(self, metrics: Sequence[AnyMetric]) -> None:
+        self._metrics = metrics
+        self._sums: dict[int, Tensor] = {}
+        self._values: dict[int, list[Tensor]] = {}
+
+    def add(self, found: Sequence[Tensor], *, counted: bool) -> None:
+        """Take each metric's of one batch; of one that is not counted, only their shapes."""
+        for n, (metric, each) in enumerate(zip(self._metrics, found, strict=True)):
+            if isinstance(metric, ValueMetric):
+                self._values.setdefault(n, []).append(each if counted else each[:0])
+            else:
+                own = each if counted else torch.zeros_like(each)
+                self._sums[n] = self._sums[n] + own if n in self._sums else own
+
+    def everywhere(self) -> list[Any]:
+        """Over all ranks (collective): the sums of each metric, or its values in the order of the
+        rows, which follow each other from rank to rank."""
+        found = {n: dist.sum_over_ranks(total) for n, total in self._sums.items()}
+        found |= {n: torch.cat(parts) for n, parts in self._values.items()}
+        read = Fetched(found).read()
+        own = {n: read[n].numpy() for n in self._values}
+        ranks = dist.gather_objects(own) if own else []
+        kept = {n: np.concatenate([rank[n] for rank in ranks]) for n in own}
+        return [kept[n] if n in kept else read[n].tolist() for n in range(len(self._metrics))]
 
 
 def _spread(each: EvaluationSet) -> NDArray[np.int64]:

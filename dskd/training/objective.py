@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dskd.batch import Batch, Loss, Positions, Signal, Term
 from dskd.methods.base import Method
-from dskd.methods.metrics import Metric
+from dskd.methods.metrics import AnyMetric, ValueMetric
 from dskd.models.families import positions_of
 from dskd.teachers.teacher import Teacher
 
@@ -46,16 +46,21 @@ class Objective(nn.Module):
         chosen = self.method.loss if loss is None else loss
         return dict(chosen(positions_of(self.student, batch), signal, batch, step))
 
-    def forward_evaluation(self, batch: Batch, metrics: Sequence[Metric]) -> list[Tensor]:
-        """The sums of each metric over the student's supervised positions, float64; ``batch`` is on
-        the student's device."""
+    def forward_evaluation(self, batch: Batch, metrics: Sequence[AnyMetric]) -> list[Tensor]:
+        """The sums or values of each metric at the student's supervised positions, float64;
+        ``batch`` is on the student's device."""
 
         def loss(
             positions: Positions, signal: Signal | None, batch: Batch, step: int
         ) -> dict[str, Term]:
             del signal, step
-            sums = [metric.sums(positions, batch) for metric in metrics]
-            return {str(n): Term(each, {}) for n, each in enumerate(sums)}
+            found = [
+                metric.values(positions, batch)
+                if isinstance(metric, ValueMetric)
+                else metric.sums(positions, batch)
+                for metric in metrics
+            ]
+            return {str(n): Term(each, {}) for n, each in enumerate(found)}
 
         # By a call of the module, not of its parts: ZeRO-3 begins its record of which parameters
         # follow each other in a hook of the module that it wraps.

@@ -13,7 +13,7 @@ from dskd.data.loader import make_batch
 from dskd.data.views import Shown
 from dskd.errors import DataError
 from dskd.methods.lm import LanguageModelling
-from dskd.methods.metrics import LM_LOSS, Metric
+from dskd.methods.metrics import LM_LOSS, Metric, ValueMetric
 from dskd.models.families import positions_of
 from dskd.training.evaluation import EvaluationSet, by_key, evaluate
 from dskd.training.objective import Objective
@@ -94,6 +94,33 @@ def test_metrics_of_each_set_by_name(world):
             assert found[f"{name}_ppl"] == pytest.approx(math.exp(nll), rel=1e-5)
             assert found[f"{name}_accuracy"] == pytest.approx(right)
             assert found[f"{name}_tokens"] == tokens
+
+
+def kept(positions: Positions, batch: Batch) -> Tensor:
+    rows_N = batch.row_ids_B.repeat_interleave(batch.counts_B)
+    return torch.stack([rows_N.double(), positions.labels_N.double()], dim=1)
+
+
+def _kept(rank: int) -> list[tuple[list, float]]:
+    """All that a metric is given of a set, and another one beside it."""
+    objective, given = Objective(make("bert"), METHOD, None), []
+    keeps = ValueMetric(kept, lambda values: given.append(values.tolist()) or {})
+    (each, _) = sets()
+    for metrics in ([keeps], [LM_LOSS, keeps]):
+        found = evaluate(objective, [each], metrics, micro_batch=2, device=CPU)
+    return [(values, found["eval"]["tokens"]) for values in given]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_values_of_all_positions_come_once_in_the_order_of_the_rows(world):
+    """For any number of ranks, of which one may repeat a row that does not count."""
+    each = sets()[0]
+    ids = np.arange(len(each.rows))
+    batch = make_batch(each.rows, each.view, ids, ids * 0)
+    rows = np.repeat(ids, batch.counts_B)
+    wanted = np.stack([rows, batch.labels_N.numpy()], axis=1).astype(float).tolist()
+    for found in run_ranks(_kept, world=world):
+        assert found == [(wanted, len(wanted))] * 2
 
 
 def test_rows_without_a_predicted_token_are_refused():

@@ -1,0 +1,1 @@
+"""Tasks that models are fine-tuned for: how well one is done."""

@@ -1,0 +1,152 @@
+"""Scores of a model on labelled rows, each by its name and with its direction.
+
+Those that a library has are its own: scikit-learn's F1 and Matthews correlation, scipy's Pearson
+and Spearman correlations, which come with ``pip install 'dskd[tasks]'``.
+
+Shape letter: R labelled rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dskd.errors import ConfigError
+
+Labels = Literal["classes", "numbers"]
+"""What rows are labelled with: the index of a class, or a number to be predicted."""
+
+BINS = 15
+"""Of confidences, in the calibration error."""
+
+_PACKAGES = {"sklearn": "scikit-learn", "scipy": "scipy"}
+"""Names of libraries in the package index, by those that are imported."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of R rows, R >= 1, and what they are labelled with.
+
+    Attributes:
+        labels_R: classes or numbers.
+        predicted_R: the class of the largest probability, or the predicted number.
+        confidence_R: float64, that probability; of numbers nothing.
+        losses_R: float64, the cross entropy in nats, or the squared error.
+    """
+
+    labels_R: NDArray[Any]
+    predicted_R: NDArray[Any]
+    confidence_R: NDArray[np.float64]
+    losses_R: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """One score.
+
+    Attributes:
+        compute: it, of the predictions.
+        of: the labels that it is of; None: of either.
+        higher_is_better: its direction.
+        library: what it takes besides numpy.
+    """
+
+    compute: Callable[[Predictions], float]
+    of: Labels | None = "classes"
+    higher_is_better: bool = True
+    library: str | None = None
+
+
+def _loss(predictions: Predictions) -> float:
+    return float(predictions.losses_R.mean())
+
+
+def _accuracy(predictions: Predictions) -> float:
+    return float((predictions.labels_R == predictions.predicted_R).mean())
+
+
+def _f1(average: str) -> Callable[[Predictions], float]:
+    """F1 over the classes that occur among the labels or what is predicted; ``macro``: the mean of
+    each class's, ``micro``: of all decisions together."""
+
+    def compute(predictions: Predictions) -> float:
+        from sklearn.metrics import f1_score
+
+        pair = (predictions.labels_R, predictions.predicted_R)
+        return float(f1_score(*pair, average=average, zero_division=0.0))
+
+    return compute
+
+
+def _matthews(predictions: Predictions) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(predictions.labels_R, predictions.predicted_R))
+
+
+def _correlation(name: str) -> Callable[[Predictions], float]:
+    """A correlation of scipy's; 0 where either side does not vary, as Matthews' has it."""
+
+    def compute(predictions: Predictions) -> float:
+        pair = (predictions.labels_R, predictions.predicted_R)
+        if any(np.ptp(side_R) == 0 for side_R in pair):
+            return 0.0
+        from scipy import stats
+
+        return float(getattr(stats, name)(*pair).statistic)
+
+    return compute
+
+
+def _calibration_error(predictions: Predictions) -> float:
+    """Expected calibration error (Guo et al. 2017, equation 3): by how much confidence and accuracy
+    differ, the mean over bins of equal width, each weighed by its rows."""
+    confidence_R = predictions.confidence_R
+    right_R = predictions.labels_R == predictions.predicted_R
+    # bin m is (m / BINS, (m + 1) / BINS]
+    bins_R = np.clip(np.ceil(confidence_R * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    gaps = np.bincount(bins_R, weights=right_R - confidence_R, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(right_R))
+
+
+METRICS: dict[str, TaskMetric] = {
+    "loss": TaskMetric(_loss, of=None, higher_is_better=False),
+    "accuracy": TaskMetric(_accuracy),
+    "ece": TaskMetric(_calibration_error, higher_is_better=False),
+    "macro_f1": TaskMetric(_f1("macro"), library="sklearn"),
+    "micro_f1": TaskMetric(_f1("micro"), library="sklearn"),
+    "matthews": TaskMetric(_matthews, library="sklearn"),
+    "pearson": TaskMetric(_correlation("pearsonr"), of="numbers", library="scipy"),
+    "spearman": TaskMetric(_correlation("spearmanr"), of="numbers", library="scipy"),
+}
+"""By the names that settings and results give them."""
+
+MetricName = Literal[
+    "loss", "accuracy", "ece", "macro_f1", "micro_f1", "matthews", "pearson", "spearman"
+]
+
+
+def check_metric(name: MetricName, labels: Labels, setting: str) -> None:
+    """Refuse a metric of other labels, or without its library.
+
+    Args:
+        setting: what names the metric, for the message.
+
+    Raises:
+        ConfigError: names the setting, the metric and what it takes.
+    """
+    metric = METRICS[name]
+    if metric.of not in (None, labels):
+        fitting = ", ".join(n for n, other in METRICS.items() if other.of in (None, labels))
+        raise ConfigError(
+            f"{setting}: {name} is of {metric.of}, but the labels are {labels}: {fitting}"
+        )
+    if metric.library is not None and find_spec(metric.library) is None:
+        raise ConfigError(
+            f"{setting}: {name} needs {_PACKAGES[metric.library]}: pip install 'dskd[tasks]'"
+        )

@@ -128,6 +128,14 @@ class StepHooks:
         del step
         return True
 
+    def evaluated(self, score: float) -> None:
+        """After an evaluation of a complete student; ``score`` is what selects checkpoints, the
+        same on every rank."""
+
+    def over(self) -> bool:
+        """Whether training shall end here, before the run's last step; the same on every rank."""
+        return False
+
     def rates(self) -> dict[str, float | Tensor]:
         """Numbers that the log shows after a step, by name; as scalars on the device, where they
         are computed there, which are read when the next step is queued."""
@@ -228,6 +236,15 @@ class HookChain(StepHooks):
     def complete(self, step: int) -> bool:
         """Whether the student is complete to all of them."""
         return all(each.complete(step) for each in self._hooks.values())
+
+    def evaluated(self, score: float) -> None:
+        """Tell each of them."""
+        for each in self._hooks.values():
+            each.evaluated(score)
+
+    def over(self) -> bool:
+        """Whether any of them ends the training."""
+        return any(each.over() for each in self._hooks.values())
 
     def rates(self) -> dict[str, float | Tensor]:
         """The numbers of all; no two give one of the same name."""

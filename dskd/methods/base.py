@@ -123,7 +123,8 @@ class Method(Section):
 
     def selection(self) -> Selection | None:
         """Which result of the evaluation says that a checkpoint is the best; None: the last one is,
-        as it is by any method where the masks of training say so (``RowMasks.selects``)."""
+        as it is by any method where the masks of training say so (``RowMasks.selects``), or
+        ``evaluation.select``."""
         return Selection()
 
     def wants_teacher(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dskd.engine.row_masks import masks_of
+from dskd.engine.checkpoints import Selection
+from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.methods.base import Method
 from dskd.settings.checks import Problems, problems_of, refuse_problems
 from dskd.settings.run import Every, Run
@@ -22,17 +23,31 @@ def validate(run: Run, method: Method, *, world: int, prefix: str = "") -> None:
     refuse_problems(_problems(run, method, world), prefix)
 
 
+def selection_of(run: Run, method: Method, masks: RowMasks) -> Selection | None:
+    """By which score a checkpoint of a run is the best; None: the last one is exported.
+
+    Args:
+        masks: the run's.
+    """
+    if run.evaluation.select == "last" or not masks.selects:
+        return None
+    return method.selection()
+
+
 def _problems(run: Run, method: Method, world: int) -> Problems:
     masks = masks_of(run)
     cached = method.wants_teacher() and any(
         isinstance(teacher, CachedTeacher) for teacher in each_teacher(run.teacher).values()
     )
     yield from problems_of(run, world)
-    if run.data.objective not in method.objectives:
-        known = ", ".join(sorted(method.objectives))
-        text = f"{run.data.objective} is not what method {method.kind} is for; it is for {known}"
-        yield "data.objective", text
-    selects = masks.selects and method.selection() is not None
+    selects = selection_of(run, method, masks) is not None
+    if run.evaluation.patience is not None and not selects:
+        yield (
+            "evaluation.patience",
+            f"{run.evaluation.patience}, but no score selects a checkpoint here "
+            f"(evaluation.select {run.evaluation.select}, method {method.kind}, "
+            f"data.masking.kind {run.data.masking.kind}), so none ends the training",
+        )
     if selects and not _is_multiple(run.checkpoint.every, run.evaluation.every):
         yield (
             "checkpoint.every",

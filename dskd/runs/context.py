@@ -14,6 +14,7 @@ from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.engine.run_config import student_config
 from dskd.methods.base import Method
+from dskd.methods.checks import selection_of
 from dskd.models.build import parameter_count
 from dskd.models.configs import config_of, with_classes
 from dskd.settings.folders import RunFolder, folder_of, student_settings
@@ -82,8 +83,8 @@ class RunContext:
     @property
     def checkpoints(self) -> Checkpoints:
         """The run's checkpoints."""
-        selection = self.method.selection() if self.masks.selects else None
-        return Checkpoints(self.folder.checkpoints, self.run.checkpoint.keep, selection)
+        selection = selection_of(self.given, self.method, self.masks)
+        return Checkpoints(self.folder.checkpoints, self.given.checkpoint.keep, selection)
 
     @property
     def scored(self) -> Selection:

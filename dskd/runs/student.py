@@ -24,6 +24,7 @@ from dskd.settings.model import Model
 from dskd.system import dist
 from dskd.system.log import say
 from dskd.teachers.setup import TeacherSetup
+from dskd.training.early_stopping import EarlyStopping
 from dskd.training.objective import Objective
 
 
@@ -129,6 +130,8 @@ def _hooks(
     found = {"method": own, "teacher": setup.hooks}
     if training:
         found["masks"] = context.masks.hooks(context, student)
+        if context.run.evaluation.patience is not None:
+            found["stopping"] = EarlyStopping(context.run.evaluation.patience, context.scored)
     return HookChain({name: hooks for name, hooks in found.items() if hooks is not None})
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dskd.settings.base import FREE, RunPath, Section
+from dskd.settings.base import FREE, Freedom, RunPath, Section
 from dskd.settings.data import Data
 from dskd.settings.model import Model
 from dskd.settings.parsing import either
@@ -75,14 +75,24 @@ class Train(Section):
 
 
 class Evaluation(Section):
-    """The plain LM loss on the validation rows; it selects the best checkpoint, but not where hard
-    tokens are masked or by method ``self_evolution``."""
+    """The method's metrics on the validation rows. One of them, by most methods the plain LM loss,
+    selects the best checkpoint, but not where hard tokens are masked or by method
+    ``self_evolution``."""
 
     every: Annotated[Every, FREE] = 10
     """Steps between evaluations, or ``epoch`` (the last step is always evaluated)."""
     rows: int | None = Field(None, ge=1)
     """Use only so many validation rows; null: all."""
+    select: Literal["metric", "last"] = "metric"
+    """Which checkpoint is exported: the best by the method's metric, or the last one."""
+    patience: int | None = Field(None, ge=1)
+    """Training ends after so many evaluations in a row without a better score; null: it takes all
+    its steps."""
     micro_batch: Annotated[int, FREE] = Field(16, ge=1)
+
+    def freedom(self, name: str) -> Freedom | None:
+        """As marked; but where evaluations end the training, how often they come is settled."""
+        return None if name == "every" and self.patience is not None else super().freedom(name)
 
 
 class Checkpoint(Section):

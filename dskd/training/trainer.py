@@ -101,7 +101,8 @@ class Trainer:
         """What this rank could not write down since then."""
 
     def train(self) -> Progress:
-        """Take the steps that are left, from where ``progress`` is.
+        """Take the steps that are left, from where ``progress`` is, or as many of them as the hooks
+        have it.
 
         Raises:
             DiskError: a checkpoint or the metrics cannot be written; on every rank.
@@ -113,7 +114,7 @@ class Trainer:
         begun = time.monotonic() - progress.wall_seconds
         skipped = 0
         with _stop_requested() as requested:
-            while progress.step < run.train.steps:
+            while progress.step < run.train.steps and not self.hooks.over():
                 self._prepare(requested)
                 doing.at_step(progress.step + 1)
                 queued = self._launch(requested())
@@ -269,6 +270,9 @@ class Trainer:
         if evaluates:
             doing.pause()
             score = self._score()
+            if self.hooks.complete(step):
+                self.hooks.evaluated(score)
+                due = due or self.hooks.over()
         if due or stop:
             # One that only a signal caused is no candidate for the best: the undisturbed run,
             # which exports the same weights, does not have it.

@@ -95,6 +95,22 @@ def test_only_those_that_wait_prepare():
     assert not chain.waits(3)
 
 
+def test_any_of_them_ends_the_training():
+    class Ends(StepHooks):
+        limit = 3.0
+
+        def evaluated(self, score: float) -> None:
+            self.limit = score
+
+        def over(self) -> bool:
+            return self.limit < 1.0
+
+    chain = HookChain({"a": StepHooks(), "b": Ends()})
+    assert not chain.over()
+    chain.evaluated(0.5)
+    assert chain.over()
+
+
 def test_a_student_is_complete_once_it_is_to_all():
     chain = chain_of(Recorded("two", []), Recorded("four.", []))
     assert [chain.complete(step) for step in (2, 3, 4, 5)] == [False, False, False, True]

@@ -137,6 +137,20 @@ def test_checkpoints_without_evaluation_where_it_does_not_select():
     validate(_run(*every), _Method(selects=False), world=1)
 
 
+def test_where_nothing_selects_nothing_ends_the_training():
+    """Whether by the settings, the method or the masks."""
+    patient = "evaluation.patience=3"
+    validate(_run(patient), _Method(), world=1)
+    hard = "data.masking.kind=hard_tokens"
+    for words, method in (
+        (["evaluation.select=last"], _Method()), ([hard], _Method()), ([], _Method(selects=False))
+    ):  # fmt: skip
+        (line,) = _problems(patient, *words, method=method)
+        assert line.startswith("evaluation.patience: 3, but no score selects a checkpoint here")
+    # and then a checkpoint needs no evaluation
+    validate(_run("evaluation.every=4", "evaluation.select=last"), _Method(), world=1)
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "evaluation", "sound"),
     [("epoch", "epoch", True), ("epoch", 1, True), ("epoch", 5, False), (10, "epoch", False)],

@@ -27,6 +27,7 @@ METHODS: dict[str, str] = {
     "lm": "dskd.methods.lm:LanguageModelling",
     "self_evolution": "dskd.methods.self_evolution:SelfEvolution",
     "wid": "dskd.methods.wid:WeightInheritance",
+    "finetune": "dskd.methods.finetune:Finetuning",
 }
 """Where each kind is found, ``module:Class``; imported when needed, so that a broken one cannot
 break the others."""

@@ -4,16 +4,22 @@ them, and the numbers made of it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
-from dskd.batch import Batch, Positions
+from dskd.batch import TARGETS, UNLABELLED, Batch, Positions
+from dskd.engine.checkpoints import Selection
+from dskd.errors import DataError
 from dskd.ops import positions_ce
+from dskd.settings.base import Section
+from dskd.settings.run import Run
+from dskd.tasks.metrics import METRICS, MetricName, Predictions, check_metric
 
 
 @dataclass(frozen=True)
@@ -67,3 +73,66 @@ def _lm_results(sums: Sequence[float]) -> dict[str, float]:
 LM_LOSS = Metric(_lm_sums, _lm_results)
 """The plain LM loss of a supervised position: ``nll`` (nats), ``bits``, ``ppl``, and ``tokens``,
 the number of positions."""
+
+
+class RowScores(Section):
+    """Settings of a method of labelled rows: what its student is evaluated by. The loss is always
+    among it, as ``loss``: the cross entropy in nats, or the squared error."""
+
+    metric: MetricName = "accuracy"
+    """Which metric selects the best checkpoint, each in its direction: of classes ``accuracy``,
+    ``ece`` (expected calibration error), ``macro_f1``, ``micro_f1`` or ``matthews``, of numbers
+    ``pearson`` or ``spearman``, of either ``loss``."""
+    further_metrics: list[MetricName] = Field(default_factory=list)
+    """More of them, which are evaluated besides."""
+
+    def metrics(self) -> tuple[AnyMetric, ...]:
+        """All that are named."""
+        return (_row_metric(dict.fromkeys(["loss", self.metric, *self.further_metrics])),)
+
+    def selection(self) -> Selection:
+        """By ``metric``, on the validation rows."""
+        return Selection(f"eval_{self.metric}", METRICS[self.metric].higher_is_better)
+
+    def check_metrics(self, run: Run) -> None:
+        """Refuse metrics of other labels than the run's rows have, and those without a library.
+
+        Raises:
+            ConfigError: names setting and metric.
+        """
+        labels = "numbers" if run.data.regression else "classes"
+        check_metric(self.metric, labels, "method.metric")
+        for name in self.further_metrics:
+            check_metric(name, labels, "method.further_metrics")
+
+
+def _row_metric(names: Iterable[MetricName]) -> ValueMetric:
+    """These metrics of labelled rows, those without a label left out."""
+
+    def results(values_P4: NDArray[np.float64]) -> dict[str, float]:
+        labelled_R4 = values_P4[~np.isnan(values_P4[:, 0])]
+        if not len(labelled_R4):
+            raise DataError("data.validation: none of the validation rows has a label")
+        predictions = Predictions(*labelled_R4.T)
+        return {name: METRICS[name].compute(predictions) for name in names}
+
+    return ValueMetric(_row_values, results)
+
+
+def _row_values(positions: Positions, batch: Batch) -> Tensor:
+    """Label (nan: none), prediction, confidence and loss of each row, float64 [N, 4]."""
+    logits_NC = positions.logits_NV.double()
+    unlabelled_N = positions.labels_N == UNLABELLED
+    numbers_N = batch.columns.get(TARGETS)
+    if numbers_N is None:
+        logprobs_NC = logits_NC.log_softmax(1)
+        best_N, predicted_N = logprobs_NC.max(1)
+        labels_N, confidence_N = positions.labels_N.double(), best_N.exp()
+        at_N1 = positions.labels_N.clamp(min=0)[:, None]
+        loss_N = -logprobs_NC.gather(1, at_N1)[:, 0]
+    else:
+        predicted_N = logits_NC[:, 0]
+        labels_N, confidence_N = numbers_N.double(), torch.ones_like(predicted_N)
+        loss_N = (predicted_N - labels_N).square()
+    labels_N = labels_N.masked_fill(unlabelled_N, math.nan)
+    return torch.stack([labels_N, predicted_N.double(), confidence_N, loss_N], dim=1)

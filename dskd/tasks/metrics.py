@@ -33,7 +33,7 @@ class Predictions:
     """What a model says of R rows, R >= 1, and what they are labelled with.
 
     Attributes:
-        labels_R: classes or numbers.
+        labels_R: classes, of any dtype, or numbers.
         predicted_R: the class of the largest probability, or the predicted number.
         confidence_R: float64, that probability; of numbers nothing.
         losses_R: float64, the cross entropy in nats, or the squared error.
@@ -70,6 +70,10 @@ def _accuracy(predictions: Predictions) -> float:
     return float((predictions.labels_R == predictions.predicted_R).mean())
 
 
+def _classes(predictions: Predictions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return predictions.labels_R.astype(np.int64), predictions.predicted_R.astype(np.int64)
+
+
 def _f1(average: str) -> Callable[[Predictions], float]:
     """F1 over the classes that occur among the labels or what is predicted; ``macro``: the mean of
     each class's, ``micro``: of all decisions together."""
@@ -77,7 +81,7 @@ def _f1(average: str) -> Callable[[Predictions], float]:
     def compute(predictions: Predictions) -> float:
         from sklearn.metrics import f1_score
 
-        pair = (predictions.labels_R, predictions.predicted_R)
+        pair = _classes(predictions)
         return float(f1_score(*pair, average=average, zero_division=0.0))
 
     return compute
@@ -86,7 +90,7 @@ def _f1(average: str) -> Callable[[Predictions], float]:
 def _matthews(predictions: Predictions) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(predictions.labels_R, predictions.predicted_R))
+    return float(matthews_corrcoef(*_classes(predictions)))
 
 
 def _correlation(name: str) -> Callable[[Predictions], float]:

@@ -30,6 +30,7 @@ class _Method:
     wants: bool = True
     weighs: bool = False
     selects: bool = True
+    objectives: frozenset[str] = frozenset({"masked", "causal"})
 
     def wants_teacher(self):
         return self.wants

@@ -29,6 +29,7 @@ SETTINGS = {
         {"kind": "self_evolution", "smoothing": 0.0},
         {"kind": "self_evolution", "smoothing": 1.0},
     ],
+    "finetune": [{"kind": "finetune"}, {"kind": "finetune", "metric": "loss"}],
     "wid": [
         {"kind": "wid", "hidden_size": 4},
         {"kind": "wid", "hidden_size": 4, "inherit": {"steps": 10, "rate": 0.5}},
@@ -188,9 +189,12 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(kind):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"must name a method \(ki, lm, self_evolution, wid\)"),
+        ({}, r"must name a method \(ki, lm, self_evolution, wid, finetune\)"),
         ({"kind": 3}, r"must name a method"),
-        ({"kind": "kii"}, r"'kii' is not one of ki, lm, self_evolution, wid; did you mean 'ki'\?"),
+        (
+            {"kind": "kii"},
+            r"'kii' is not one of ki, lm, self_evolution, wid, finetune; did you mean 'ki'\?",
+        ),
         ({"kind": ":Class"}, r"':Class' is not of the form package\.module:Name"),
         ({"kind": "no.such:Class"}, r"no module 'no\.such'"),
         ({"kind": "dskd.methods.ki:Nope"}, r"'dskd\.methods\.ki' has no 'Nope'"),

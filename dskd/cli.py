@@ -19,7 +19,8 @@ _SETTINGS = "settings file and overrides: [FILE.yaml] [a.b=value ...]; none: the
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "hard-tokens": ("say which tokens are hard for a run's model", "dskd.hardness.report:main")
+    "hard-tokens": ("say which tokens are hard for a run's model", "dskd.hardness.report:main"),
+    "predict": ("write a classifier's label and probabilities of rows", "dskd.runs.predict:main"),
 }
 """Commands that a method or a stage brings: what each does, and where its ``main(words)`` is found,
 ``module:function``. One from outside this package is called by that name itself."""

@@ -40,6 +40,10 @@ def _problems(run: Run, method: Method, world: int) -> Problems:
         isinstance(teacher, CachedTeacher) for teacher in each_teacher(run.teacher).values()
     )
     yield from problems_of(run, world)
+    if run.data.objective not in method.objectives:
+        known = ", ".join(sorted(method.objectives))
+        text = f"{run.data.objective} is not what method {method.kind} is for; it is for {known}"
+        yield "data.objective", text
     selects = selection_of(run, method, masks) is not None
     if run.evaluation.patience is not None and not selects:
         yield (

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError, WrapValidator
+from pydantic import BaseModel, Tag, ValidationError, WrapValidator
 from pydantic_core import ErrorDetails, to_json
 
 from dskd.errors import ConfigError

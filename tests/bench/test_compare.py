@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from dskd.errors import ConfigError
 from dskd.settings.parsing import parse
 from dskd.settings.recipe import read
-from dskd.settings.yaml_tree import load
+from dskd.settings.yaml_tree import dump, load, merge
 from launch.bench import compare
 from tests.launching import ROOT, python
 
@@ -48,6 +49,7 @@ def test_a_trial_changes_rate_seed_and_length_only():
     ("override", "named"),
     [
         ("train.steps=100", "train.steps"), ("train.lr=0.5", "train.lr"),
+        ("train.epochs=3", "train.epochs"),
         ("train.warmup=0", "train.warmup"), ("seed=7", "seed"), ("method.every=3", "method"),
         ("train={steps: 3, warmup: 0}", "train.steps, train.warmup"),
         ("evaluation.every=10", "evaluation.every"), ("checkpoint={every: 10}", "checkpoint.every"),
@@ -62,6 +64,16 @@ def test_what_is_a_trials_own_is_refused(override, named, monkeypatch, capsys, t
         compare.main()
     assert stopped.value.code == 2
     assert f"error: {named}: every trial has its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("train", [{"steps": None, "epochs": 3}, {"warmup": 0.1}])
+def test_a_recipe_in_epochs_or_shares_is_refused(train, tmp_path):
+    """Its trials would have no number of steps to be compared by."""
+    tree = load(WID)
+    (tmp_path / "r.yaml").write_text(dump(merge(tree, {"base": {"train": train}})))
+    (tmp_path / "r.json").write_text(WID.with_suffix(".json").read_text())
+    with pytest.raises(ConfigError, match=r"^runs\.\w+\.train: is in epochs or shares"):
+        compare.Comparison(tmp_path / "r.yaml", [f"out={tmp_path}"])
 
 
 def test_other_overrides_go_through():

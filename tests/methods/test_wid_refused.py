@@ -64,6 +64,7 @@ def test_a_student_that_shrinks_does_not_teach_itself():
 def test_what_can_be_is_not(tmp_path):
     check({}, {})
     check({}, {"clip": 1.0, "steps": 10})
+    check({}, {"steps": None, "epochs": 0.1})  # so many steps as its rows will make
     check({}, {}, "zero2_offload")
     check(ORIGINAL, {"steps": 16})
 

@@ -68,3 +68,15 @@ def test_what_does_not_fit_the_counted_steps_is_refused_after_the_data(runs, epo
     steps = ceil(1.5 * rows_of(epochs) / 48)
     assert f"train.warmup: 90 is more than train.steps {steps}" in capfd.readouterr().err
     assert not (runs.folder / "refused" / "train").exists()
+
+
+def test_what_a_method_needs_is_looked_at_once_the_steps_are_counted(runs, epochs, capfd):
+    """Before the rows are there, only that it may be long enough."""
+    forked(1, str(epochs / "config.yaml"), "until=export")
+    out, steps = runs.folder / "narrow", ceil(1.5 * rows_of(epochs) / 48)
+    method = f"method={{kind: wid, hidden_size: 16, every: {steps}, ramp: 1, anneal: 2}}"
+    words = [f"out={out}", f"model={{path: {epochs}/export}}", method, "train.clip=0"]
+    forked(1, str(epochs / "config.yaml"), *words, "until=train", status=2)
+    told = capfd.readouterr().err
+    assert f"are zero after step {steps + 1}, train.steps is {steps}" in told
+    assert not (out / "train").exists()

@@ -13,6 +13,7 @@ from dskd.fused import per_token, topk_teacher
 from dskd.training.trainer import Trainer
 from tests.equivalence import test_labelled as labelled
 from tests.equivalence.small import LIVE, Runs, cached, causal, routed
+from tests.equivalence.tables import Tables
 from tests.training.waits import HostWaits
 
 HARD = {"masking": {"kind": "hard_tokens", "metric": "quantile"}}
@@ -78,6 +79,14 @@ def test_so_it_is_where_a_head_reads_whole_rows(runs, tmp_path, monkeypatch, mod
     watched(monkeypatch, tmp_path / "waits.jsonl")
     every = ["evaluation.every=4", "checkpoint.every=4", "evaluation.micro_batch=2"]
     labelled.run(runs, "labelled", 1, model, *every)
+    _waits_once_each(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [False, True], ids=["classes", "numbers"])
+def test_so_it_is_where_values_of_each_row_are_kept(tmp_path, monkeypatch, numbers):
+    watched(monkeypatch, tmp_path / "waits.jsonl")
+    words = ["evaluation.every=4", "checkpoint.every=4", "train.steps=4"]
+    Tables(tmp_path).run("kept", 1, *words, numbers=numbers)
     _waits_once_each(tmp_path)
 
 

@@ -40,6 +40,15 @@ setup(
     extras_require={
         "quantised": ["accelerate"],  # to load weights that transformers dequantises
         "tasks": ["scikit-learn", "scipy"],  # scores of labelled rows: F1, correlations
-        "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff", "tensorboard", "accelerate"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "pytest-timeout",
+            "ruff",
+            "tensorboard",
+            "accelerate",
+            "scikit-learn",
+            "scipy",
+        ],
     },
 )

@@ -173,6 +173,21 @@ def _mixed_products() -> torch.library.Library:
     return library
 
 
+def _interpret_in_place() -> None:
+    """Let Triton's interpreter work on the device's memory. It would copy what a kernel is given
+    and then back, over what the kernel wrote by addresses in a table."""
+    from triton.runtime.interpreter import GridExecutor
+
+    def same(value: object) -> object:
+        return host(value) if isinstance(value, torch.Tensor) else value
+
+    GridExecutor._init_args_hst = lambda executor, args, kwargs: (
+        [same(value) for value in args],
+        {name: same(value) for name, value in kwargs.items()},
+    )
+    GridExecutor._restore_args_dev = lambda *copied: None
+
+
 def _install() -> None:
     import torch.cuda.nccl
     import torch.cuda.nvtx
@@ -187,6 +202,7 @@ def _install() -> None:
     torch.Tensor.record_stream = lambda tensor, stream: None
     torch.tensor = waits.noting_numbers(torch.tensor)
     nccl.install(host)
+    _interpret_in_place()
 
 
 _install()

@@ -8,7 +8,7 @@ import pytest
 
 from dskd.stores.shard import map_shard
 from dskd.stores.store import shard_path
-from tests.equivalence.small import Runs
+from tests.equivalence.small import Runs, step_lines
 from tests.launching import evaluations, exported_nll, losses
 from tests.shadow.cases import on_cpu, plain_losses, train
 
@@ -89,3 +89,5 @@ def test_the_kernels_train_as_the_closed_forms(runs, case):
     out = train(runs, f"kernels {case}", case, 1, "fp32")
     assert losses(out) == pytest.approx(losses(expected), abs=KERNELS[case])
     assert evaluations(out) == pytest.approx(evaluations(expected), abs=KERNELS[case])
+    removed = [[line.get("removed", 0.0) for line in step_lines(run)] for run in (out, expected)]
+    assert removed[0] == pytest.approx(removed[1], abs=1e-3)

@@ -51,12 +51,10 @@ class _Unread:
 
     Attributes:
         queued: the step.
-        logged: whether the log shows it.
         tokens: taken until its end, ``seconds`` the time of training.
     """
 
     queued: Queued
-    logged: bool
     tokens: int
     seconds: float
 
@@ -142,8 +140,7 @@ class Trainer:
         self._catch_up()
         doing.next_one()
         progress.step += queued.applied
-        logged = queued.applied and self._is_logged(queued.number)
-        self._unread = _Unread(queued, logged, progress.tokens, progress.train_seconds)
+        self._unread = _Unread(queued, progress.tokens, progress.train_seconds)
         return queued
 
     def _catch_up(self) -> None:
@@ -160,7 +157,7 @@ class Trainer:
         waited = time.monotonic() - clock
         self.progress.train_seconds += waited
         unread.seconds += waited
-        if unread.logged:
+        if numbers.rates:  # of a step that is logged
             self._log(unread, numbers)
 
     def _prepare(self, requested: Callable[[], bool]) -> None:

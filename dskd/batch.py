@@ -132,6 +132,25 @@ class Batch:
             types_BT=None if self.types_BT is None else self.types_BT[rows_S],
         )
 
+    def repeated(self, count: int) -> Batch:
+        """The batch ``count`` times, one copy behind the other, where it is; nothing is waited for.
+
+        ``columns`` go with it, which are of rows or of positions all the same.
+        """
+
+        def again(tensor: Tensor) -> Tensor:
+            return tensor.repeat(count, *[1] * (tensor.dim() - 1))
+
+        starts_K1 = torch.arange(count, device=self.positions_N.device)[:, None]
+        return replace(
+            self._copied(again),
+            row_ids_B=again(self.row_ids_B),
+            domains_B=again(self.domains_B),
+            lengths_B=again(self.lengths_B),
+            counts_B=again(self.counts_B),
+            positions_N=(self.positions_N + starts_K1 * self.ids_BT.numel()).flatten(),
+        )
+
     def _copied(self, copy: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
@@ -251,6 +270,26 @@ class TopKTeacher:
     ids_NK: Tensor
     logprobs_NK: Tensor
     tail_N: Mapping[float, Tensor]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Several teachers, each of classes of its own, asked about the same supervised positions.
+
+    Attributes:
+        logits: of each teacher [N, C_i], by a pass without dropout; at least two classes.
+        maps: of each int64 [C_i], on the same device: its classes as columns of the student's
+            logits, each another one. Two teachers may have a class in common.
+        confidence_Nn: how sure each of the n teachers is, 0 to 1, where that was found beforehand;
+            None: as its logits say.
+        present_Nn: bool, which teachers are heard about a position, at least one; None: all of
+            them. What the others' logits and confidence are does not count.
+    """
+
+    logits: Sequence[Tensor]
+    maps: Sequence[Tensor]
+    confidence_Nn: Tensor | None = None
+    present_Nn: Tensor | None = None
 
 
 Signal = ProjectedTeacher | ProjectedTeachers | DenseTeacher | TopKTeacher

@@ -25,7 +25,12 @@ those named before it; inside a room there is no cycle."""
 NEVER_IN_METHODS = {"training", "runs", "train"}
 """What a method must not know, besides any other method."""
 
-SHARED_BY_METHODS = {"methods.base", "methods.inheritance_loss", "methods.metrics"}
+SHARED_BY_METHODS = {
+    "methods.base",
+    "methods.inheritance_loss",
+    "methods.integration",
+    "methods.metrics",
+}
 
 MAY_IMPORT = {"deepspeed": {"dskd/engine/"}, "triton": {"kernels/"}}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -16,8 +17,8 @@ from dskd.batch import Batch
 _WARNS_OF_PADDING = frozenset({"gpt2"})
 """Types that look for padding in the tokens of a batch that comes without a mask."""
 
-_OWN_MASKS = frozenset({"modernbert"})
-"""Encoders whose layers do not all have the same mask."""
+_OWN_MASKS = frozenset({"modernbert", "deberta-v2"})
+"""Encoders whose layers do not all have the same mask, or that read it elsewhere, too."""
 
 
 class _KeepsNothing(DynamicCache):
@@ -52,8 +53,12 @@ def attention_arguments(model: PreTrainedModel, batch: Batch, *, causal: bool) -
     rows, tokens = batch.mask_BT.shape
     if not (batch.lengths_B < tokens).any():
         return {"attention_mask": None}
-    if kind in _OWN_MASKS or model.config._attn_implementation != "sdpa":
+    implementation = model.config._attn_implementation
+    if kind in _OWN_MASKS or implementation not in ("sdpa", "eager"):
         return {"attention_mask": batch.mask_BT}
     # As transformers makes it, which takes one of this shape as it is.
-    real_BT = batch.mask_BT.bool()
-    return {"attention_mask": real_BT[:, None, None, :].expand(rows, 1, tokens, tokens)}
+    mask_B11T = batch.mask_BT.bool()[:, None, None, :]
+    if implementation == "eager":  # what is added to the logits of attention
+        shown_B11T = torch.zeros(mask_B11T.shape, dtype=model.dtype, device=mask_B11T.device)
+        mask_B11T = shown_B11T.masked_fill(~mask_B11T, torch.finfo(model.dtype).min)
+    return {"attention_mask": mask_B11T.expand(rows, 1, tokens, tokens)}

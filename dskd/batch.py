@@ -292,7 +292,7 @@ class Panel:
     present_Nn: Tensor | None = None
 
 
-Signal = ProjectedTeacher | ProjectedTeachers | DenseTeacher | TopKTeacher
+Signal = ProjectedTeacher | ProjectedTeachers | DenseTeacher | TopKTeacher | Panel
 """What a teacher gives for the supervised positions of a batch."""
 
 

@@ -30,6 +30,7 @@ SHARED_BY_METHODS = {
     "methods.inheritance_loss",
     "methods.integration",
     "methods.metrics",
+    "methods.panel",
 }
 
 MAY_IMPORT = {"deepspeed": {"dskd/engine/"}, "triton": {"kernels/"}}

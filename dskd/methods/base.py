@@ -28,6 +28,9 @@ METHODS: dict[str, str] = {
     "self_evolution": "dskd.methods.self_evolution:SelfEvolution",
     "wid": "dskd.methods.wid:WeightInheritance",
     "finetune": "dskd.methods.finetune:Finetuning",
+    "muki": "dskd.methods.muki:Integration",
+    "vkd": "dskd.methods.vkd:VanillaDistillation",
+    "uhc": "dskd.methods.uhc:UnifiedClassifiers",
 }
 """Where each kind is found, ``module:Class``; imported when needed, so that a broken one cannot
 break the others."""

@@ -13,16 +13,92 @@ Shape letters: N supervised positions, n teachers, C the student's classes, M th
 from __future__ import annotations
 
 import math
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedConfig
 
-from dskd.batch import Panel, Term
+from dskd.batch import Batch, Panel, Positions, Signal, Term
+from dskd.errors import ConfigError
+from dskd.methods.base import Method
 from dskd.methods.integration import confidences, divergence, heat, placed, wide
+from dskd.methods.panel import PanelMethod, panel_of
+from dskd.settings.run import Run
+from dskd.stores.uncertainty import PANEL_CONFIDENCE, PANEL_PRESENT
 
 _LEAST_MARGIN = 1e-6
 """What the original adds to every margin, so that none is 0."""
+
+
+class Integration(PanelMethod, Method):
+    """The KL of the student from the teachers' distributions as their confidences mix them."""
+
+    terms: ClassVar[tuple[str, ...]] = ("rows", "margins")
+
+    kind: Literal["muki"] = "muki"
+    choice: Literal["hard", "soft"] = "hard"
+    """``hard``: the surest teacher says all; ``soft``: each by the softmax of its confidence."""
+    sharpness: float = Field(0.2, gt=0)
+    """By which the confidences of a ``soft`` choice are divided first."""
+    margin: bool = True
+    """Whether a row counts by how much the surest teacher is surer than the next."""
+    normalise: Literal["none", "batch_mean"] = "none"
+    """What margins are divided by: ``none``: nothing, as in the original; ``batch_mean``: their
+    mean over the step's rows, so that the loss is as large as without."""
+    squared: bool = False
+    """Whether T^2 multiplies the KL."""
+
+    def check(self, run: Run, config: PreTrainedConfig | None) -> None:
+        """As every method of panels, and refuse to normalise margins that are not known before the
+        first pass of a step, or none at all."""
+        super().check(run, config)
+        if self.normalise == "none":
+            return
+        if not self.margin:
+            raise ConfigError("method.normalise: batch_mean, but method.margin is false")
+        live = run.teacher.scores == "live" and run.teacher.confidence == "passes"
+        if live or run.teacher.confidence == "logits":
+            raise ConfigError(
+                "method.normalise: batch_mean needs the confidences of all rows of a step before "
+                "its first pass; set teacher.scores to stored and teacher.confidence to passes, or "
+                "to a file"
+            )
+
+    def columns(self) -> frozenset[str]:
+        """The confidences, where their margins are counted."""
+        return frozenset() if self.normalise == "none" else frozenset({PANEL_CONFIDENCE})
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Rows; and the sum of their margins, where the loss is divided by it."""
+        counts = {"rows": float(batch.supervised)}
+        if self.normalise == "batch_mean":
+            columns = batch.columns
+            margin_N = margin(columns[PANEL_CONFIDENCE], columns.get(PANEL_PRESENT))
+            counts["margins"] = float(margin_N.double().sum())
+        return counts
+
+    def loss(
+        self, positions: Positions, signal: Signal | None, batch: Batch, step: int
+    ) -> dict[str, Term]:
+        """The weighted KL summed over the rows; logged are ``kl``, unweighted, and ``margin``."""
+        del batch, step
+        term = muki_term(
+            positions.logits_NV,
+            panel_of(signal),
+            hard=self.choice == "hard",
+            by_margin=self.margin,
+            sharpness=self.sharpness,
+            temperature=self.temperature,
+            squared=self.squared,
+            weight=self.weight,
+        )
+        if self.normalise == "none":
+            return {"rows": term}
+        logged = Term(torch.zeros_like(term.total), term.parts)
+        return {"rows": logged, "margins": Term(term.total, {})}
 
 
 @torch.no_grad()

@@ -85,26 +85,10 @@ def precision_of_teacher(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; every module's own mode is put back, whatever happens."""
-    with _in_mode(model, training=False):
-        yield
-
-
-@contextmanager
-def dropping(model: nn.Module) -> Iterator[None]:
-    """Train mode for a while, in which a frozen model drops; else like :func:`evaluating`.
-
-    All modules: attention asks for the mode of its own, not for that of a dropout inside it.
-    """
-    with _in_mode(model, training=True):
-        yield
-
-
-@contextmanager
-def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    model.eval()
     try:
         yield
     finally:
-        for module, before in modes:
-            module.training = before
+        for module, training in modes:
+            module.training = training

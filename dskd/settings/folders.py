@@ -5,7 +5,7 @@ A run's folder::
     config.yaml    the resolved settings          inputs.json   fingerprints of data and models
     sliced/        the model that a sliced student starts as
     questions/     how hard each token was (questions-epoch-N/: for the student, later)
-    cache/         the teacher's top-k logits
+    cache/         the teacher's top-k logits, or a panel's scores
     train/         metrics, checkpoints, summary  export/       a HuggingFace model
     scores.json    the exported model's evaluation
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from dskd.settings.data import HardTokens
 from dskd.settings.model import Model
 from dskd.settings.run import Run
-from dskd.settings.teachers import RoutedTeacher
+from dskd.settings.teachers import PanelTeacher, RoutedTeacher
 
 
 class RunFolder:
@@ -28,7 +28,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.inputs = path / "inputs.json"
         self.sliced = path / "sliced"
-        self.cache = path / "cache"  # below it by domain, if the teacher is routed
+        self.cache = path / "cache"  # below it by domain or name of several teachers
         self.train = path / "train"
         self.metrics = self.train / "metrics.jsonl"  # a line for each logged step and evaluation
         self.checkpoints = self.train / "checkpoints"
@@ -44,7 +44,11 @@ def folder_of(run: Run) -> RunFolder:
 
 
 def cache_folder(run: Run, domain: str | None = None) -> Path:
-    """Where a run's cached teacher (``domain``'s, if routed) keeps its logits."""
+    """Where a run's cached teacher (``domain``'s, if routed) keeps its logits, or a teacher of a
+    panel its scores; for None the folder of the whole panel."""
+    if isinstance(run.teacher, PanelTeacher):
+        panel = folder_of(run).cache if run.teacher.path is None else run.teacher.path
+        return panel if domain is None else panel / domain
     teacher = run.teacher.domains[domain] if isinstance(run.teacher, RoutedTeacher) else run.teacher
     if teacher.path is not None:
         return teacher.path

@@ -41,7 +41,7 @@ from dskd.settings.parsing import (
     with_kinds,
 )
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, each_teacher
+from dskd.settings.teachers import CachedTeacher, PanelTeacher, each_teacher
 from dskd.settings.yaml_tree import SettingName, Tree
 
 _NAME, _PATH = 255, 4095  # bytes of a file's name, and of a whole path (Linux)
@@ -230,6 +230,8 @@ class _Reader:
             if not isinstance(run.data.masking, HardTokens):
                 raise ConfigError(f"'run:{name}' has no store, its masking is not of hard tokens")
             return str(questions_folder(run))
+        if isinstance(run.teacher, PanelTeacher) and place == ("teacher", "path"):
+            return str(cache_folder(run))
         teachers = each_teacher(run.teacher)
         by_domain = place[:2] == ("teacher", "domains") and None not in teachers
         domain = place[2] if by_domain else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dskd.settings.base import FREE, RunPath, Section
 from dskd.settings.model import Model
@@ -84,18 +85,82 @@ class SelfTeacher(Section):
     """Of the frozen copy."""
 
 
+class PanelMember(LiveTeacher):
+    """One teacher of a panel, a classifier of classes of its own."""
+
+    model: Model
+    labels: list[str] | None = None
+    """Names of its classes, in the order of its logits; null: as its model's config names them."""
+    domains: list[str] | None = Field(None, min_length=1)
+    """It is asked about the rows of these domains only; null: of all."""
+
+
+class PanelTeacher(Section):
+    """Several classifiers, each of some of the student's classes, that teach every row together."""
+
+    kind: Literal["panel"]
+    teachers: dict[str, PanelMember] = Field(min_length=1)
+    """By name, which is that of a folder, too."""
+    scores: Literal["stored", "live"] = "stored"
+    """``stored``: each teacher is asked about every row once, before training; ``live``: about each
+    batch."""
+    path: Annotated[Path | None, RunPath("cache")] = None
+    """Folder of the stored scores, which this run fills as far as it is not; ``run:NAME`` is that
+    of another run of the recipe; null: ``<out>/cache``."""
+    confidence: Annotated[str, RunPath()] = "passes"
+    """How sure a teacher is of a row: ``passes``: by the entropy of its mean distribution over
+    ``passes`` passes with dropout; ``logits``: of its distribution without, at the method's
+    temperature; or a ``.npy`` file [training rows, teachers] of numbers from 0 to 1."""
+    passes: int = Field(16, ge=1)
+    """Passes with dropout of each row (1: a single one without), where scores are stored or
+    ``confidence`` is of them."""
+    dropout: float | None = Field(None, gt=0, lt=1)
+    """Probability of all dropouts in these passes; null: the models' own."""
+    micro_batch: Annotated[int, FREE] = Field(16, ge=1)
+    """Rows scored at a time, per rank."""
+    at_once: Annotated[int, FREE] = Field(16, ge=1)
+    """Most passes of a row in one forward pass, which then has so many times its rows."""
+    rows_per_shard: Annotated[int, FREE] = Field(4096, ge=1)
+
+    @field_validator("teachers")
+    @classmethod
+    def _names_are_of_folders(cls, teachers: dict[str, PanelMember]) -> dict[str, PanelMember]:
+        for name in teachers:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"{name!r}: a name is made of letters, digits, _ and -")
+        return teachers
+
+    @field_validator("confidence")
+    @classmethod
+    def _is_found_somehow(cls, confidence: str) -> str:
+        if confidence not in ("passes", "logits") and not confidence.endswith(".npy"):
+            raise ValueError(f"{confidence!r} is not one of passes, logits, or the path of a .npy")
+        return confidence
+
+
 AnyTeacher = Annotated[
-    LiveTeacher | CachedTeacher | RoutedTeacher | SelfTeacher, Field(discriminator="kind")
+    LiveTeacher | CachedTeacher | RoutedTeacher | SelfTeacher | PanelTeacher,
+    Field(discriminator="kind"),
 ]
 
 
+class MemberName(str):
+    """The name of a teacher of a panel, where others have a domain."""
+
+
 def each_teacher(teacher: AnyTeacher | None) -> dict[str | None, LiveTeacher | CachedTeacher]:
-    """The teachers that have a model of their own, by domain; a single one has the domain None."""
+    """The teachers that have a model of their own, by domain; a single one has the domain None,
+    those of a panel have their :class:`MemberName` instead."""
     if isinstance(teacher, RoutedTeacher):
         return dict(teacher.domains)
+    if isinstance(teacher, PanelTeacher):
+        return {MemberName(name): member for name, member in teacher.teachers.items()}
     return {None: teacher} if isinstance(teacher, LiveTeacher | CachedTeacher) else {}
 
 
 def section_name(domain: str | None) -> str:
-    """Dotted name of a teacher's section, for messages."""
+    """Dotted name of a teacher's section, for messages; ``domain`` is a key of
+    :func:`each_teacher`."""
+    if isinstance(domain, MemberName):
+        return f"teacher.teachers.{domain}"
     return "teacher" if domain is None else f"teacher.domains.{domain}"

@@ -8,7 +8,7 @@ from dskd.engine.run_config import teacher_config
 from dskd.models.build import model_fingerprint
 from dskd.models.frozen import precision_of_teacher
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher
+from dskd.settings.teachers import CachedTeacher, LiveTeacher
 from dskd.system import dist
 from dskd.system.files import fingerprint
 
@@ -22,8 +22,11 @@ def prints_of_rows(run: Run, prepared: Prepared) -> dict[str, str]:
     }
 
 
-def expected(run: Run, teacher: CachedTeacher, prepared: Prepared, view: View) -> dict[str, str]:
-    """Fingerprints a cache must carry; the teacher's only where the settings name its model."""
+def expected(
+    run: Run, teacher: CachedTeacher | LiveTeacher, prepared: Prepared, view: View
+) -> dict[str, str]:
+    """Fingerprints that a store of what a teacher says must carry; the teacher's only where the
+    settings name its model."""
     prints = prints_of_rows(run, prepared) | {"masking": view.fingerprint}
     if teacher.model is not None:
         model = teacher.model

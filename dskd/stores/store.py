@@ -10,7 +10,7 @@ id, so it does not depend on ranks, batches or interruptions. A folder holds::
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,7 +211,14 @@ class Store:
             StoreError: the store has not got a row; the message names it.
         """
         places = []
-        for row, arrays, local in self._places(row_ids_B, draws_B):
+        for row, draw in zip(row_ids_B.tolist(), draws_B.tolist(), strict=True):
+            if not (0 <= row < self.spec.rows and 0 <= draw < self.spec.draws):
+                raise StoreError(
+                    f"{self.folder}: no row {row} of draw {draw}, only rows 0 to "
+                    f"{self.spec.rows - 1} of draws 0 to {self.spec.draws - 1}"
+                )
+            place, local = divmod(row, self.spec.rows_per_shard)
+            arrays = self._shard(draw * self.spec.shards_per_draw + place)
             if not arrays["present"][local]:
                 raise StoreError(f"{self.folder}: row {row} was left out of this store")
             begin, end = arrays["row_ptr"][local : local + 2].tolist()
@@ -222,28 +229,6 @@ class Store:
             pieces = [arrays[name][begin:end] for arrays, begin, end in places]
             found[name] = self.spec.columns[name].joined(pieces)
         return counts_B, found
-
-    def holds(self, row_ids_B: NDArray[np.int64], draws_B: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of some rows were not left out; the arguments are those of :meth:`read`.
-
-        Raises:
-            StoreError: there is no such row or draw.
-        """
-        places = self._places(row_ids_B, draws_B)
-        return np.array([arrays["present"][local] for _, arrays, local in places], bool)
-
-    def _places(
-        self, row_ids_B: NDArray[np.int64], draws_B: NDArray[np.int64]
-    ) -> Iterator[tuple[int, dict[str, np.ndarray], int]]:
-        """Of each row its id, the arrays of its shard, and which of that shard's rows it is."""
-        for row, draw in zip(row_ids_B.tolist(), draws_B.tolist(), strict=True):
-            if not (0 <= row < self.spec.rows and 0 <= draw < self.spec.draws):
-                raise StoreError(
-                    f"{self.folder}: no row {row} of draw {draw}, only rows 0 to "
-                    f"{self.spec.rows - 1} of draws 0 to {self.spec.draws - 1}"
-                )
-            place, local = divmod(row, self.spec.rows_per_shard)
-            yield row, self._shard(draw * self.spec.shards_per_draw + place), local
 
     def _map(self, shard: int) -> dict[str, np.ndarray]:
         return map_shard(shard_path(self.folder, shard))[0]

@@ -41,7 +41,7 @@ KIND = "uncertainty"
 PANEL_CONFIDENCE = "panel_confidence"
 """float32 [N, n], how sure each teacher is."""
 PANEL_PRESENT = "panel_present"
-"""bool [N, n], which teachers have scored the row."""
+"""bool [N, n], which teachers are heard about the row; without it all of them are."""
 
 _ROUNDING = 1e-5  # by which a confidence may be outside of 0 to 1
 
@@ -118,8 +118,8 @@ class Uncertainty:
     """A complete store of one teacher, verified and open for reading; safe in threads.
 
     Args:
-        labels: the teacher's classes as the settings say; None: as the store has them. The other
-            arguments are those of :class:`~dskd.stores.store.Store`.
+        layout: what it must hold; None: anything. The other arguments are those of
+            :class:`~dskd.stores.store.Store`.
 
     Raises:
         StoreError: it is missing, incomplete, damaged, or made of something else.
@@ -130,33 +130,44 @@ class Uncertainty:
         folder: Path,
         expect: Mapping[str, str],
         share: tuple[int, int] = (0, 1),
-        labels: Sequence[str] | None = None,
+        layout: UncertaintyLayout | None = None,
     ) -> None:
         self._store = Store(folder, kind=KIND, expect=expect, share=share)
         self.layout = _layout(folder, self._store.spec)
-        if labels is not None and tuple(labels) != self.layout.labels:
-            raise StoreError(
-                f"{folder}: scored for the labels {', '.join(self.layout.labels)}, the settings "
-                f"have {', '.join(labels)}"
-            )
+        if layout is None:
+            return
+        for field in fields(UncertaintyLayout):
+            there, here = getattr(self.layout, field.name), getattr(layout, field.name)
+            if there != here:
+                raise StoreError(f"{folder}: {field.name} is {there} there and {here} here")
 
     def read(self, row_ids_B: NDArray[np.int64], *columns: str) -> dict[str, np.ndarray]:
-        """Columns of some rows, and as ``present`` (bool [B]) which rows were scored; of the others
-        they are 0.
+        """Columns of some rows.
 
         Raises:
-            StoreError: a row is not of the data.
+            StoreError: a row is not of the data, or was not scored.
         """
-        draws_B = np.zeros_like(row_ids_B)
-        present_B = self._store.holds(row_ids_B, draws_B)
-        here_B = np.flatnonzero(present_B)
-        counts_S, found = self._store.read(row_ids_B[here_B], draws_B[here_B], columns)
-        assert (counts_S == 1).all(), "a classified row has one supervised position"
-        read = {"present": present_B}
-        for name, values in found.items():
-            read[name] = np.zeros((len(row_ids_B), *values.shape[1:]), values.dtype)
-            read[name][here_B] = values
-        return read
+        counts_B, found = self._store.read(row_ids_B, np.zeros_like(row_ids_B), columns)
+        assert (counts_B == 1).all(), "a classified row has one supervised position"
+        return found
+
+
+class PanelPresence:
+    """The :class:`~dskd.data.views.Reader` that says which teachers are heard about a row: those of
+    its domain.
+
+    Args:
+        heard_Dn: bool, of each domain which teachers are; one at least.
+    """
+
+    def __init__(self, heard_Dn: NDArray[np.bool_]) -> None:
+        assert heard_Dn.any(1).all(), "a domain of no teacher"
+        self._heard_Dn = heard_Dn
+
+    def __call__(self, rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
+        """The column :data:`PANEL_PRESENT`."""
+        del shown
+        return {PANEL_PRESENT: self._heard_Dn[rows.domains_B]}
 
 
 class StoredPanel:
@@ -166,32 +177,38 @@ class StoredPanel:
         stores: in the order of the panel.
         confident: whether confidences are those of the stores; else they are found from the logits
             in training, at its temperature.
+        heard_Dn: as of :class:`PanelPresence`, which says it to the loss; None: all are heard.
     """
 
-    def __init__(self, stores: Sequence[Uncertainty], *, confident: bool) -> None:
+    def __init__(
+        self,
+        stores: Sequence[Uncertainty],
+        *,
+        confident: bool,
+        heard_Dn: NDArray[np.bool_] | None = None,
+    ) -> None:
         self._stores = stores
         self._confident = confident
+        self._heard_Dn = heard_Dn
 
     def __call__(self, rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
-        """The columns :func:`panel_logits` of each, :data:`PANEL_PRESENT` and, where they are the
-        stores', :data:`PANEL_CONFIDENCE`.
-
-        Raises:
-            StoreError: none of the teachers has scored a row.
-        """
+        """The columns :func:`panel_logits` of each and, where confidences are the stores',
+        :data:`PANEL_CONFIDENCE`; of a teacher that is not heard about a row they are 0."""
         assert ((shown.labels_BT != IGNORE).sum(1) == 1).all(), "one supervised position a row"
         columns: dict[str, np.ndarray] = {}
-        present, confidences = [], []
+        confidences = []
         for index, store in enumerate(self._stores):
-            read = store.read(rows.ids_B, "logits", "entropy")
-            columns[panel_logits(index)] = read["logits"]
-            present.append(read["present"])
-            confidences.append(confidence(read["entropy"], len(store.layout.labels)))
-        present_Nn = np.stack(present, 1)
-        silent_N = ~present_Nn.any(1)
-        if silent_N.any():
-            raise StoreError(f"row {rows.ids_B[silent_N][0]}: none of the teachers has scored it")
-        columns[PANEL_PRESENT] = present_Nn
+            classes = len(store.layout.labels)
+            logits_NC = np.zeros((len(rows.ids_B), classes), np.float32)
+            confidence_N = np.zeros(len(rows.ids_B), np.float32)
+            here = slice(None)
+            if self._heard_Dn is not None:
+                here = np.flatnonzero(self._heard_Dn[rows.domains_B, index])
+            read = store.read(rows.ids_B[here], "logits", "entropy")
+            logits_NC[here] = read["logits"]
+            confidence_N[here] = confidence(read["entropy"], classes)
+            columns[panel_logits(index)] = logits_NC
+            confidences.append(confidence_N)
         if self._confident:
             columns[PANEL_CONFIDENCE] = np.stack(confidences, 1)
         return columns

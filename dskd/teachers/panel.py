@@ -7,18 +7,71 @@ Shape letters: N supervised positions (one a row), n teachers, M classes of one 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dskd.batch import Batch, Panel
+from dskd.data.prepared import Prepared
+from dskd.data.views import Reader, View
+from dskd.methods.integration import label_map
+from dskd.models.families import positions_of
+from dskd.settings.run import Run
+from dskd.settings.teachers import PanelTeacher
+from dskd.stores.dropout_scores import DropoutScorer
+from dskd.stores.panel_scores import heard, open_scores, panelists
 from dskd.stores.uncertainty import (
     PANEL_CONFIDENCE,
     PANEL_PRESENT,
+    ConfidenceFile,
+    PanelPresence,
+    StoredPanel,
     confidence,
     panel_logits,
 )
-from dskd.teachers.dropout_scores import DropoutScorer
+from dskd.system import dist
+
+
+def panel_teacher(
+    run: Run, prepared: Prepared, view: View, device: torch.device
+) -> tuple[StoredPanelists | LivePanelists, tuple[Reader, ...]]:
+    """The panel of a run, and what the loader reads for it (collective).
+
+    Raises:
+        ConfigError: a teacher's classes are not the student's.
+        StoreError: a store or a file of confidences is missing, damaged, or of something else.
+    """
+    panel = run.teacher
+    assert isinstance(panel, PanelTeacher), panel
+    found = panelists(run, prepared)
+    with dist.agreed():
+        maps = [
+            label_map(each.labels, prepared.classes, f"{each.where}.labels").to(device)
+            for each in found
+        ]
+        heard_Dn = heard(run, prepared)
+        readers: list[Reader] = [] if heard_Dn is None else [PanelPresence(heard_Dn)]
+        if panel.confidence.endswith(".npy"):
+            file = Path(panel.confidence)
+            readers.append(ConfidenceFile(file, len(prepared.train), len(found)))
+    confident = panel.confidence == "passes"
+    if panel.scores == "stored":
+        stores = open_scores(run, prepared, view, found, "train")
+        readers.append(StoredPanel(stores, confident=confident, heard_Dn=heard_Dn))
+        return StoredPanelists(maps), tuple(readers)
+    scorers = []
+    for each in found:
+        model = each.build(run, prepared, device)
+
+        def logits(batch: Batch, model: torch.nn.Module = model) -> Tensor:
+            return positions_of(model, batch).logits_NV
+
+        passes = panel.passes if confident else 1
+        scorers.append(
+            DropoutScorer(model, logits, passes=passes, at_once=panel.at_once, seed=run.seed)
+        )
+    return LivePanelists(scorers, maps, confident=confident), tuple(readers)
 
 
 class StoredPanelists:
@@ -35,7 +88,8 @@ class StoredPanelists:
         """The panel of the batch's columns."""
         columns = batch.columns
         logits = [columns[panel_logits(index)] for index in range(len(self._maps))]
-        return Panel(logits, self._maps, columns.get(PANEL_CONFIDENCE), columns[PANEL_PRESENT])
+        confidence_Nn, present_Nn = columns.get(PANEL_CONFIDENCE), columns.get(PANEL_PRESENT)
+        return Panel(logits, self._maps, confidence_Nn, present_Nn)
 
 
 class LivePanelists:
@@ -67,4 +121,4 @@ class LivePanelists:
         if confidence_Nn is None and self._confident:
             found = [confidence(each.entropy_N, each.logits_NC.shape[1]) for each in scores]
             confidence_Nn = torch.stack(found, 1)
-        return Panel(logits, self._maps, confidence_Nn)
+        return Panel(logits, self._maps, confidence_Nn, batch.columns.get(PANEL_PRESENT))

@@ -21,11 +21,12 @@ from dskd.models.configs import hidden_size
 from dskd.models.frozen import frozen_model, model_of
 from dskd.settings.folders import cache_folder, student_settings
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, SelfTeacher, each_teacher
+from dskd.settings.teachers import CachedTeacher, PanelTeacher, SelfTeacher, each_teacher
 from dskd.stores.fingerprints import expected
 from dskd.stores.logits import UNUSED_SLOTS, CachedLogits, CachedMasks, LogitCache
 from dskd.system import dist
 from dskd.teachers.average import Average
+from dskd.teachers.panel import panel_teacher
 from dskd.teachers.teacher import (
     FrozenTeacher,
     RoutedTeachers,
@@ -71,6 +72,9 @@ def set_up(
     """
     if isinstance(run.teacher, SelfTeacher):
         return _from_itself(run, run.teacher, prepared, device)
+    if isinstance(run.teacher, PanelTeacher):
+        teacher, readers = panel_teacher(run, prepared, view, device)
+        return TeacherSetup(teacher, readers=readers)
     teachers = each_teacher(run.teacher)
     if any(isinstance(teacher, CachedTeacher) for teacher in teachers.values()):
         caches = {domain: _open(run, domain, prepared, view, temperature) for domain in teachers}

@@ -116,13 +116,6 @@ def test_row_that_is_not_there_is_named(folder, row, draw, message):
         open_store(folder).read(np.array([0, row]), np.array([0, draw]), COLUMNS)
 
 
-def test_rows_that_were_left_out_can_be_asked_for(folder):
-    rows = np.array([ABSENT, 0, ABSENT, 6])
-    assert open_store(folder).holds(rows, rows % 2).tolist() == [False, True, False, True]
-    with pytest.raises(StoreError, match="no row 7 of draw 0"):
-        open_store(folder).holds(np.array([7]), np.array([0]))
-
-
 def test_shards_are_plain_safetensors_of_known_bytes(folder, tmp_path):
     arrays = safetensors.numpy.load_file(shard_path(folder, 1))
     assert arrays["row_ptr"].tolist() == [0, 2, 2, 3]  # rows 4, 5, 6

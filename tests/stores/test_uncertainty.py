@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pytest import approx
 
 from dskd.data.views import Shown
 from dskd.errors import NonFiniteError, StoreError
@@ -15,6 +16,7 @@ from dskd.stores.uncertainty import (
     PANEL_CONFIDENCE,
     PANEL_PRESENT,
     ConfidenceFile,
+    PanelPresence,
     StoredPanel,
     Uncertainty,
     UncertaintyLayout,
@@ -71,47 +73,51 @@ def rows_of(*ids):
 
 
 def test_rows_are_read_by_id(tmp_path):
-    store = Uncertainty(write(tmp_path / "s"), PRINTS, labels=LABELS)
+    store = Uncertainty(write(tmp_path / "s"), PRINTS, layout=LAYOUT)
     assert store.layout == LAYOUT
     ids = [5, 0, 5, 3]
     read = store.read(np.array(ids), "logits", "mean", "entropy", "mean_entropy")
-    assert read.pop("present").tolist() == [True] * 4
     for name, values in read.items():
         wanted = np.array([values_of(row)[name] for row in ids], np.float32)
         assert np.array_equal(values, wanted), name
 
 
 def test_a_panel_of_stores(tmp_path):
-    """Of other classes each; a row that one has not scored is the other's."""
+    """Of other classes each; a row of a domain that one is not asked about is the other's."""
     pair = UncertaintyLayout(("x", "y"), 1)
     stores = [
         Uncertainty(write(tmp_path / "a", absent=(2, 3)), PRINTS),
         Uncertainty(write(tmp_path / "b", pair, absent=(0,), draw=1), PRINTS),
     ]
-    rows = rows_of(3, 0, 6)
-    columns = StoredPanel(stores, confident=True)(rows, shown(rows))
-    assert columns.keys() == {panel_logits(0), panel_logits(1), PANEL_PRESENT, PANEL_CONFIDENCE}
-    assert columns[PANEL_PRESENT].tolist() == [[False, True], [True, False], [True, True]]
+    heard_Dn = np.array([[False, True], [True, False], [True, True]])
+    rows = rows_of(3, 0, 6)._replace(domains_B=np.array([0, 1, 2]))
+    assert PanelPresence(heard_Dn)(rows, shown(rows)) == {PANEL_PRESENT: approx(heard_Dn)}
+    columns = StoredPanel(stores, confident=True, heard_Dn=heard_Dn)(rows, shown(rows))
+    assert columns.keys() == {panel_logits(0), panel_logits(1), PANEL_CONFIDENCE}
     assert columns[panel_logits(0)].dtype == columns[PANEL_CONFIDENCE].dtype == np.float32
     assert np.array_equal(columns[panel_logits(0)][2], values_of(6)["logits"])
     assert np.array_equal(columns[panel_logits(1)][0], values_of(103, 2)["logits"])
+    assert not columns[panel_logits(0)][0].any() and not columns[panel_logits(1)][1].any()
     for place, teacher, row, classes in ((2, 0, 6, 3), (0, 1, 103, 2), (2, 1, 106, 2)):
         wanted = 1 - values_of(row, classes)["entropy"] / np.log(classes)
-        assert columns[PANEL_CONFIDENCE][place, teacher] == pytest.approx(wanted, abs=1e-6)
+        assert columns[PANEL_CONFIDENCE][place, teacher] == approx(wanted, abs=1e-6)
+    rows = rows_of(6, 5, 4)
     columns = StoredPanel(stores, confident=False)(rows, shown(rows))
-    assert PANEL_CONFIDENCE not in columns
+    assert columns.keys() == {panel_logits(0), panel_logits(1)}
+    wanted = np.array([values_of(100 + row, 2)["logits"] for row in (6, 5, 4)])
+    assert np.array_equal(columns[panel_logits(1)], wanted)
 
 
-def test_a_row_of_no_teacher_is_refused(tmp_path):
+def test_a_row_that_was_not_scored_is_refused(tmp_path):
     stores = [Uncertainty(write(tmp_path / name, absent=(2, 4)), PRINTS) for name in "ab"]
     rows = rows_of(1, 4, 2)
-    with pytest.raises(StoreError, match="row 4: none of the teachers has scored it"):
+    with pytest.raises(StoreError, match="row 4 was left out of this store"):
         StoredPanel(stores, confident=True)(rows, shown(rows))
 
 
 def test_confidence_is_between_certainty_and_nothing():
     uniform = torch.full((4,), 0.25)
-    assert confidence(torch.special.entr(uniform).sum(), 4) == pytest.approx(0.0, abs=1e-6)
+    assert confidence(torch.special.entr(uniform).sum(), 4) == approx(0.0, abs=1e-6)
     assert confidence(np.float32(0.0), 4) == 1.0
 
 
@@ -122,11 +128,19 @@ def test_a_store_of_something_else_is_refused_by_name(tmp_path, name):
         Uncertainty(folder, PRINTS | {name: "other"})
 
 
-def test_other_labels_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"labels": ("law", "art", "war")}, r"labels is \('art', 'law', 'war'\) there and \('law'"),
+        ({"passes": 8}, "passes is 16 there and 8 here"),
+        ({"seed": 1}, "seed is 42 there and 1 here"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_other_scores_are_refused(tmp_path, changed, told):
     folder = write(tmp_path / "s")
-    told = "scored for the labels art, law, war, the settings have law, art, war"
     with pytest.raises(StoreError, match=told):
-        Uncertainty(folder, PRINTS, labels=["law", "art", "war"])
+        Uncertainty(folder, PRINTS, layout=replace(LAYOUT, **changed))
 
 
 @pytest.mark.parametrize(

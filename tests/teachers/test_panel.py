@@ -11,6 +11,7 @@ from dskd.data.loader import make_batch
 from dskd.methods.integration import confidences, label_map, uhc_term, vkd_term
 from dskd.methods.muki import muki_term
 from dskd.models.families import positions_of
+from dskd.stores.dropout_scores import DropoutScorer, score
 from dskd.stores.uncertainty import (
     PANEL_CONFIDENCE,
     ConfidenceFile,
@@ -18,11 +19,10 @@ from dskd.stores.uncertainty import (
     Uncertainty,
     UncertaintyLayout,
 )
-from dskd.teachers.dropout_scores import DropoutScorer, score
 from dskd.teachers.panel import LivePanelists, StoredPanelists
 from tests.models import tiny
 from tests.stores.caches import ToyRows
-from tests.teachers.test_score_stores import CPU, PRINTS, FirstPlace
+from tests.stores.test_score_stores import CPU, PRINTS, FirstPlace
 from tests.training.waits import HostWaits
 
 KINDS = ["bert", "roberta", "gpt2"]
@@ -67,7 +67,7 @@ def stores(tmp_path_factory, rows, teachers):
             fingerprints=PRINTS, seed=SEED, micro_batch=5, at_once=2, rows_per_shard=6, device=CPU,
             where="teacher",
         )  # fmt: skip
-        found.append(Uncertainty(folder, PRINTS, labels=own))
+        found.append(Uncertainty(folder, PRINTS, layout=layout))
     return found
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -30,7 +31,7 @@ from dskd.data.views import View
 from dskd.errors import ConfigError
 from dskd.models.counter_dropout import CounterDropout
 from dskd.models.families import positions_of
-from dskd.models.frozen import dropping, evaluating
+from dskd.models.frozen import evaluating
 from dskd.stores.fill import Words, fill
 from dskd.stores.sweep import Scored
 from dskd.stores.uncertainty import UncertaintyLayout
@@ -112,7 +113,7 @@ class DropoutScorer:
         seeds_PB = mix(
             self._seed, _MASKS, np.arange(first, first + count)[:, None], batch.row_ids_B.numpy()
         ).astype(np.int64)
-        with dropping(self._model), self._masks(seeds_PB, copies.ids_BT.device):
+        with _dropping(self._model), self._masks(seeds_PB, copies.ids_BT.device):
             return self._forward(copies).unflatten(0, (count, -1))
 
     def _masks(self, seeds_PB: np.ndarray, device: torch.device) -> AbstractContextManager[object]:
@@ -168,7 +169,7 @@ def score(
     rows_per_shard: int,
     device: torch.device,
     where: str,
-    stop: Callable[[], bool] | None = None,
+    present_R: NDArray[np.bool_] | None = None,
     verify: bool = False,
 ) -> bool:
     """Make the store of a classifier's scores, go on with an interrupted one, or do nothing if it
@@ -184,6 +185,8 @@ def score(
         at_once: most of the passes in one forward pass, which has so many times ``micro_batch``
             rows.
         where: the model's setting, for messages.
+        present_R: bool, which of the R rows to score; None: all.
+        verify: read a complete store whole, because nobody will open it.
 
     Raises:
         ConfigError: its passes do not differ.
@@ -212,7 +215,8 @@ def score(
 
     def holds(folder: Path) -> str:
         del folder
-        return f"scores of {len(rows):,} rows, {layout.passes} passes each"
+        scored = len(rows) if present_R is None else int(present_R.sum())
+        return f"scores of {scored:,} rows, {layout.passes} passes each"
 
     spec = layout.spec(rows=len(rows), rows_per_shard=rows_per_shard, fingerprints=fingerprints)
     return fill(
@@ -225,7 +229,7 @@ def score(
         micro_batch=micro_batch,
         device=device,
         words=Words("scores", "scoring rows", holds),
-        stop=stop,
+        present_R=present_R,
         verify=verify,
     )
 
@@ -301,6 +305,17 @@ def refuse_equal_passes(scores: DropoutScores, passes: int, where: str) -> None:
             f"{where}: {passes} passes with dropout all gave the same, so nothing in this model "
             f"drops; set passes to 1"
         )
+
+
+@contextmanager
+def _dropping(model: PreTrainedModel) -> Iterator[None]:
+    """Train mode for a while, in which a frozen model drops.
+
+    All modules: attention asks for the mode of its own, not for that of a dropout inside it.
+    """
+    with evaluating(model):  # which puts every module's mode back
+        model.train()
+        yield
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from dskd.batch import IGNORE, Batch
 from dskd.errors import ConfigError
 from dskd.models.families import positions_of
-from dskd.teachers.dropout_scores import (
+from dskd.stores.dropout_scores import (
     DropoutScorer,
     dropout_fields,
     drops_by_row,

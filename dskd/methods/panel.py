@@ -1,0 +1,103 @@
+"""What all methods share that are taught by a panel of classifiers: their settings, the stage that
+asks the teachers, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+from transformers import PreTrainedConfig
+
+from dskd.batch import Panel, Signal
+from dskd.engine.stage import Stage, StageContext
+from dskd.errors import ConfigError
+from dskd.methods.integration import label_map
+from dskd.methods.metrics import RowScores
+from dskd.models.configs import config_at_hand
+from dskd.settings.parsing import nearest
+from dskd.settings.run import Run
+from dskd.settings.teachers import PanelTeacher, each_teacher, section_name
+from dskd.stores.dropout_scores import refuse_without_dropout, with_dropout
+from dskd.stores.panel_scores import fill_scores, heard, panelists
+
+
+class PanelMethod(RowScores):
+    """Settings and checks of a method whose teachers are a panel; no row needs a label."""
+
+    terms: ClassVar[tuple[str, ...]] = ("rows",)
+    objectives: ClassVar[frozenset[str]] = frozenset({"classification"})
+
+    temperature: float = Field(1.0, gt=0)
+    """Softens the distributions of teachers and student."""
+    weight: float = Field(1.0, gt=0)
+    """Of the divergence."""
+
+    def wants_teacher(self) -> bool:
+        """Always."""
+        return True
+
+    def needs_teacher(self, step: int) -> bool:
+        """At each step."""
+        del step
+        return True
+
+    def stages(self) -> Sequence[Stage]:
+        """The one that asks the teachers, where their scores are stored."""
+        return (Stage("scores", ask_teachers, "train", ("cache",)),)
+
+    def check(self, run: Run, config: PreTrainedConfig | None) -> None:
+        """Refuse other teachers than a panel of classifiers, rows of numbers, domains without a
+        teacher, several passes of a model without dropout, and metrics without their library."""
+        del config
+        self.check_metrics(run)
+        kind = getattr(self, "kind", "")
+        if not isinstance(run.teacher, PanelTeacher):
+            found = "none" if run.teacher is None else run.teacher.kind
+            raise ConfigError(f"teacher.kind: method {kind} needs a panel, not {found}")
+        if run.data.regression:
+            raise ConfigError(
+                f"data.sources: method {kind} is of classes, but the rows have numbers (target)"
+            )
+        domains = [source.domain for source in (*run.data.sources, *(run.data.validation or ()))]
+        for name, member in each_teacher(run.teacher).items():
+            where = section_name(name)
+            for domain in member.domains or ():
+                if domain not in domains:
+                    raise ConfigError(
+                        f"{where}.domains: no source has the domain {domain!r}"
+                        f"{nearest(domain, domains)}"
+                    )
+            # What an earlier run exports is not there yet; it is looked at before it is asked.
+            if member.model.path is None or Path(member.model.path).is_dir():
+                config = config_at_hand(member.model, f"{where}.model")
+                if run.teacher.dropout is not None:
+                    config = with_dropout(config, run.teacher.dropout)
+                if run.teacher.scores == "stored" or run.teacher.confidence == "passes":
+                    refuse_without_dropout(config, run.teacher.passes, f"{where}.model")
+
+
+def panel_of(signal: Signal | None) -> Panel:
+    """The signal of a method of panels, which has no other."""
+    assert isinstance(signal, Panel), signal
+    return signal
+
+
+def ask_teachers(context: StageContext) -> None:
+    """Store what each teacher says of the training rows, after a look at what they all are
+    (collective).
+
+    Raises:
+        ConfigError: a teacher's classes are not the student's, or as
+            :func:`~dskd.stores.panel_scores.fill_scores`.
+    """
+    run, prepared = context.run, context.prepared
+    found = panelists(run, prepared)
+    heard(run, prepared)
+    for each in found:
+        label_map(each.labels, prepared.classes, f"{each.where}.labels")
+    if run.teacher.scores == "stored":
+        views = {"train": context.view}
+        verify = run.until == "scores"  # else training opens them
+        fill_scores(run, prepared, views, found, context.device, verify=verify)

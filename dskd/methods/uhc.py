@@ -1,0 +1,27 @@
+"""Unifying heterogeneous classifiers: within each teacher's classes the student says what that
+teacher says (Vongkulbhisal et al. 2019, CVPR)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dskd.batch import Batch, Positions, Signal, Term
+from dskd.methods.base import Method
+from dskd.methods.integration import uhc_term
+from dskd.methods.panel import PanelMethod, panel_of
+
+
+class UnifiedClassifiers(PanelMethod, Method):
+    """The KL of the student within each teacher's classes, summed over the teachers."""
+
+    kind: Literal["uhc"] = "uhc"
+    squared: bool = True
+    """Whether T^2 multiplies the KL."""
+
+    def loss(
+        self, positions: Positions, signal: Signal | None, batch: Batch, step: int
+    ) -> dict[str, Term]:
+        """The KL summed over rows and teachers, logged as ``kl``."""
+        del batch, step
+        settings = self.model_dump(include={"temperature", "squared", "weight"})
+        return {"rows": uhc_term(positions.logits_NV, panel_of(signal), **settings)}

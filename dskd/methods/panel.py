@@ -18,7 +18,7 @@ from dskd.methods.metrics import RowScores
 from dskd.models.configs import config_at_hand
 from dskd.settings.parsing import nearest
 from dskd.settings.run import Run
-from dskd.settings.teachers import PanelTeacher, each_teacher, section_name
+from dskd.settings.teachers import PanelMember, PanelTeacher, each_teacher, section_name
 from dskd.stores.dropout_scores import refuse_without_dropout, with_dropout
 from dskd.stores.panel_scores import fill_scores, heard, panelists
 
@@ -62,20 +62,30 @@ class PanelMethod(RowScores):
             )
         domains = [source.domain for source in (*run.data.sources, *(run.data.validation or ()))]
         for name, member in each_teacher(run.teacher).items():
-            where = section_name(name)
-            for domain in member.domains or ():
-                if domain not in domains:
-                    raise ConfigError(
-                        f"{where}.domains: no source has the domain {domain!r}"
-                        f"{nearest(domain, domains)}"
-                    )
-            # What an earlier run exports is not there yet; it is looked at before it is asked.
-            if member.model.path is None or Path(member.model.path).is_dir():
-                config = config_at_hand(member.model, f"{where}.model")
-                if run.teacher.dropout is not None:
-                    config = with_dropout(config, run.teacher.dropout)
-                if run.teacher.scores == "stored" or run.teacher.confidence == "passes":
-                    refuse_without_dropout(config, run.teacher.passes, f"{where}.model")
+            _check_member(run.teacher, member, section_name(name), domains)
+
+
+def _check_member(
+    panel: PanelTeacher, member: PanelMember, where: str, domains: Sequence[str]
+) -> None:
+    for domain in member.domains or ():
+        if domain not in domains:
+            text = f"no source has the domain {domain!r}{nearest(domain, domains)}"
+            raise ConfigError(f"{where}.domains: {text}")
+    if member.own_tokenizer and member.model.path is None:
+        raise ConfigError(f"{where}.own_tokenizer: a random model has none; set {where}.model.path")
+    if member.own_tokenizer and panel.scores == "live":
+        raise ConfigError(
+            f"{where}.own_tokenizer: live teachers read the student's tokens; set teacher.scores "
+            f"to stored"
+        )
+    # What an earlier run exports is not there yet; it is looked at before it is asked.
+    if member.model.path is None or Path(member.model.path).is_dir():
+        config = config_at_hand(member.model, f"{where}.model")
+        if panel.dropout is not None:
+            config = with_dropout(config, panel.dropout)
+        if panel.scores == "stored" or panel.confidence == "passes":
+            refuse_without_dropout(config, panel.passes, f"{where}.model")
 
 
 def panel_of(signal: Signal | None) -> Panel:
@@ -100,4 +110,4 @@ def ask_teachers(context: StageContext) -> None:
     if run.teacher.scores == "stored":
         views = {"train": context.view}
         verify = run.until == "scores"  # else training opens them
-        fill_scores(run, prepared, views, found, context.device, verify=verify)
+        fill_scores(run, views, found, context.device, verify=verify)

@@ -33,7 +33,7 @@ from dskd.settings.folders import folder_of
 from dskd.settings.model import Model
 from dskd.settings.recipe import Recipe
 from dskd.settings.run import Run
-from dskd.settings.teachers import each_teacher, section_name
+from dskd.settings.teachers import PanelMember, each_teacher, section_name
 
 
 def exporter(recipe: Recipe, path: str | None) -> str | None:
@@ -52,9 +52,19 @@ def models_of(run: Run) -> dict[str, Model]:
 
 
 def used_models(run: Run, method: Method) -> dict[str, Model]:
-    """Those of :func:`models_of` that the run will load: a teacher only if its method wants one."""
+    """Those of :func:`models_of` that the run will load to read its rows: a teacher only if its
+    method wants one, and if it has no tokenizer of its own."""
     wanted = method.wants_teacher()
-    return {n: m for n, m in models_of(run).items() if wanted or not n.startswith("teacher.")}
+    others = [
+        f"{section_name(name)}.model"
+        for name, teacher in each_teacher(run.teacher).items()
+        if isinstance(teacher, PanelMember) and teacher.own_tokenizer
+    ]
+    return {
+        name: model
+        for name, model in models_of(run).items()
+        if name not in others and (wanted or not name.startswith("teacher."))
+    }
 
 
 def named(recipe: Recipe, name: str, place: str) -> str:

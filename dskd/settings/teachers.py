@@ -91,6 +91,9 @@ class PanelMember(LiveTeacher):
     model: Model
     labels: list[str] | None = None
     """Names of its classes, in the order of its logits; null: as its model's config names them."""
+    own_tokenizer: bool = False
+    """It reads the rows' text in the tokens of its model's folder, not in those of the student;
+    where scores are stored."""
     domains: list[str] | None = Field(None, min_length=1)
     """It is asked about the rows of these domains only; null: of all."""
 

@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dskd.data.prepared import Prepared, RowSet
+from dskd.data.prepared import Prepared, RowSet, open_prepared, prepare
 from dskd.data.views import View
 from dskd.errors import ConfigError
 from dskd.models.configs import classes_in, config_of
 from dskd.models.frozen import frozen_model
+from dskd.settings.data import PretrainedTokenizer
 from dskd.settings.folders import cache_folder
 from dskd.settings.model import Model
 from dskd.settings.run import Run
@@ -43,6 +44,7 @@ class Panelist:
         where: dotted name of its section there.
         settings: that section.
         model: to build, with the dropout of the panel in its config.
+        prepared: the rows in the tokens that it reads.
         labels: names of its classes, in the order of its logits.
         layout: of its stores.
     """
@@ -51,12 +53,17 @@ class Panelist:
     where: str
     settings: PanelMember
     model: Model
+    prepared: Prepared
     labels: tuple[str, ...]
     layout: UncertaintyLayout
 
-    def build(self, run: Run, prepared: Prepared, device: torch.device) -> nn.Module:
+    def rows(self, part: Part) -> RowSet:
+        """The rows of a part."""
+        return self.prepared.train if part == "train" else self.prepared.validation
+
+    def build(self, run: Run, device: torch.device) -> nn.Module:
         """The frozen model, a classifier of its own classes (collective)."""
-        own = replace(prepared, classes=None)
+        own = replace(self.prepared, classes=None)
         return frozen_model(run, self.settings, self.model, f"{self.where}.model", own, device)
 
 
@@ -67,14 +74,39 @@ def panelists(run: Run, prepared: Prepared) -> list[Panelist]:
         ConfigError: a model has no dropout for several passes, does not say what its classes are,
             or has another number of them than the settings name.
     """
-    with dist.agreed():
-        return [
-            _panelist(run, section_name(name), name, member, prepared)
-            for name, member in each_teacher(run.teacher).items()
-        ]
+    found = []
+    for name, member in each_teacher(run.teacher).items():
+        where = section_name(name)
+        own = _in_own_tokens(run, member, prepared, where) if member.own_tokenizer else prepared
+        with dist.agreed():
+            found.append(_panelist(run, where, name, member, own))
+    return found
+
+
+def _in_own_tokens(run: Run, member: PanelMember, prepared: Prepared, where: str) -> Prepared:
+    """The rows in the tokens of a teacher's folder (collective)."""
+    model = member.model
+    tokenizer = PretrainedTokenizer(
+        kind="pretrained",
+        path=model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    data = run.data.model_copy(update={"tokenizer": tokenizer})
+    folder = dist.on_rank0(lambda: open_prepared(prepare(data)).folder)
+    own = open_prepared(folder, verify=False)
+    for part in ("train", "validation"):
+        here, there = len(getattr(own, part)), len(getattr(prepared, part))
+        if here != there:
+            raise ConfigError(
+                f"{where}.own_tokenizer: of {there} {part} rows it leaves {here}; score them by a "
+                f"tokenizer that leaves them all"
+            )
+    return own
 
 
 def _panelist(run: Run, where: str, name: str, member: PanelMember, prepared: Prepared) -> Panelist:
+    """The teacher, whose ``prepared`` rows are in the tokens that it reads."""
     panel = run.teacher
     config = config_of(member.model, where=f"{where}.model", tokenizer=prepared.tokenizer)
     labels = _labels(member, classes_in(config), where)
@@ -93,7 +125,7 @@ def _panelist(run: Run, where: str, name: str, member: PanelMember, prepared: Pr
         at_once=panel.at_once,
         where=f"{where}.model",
     )
-    return Panelist(name, where, member, model, tuple(labels), layout)
+    return Panelist(name, where, member, model, prepared, tuple(labels), layout)
 
 
 def _labels(member: PanelMember, named: list[str], where: str) -> list[str]:
@@ -133,7 +165,6 @@ def heard(run: Run, prepared: Prepared) -> NDArray[np.bool_] | None:
 
 def fill_scores(
     run: Run,
-    prepared: Prepared,
     views: Mapping[Part, View],
     found: list[Panelist],
     device: torch.device,
@@ -158,37 +189,35 @@ def fill_scores(
 
         def model(each: Panelist = each, built: list[nn.Module] = built) -> nn.Module:
             if not built:
-                built.append(each.build(run, prepared, device))
+                built.append(each.build(run, device))
             return built[0]
 
         for part, view in views.items():
             score(
                 model,
-                _rows(prepared, part),
+                each.rows(part),
                 view,
                 _folder(run, each, part),
                 each.layout,
-                fingerprints=_prints(run, prepared, each, part, view),
+                fingerprints=_prints(run, each, part, view),
                 seed=run.seed,
                 micro_batch=panel.micro_batch,
                 at_once=panel.at_once,
                 rows_per_shard=panel.rows_per_shard,
                 device=device,
                 where=f"{each.where}.model",
-                present_R=_asked(run, prepared, part, index),
+                present_R=_asked(run, each, part, index),
                 verify=verify,
             )
 
 
-def open_scores(
-    run: Run, prepared: Prepared, view: View, found: list[Panelist], part: Part
-) -> list[Uncertainty]:
+def open_scores(run: Run, view: View, found: list[Panelist], part: Part) -> list[Uncertainty]:
     """The teachers' complete stores of a part's rows, each rank verifying its share (collective).
 
     Raises:
         StoreError: one is missing, damaged, or of another teacher, tokenizer or rows.
     """
-    wanted = [_prints(run, prepared, each, part, view) for each in found]
+    wanted = [_prints(run, each, part, view) for each in found]
     share = (dist.rank(), dist.world())
     with dist.agreed():
         return [
@@ -197,23 +226,19 @@ def open_scores(
         ]
 
 
-def _rows(prepared: Prepared, part: Part) -> RowSet:
-    return prepared.train if part == "train" else prepared.validation
-
-
 def _folder(run: Run, each: Panelist, part: Part) -> Path:
     return cache_folder(run, each.name) / part
 
 
-def _prints(run: Run, prepared: Prepared, each: Panelist, part: Part, view: View) -> dict[str, str]:
-    rows = {"data": _rows(prepared, part).fingerprint}
-    return expected(run, each.settings, prepared, view) | rows
+def _prints(run: Run, each: Panelist, part: Part, view: View) -> dict[str, str]:
+    rows = {"data": each.rows(part).fingerprint}
+    return expected(run, each.settings, each.prepared, view) | rows
 
 
-def _asked(run: Run, prepared: Prepared, part: Part, index: int) -> NDArray[np.bool_] | None:
+def _asked(run: Run, each: Panelist, part: Part, index: int) -> NDArray[np.bool_] | None:
     """Which rows a teacher is asked about, bool [R]; None: all."""
-    heard_Dn = heard(run, prepared)
+    heard_Dn = heard(run, each.prepared)
     if heard_Dn is None:
         return None
-    rows = _rows(prepared, part)
+    rows = each.rows(part)
     return heard_Dn[rows.domains_B(np.arange(len(rows))), index]

@@ -57,12 +57,12 @@ def panel_teacher(
             readers.append(ConfidenceFile(file, len(prepared.train), len(found)))
     confident = panel.confidence == "passes"
     if panel.scores == "stored":
-        stores = open_scores(run, prepared, view, found, "train")
+        stores = open_scores(run, view, found, "train")
         readers.append(StoredPanel(stores, confident=confident, heard_Dn=heard_Dn))
         return StoredPanelists(maps), tuple(readers)
     scorers = []
     for each in found:
-        model = each.build(run, prepared, device)
+        model = each.build(run, device)
 
         def logits(batch: Batch, model: torch.nn.Module = model) -> Tensor:
             return positions_of(model, batch).logits_NV

@@ -12,7 +12,7 @@ from dskd.settings import yaml_tree
 from dskd.settings.base import Section
 from dskd.settings.compare import differences
 from dskd.settings.data import HardTokens, Masking, PretrainedTokenizer
-from dskd.settings.folders import questions_folder
+from dskd.settings.folders import cache_folder, questions_folder
 from dskd.settings.parsing import parse
 from dskd.settings.recipe import SINGLE, dump_run, read
 from dskd.settings.run import Run, Train
@@ -249,6 +249,11 @@ def test_home_is_expanded(monkeypatch):
         ("checkpoint: {xyz: 1}", "checkpoint.xyz: no such setting; there are every, keep"),
         ("teacher: {kind: liv}",
          "teacher.kind: 'liv' is not one of live, cached, routed, self, panel"),
+        ("teacher: {kind: panel, teachers: {x: {}}}", "teacher.teachers.x.model: missing"),
+        ("teacher: {kind: panel, teachers: {a/b: {model: {path: x}}}}",
+         "teacher.teachers: 'a/b': a name is made of letters, digits, _ and -"),
+        ("teacher: {kind: panel, teachers: {x: {model: {path: x}}}, confidence: pases}",
+         "teacher.confidence: 'pases' is not one of passes, logits, or the path of a .npy"),
         ("teacher: {kind: routed, domains: {x: {model: {}}}}",
          "teacher.domains.x.kind: missing; one of live, cached"),
         ("teacher: {kind: routed, domains: {x: {kind: live, model: {}, modle: {}}}}",
@@ -397,6 +402,18 @@ def test_a_run_can_use_the_caches_of_a_routed_one(tmp_path):
     recipe = f"base: {{out: o}}\nruns:\n  a: {{{first}}}\n  b: {{{second}}}\n"
     domains = read(_write(tmp_path, recipe)).runs["b"].teacher.domains
     assert [domains[name].path for name in "xy"] == [Path("o/a/cache/x"), Path("p")]
+
+
+def test_a_run_can_use_the_scores_of_anothers_panel(tmp_path):
+    panel = "teacher: {kind: panel, path: %s, teachers: {x: {model: {path: 'run:t'}}}}"
+    recipe = f"base: {{out: o}}\nruns:\n  t: {{}}\n  a: {{{panel % 'null'}}}\n"
+    recipe += f"  b: {{{panel % 'run:a'}}}\n  c: {{{panel % 'run:b'}}}\n"
+    runs = read(_write(tmp_path, recipe)).runs
+    assert [cache_folder(runs[name], "x") for name in "abc"] == [Path("o/a/cache/x")] * 3
+    assert runs["c"].teacher.teachers["x"].model.path == "o/t/export"
+    assert _refused(tmp_path, recipe.replace("run:a", "run:t")) == [
+        "FILE: runs.b.teacher.path: 'run:t' has no cache, its teacher is not a cached one"
+    ]
 
 
 def test_a_run_can_use_the_hard_tokens_of_another(tmp_path):

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE = -100
 """Label of a position that is not supervised."""
@@ -182,15 +182,23 @@ class Projection(Protocol):
 
 @dataclass(frozen=True)
 class Positions:
-    """The supervised positions of a student's forward pass, up to its last linear map.
+    """The supervised positions of a model's forward pass, up to its last linear map.
 
     ``logits_NV`` is computed on first use and kept; a fused loss goes through ``projection``
     instead and never makes it.
+
+    Attributes:
+        states: the hidden states of all tokens [B, T, D], of the embeddings and behind each layer,
+            the last one as the head reads it; None: nobody asked for them.
+        companion: what a method trains beside the student; its modules are to be called, as the
+            projection is.
     """
 
     hidden_ND: Tensor
     projection: Projection
     labels_N: Tensor
+    states: Sequence[Tensor] | None = None
+    companion: nn.Module | None = None
 
     @cached_property
     def logits_NV(self) -> Tensor:
@@ -284,12 +292,15 @@ class Panel:
             None: as its logits say.
         present_Nn: bool, which teachers are heard about a position, at least one; None: all of
             them. What the others' logits and confidence are does not count.
+        states: of each teacher the hidden states of all tokens, as of :class:`Positions`; None: the
+            method does not read them.
     """
 
     logits: Sequence[Tensor]
     maps: Sequence[Tensor]
     confidence_Nn: Tensor | None = None
     present_Nn: Tensor | None = None
+    states: Sequence[Sequence[Tensor]] | None = None
 
 
 Signal = ProjectedTeacher | ProjectedTeachers | DenseTeacher | TopKTeacher | Panel

@@ -26,6 +26,8 @@ NEVER_IN_METHODS = {"training", "runs", "train"}
 """What a method must not know, besides any other method."""
 
 SHARED_BY_METHODS = {
+    "methods.alignment",
+    "methods.amalgamation",
     "methods.base",
     "methods.inheritance_loss",
     "methods.integration",

@@ -26,7 +26,8 @@ def test_help(word, capsys):
         (["train.batch=12"], "train.batch: 12 is not a multiple of train.micro_batch 8"),
         (
             ["method.kind=kl"],
-            "method.kind: 'kl' is not one of ki, lm, self_evolution, wid, finetune; did you mean",
+            "method.kind: 'kl' is not one of ki, lm, self_evolution, wid, finetune, muki, vkd, "
+            "uhc, dfa, cfl; did you mean",
         ),
         (["deepspeed=zero9"], "zero9"),
         (["deepspeed={folder}/ds.json"], "train_batch_size"),

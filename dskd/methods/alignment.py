@@ -15,6 +15,7 @@ features, G groups of R rows, K numbers of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -42,14 +43,18 @@ class DfaBlock(nn.Module):
     Args:
         width: D.
         teacher_widths: E of each teacher.
+        dtype: of the parameters; None: torch's default.
     """
 
-    def __init__(self, width: int, teacher_widths: Sequence[int]) -> None:
+    def __init__(
+        self, width: int, teacher_widths: Sequence[int], dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self._widths = list(teacher_widths)
-        self.teacher_encoder = nn.Linear(sum(self._widths), width)
-        self.teacher_decoder = nn.Linear(width, sum(self._widths))
-        self.student_encoder = nn.Linear(width, width)
+        linear = partial(nn.Linear, dtype=dtype)
+        self.teacher_encoder = linear(sum(self._widths), width)
+        self.teacher_decoder = linear(width, sum(self._widths))
+        self.student_encoder = linear(width, width)
 
     def forward(self, student_BTD: Tensor, teachers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Squared errors of each token [B, T]: of the alignment, which trains the student and its
@@ -68,16 +73,17 @@ class CflBlock(nn.Module):
     The arguments are those of :class:`DfaBlock`; D is at least 4.
     """
 
-    def __init__(self, width: int, teacher_widths: Sequence[int]) -> None:
+    def __init__(
+        self, width: int, teacher_widths: Sequence[int], dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         common = width // 4
-        self.student_encoder = nn.Linear(width, common)
-        self.teacher_encoders = nn.ModuleList(nn.Linear(size, common) for size in teacher_widths)
-        self.extractor = nn.Sequential(
-            nn.Linear(common, common), nn.ReLU(), nn.Linear(common, common)
-        )
+        linear = partial(nn.Linear, dtype=dtype)
+        self.student_encoder = linear(width, common)
+        self.teacher_encoders = nn.ModuleList(linear(size, common) for size in teacher_widths)
+        self.extractor = nn.Sequential(linear(common, common), nn.ReLU(), linear(common, common))
         self.decoders = nn.ModuleList(
-            nn.Sequential(nn.Linear(common, size), nn.ReLU(), nn.Linear(size, size))
+            nn.Sequential(linear(common, size), nn.ReLU(), linear(size, size))
             for size in teacher_widths
         )
 

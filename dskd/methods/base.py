@@ -31,6 +31,8 @@ METHODS: dict[str, str] = {
     "muki": "dskd.methods.muki:Integration",
     "vkd": "dskd.methods.vkd:VanillaDistillation",
     "uhc": "dskd.methods.uhc:UnifiedClassifiers",
+    "dfa": "dskd.methods.dfa:FeatureAlignment",
+    "cfl": "dskd.methods.cfl:CommonFeatures",
 }
 """Where each kind is found, ``module:Class``; imported when needed, so that a broken one cannot
 break the others."""
@@ -57,6 +59,8 @@ class Method(Section):
     remakes_student: ClassVar[bool] = False
     """Whether :meth:`hooks` puts other modules into the student, so that no copy of the model that
     it starts as can follow its weights."""
+    reads_states: ClassVar[bool] = False
+    """Whether :meth:`loss` reads the hidden states of a panel's teachers."""
 
     kind: str
 

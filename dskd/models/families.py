@@ -32,6 +32,9 @@ class LinearProjection(nn.Linear):
         return use(hidden_ND, self.weight, self.bias)
 
 
+COMPANION = "companion"
+"""Name of the submodule of a student that a method trains beside it."""
+
 _CLASSES = {
     "masked": MODEL_FOR_MASKED_LM_MAPPING,
     "causal": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -97,7 +100,7 @@ def _head_of_class(model: type[PreTrainedModel], config: type[PreTrainedConfig])
     raise TypeError(f"a {model.__name__} is of no objective that has a head here")
 
 
-def positions_of(model: nn.Module, batch: Batch) -> Positions:
+def positions_of(model: nn.Module, batch: Batch, *, states: bool = False) -> Positions:
     """Run the body on a batch and its head up to the last linear map, on supervised positions only.
 
     A head that reads a row as a whole does so where its type reads it, wherever in the row the
@@ -107,18 +110,26 @@ def positions_of(model: nn.Module, batch: Batch) -> Positions:
     parameter is still in the graph (products with empty matrices), with gradients of zero.
 
     The batch is on the model's device, and ``hidden_ND`` of the result in the model's dtype.
+
+    Args:
+        states: whether the hidden states of all tokens are kept, as they are for a
+            :data:`COMPANION`.
     """
     head = head_in(model)
+    companion = getattr(model, COMPANION, None)
     causal = is_causal(model.config.model_type)
     arguments = attention_arguments(model, batch, causal=causal)
     if batch.types_BT is not None and has_types(model.config):
         arguments["token_type_ids"] = batch.types_BT
+    if states or companion is not None:
+        arguments["output_hidden_states"] = True
     body = model.base_model(input_ids=batch.ids_BT, **arguments)
     # By their indices: indexing by the mask itself would wait for a GPU to count its trues.
     places_N = batch.positions_N if head.reads == "supervised" else _places_read(batch, head)
     hidden_ND = body.last_hidden_state.flatten(0, 1).index_select(0, places_N)
     hidden_ND = head.transform(model, hidden_ND)
-    return Positions(hidden_ND, projection_of(model), batch.labels_N)
+    kept = body.hidden_states if "output_hidden_states" in arguments else None
+    return Positions(hidden_ND, projection_of(model), batch.labels_N, kept, companion)
 
 
 def _places_read(batch: Batch, head: Head) -> Tensor:

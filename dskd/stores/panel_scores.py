@@ -115,10 +115,11 @@ def _panelist(run: Run, where: str, name: str, member: PanelMember, prepared: Pr
         fields = dict.fromkeys(dropout_fields(config), panel.dropout)
         model = model.model_copy(update={"config": {**model.config, **fields}})
         config = with_dropout(config, panel.dropout)
+    dropping = panel.scores == "stored" or panel.confidence == "passes"
     layout = layout_of(
         config,
         labels,
-        passes=panel.passes,
+        passes=panel.passes if dropping else 1,
         dropout=panel.dropout,
         seed=run.seed,
         micro_batch=panel.micro_batch,

@@ -15,8 +15,10 @@ from torch import Tensor
 from dskd.batch import Batch, Panel
 from dskd.data.prepared import Prepared
 from dskd.data.views import Reader, View
+from dskd.methods.base import build_method
 from dskd.methods.integration import label_map
 from dskd.models.families import positions_of
+from dskd.models.frozen import evaluating
 from dskd.settings.run import Run
 from dskd.settings.teachers import PanelTeacher
 from dskd.stores.dropout_scores import DropoutScorer
@@ -35,7 +37,7 @@ from dskd.system import dist
 
 def panel_teacher(
     run: Run, prepared: Prepared, view: View, device: torch.device
-) -> tuple[StoredPanelists | LivePanelists, tuple[Reader, ...]]:
+) -> tuple[StoredPanelists | LivePanelists | PanelistsWithStates, tuple[Reader, ...]]:
     """The panel of a run, and what the loader reads for it (collective).
 
     Raises:
@@ -55,6 +57,8 @@ def panel_teacher(
         if panel.confidence.endswith(".npy"):
             file = Path(panel.confidence)
             readers.append(ConfidenceFile(file, len(prepared.train), len(found)))
+    if build_method(run.method).reads_states:
+        return PanelistsWithStates([each.build(run, device) for each in found], maps), ()
     confident = panel.confidence == "passes"
     if panel.scores == "stored":
         stores = open_scores(run, view, found, "train")
@@ -122,3 +126,28 @@ class LivePanelists:
             found = [confidence(each.entropy_N, each.logits_NC.shape[1]) for each in scores]
             confidence_Nn = torch.stack(found, 1)
         return Panel(logits, self._maps, confidence_Nn, batch.columns.get(PANEL_PRESENT))
+
+
+class PanelistsWithStates:
+    """Frozen classifiers whose hidden states a method reads, too; asked as :class:`LivePanelists`
+    are, but by one pass each, without dropout.
+
+    Args:
+        models: the teachers.
+        maps: as for :class:`StoredPanelists`.
+    """
+
+    def __init__(self, models: Sequence[torch.nn.Module], maps: Sequence[Tensor]) -> None:
+        self._models = models
+        self._maps = maps
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Panel:
+        """Ask each teacher."""
+        logits, states = [], []
+        for model in self._models:
+            with evaluating(model):
+                found = positions_of(model, batch, states=True)
+                logits.append(found.logits_NV)
+                states.append(found.states)
+        return Panel(logits, self._maps, states=states)

@@ -53,6 +53,24 @@ def test_logits_are_huggingfaces_bit_for_bit(model_type, training, lengths):
     assert torch.equal(found_NC, whole_NC)
 
 
+@pytest.mark.parametrize("model_type", CLASSIFIERS)
+def test_hidden_states_are_of_all_layers_and_the_last_is_what_the_head_reads(model_type):
+    """Some families have a norm behind their last layer."""
+    model, data = make(model_type, classes=CLASSES).eval(), rows_of([16, 9, 3])
+    with torch.no_grad():
+        found = positions_of(model, data, states=True)
+        inputs = {"input_ids": data.ids_BT, "attention_mask": data.mask_BT}
+        body = model.base_model(**inputs, output_hidden_states=True)
+    assert len(found.states) == model.config.num_hidden_layers + 1 == 3
+    real_BT = data.mask_BT == 1  # what stands on padding is nobody's
+    for mine, theirs in zip(found.states, body.hidden_states, strict=True):
+        assert mine.shape == (3, 16, model.config.hidden_size)
+        torch.testing.assert_close(mine[real_BT], theirs[real_BT])
+    assert torch.equal(body.hidden_states[-1], body.last_hidden_state)
+    assert torch.equal(found.logits_NV, positions_of(model, data).logits_NV)
+    assert positions_of(model, data).states is None
+
+
 @pytest.mark.parametrize("model_type", ["bert", "gpt2"])
 def test_one_seed_drops_and_no_seed_does_not(model_type):
     """The case above says something only if dropout is there to be drawn alike."""

@@ -19,7 +19,7 @@ from dskd.stores.uncertainty import (
     Uncertainty,
     UncertaintyLayout,
 )
-from dskd.teachers.panel import LivePanelists, StoredPanelists
+from dskd.teachers.panel import LivePanelists, PanelistsWithStates, StoredPanelists
 from tests.models import tiny
 from tests.stores.caches import ToyRows
 from tests.stores.test_score_stores import CPU, PRINTS, FirstPlace
@@ -112,6 +112,21 @@ def test_passes_make_other_confidences_than_the_logits(rows, teachers, maps):
     assert (by_passes - by_logits).abs().max() > 1e-4
 
 
+def test_states_come_with_the_logits_of_a_pass_without_dropout(rows, teachers, maps):
+    for teacher in teachers:
+        teacher.train()
+    batch = batch_with(rows)
+    panel = PanelistsWithStates(teachers, maps)(batch)
+    assert all(module.training for teacher in teachers for module in teacher.modules())
+    wanted = live(teachers, maps, confident=False)(batch)
+    torch.testing.assert_close(panel.logits, wanted.logits)
+    assert panel.confidence_Nn is None and panel.present_Nn is None
+    for teacher, logits_NM, states in zip(teachers, panel.logits, panel.states, strict=True):
+        assert len(states) == teacher.config.num_hidden_layers + 1
+        assert not any(each.requires_grad for each in (logits_NM, *states))
+        teacher.eval()
+
+
 def test_confidences_from_a_file(tmp_path, rows, teachers, maps, stores):
     """In the place of those of stores, or of live teachers."""
     values_Rn = np.random.RandomState(0).rand(len(rows), 3)
@@ -138,6 +153,7 @@ def test_the_host_waits_for_nothing(rows, teachers, maps, stores, name):
         for panel in (
             StoredPanelists(maps)(batch),
             live(teachers, maps, confident=True)(replace(batch, columns={})),
+            PanelistsWithStates(teachers, maps)(replace(batch, columns={})),
         ):
             assert all(waits.holds(each) for each in panel.logits)
             term = LOSSES[name](student_NC, panel)

@@ -136,7 +136,7 @@ def test_stores_are_equal_for_any_number_of_ranks(panels):
     two = panels.run("two-ranks", 2, "muki", "until=scores")
     for name in OWN:
         stored = files(one / "cache" / name / "train")
-        assert "manifest.json" in stored and len(stored) == 2
+        assert {".lock", "manifest.json"} < stored.keys()
         assert stored == files(two / "cache" / name / "train")
 
 

@@ -33,6 +33,7 @@ SHARED_BY_METHODS = {
     "methods.integration",
     "methods.metrics",
     "methods.panel",
+    "methods.panel_summary",
 }
 
 MAY_IMPORT = {"deepspeed": {"dskd/engine/"}, "triton": {"kernels/"}}

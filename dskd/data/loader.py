@@ -145,6 +145,13 @@ class _Order:
         return self._epochs[epoch]
 
 
+def evenly_spaced(rows: int, limit: int | None) -> NDArray[np.int64]:
+    """Ids of ``limit`` of some rows (None: of all): spread, because the rows lie source by source
+    and one domain must not stand for all."""
+    count = rows if limit is None else min(limit, rows)
+    return np.arange(count, dtype=np.int64) * rows // count
+
+
 def make_batch(
     rowset: RowSet,
     view: View,

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dskd.batch import Panel, Term
 from dskd.errors import ConfigError
@@ -27,6 +28,9 @@ from dskd.stores.uncertainty import confidence
 Overlap = Literal["logsumexp", "mean"]
 """How the logits of several teachers of one class become one: ``logsumexp``: their odds add up;
 ``mean``: over the teachers that have it."""
+
+_LEAST_MARGIN = 1e-6
+"""What the original adds to every margin, so that none is 0."""
 
 
 def label_map(own: Sequence[str], union: Sequence[str], where: str) -> Tensor:
@@ -70,6 +74,53 @@ def confidences(panel: Panel, temperature: float) -> Tensor:
         for logits_NM in panel.logits
     ]
     return torch.stack(found, 1)
+
+
+@torch.no_grad()
+def teacher_weights(
+    confidence_Nn: Tensor, present_Nn: Tensor | None, *, hard: bool, sharpness: float
+) -> Tensor:
+    """alpha [N, n], summing to 1: how much each teacher says about a position.
+
+    Args:
+        confidence_Nn: see :class:`~dskd.batch.Panel`, as is ``present_Nn``.
+        hard: all to the surest teacher, of equally sure ones to the first; else the softmax of
+            ``confidence / sharpness``.
+    """
+    heard_Nn = _heard(confidence_Nn, present_Nn)
+    if hard:
+        first_N1 = heard_Nn.argmax(1, keepdim=True)
+        return torch.zeros_like(heard_Nn).scatter(1, first_N1, 1.0)
+    return (heard_Nn / sharpness).softmax(1)
+
+
+@torch.no_grad()
+def margin(confidence_Nn: Tensor, present_Nn: Tensor | None) -> Tensor:
+    """By how much the surest teacher is surer than the next one [N], 1e-6 to 1 + 1e-6; one that is
+    alone is compared with 0.
+
+    Of the positions of a whole step, the sum of these is what the loss is divided by where margins
+    are normalised by their mean: ``mean(m KL) / mean(m)``. So it is known before the first pass
+    only if the confidences are.
+    """
+    alone_Nn = pad(_heard(confidence_Nn, present_Nn), (0, 1), value=-math.inf)
+    first_N, second_N = alone_Nn.topk(2, dim=1).values.unbind(1)
+    return first_N - second_N.where(second_N > -math.inf, 0.0) + _LEAST_MARGIN
+
+
+@torch.no_grad()
+def integrated(panel: Panel, weights_Nn: Tensor, classes: int, temperature: float) -> Tensor:
+    """q [N, C]: the teachers' distributions at the temperature, each at its own classes, weighted;
+    a class of several teachers gets something of each."""
+    target_NC = None
+    for index, (logits_NM, map_M) in enumerate(zip(panel.logits, panel.maps, strict=True)):
+        share_N1 = weights_Nn[:, index, None]
+        part_NM = share_N1 * (wide(logits_NM) / temperature).softmax(-1)
+        part_NM = part_NM.where(share_N1 > 0, 0.0)  # of one who is not heard they are anything
+        part_NC = placed(part_NM, map_M, classes, 0.0)
+        target_NC = part_NC if target_NC is None else target_NC + part_NC
+    assert target_NC is not None, "a panel of nobody"
+    return target_NC
 
 
 @torch.no_grad()
@@ -177,3 +228,8 @@ def _or_else(panel: Panel, index: int, values: Tensor, absent: float) -> Tensor:
         return values
     heard_N = panel.present_Nn[:, index]
     return values.where(heard_N.view(-1, *[1] * (values.dim() - 1)), absent)
+
+
+def _heard(confidence_Nn: Tensor, present_Nn: Tensor | None) -> Tensor:
+    """Confidences, -inf where a teacher is not heard."""
+    return confidence_Nn if present_Nn is None else confidence_Nn.where(present_Nn, -math.inf)

@@ -12,25 +12,27 @@ Shape letters: N supervised positions, n teachers, C the student's classes, M th
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
 from dskd.batch import Batch, Panel, Positions, Signal, Term
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
-from dskd.methods.integration import confidences, divergence, heat, placed, wide
+from dskd.methods.integration import (
+    confidences,
+    divergence,
+    heat,
+    integrated,
+    margin,
+    teacher_weights,
+)
 from dskd.methods.panel import PanelMethod, panel_of
 from dskd.settings.run import Run
 from dskd.stores.uncertainty import PANEL_CONFIDENCE, PANEL_PRESENT
-
-_LEAST_MARGIN = 1e-6
-"""What the original adds to every margin, so that none is 0."""
 
 
 class Integration(PanelMethod, Method):
@@ -101,53 +103,6 @@ class Integration(PanelMethod, Method):
         return {"rows": logged, "margins": Term(term.total, {})}
 
 
-@torch.no_grad()
-def teacher_weights(
-    confidence_Nn: Tensor, present_Nn: Tensor | None, *, hard: bool, sharpness: float
-) -> Tensor:
-    """alpha [N, n], summing to 1: how much each teacher says about a position.
-
-    Args:
-        confidence_Nn: see :class:`~dskd.batch.Panel`, as is ``present_Nn``.
-        hard: all to the surest teacher, of equally sure ones to the first; else the softmax of
-            ``confidence / sharpness``.
-    """
-    heard_Nn = _heard(confidence_Nn, present_Nn)
-    if hard:
-        first_N1 = heard_Nn.argmax(1, keepdim=True)
-        return torch.zeros_like(heard_Nn).scatter(1, first_N1, 1.0)
-    return (heard_Nn / sharpness).softmax(1)
-
-
-@torch.no_grad()
-def margin(confidence_Nn: Tensor, present_Nn: Tensor | None) -> Tensor:
-    """By how much the surest teacher is surer than the next one [N], 1e-6 to 1 + 1e-6; one that is
-    alone is compared with 0.
-
-    Of the positions of a whole step, the sum of these is what the loss is divided by where margins
-    are normalised by their mean: ``mean(m KL) / mean(m)``. So it is known before the first pass
-    only if the confidences are.
-    """
-    alone_Nn = pad(_heard(confidence_Nn, present_Nn), (0, 1), value=-math.inf)
-    first_N, second_N = alone_Nn.topk(2, dim=1).values.unbind(1)
-    return first_N - second_N.where(second_N > -math.inf, 0.0) + _LEAST_MARGIN
-
-
-@torch.no_grad()
-def integrated(panel: Panel, weights_Nn: Tensor, classes: int, temperature: float) -> Tensor:
-    """q [N, C]: the teachers' distributions at the temperature, each at its own classes, weighted;
-    a class of several teachers gets something of each."""
-    target_NC = None
-    for index, (logits_NM, map_M) in enumerate(zip(panel.logits, panel.maps, strict=True)):
-        share_N1 = weights_Nn[:, index, None]
-        part_NM = share_N1 * (wide(logits_NM) / temperature).softmax(-1)
-        part_NM = part_NM.where(share_N1 > 0, 0.0)  # of one who is not heard they are anything
-        part_NC = placed(part_NM, map_M, classes, 0.0)
-        target_NC = part_NC if target_NC is None else target_NC + part_NC
-    assert target_NC is not None, "a panel of nobody"
-    return target_NC
-
-
 def muki_term(
     student_NC: Tensor,
     panel: Panel,
@@ -184,8 +139,3 @@ def muki_term(
         kl_N = margin_N * kl_N
         parts["margin"] = margin_N.sum()
     return Term(weight * kl_N.sum(), parts)
-
-
-def _heard(confidence_Nn: Tensor, present_Nn: Tensor | None) -> Tensor:
-    """Confidences, -inf where a teacher is not heard."""
-    return confidence_Nn if present_Nn is None else confidence_Nn.where(present_Nn, -math.inf)

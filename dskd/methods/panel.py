@@ -11,16 +11,18 @@ from pydantic import Field
 from transformers import PreTrainedConfig
 
 from dskd.batch import Panel, Signal
+from dskd.data.views import View
 from dskd.engine.stage import Stage, StageContext
 from dskd.errors import ConfigError
 from dskd.methods.integration import label_map
 from dskd.methods.metrics import RowScores
+from dskd.methods.panel_summary import FILE, panel_section, summarise_panel
 from dskd.models.configs import config_at_hand
 from dskd.settings.parsing import nearest
 from dskd.settings.run import Run
 from dskd.settings.teachers import PanelMember, PanelTeacher, each_teacher, section_name
 from dskd.stores.dropout_scores import refuse_without_dropout, with_dropout
-from dskd.stores.panel_scores import fill_scores, heard, panelists
+from dskd.stores.panel_scores import Part, fill_scores, heard, panelists
 
 
 class PanelMethod(RowScores):
@@ -44,8 +46,15 @@ class PanelMethod(RowScores):
         return True
 
     def stages(self) -> Sequence[Stage]:
-        """The one that asks the teachers, where their scores are stored."""
-        return (Stage("scores", ask_teachers, "train", ("cache",)),)
+        """The one that asks the teachers, and the one that says what they are worth."""
+
+        def summarise(context: StageContext) -> None:
+            summarise_panel(context, self.temperature)
+
+        return (
+            Stage("scores", ask_teachers, "train", ("cache",)),
+            Stage("panel", summarise, "train", (FILE,), FILE, report=panel_section),
+        )
 
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
         """Refuse other teachers than a panel of classifiers, rows of numbers, domains without a
@@ -84,7 +93,7 @@ def _check_member(
         config = config_at_hand(member.model, f"{where}.model")
         if panel.dropout is not None:
             config = with_dropout(config, panel.dropout)
-        if panel.scores == "stored" or panel.confidence == "passes":
+        if panel.asks_passes:
             refuse_without_dropout(config, panel.passes, f"{where}.model")
 
 
@@ -95,8 +104,8 @@ def panel_of(signal: Signal | None) -> Panel:
 
 
 def ask_teachers(context: StageContext) -> None:
-    """Store what each teacher says of the training rows, after a look at what they all are
-    (collective).
+    """Store what each teacher says of the training rows, unless they are asked live, and of the
+    validation rows, after a look at what they all are (collective).
 
     Raises:
         ConfigError: a teacher's classes are not the student's, or as
@@ -107,7 +116,8 @@ def ask_teachers(context: StageContext) -> None:
     heard(run, prepared)
     for each in found:
         label_map(each.labels, prepared.classes, f"{each.where}.labels")
+    views: dict[Part, View] = {"validation": context.validation_view}
     if run.teacher.scores == "stored":
-        views = {"train": context.view}
-        verify = run.until == "scores"  # else training opens them
-        fill_scores(run, views, found, context.device, verify=verify)
+        views = {"train": context.view, **views}
+    verify = run.until == "scores"  # else later stages open them
+    fill_scores(run, views, found, context.device, verify=verify)

@@ -26,6 +26,7 @@ from dskd.runs.history import History, Points, read_history, read_object, steps_
 from dskd.settings.folders import RunFolder
 from dskd.system.files import write_atomic
 from dskd.system.log import clock, memory_text
+from dskd.system.markup import html_table
 
 _MARKED = 60
 """A line of at most so many points shows each of them."""
@@ -111,7 +112,7 @@ def _parts(
     """The HTML of runs that may be compared."""
     histories, compared = _read(runs, control)
     return [
-        _html_table(_header(compared, control), _rows(histories, compared, control)),
+        html_table(_header(compared, control), _rows(histories, compared, control)),
         _image("Evaluation", _evaluation_figure(histories, compared, control)),
         _image("Training loss terms", _terms_figure(histories)),
         _image("Inheritance rate and learning rate", _rates_figure(histories)),
@@ -240,17 +241,11 @@ def scores_section(runs: Mapping[str, RunFolder]) -> str:
     ]
     if not rows:
         return ""
-    return "<h2>Scores of the exported models</h2>\n" + _html_table(["run", *names], rows)
+    return "<h2>Scores of the exported models</h2>\n" + html_table(["run", *names], rows)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [[f"<th>{html.escape(cell)}</th>" for cell in header]]
-    lines += [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in rows]
-    return "<table>\n" + "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines) + "\n</table>"
 
 
 _PAGE = """<!doctype html>

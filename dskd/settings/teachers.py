@@ -106,14 +106,15 @@ class PanelTeacher(Section):
     """By name, which is that of a folder, too."""
     scores: Literal["stored", "live"] = "stored"
     """``stored``: each teacher is asked about every row once, before training; ``live``: about each
-    batch."""
+    batch. About validation rows it is asked once, either way."""
     path: Annotated[Path | None, RunPath("cache")] = None
     """Folder of the stored scores, which this run fills as far as it is not; ``run:NAME`` is that
     of another run of the recipe; null: ``<out>/cache``."""
     confidence: Annotated[str, RunPath()] = "passes"
     """How sure a teacher is of a row: ``passes``: by the entropy of its mean distribution over
     ``passes`` passes with dropout; ``logits``: of its distribution without, at the method's
-    temperature; or a ``.npy`` file [training rows, teachers] of numbers from 0 to 1."""
+    temperature; or a ``.npy`` file [training rows, teachers] of numbers from 0 to 1
+    (validation rows, which it is not of, are judged by the passes that are stored of them)."""
     passes: int = Field(16, ge=1)
     """Passes with dropout of each row (1: a single one without), where scores are stored or
     ``confidence`` is of them."""
@@ -124,6 +125,11 @@ class PanelTeacher(Section):
     at_once: Annotated[int, FREE] = Field(16, ge=1)
     """Most passes of a row in one forward pass, which then has so many times its rows."""
     rows_per_shard: Annotated[int, FREE] = Field(4096, ge=1)
+
+    @property
+    def asks_passes(self) -> bool:
+        """Whether a teacher makes all its ``passes``; if not, a single one."""
+        return self.scores == "stored" or self.confidence == "passes"
 
     @field_validator("teachers")
     @classmethod

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dskd.data.prepared import Prepared, RowSet, open_prepared, prepare
-from dskd.data.views import View
+from dskd.data.views import Reader, View
 from dskd.errors import ConfigError
 from dskd.models.configs import classes_in, config_of
 from dskd.models.frozen import frozen_model
@@ -28,7 +28,12 @@ from dskd.settings.run import Run
 from dskd.settings.teachers import PanelMember, PanelTeacher, each_teacher, section_name
 from dskd.stores.dropout_scores import dropout_fields, layout_of, score, with_dropout
 from dskd.stores.fingerprints import expected
-from dskd.stores.uncertainty import Uncertainty, UncertaintyLayout
+from dskd.stores.uncertainty import (
+    PanelPresence,
+    StoredPanel,
+    Uncertainty,
+    UncertaintyLayout,
+)
 from dskd.system import dist
 
 Part = Literal["train", "validation"]
@@ -115,11 +120,10 @@ def _panelist(run: Run, where: str, name: str, member: PanelMember, prepared: Pr
         fields = dict.fromkeys(dropout_fields(config), panel.dropout)
         model = model.model_copy(update={"config": {**model.config, **fields}})
         config = with_dropout(config, panel.dropout)
-    dropping = panel.scores == "stored" or panel.confidence == "passes"
     layout = layout_of(
         config,
         labels,
-        passes=panel.passes if dropping else 1,
+        passes=panel.passes if panel.asks_passes else 1,
         dropout=panel.dropout,
         seed=run.seed,
         micro_batch=panel.micro_batch,
@@ -225,6 +229,22 @@ def open_scores(run: Run, view: View, found: list[Panelist], part: Part) -> list
             Uncertainty(_folder(run, each, part), prints, share, each.layout)
             for each, prints in zip(found, wanted, strict=True)
         ]
+
+
+def score_readers(
+    run: Run, view: View, found: list[Panelist], part: Part, *, confident: bool
+) -> tuple[Reader, ...]:
+    """What adds the teachers' stored scores of a part's rows to batches (collective).
+
+    Args:
+        confident: see :class:`~dskd.stores.uncertainty.StoredPanel`; the others are those of
+            :func:`open_scores`.
+    """
+    stores = open_scores(run, view, found, part)
+    with dist.agreed():
+        heard_Dn = heard(run, found[0].prepared)
+    panel = StoredPanel(stores, confident=confident, heard_Dn=heard_Dn)
+    return (panel,) if heard_Dn is None else (PanelPresence(heard_Dn), panel)
 
 
 def _folder(run: Run, each: Panelist, part: Part) -> Path:

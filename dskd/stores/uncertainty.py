@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dskd.batch import IGNORE, Batch
+from dskd.batch import IGNORE, Batch, Panel
 from dskd.data.prepared import RowBatch
 from dskd.data.views import Shown
 from dskd.errors import StoreError
@@ -212,6 +212,19 @@ class StoredPanel:
         if self._confident:
             columns[PANEL_CONFIDENCE] = np.stack(confidences, 1)
         return columns
+
+
+def stored_panel(batch: Batch, maps: Sequence[Tensor]) -> Panel:
+    """The teachers as the columns of a batch say them.
+
+    Args:
+        batch: with the columns of :class:`StoredPanel` and, where some are not heard, those of
+            :class:`PanelPresence`.
+        maps: of each teacher int64 [C], on the batch's device; see :class:`~dskd.batch.Panel`.
+    """
+    columns = batch.columns
+    logits = [columns[panel_logits(index)] for index in range(len(maps))]
+    return Panel(logits, maps, columns.get(PANEL_CONFIDENCE), columns.get(PANEL_PRESENT))
 
 
 class ConfidenceFile:

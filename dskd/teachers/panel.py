@@ -30,7 +30,7 @@ from dskd.stores.uncertainty import (
     PanelPresence,
     StoredPanel,
     confidence,
-    panel_logits,
+    stored_panel,
 )
 from dskd.system import dist
 
@@ -90,10 +90,7 @@ class StoredPanelists:
 
     def __call__(self, batch: Batch) -> Panel:
         """The panel of the batch's columns."""
-        columns = batch.columns
-        logits = [columns[panel_logits(index)] for index in range(len(self._maps))]
-        confidence_Nn, present_Nn = columns.get(PANEL_CONFIDENCE), columns.get(PANEL_PRESENT)
-        return Panel(logits, self._maps, confidence_Nn, present_Nn)
+        return stored_panel(batch, self._maps)
 
 
 class LivePanelists:

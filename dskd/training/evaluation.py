@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dskd.batch import Batch
-from dskd.data.loader import make_batch
+from dskd.data.loader import evenly_spaced, make_batch
 from dskd.data.prefetch import prefetch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
@@ -81,7 +80,7 @@ def _evaluate(
 ) -> dict[str, float]:
     """Every rank makes the same number of forward passes, as ZeRO-3 needs: a rank without rows left
     repeats the first one without counting it."""
-    row_ids = _spread(each)
+    row_ids = evenly_spaced(len(each.rows), each.limit)
     share = -(-len(row_ids) // dist.world())
     own = row_ids[dist.rank() * share : (dist.rank() + 1) * share]
     supervised = 0
@@ -140,11 +139,3 @@ class _Taken:
         ranks = dist.gather_objects(own) if own else []
         kept = {n: np.concatenate([rank[n] for rank in ranks]) for n in own}
         return [kept[n] if n in kept else read[n].tolist() for n in range(len(self._metrics))]
-
-
-def _spread(each: EvaluationSet) -> NDArray[np.int64]:
-    """Ids of the rows to take: spread, because the rows lie source by source and one domain must
-    not stand for all."""
-    rows = len(each.rows)
-    count = rows if each.limit is None else min(each.limit, rows)
-    return np.arange(count, dtype=np.int64) * rows // count

@@ -78,7 +78,9 @@ def run_of(place, out, members=None, **panel):
 
 def context_of(run):
     prepared = open_prepared(prepare(run.data, progress=False))
-    return SimpleNamespace(run=run, prepared=prepared, view=LabelView(), device=CPU)
+    view = LabelView()
+    rest = {"view": view, "validation_view": view, "device": CPU}
+    return SimpleNamespace(run=run, prepared=prepared, **rest)
 
 
 def check(run):

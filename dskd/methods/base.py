@@ -124,9 +124,13 @@ class Method(Section):
         del student, context
         return None
 
-    def metrics(self) -> tuple[AnyMetric, ...]:
+    def metrics(self, context: StageContext) -> tuple[AnyMetric, ...]:
         """What the student is evaluated by, on every set of rows; with the result that
-        :meth:`selection` names, or, where that is None, the LM loss: every checkpoint keeps it."""
+        :meth:`selection` names, or, where that is None, the LM loss: every checkpoint keeps it.
+
+        Called once, by all ranks, when all stages before the training are done.
+        """
+        del context
         return (LM_LOSS,)
 
     def selection(self) -> Selection | None:

@@ -4,7 +4,7 @@ them, and the numbers made of it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dskd.batch import TARGETS, UNLABELLED, Batch, Positions
 from dskd.engine.checkpoints import Selection
+from dskd.engine.stage import StageContext
 from dskd.errors import DataError
 from dskd.ops import positions_ce
 from dskd.settings.base import Section
@@ -86,9 +87,15 @@ class RowScores(Section):
     further_metrics: list[MetricName] = Field(default_factory=list)
     """More of them, which are evaluated besides."""
 
-    def metrics(self) -> tuple[AnyMetric, ...]:
+    def metrics(self, context: StageContext) -> tuple[AnyMetric, ...]:
         """All that are named."""
-        return (_row_metric(dict.fromkeys(["loss", self.metric, *self.further_metrics])),)
+        del context
+        return (self.row_metric({}),)
+
+    def row_metric(self, within: Mapping[str, Collection[int]]) -> ValueMetric:
+        """All that are named; and ``accuracy.NAME``, by names of groups of classes: that on the
+        rows whose class is one of the group, if there are any."""
+        return _row_metric(dict.fromkeys(["loss", self.metric, *self.further_metrics]), within)
 
     def selection(self) -> Selection:
         """By ``metric``, on the validation rows."""
@@ -106,7 +113,7 @@ class RowScores(Section):
             check_metric(name, labels, "method.further_metrics")
 
 
-def _row_metric(names: Iterable[MetricName]) -> ValueMetric:
+def _row_metric(names: Iterable[MetricName], within: Mapping[str, Collection[int]]) -> ValueMetric:
     """These metrics of labelled rows, those without a label left out."""
 
     def results(values_P4: NDArray[np.float64]) -> dict[str, float]:
@@ -114,7 +121,13 @@ def _row_metric(names: Iterable[MetricName]) -> ValueMetric:
         if not len(labelled_R4):
             raise DataError("data.validation: none of the validation rows has a label")
         predictions = Predictions(*labelled_R4.T)
-        return {name: METRICS[name].compute(predictions) for name in names}
+        found = {name: METRICS[name].compute(predictions) for name in names}
+        right_R = predictions.labels_R == predictions.predicted_R
+        for name, classes in within.items():
+            own_R = np.isin(predictions.labels_R, list(classes))
+            if own_R.any():
+                found[f"accuracy.{name}"] = float(right_R[own_R].mean())
+        return found
 
     return ValueMetric(_row_values, results)
 

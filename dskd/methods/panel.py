@@ -14,9 +14,8 @@ from dskd.batch import Panel, Signal
 from dskd.data.views import View
 from dskd.engine.stage import Stage, StageContext
 from dskd.errors import ConfigError
-from dskd.methods.integration import label_map
-from dskd.methods.metrics import RowScores
-from dskd.methods.panel_summary import FILE, panel_section, summarise_panel
+from dskd.methods.metrics import AnyMetric, RowScores
+from dskd.methods.panel_summary import FILE, panel_section, summarise_panel, teacher_maps
 from dskd.models.configs import config_at_hand
 from dskd.settings.parsing import nearest
 from dskd.settings.run import Run
@@ -44,6 +43,11 @@ class PanelMethod(RowScores):
         """At each step."""
         del step
         return True
+
+    def metrics(self, context: StageContext) -> tuple[AnyMetric, ...]:
+        """All that are named, and the accuracy within each teacher's classes."""
+        maps = teacher_maps(panelists(context.run, context.prepared), context.prepared)
+        return (self.row_metric({name: map_M.tolist() for name, map_M in maps.items()}),)
 
     def stages(self) -> Sequence[Stage]:
         """The one that asks the teachers, and the one that says what they are worth."""
@@ -114,8 +118,7 @@ def ask_teachers(context: StageContext) -> None:
     run, prepared = context.run, context.prepared
     found = panelists(run, prepared)
     heard(run, prepared)
-    for each in found:
-        label_map(each.labels, prepared.classes, f"{each.where}.labels")
+    teacher_maps(found, prepared)
     views: dict[Part, View] = {"validation": context.validation_view}
     if run.teacher.scores == "stored":
         views = {"train": context.view, **views}

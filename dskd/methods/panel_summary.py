@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dskd.batch import UNLABELLED, Batch
 from dskd.data.loader import evenly_spaced, make_batch
+from dskd.data.prepared import Prepared
 from dskd.engine.stage import StageContext
 from dskd.errors import CheckpointError
 from dskd.methods.integration import (
@@ -133,7 +134,7 @@ def summarise_panel(context: StageContext, temperature: float) -> None:
     run, prepared, view = context.run, context.prepared, context.validation_view
     found = panelists(run, prepared)
     readers = score_readers(run, view, found, "validation", confident=True)
-    maps = [label_map(each.labels, prepared.classes, f"{each.where}.labels") for each in found]
+    maps = list(teacher_maps(found, prepared).values())
 
     def summary() -> PanelSummary:
         rows = prepared.validation
@@ -159,6 +160,20 @@ def summarise_panel(context: StageContext, temperature: float) -> None:
             f" of {choice.selection:.2%} and is right about {choice.accuracy:.2%}, all logits "
             f"together are right about {made.concatenated:.2%}"
         )
+
+
+def teacher_maps(found: Sequence[Panelist], prepared: Prepared) -> dict[str, Tensor]:
+    """The classes of each teacher as indices into the student's, int64 on the CPU, by its name.
+
+    Raises:
+        ConfigError: the student lacks one of them, or as
+            :func:`~dskd.methods.integration.label_map`.
+    """
+    assert prepared.classes is not None
+    return {
+        each.name: label_map(each.labels, prepared.classes, f"{each.where}.labels")
+        for each in found
+    }
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ masks bring come between them (``engine/stage.py``)."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ from dskd.engine.row_masks import RowMasks
 from dskd.engine.run_config import teacher_config
 from dskd.engine.stage import Stage, in_order
 from dskd.methods.base import Method
+from dskd.methods.metrics import AnyMetric
 from dskd.models.configs import hidden_size
 from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
 from dskd.runs import comparable
+from dskd.runs.confusion import Confusion, confusion_section
 from dskd.runs.context import RunContext
 from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
-from dskd.settings.folders import cache_folder
+from dskd.settings.folders import RunFolder, cache_folder
 from dskd.settings.model import Model
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, each_teacher
@@ -182,16 +185,27 @@ def evaluate_export(context: RunContext) -> None:
     whole = context.device if ds is None else None
     model = build_student(context, exported, ds, where="export", device=whole)
     model = model.to(context.device) if ds is None else shard_teacher(model, ds)
-    scores = by_key(_evaluate(context, Objective(model, context.method, None)))
+    confusion = Confusion(context.prepared.classes) if context.prepared.classes else None
+    more = () if confusion is None else (confusion.metric,)
+    scores = by_key(_evaluate(context, Objective(model, context.method, None), *more))
+    with dist.agreed():
+        if confusion is not None and dist.rank() == 0:
+            confusion.write(context.folder.confusion)
     _write(context.folder.scores, scores)
 
 
-def _evaluate(context: RunContext, objective: Objective) -> Scores:
-    """The method's metrics of the student inside ``objective`` on the validation rows."""
+def _evaluate(context: RunContext, objective: Objective, *more: AnyMetric) -> Scores:
+    """The method's metrics, and ``more``, of the student inside ``objective`` on the validation
+    rows."""
     settings, rows = context.run.evaluation, context.prepared.validation
     sets = [EvaluationSet("eval", rows, context.validation_view, settings.rows)]
-    metrics, size = context.method.metrics(), settings.micro_batch
+    metrics, size = (*context.metrics, *more), settings.micro_batch
     return evaluate(objective, sets, metrics, micro_batch=size, device=context.device)
+
+
+def _evaluation_section(runs: Mapping[str, RunFolder]) -> str:
+    """What the evaluations of the exported models say."""
+    return "\n".join(filter(None, (scores_section(runs), confusion_section(runs))))
 
 
 def _value(saved: Saved) -> float | None:
@@ -233,7 +247,7 @@ STAGES = (
     Stage("cache", cache, leaves=("cache",)),
     Stage("train", train, leaves=("train",), whole="train/summary.json"),
     Stage("export", export_best, leaves=("export",), whole="export"),
-    Stage("evaluate", evaluate_export, whole="scores.json", report=scores_section),
+    Stage("evaluate", evaluate_export, whole="scores.json", report=_evaluation_section),
 )
 """The core's, in order."""
 

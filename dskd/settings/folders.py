@@ -7,7 +7,7 @@ A run's folder::
     questions/     how hard each token was (questions-epoch-N/: for the student, later)
     cache/         the teacher's top-k logits, or a panel's scores
     train/         metrics, checkpoints, summary  export/       a HuggingFace model
-    scores.json    the exported model's evaluation
+    scores.json    the exported model's evaluation (confusion.json: of classes, which for which)
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class RunFolder:
         self.summary = self.train / "summary.json"
         self.export = path / "export"
         self.scores = path / "scores.json"
+        self.confusion = path / "confusion.json"  # of an exported classifier
         self.report = path / "report.html"  # compares the runs whose settings lie below
 
 

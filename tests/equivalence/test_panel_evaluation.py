@@ -1,5 +1,7 @@
 """What runs of panels say of their teachers and students, the same for any number of ranks."""
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dskd.methods.panel_summary import FILE, read_summary
+from dskd.runs.confusion import read_counts
 from tests.equivalence.test_panel import OWN, Panels
 
 LABELS = ["bird", "fruit", "tree"]
@@ -66,6 +69,20 @@ def test_the_teachers_are_worth_what_their_exports_say(panels, run):
     right = [one == label for one, (label, _) in zip(chosen, rows, strict=True)]
     assert found.choice["logits"].accuracy == pytest.approx(sum(right) / 11)
     assert "What the teachers know: run" in (run / "report.html").read_text()
+
+
+def test_the_student_is_evaluated_within_each_teachers_classes(panels, run):
+    """As its export does, and with it the confusion of its classes."""
+    rows = validation(panels)
+    labels, student_RC = logits(run / "export", [text for _, text in rows])
+    said = [labels[each] for each in student_RC.argmax(1)]
+    scores = json.loads((run / "scores.json").read_text())
+    for name, own in OWN.items():
+        right = [one == label for one, (label, _) in zip(said, rows, strict=True) if label in own]
+        assert scores[f"eval_accuracy.{name}"] == pytest.approx(sum(right) / len(right))
+    counts = read_counts(run / "confusion.json")
+    pairs = Counter((label, one) for one, (label, _) in zip(said, rows, strict=True))
+    assert {(a, b): n for a, row in counts.rows.items() for b, n in row.items()} == pairs
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_squared_error_of_numbers():
 
 
 def results(method: Method, *batches: tuple) -> dict[str, float]:
-    (metric,) = method.metrics()
+    (metric,) = method.metrics(None)
     values = [metric.values(positions, batch) for positions, batch, _ in batches]
     assert all(value.dtype == torch.float64 for value in values)
     return metric.results(np.concatenate([value.detach().numpy() for value in values]))
@@ -78,6 +78,18 @@ def test_metrics_of_classes():
     assert len(set(bins)) == 3
     gaps = (torch.tensor([1.0, 0.0, 1.0]) - confidence).abs()
     assert found["ece"] == pytest.approx(gaps.mean().item(), rel=1e-6)
+
+
+def test_accuracy_within_groups_of_classes():
+    """On the rows that have one of them, whatever they are taken for."""
+    labels = [0, 2, UNLABELLED, 1, 1]
+    positions, batch, _ = rows(labels, [*LOGITS, LOGITS[0]])  # right, wrong, ., right, wrong
+    metric = finetune().row_metric({"x": [0, 1], "y": [2], "z": [0], "none": [5]})
+    found = metric.results(metric.values(positions, batch).detach().numpy())
+    assert found.pop("loss") > 0
+    assert found == {
+        "accuracy": 0.5, "accuracy.x": pytest.approx(2 / 3), "accuracy.y": 0.0, "accuracy.z": 1.0,
+    }  # fmt: skip
 
 
 def test_metrics_of_numbers():

@@ -107,8 +107,9 @@ class MyMethod(Method):
         del student
         return Rehearsal(context, self.memory_rows, self.margin)
 
-    def metrics(self) -> tuple[Metric, ...]:
+    def metrics(self, context: StageContext) -> tuple[Metric, ...]:
         """The loss, and how often the label is the likeliest token."""
+        del context
         return (LM_LOSS, ACCURACY)
 
     def selection(self) -> Selection:

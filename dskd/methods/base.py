@@ -112,6 +112,18 @@ class Method(Section):
             ConfigError: names the setting.
         """
 
+    def refuse_unlabelled(self, run: Run) -> None:
+        """Refuse rows without a label, for a method that learns from nothing else.
+
+        Raises:
+            ConfigError: a source may have some.
+        """
+        if run.data.may_lack_labels:
+            raise ConfigError(
+                f"method.kind: {self.kind} needs the label of every row, but a source may have "
+                f"rows without (`unlabelled: true`, or neither `label` nor `target`)"
+            )
+
     def exported_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config of what is exported in the end, given that of the student before training."""
         return config

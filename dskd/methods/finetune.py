@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from dskd.batch import TARGETS, Batch, Positions, Signal, Term
-from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.methods.inheritance_loss import labels_term
 from dskd.methods.metrics import RowScores
@@ -31,11 +30,7 @@ class Finetuning(RowScores, Method):
         """Refuse metrics of other labels or without their library, and rows without a label."""
         del config
         self.check_metrics(run)
-        if run.data.may_lack_labels:
-            raise ConfigError(
-                "method.kind: finetune needs the label of every row, but a source may have rows "
-                "without (`unlabelled: true`, or neither `label` nor `target`)"
-            )
+        self.refuse_unlabelled(run)
 
     def loss(
         self, positions: Positions, signal: Signal | None, batch: Batch, step: int

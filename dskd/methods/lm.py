@@ -26,11 +26,7 @@ class LanguageModelling(Method):
             return
         if run.data.regression:
             raise ConfigError("method.kind: lm learns classes, but the rows have numbers (target)")
-        if run.data.may_lack_labels:
-            raise ConfigError(
-                "method.kind: lm needs the class of every row, but a source may have rows without "
-                "(`unlabelled: true`, or no `label`)"
-            )
+        self.refuse_unlabelled(run)
 
     def loss(
         self, positions: Positions, signal: Signal | None, batch: Batch, step: int

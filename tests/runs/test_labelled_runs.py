@@ -72,7 +72,7 @@ def test_what_does_not_go_together_is_refused_before_the_start(tmp_path, changes
         ({"label": "label", "target": "score"},
          "data.sources.0.target: a row has a class (label: label) or a number, not both"),
         ({"pair": "text"}, "data.sources.0: the column 'text' is named for two things"),
-        ({"unlabelled": True}, "method.kind: lm needs the class of every row"),
+        ({"unlabelled": True}, "method.kind: lm needs the label of every row"),
         ({"label": None, "target": "score"},
          "method.kind: lm learns classes, but the rows have numbers (target)"),
     ],

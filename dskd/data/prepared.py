@@ -133,13 +133,19 @@ class RowSet:
         return self._with_labels(rows) if self.labelled else rows
 
     def _with_labels(self, rows: RowBatch) -> RowBatch:
-        labels_B, targets_B = self._labels[rows.ids_B], None
-        if labels_B.dtype == np.float32:
-            targets_B, labels_B = labels_B, np.where(np.isnan(labels_B), UNLABELLED, 0)
-        seconds_B = self._seconds[rows.ids_B].astype(np.int64)
+        numbers_B = self._labels[rows.ids_B]
         return rows._replace(
-            labels_B=labels_B.astype(np.int64), seconds_B=seconds_B, targets_B=targets_B
+            labels_B=self.labels_B(rows.ids_B),
+            seconds_B=self._seconds[rows.ids_B].astype(np.int64),
+            targets_B=numbers_B if numbers_B.dtype == np.float32 else None,
         )
+
+    def labels_B(self, row_ids_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What :class:`RowBatch` has of labelled rows by this name."""
+        labels_B = self._labels[row_ids_B]
+        if labels_B.dtype == np.float32:
+            labels_B = np.where(np.isnan(labels_B), UNLABELLED, 0)
+        return labels_B.astype(np.int64)
 
     def lengths_B(self, row_ids_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of tokens of each row, int64."""

@@ -56,6 +56,9 @@ class Method(Section):
     """The values of ``data.objective`` that :meth:`loss` is for."""
     temperature_setting: ClassVar[str] = "temperature"
     """Name of that setting below ``method``, for messages."""
+    compares_with_teachers: ClassVar[bool] = False
+    """Whether :meth:`metrics` bring :data:`~dskd.methods.metrics.TEACHER_KL`, by which
+    ``evaluation.select`` may have a checkpoint selected."""
     remakes_student: ClassVar[bool] = False
     """Whether :meth:`hooks` puts other modules into the student, so that no copy of the model that
     it starts as can follow its weights."""
@@ -140,15 +143,21 @@ class Method(Section):
         """What the student is evaluated by, on every set of rows; with the result that
         :meth:`selection` names, or, where that is None, the LM loss: every checkpoint keeps it.
 
-        Called once, by all ranks, when all stages before the training are done.
+        Called by all ranks before training begins, and again when the export is evaluated.
         """
         del context
         return (LM_LOSS,)
 
+    def evaluation_readers(self, context: StageContext) -> Sequence[Reader]:
+        """What adds the columns that :meth:`metrics` read to the batches of validation rows; called
+        as they are."""
+        del context
+        return ()
+
     def selection(self) -> Selection | None:
         """Which result of the evaluation says that a checkpoint is the best; None: the last one is,
-        as it is by any method where the masks of training say so (``RowMasks.selects``), or
-        ``evaluation.select``."""
+        as it is by any method where the masks of training say so (``RowMasks.selects``).
+        ``evaluation.select`` may have it otherwise."""
         return Selection()
 
     def wants_teacher(self) -> bool:

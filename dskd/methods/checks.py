@@ -5,6 +5,7 @@ from __future__ import annotations
 from dskd.engine.checkpoints import Selection
 from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.methods.base import Method
+from dskd.methods.metrics import BY_TEACHERS, TEACHER_KL
 from dskd.settings.checks import Problems, problems_of, refuse_problems
 from dskd.settings.run import Every, Run
 from dskd.settings.teachers import CachedTeacher, SelfTeacher, each_teacher, section_name
@@ -31,7 +32,13 @@ def selection_of(run: Run, method: Method, masks: RowMasks) -> Selection | None:
     """
     if run.evaluation.select == "last" or not masks.selects:
         return None
-    return method.selection()
+    return score_of(run, method)
+
+
+def score_of(run: Run, method: Method) -> Selection | None:
+    """The score that tells checkpoints of a run apart, whether or not one is selected by it; None:
+    the method has none."""
+    return BY_TEACHERS if run.evaluation.select == TEACHER_KL else method.selection()
 
 
 def _problems(run: Run, method: Method, world: int) -> Problems:
@@ -44,6 +51,9 @@ def _problems(run: Run, method: Method, world: int) -> Problems:
         known = ", ".join(sorted(method.objectives))
         text = f"{run.data.objective} is not what method {method.kind} is for; it is for {known}"
         yield "data.objective", text
+    if run.evaluation.select == TEACHER_KL and not method.compares_with_teachers:
+        text = f"method {method.kind} has no panel of teachers; it goes by metric, or last"
+        yield "evaluation.select", f"{TEACHER_KL}, but {text}"
     selects = selection_of(run, method, masks) is not None
     if run.evaluation.patience is not None and not selects:
         yield (

@@ -76,6 +76,14 @@ LM_LOSS = Metric(_lm_sums, _lm_results)
 the number of positions."""
 
 
+TEACHER_KL = "teacher_kl"
+"""Of a method of panels: the KL of the student from what the method makes of its teachers, as its
+loss has it but for weights, in nats; a mean over the rows."""
+
+BY_TEACHERS = Selection(f"eval_{TEACHER_KL}")
+"""Selection without labels."""
+
+
 class RowScores(Section):
     """Settings of a method of labelled rows: what its student is evaluated by. The loss is always
     among it, as ``loss``: the cross entropy in nats, or the squared error."""
@@ -92,10 +100,14 @@ class RowScores(Section):
         del context
         return (self.row_metric({}),)
 
-    def row_metric(self, within: Mapping[str, Collection[int]]) -> ValueMetric:
+    def row_metric(
+        self, within: Mapping[str, Collection[int]], *, required: bool = True
+    ) -> ValueMetric:
         """All that are named; and ``accuracy.NAME``, by names of groups of classes: that on the
-        rows whose class is one of the group, if there are any."""
-        return _row_metric(dict.fromkeys(["loss", self.metric, *self.further_metrics]), within)
+        rows whose class is one of the group, if there are any. Rows without any label have none of
+        them, which is refused where they are ``required``."""
+        names = dict.fromkeys(["loss", self.metric, *self.further_metrics])
+        return _row_metric(names, within, required)
 
     def selection(self) -> Selection:
         """By ``metric``, on the validation rows."""
@@ -113,13 +125,17 @@ class RowScores(Section):
             check_metric(name, labels, "method.further_metrics")
 
 
-def _row_metric(names: Iterable[MetricName], within: Mapping[str, Collection[int]]) -> ValueMetric:
+def _row_metric(
+    names: Iterable[MetricName], within: Mapping[str, Collection[int]], required: bool
+) -> ValueMetric:
     """These metrics of labelled rows, those without a label left out."""
 
     def results(values_P4: NDArray[np.float64]) -> dict[str, float]:
         labelled_R4 = values_P4[~np.isnan(values_P4[:, 0])]
-        if not len(labelled_R4):
+        if not len(labelled_R4) and required:
             raise DataError("data.validation: none of the validation rows has a label")
+        if not len(labelled_R4):
+            return {}
         predictions = Predictions(*labelled_R4.T)
         found = {name: METRICS[name].compute(predictions) for name in names}
         right_R = predictions.labels_R == predictions.predicted_R

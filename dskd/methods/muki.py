@@ -87,9 +87,17 @@ class Integration(PanelMethod, Method):
     ) -> dict[str, Term]:
         """The weighted KL summed over the rows; logged are ``kl``, unweighted, and ``margin``."""
         del batch, step
-        term = muki_term(
-            positions.logits_NV,
-            panel_of(signal),
+        term = self.distilled(positions.logits_NV, panel_of(signal))
+        if self.normalise == "none":
+            return {"rows": term}
+        logged = Term(torch.zeros_like(term.total), term.parts)
+        return {"rows": logged, "margins": Term(term.total, {})}
+
+    def distilled(self, student_NC: Tensor, panel: Panel) -> Term:
+        """The KL from the integrated distribution, weighted by the margins if they are to be."""
+        return muki_term(
+            student_NC,
+            panel,
             hard=self.choice == "hard",
             by_margin=self.margin,
             sharpness=self.sharpness,
@@ -97,10 +105,6 @@ class Integration(PanelMethod, Method):
             squared=self.squared,
             weight=self.weight,
         )
-        if self.normalise == "none":
-            return {"rows": term}
-        logged = Term(torch.zeros_like(term.total), term.parts)
-        return {"rows": logged, "margins": Term(term.total, {})}
 
 
 def muki_term(

@@ -7,26 +7,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from pydantic import Field
+from torch import Tensor
 from transformers import PreTrainedConfig
 
-from dskd.batch import Panel, Signal
-from dskd.data.views import View
+from dskd.batch import UNLABELLED, Batch, Panel, Positions, Signal, Term
+from dskd.data.loader import evenly_spaced
+from dskd.data.prepared import Prepared
+from dskd.data.views import Reader, View
 from dskd.engine.stage import Stage, StageContext
-from dskd.errors import ConfigError
-from dskd.methods.metrics import AnyMetric, RowScores
+from dskd.errors import ConfigError, DataError
+from dskd.methods.metrics import TEACHER_KL, AnyMetric, Metric, RowScores
 from dskd.methods.panel_summary import FILE, panel_section, summarise_panel, teacher_maps
 from dskd.models.configs import config_at_hand
 from dskd.settings.parsing import nearest
 from dskd.settings.run import Run
 from dskd.settings.teachers import PanelMember, PanelTeacher, each_teacher, section_name
 from dskd.stores.dropout_scores import refuse_without_dropout, with_dropout
-from dskd.stores.panel_scores import Part, fill_scores, heard, panelists
+from dskd.stores.panel_scores import Part, fill_scores, heard, panelists, score_readers
+from dskd.stores.uncertainty import stored_panel
+from dskd.system.log import say
 
 
 class PanelMethod(RowScores):
     """Settings and checks of a method whose teachers are a panel; no row needs a label."""
 
+    compares_with_teachers: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("rows",)
     objectives: ClassVar[frozenset[str]] = frozenset({"classification"})
 
@@ -45,9 +52,39 @@ class PanelMethod(RowScores):
         return True
 
     def metrics(self, context: StageContext) -> tuple[AnyMetric, ...]:
-        """All that are named, and the accuracy within each teacher's classes."""
+        """All that are named, the accuracy within each teacher's classes, and the KL from the
+        teachers. Rows without a label have the last one only, if it selects."""
         maps = teacher_maps(panelists(context.run, context.prepared), context.prepared)
-        return (self.row_metric({name: map_M.tolist() for name, map_M in maps.items()}),)
+        classes = {name: map_M.tolist() for name, map_M in maps.items()}
+        required = context.run.evaluation.select != TEACHER_KL
+        labelled = self.row_metric(classes, required=required)
+        return (labelled, self.teacher_kl([map_M.to(context.device) for map_M in maps.values()]))
+
+    def teacher_kl(self, maps: Sequence[Tensor]) -> Metric:
+        """The KL of :meth:`distilled`, a mean over all rows, with a label or without.
+
+        Args:
+            maps: of each teacher int64 [M], on the device; see :class:`~dskd.batch.Panel`.
+        """
+
+        def sums(positions: Positions, batch: Batch) -> Tensor:
+            term = self.distilled(positions.logits_NV, stored_panel(batch, maps))
+            kl = term.parts["kl"].double()
+            return torch.stack([kl, kl.new_tensor(len(positions.labels_N))])
+
+        return Metric(sums, lambda sums: {TEACHER_KL: sums[0] / sums[1]})
+
+    def distilled(self, student_NC: Tensor, panel: Panel) -> Term:
+        """The divergence of the student from what the method makes of the teachers, summed over the
+        rows; its part ``kl`` is that of rows that all count alike."""
+        raise NotImplementedError
+
+    def evaluation_readers(self, context: StageContext) -> Sequence[Reader]:
+        """What adds the teachers' stored scores of validation rows."""
+        run = context.run
+        found, confident = panelists(run, context.prepared), run.teacher.confidence != "logits"
+        view = context.validation_view
+        return score_readers(run, view, found, "validation", confident=confident)
 
     def stages(self) -> Sequence[Stage]:
         """The one that asks the teachers, and the one that says what they are worth."""
@@ -107,6 +144,17 @@ def panel_of(signal: Signal | None) -> Panel:
     return signal
 
 
+def _refuse_unlabelled(run: Run, prepared: Prepared) -> None:
+    """Refuse to select by labels that no row has, before hours go into the teachers."""
+    ids_R = evenly_spaced(len(prepared.validation), run.evaluation.rows)
+    labelled = (prepared.validation.labels_B(ids_R) != UNLABELLED).any()
+    if run.evaluation.select != TEACHER_KL and not labelled:
+        raise DataError(
+            f"data.validation: none of the {len(ids_R)} validation rows has a label; set "
+            f"evaluation.select to {TEACHER_KL}, which takes none"
+        )
+
+
 def ask_teachers(context: StageContext) -> None:
     """Store what each teacher says of the training rows, unless they are asked live, and of the
     validation rows, after a look at what they all are (collective).
@@ -114,13 +162,20 @@ def ask_teachers(context: StageContext) -> None:
     Raises:
         ConfigError: a teacher's classes are not the student's, or as
             :func:`~dskd.stores.panel_scores.fill_scores`.
+        DataError: no validation row has a label, and ``evaluation.select`` does not do without.
     """
     run, prepared = context.run, context.prepared
     found = panelists(run, prepared)
     heard(run, prepared)
     teacher_maps(found, prepared)
+    _refuse_unlabelled(run, prepared)
     views: dict[Part, View] = {"validation": context.validation_view}
     if run.teacher.scores == "stored":
         views = {"train": context.view, **views}
+    if run.teacher.confidence.endswith(".npy"):
+        say(
+            f"scores: {run.teacher.confidence} is of training rows; of validation rows it is the "
+            f"passes that say how sure a teacher is"
+        )
     verify = run.until == "scores"  # else later stages open them
     fill_scores(run, views, found, context.device, verify=verify)

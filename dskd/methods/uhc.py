@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dskd.batch import Batch, Positions, Signal, Term
+from torch import Tensor
+
+from dskd.batch import Batch, Panel, Positions, Signal, Term
 from dskd.methods.base import Method
 from dskd.methods.integration import uhc_term
 from dskd.methods.panel import PanelMethod, panel_of
@@ -23,5 +25,9 @@ class UnifiedClassifiers(PanelMethod, Method):
     ) -> dict[str, Term]:
         """The KL summed over rows and teachers, logged as ``kl``."""
         del batch, step
+        return {"rows": self.distilled(positions.logits_NV, panel_of(signal))}
+
+    def distilled(self, student_NC: Tensor, panel: Panel) -> Term:
+        """The KL within each teacher's classes, summed over the teachers."""
         settings = self.model_dump(include={"temperature", "squared", "weight"})
-        return {"rows": uhc_term(positions.logits_NV, panel_of(signal), **settings)}
+        return uhc_term(student_NC, panel, **settings)

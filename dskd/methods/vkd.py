@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dskd.batch import Batch, Positions, Signal, Term
+from torch import Tensor
+
+from dskd.batch import Batch, Panel, Positions, Signal, Term
 from dskd.methods.base import Method
 from dskd.methods.integration import Overlap, vkd_term
 from dskd.methods.panel import PanelMethod, panel_of
@@ -27,5 +29,9 @@ class VanillaDistillation(PanelMethod, Method):
     ) -> dict[str, Term]:
         """The KL summed over the rows, logged as ``kl``."""
         del batch, step
+        return {"rows": self.distilled(positions.logits_NV, panel_of(signal))}
+
+    def distilled(self, student_NC: Tensor, panel: Panel) -> Term:
+        """The KL from all logits together."""
         settings = self.model_dump(include={"temperature", "squared", "overlap", "weight"})
-        return {"rows": vkd_term(positions.logits_NV, panel_of(signal), **settings)}
+        return vkd_term(student_NC, panel, **settings)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dskd.errors import CheckpointError, ConfigError
+from dskd.methods.metrics import TEACHER_KL
 from dskd.runs.context import RunContext
 from dskd.runs.history import read_summary
 from dskd.runs.report import Group
@@ -28,7 +29,10 @@ _WHAT = {
     "vocabulary": "the vocabulary (data.tokenizer)",
     "rows": "the validation rows (data.sources, data.validation, evaluation.rows)",
     "masks": "the masks of the validation rows (data.masking)",
+    "target": "what their students are compared with (evaluation.select, method, teacher)",
 }
+_TARGET = "target"
+"""Which a summary lacks where students are compared with tokens or labels."""
 
 
 def basis(context: RunContext) -> Basis:
@@ -36,12 +40,17 @@ def basis(context: RunContext) -> Basis:
     data, rows = context.run.data, context.prepared.validation
     limit = context.run.evaluation.rows
     taken = len(rows) if limit is None else min(limit, len(rows))
-    return {
+    found = {
         "objective": data.objective,
         "vocabulary": context.prepared.tokenizer_fingerprint,
         "rows": fingerprint({"rows": rows.content, "taken": taken}),
         "masks": context.validation_view.fingerprint,
     }
+    if context.run.evaluation.select == TEACHER_KL:
+        panel = {"teachers", "confidence", "passes", "dropout"}
+        told = context.run.model_dump(mode="json", include={"method": True, "teacher": panel})
+        found[_TARGET] = fingerprint(told)
+    return found
 
 
 def groups_of(runs: Mapping[str, Path], control: str | None) -> list[Group]:
@@ -103,6 +112,8 @@ def _read(folder: Path) -> Basis | None:
     found = read_summary(folder).get(KEY)
     if found is None:
         return None
+    if isinstance(found, dict):
+        found = {_TARGET: "", **found}
     if not (isinstance(found, dict) and all(isinstance(found.get(n), str) for n in _WHAT)):
         path = RunFolder(folder).summary
         raise CheckpointError(f"{path}: damaged, '{KEY}' is of the wrong type")

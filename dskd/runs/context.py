@@ -14,8 +14,7 @@ from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.engine.run_config import student_config
 from dskd.methods.base import Method
-from dskd.methods.checks import selection_of
-from dskd.methods.metrics import AnyMetric
+from dskd.methods.checks import score_of, selection_of
 from dskd.models.build import parameter_count
 from dskd.models.configs import config_of, with_classes
 from dskd.settings.folders import RunFolder, folder_of, student_settings
@@ -90,12 +89,7 @@ class RunContext:
     @property
     def scored(self) -> Selection:
         """Which result of the evaluation a checkpoint keeps, whether or not it selects one."""
-        return self.method.selection() or Selection()
-
-    @cached_property
-    def metrics(self) -> tuple[AnyMetric, ...]:
-        """What the student is evaluated by; collective where it is first used."""
-        return self.method.metrics(self)
+        return score_of(self.given, self.method) or Selection()
 
     @property
     def position(self) -> int:

@@ -4,7 +4,7 @@ masks bring come between them (``engine/stage.py``)."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ def train(context: RunContext) -> None:
     reset_peak_memory()
     checkpoints = context.checkpoints
     saved = checkpoints.latest()
+    scores_of = _evaluator(context)  # first of all: what it reads may be damaged
     setup = TeacherSetup()
     if context.method.wants_teacher():
         setup = set_up(run, context.method.temperature, prepared, context.view, context.device)
@@ -118,7 +119,7 @@ def train(context: RunContext) -> None:
         hooks=hooks,
         engine=engine,
         loader=loader,
-        evaluate=lambda: _evaluate(context, student.objective),
+        evaluate=lambda: scores_of(student.objective),
         scored=context.scored,
         checkpoints=checkpoints,
         metrics=Metrics(context.folder.metrics, progress.step),
@@ -187,20 +188,22 @@ def evaluate_export(context: RunContext) -> None:
     model = model.to(context.device) if ds is None else shard_teacher(model, ds)
     confusion = Confusion(context.prepared.classes) if context.prepared.classes else None
     more = () if confusion is None else (confusion.metric,)
-    scores = by_key(_evaluate(context, Objective(model, context.method, None), *more))
+    scores = by_key(_evaluator(context, *more)(Objective(model, context.method, None)))
     with dist.agreed():
         if confusion is not None and dist.rank() == 0:
             confusion.write(context.folder.confusion)
     _write(context.folder.scores, scores)
 
 
-def _evaluate(context: RunContext, objective: Objective, *more: AnyMetric) -> Scores:
-    """The method's metrics, and ``more``, of the student inside ``objective`` on the validation
-    rows."""
+def _evaluator(context: RunContext, *more: AnyMetric) -> Callable[[Objective], Scores]:
+    """What finds the method's metrics, and ``more``, of the student inside an objective on the
+    validation rows (collective, as its calls are)."""
     settings, rows = context.run.evaluation, context.prepared.validation
-    sets = [EvaluationSet("eval", rows, context.validation_view, settings.rows)]
-    metrics, size = (*context.metrics, *more), settings.micro_batch
-    return evaluate(objective, sets, metrics, micro_batch=size, device=context.device)
+    view, readers = context.validation_view, context.method.evaluation_readers(context)
+    sets = [EvaluationSet("eval", rows, view, settings.rows, readers)]
+    how = {"micro_batch": settings.micro_batch, "device": context.device}
+    metrics = (*context.method.metrics(context), *more)
+    return lambda objective: evaluate(objective, sets, metrics, **how)
 
 
 def _evaluation_section(runs: Mapping[str, RunFolder]) -> str:

@@ -83,8 +83,10 @@ class Evaluation(Section):
     """Steps between evaluations, or ``epoch`` (the last step is always evaluated)."""
     rows: int | None = Field(None, ge=1)
     """Use only so many validation rows; null: all."""
-    select: Literal["metric", "last"] = "metric"
-    """Which checkpoint is exported: the best by the method's metric, or the last one."""
+    select: Literal["metric", "last", "teacher_kl"] = "metric"
+    """Which checkpoint is exported: the best by the method's metric; the last one; or, by methods
+    of panels and without labels, ``teacher_kl``: the one nearest to what the method makes of its
+    teachers, by the mean KL over the validation rows, each of which counts alike."""
     patience: int | None = Field(None, ge=1)
     """Training ends after so many evaluations in a row without a better score; null: it takes all
     its steps."""

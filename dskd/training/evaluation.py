@@ -15,7 +15,7 @@ from dskd.batch import Batch
 from dskd.data.loader import evenly_spaced, make_batch
 from dskd.data.prefetch import prefetch
 from dskd.data.prepared import RowSet
-from dskd.data.views import View
+from dskd.data.views import Reader, View
 from dskd.errors import DataError
 from dskd.methods.metrics import AnyMetric, ValueMetric
 from dskd.models.frozen import evaluating
@@ -37,12 +37,14 @@ class EvaluationSet:
         rows: all rows.
         view: what the student sees of them; they are seen as in epoch 0.
         limit: use only so many of them, evenly spaced; None: all.
+        readers: add columns to the batches, which metrics read.
     """
 
     name: str
     rows: RowSet
     view: View
     limit: int | None = None
+    readers: Sequence[Reader] = ()
 
 
 def by_key(scores: Scores) -> dict[str, float]:
@@ -90,7 +92,7 @@ def _evaluate(
     def made(first: int) -> Batch:
         row_ids_B = own[first : first + micro_batch]
         given_B = row_ids_B if len(row_ids_B) else row_ids[:1]
-        return make_batch(each.rows, each.view, given_B, np.zeros_like(given_B))
+        return make_batch(each.rows, each.view, given_B, np.zeros_like(given_B), each.readers)
 
     with closing(prefetch(map(made, firsts), device)) as batches:
         for first, sent in zip(firsts, batches, strict=True):

@@ -1,6 +1,7 @@
 """What runs of panels say of their teachers and students, the same for any number of ranks."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from dskd.cli import main
 from dskd.methods.panel_summary import FILE, read_summary
 from dskd.runs.confusion import read_counts
+from dskd.system.log import read_metrics
 from tests.equivalence.test_panel import OWN, Panels
+from tests.stores.caches import flip
 
 LABELS = ["bird", "fruit", "tree"]
 
@@ -83,6 +87,95 @@ def test_the_student_is_evaluated_within_each_teachers_classes(panels, run):
     counts = read_counts(run / "confusion.json")
     pairs = Counter((label, one) for one, (label, _) in zip(said, rows, strict=True))
     assert {(a, b): n for a, row in counts.rows.items() for b, n in row.items()} == pairs
+
+
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    """Steps, and the KL from the teachers after them."""
+    lines = read_metrics(run / "train" / "metrics.jsonl")
+    return [(line["step"], line["eval_teacher_kl"]) for line in lines if "eval_teacher_kl" in line]
+
+
+SELECT = ["evaluation.select=teacher_kl", "evaluation.every=2", "checkpoint.every=2"]
+"""At a rate that spoils the student after a while."""
+
+
+@pytest.fixture(scope="module")
+def unlabelled(panels) -> list[str]:
+    """Words of a run whose validation rows are texts alone, and whose student gets worse again."""
+    path = panels.tables.folder / "texts.tsv"
+    path.write_text("\n".join(["text", *(text for _, text in validation(panels))]) + "\n")
+    validation_rows = f"data.validation=[{{kind: tsv, path: {path}}}]"
+    return [validation_rows, *SELECT, "train.lr=0.05", "evaluation.patience=2"]
+
+
+def test_the_teachers_alone_select(panels, unlabelled):
+    """Where no validation row has a label: the checkpoint, and when training ends."""
+    found = []
+    for ranks, stage in ((1, "zero0"), (2, "zero3")):
+        words = [*unlabelled, f"deepspeed={stage}", "until=evaluate"]
+        run = panels.run(f"unlabelled-{ranks}", ranks, "muki", *words)
+        scores = evaluations(run)
+        best, lowest = min(scores, key=lambda score: score[1])
+        summary = json.loads((run / "train" / "summary.json").read_text())
+        assert (summary["metric"], summary["higher_is_better"]) == ("eval_teacher_kl", False)
+        assert (summary["best_step"], summary["steps"]) == (best, best + 4)
+        assert best + 4 < 20 and summary["best_eval_teacher_kl"] == lowest
+        exported = json.loads((run / "scores.json").read_text())
+        assert exported == {"eval_teacher_kl": pytest.approx(lowest, abs=1e-5)}
+        assert read_summary(run / FILE).labelled == 0
+        found.append(scores)
+    assert found[0] == [(step, pytest.approx(score, abs=1e-5)) for step, score in found[1]]
+
+
+def test_it_is_the_kl_from_what_the_teachers_exports_say(panels):
+    """Of the surest one by its logits, from the texts of the validation rows."""
+    run = panels.run("kl", 2, "muki", *SELECT, "until=evaluate", confidence="logits")
+    texts = [text for _, text in validation(panels)]
+    labels, student_RC = logits(run / "export", texts)
+    target_RC, surest_R = torch.zeros(11, 3), torch.full((11,), -1.0)
+    for folder in panels.teachers.values():
+        own, own_RC = logits(folder / "export", texts)
+        sure_R = 1 - torch.distributions.Categorical(logits=own_RC).entropy() / math.log(2)
+        placed_RC = torch.zeros(11, 3)
+        placed_RC[:, [labels.index(label) for label in own]] = own_RC.softmax(1)
+        target_RC = torch.where((sure_R > surest_R)[:, None], placed_RC, target_RC)
+        surest_R = torch.maximum(sure_R, surest_R)
+    wanted = (torch.xlogy(target_RC, target_RC) - target_RC * student_RC.log_softmax(1)).sum(1)
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["eval_teacher_kl"] == pytest.approx(wanted.mean().item(), abs=1e-5)
+    assert scores.keys() > {"eval_accuracy", "eval_loss"}  # there are labels, too
+
+
+def test_students_of_other_targets_are_not_compared(panels, tmp_path, capsys):
+    runs = {
+        name: panels.run(name, 1, method, *SELECT, "train.steps=2")
+        for name, method in (("soft", "soft"), ("again", "soft"), ("other", "vkd"))
+    }
+    report = ["report", "--out", str(tmp_path), str(runs["soft"])]
+    assert main([*report, str(runs["again"])]) == 0
+    capsys.readouterr()
+    assert main([*report, str(runs["other"])]) == 2
+    told = "since they differ in: what their students are compared with (evaluation.select, method"
+    assert told in capsys.readouterr().err
+
+
+def test_damaged_scores_of_validation_rows_are_found_before_training(panels, capfd):
+    run = panels.run("damaged", 1, "muki", "until=panel")
+    (shard,) = (run / "cache/second/validation").glob("*.safetensors")
+    flip(shard)
+    with pytest.raises(AssertionError):
+        panels.run("damaged", 1, "muki")
+    assert f"{shard}: damaged" in capfd.readouterr().err
+    assert not (run / "train").exists()
+
+
+def test_selecting_by_labels_that_no_row_has_is_refused(panels, unlabelled, capfd):
+    words = [word for word in unlabelled if "select" not in word]
+    with pytest.raises(AssertionError):
+        panels.run("none", 1, "muki", *words)
+    told = "data.validation: none of the 11 validation rows has a label; set evaluation.select to"
+    assert told in capfd.readouterr().err
+    assert not (panels.tables.folder / "none" / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ teacher, K kept logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -232,6 +233,35 @@ class ProjectedTeachers:
 
 
 @dataclass(frozen=True)
+class MixtureRule:
+    """How much each of several teachers of one vocabulary says about a position.
+
+    Teacher i's share is proportional to ``weights[i] * exp(confidence_i / sharpness)``, and the
+    shares of a position sum to 1. A teacher's confidence is ``1 - H / ln V``, 0 to 1: H the entropy
+    of its distribution at temperature 1, V the size of the vocabulary (Li et al. 2022, MUKI,
+    section 3, who weigh classifiers so).
+
+    Attributes:
+        weights: of each teacher, at least 0, not all 0. Nothing that a teacher of weight 0 says
+            counts.
+        sharpness: infinite: the weights alone are the shares; 0: all is the surest teacher's, of
+            equally sure ones the first's, whatever the weights are that are not 0.
+    """
+
+    weights: tuple[float, ...]
+    sharpness: float = math.inf
+
+
+@dataclass(frozen=True)
+class MixedTeachers:
+    """Several teachers of one vocabulary, each of all N positions, whose distributions are mixed:
+    ``q = sum_i share_i softmax(logits_i / T)``."""
+
+    parts: Sequence[ProjectedTeacher]
+    rule: MixtureRule
+
+
+@dataclass(frozen=True)
 class LinearTeacher:
     """A teacher's hidden states [N, E], and weight [V, E] and bias [V] of its last linear map.
 
@@ -250,6 +280,14 @@ class LinearTeachers:
 
     parts: Sequence[LinearTeacher]
     places_N: Tensor
+
+
+@dataclass(frozen=True)
+class LinearMixture:
+    """What :class:`MixedTeachers` are inside of all their projections."""
+
+    parts: Sequence[LinearTeacher]
+    rule: MixtureRule
 
 
 @dataclass(frozen=True)
@@ -303,7 +341,9 @@ class Panel:
     states: Sequence[Sequence[Tensor]] | None = None
 
 
-Signal = ProjectedTeacher | ProjectedTeachers | DenseTeacher | TopKTeacher | Panel
+Signal = (
+    ProjectedTeacher | ProjectedTeachers | MixedTeachers | DenseTeacher | TopKTeacher | Panel
+)
 """What a teacher gives for the supervised positions of a batch."""
 
 

@@ -19,8 +19,11 @@ from torch import Tensor
 
 from dskd.batch import (
     DenseTeacher,
+    LinearMixture,
     LinearTeacher,
     LinearTeachers,
+    MixedTeachers,
+    MixtureRule,
     Positions,
     ProjectedTeacher,
     ProjectedTeachers,
@@ -47,11 +50,13 @@ __all__ = [
     "DenseTeacher",
     "FactorGradients",
     "Factors",
+    "LinearMixture",
     "LinearTeacher",
     "LinearTeachers",
     "LogitMap",
     "Losses",
     "Merged",
+    "MixtureRule",
     "Piece",
     "TopKTeacher",
     "dense_kd",
@@ -121,6 +126,9 @@ def positions_kd(
         return _through_head(positions, signal, shared, **options)
     if isinstance(signal, ProjectedTeachers):
         of_heads = partial(LinearTeachers, places_N=signal.places_N)
+        return _through_heads(positions, signal.parts, of_heads, options)
+    if isinstance(signal, MixedTeachers):
+        of_heads = partial(LinearMixture, rule=signal.rule)
         return _through_heads(positions, signal.parts, of_heads, options)
     return _through_heads(positions, [signal], lambda heads: heads[0], options)
 

@@ -74,11 +74,13 @@ def linear_kd(
         bias_V: likewise.
         teacher: whose divergence (classes of ``dskd/batch.py``); several linear ones have a share
             of the tokens each, all the same columns, and ``hidden_ND`` is copied in the order of
-            their rows; None: cross entropy alone.
+            their rows; a linear mixture's have all tokens; None: cross entropy alone.
         kind, beta, teacher_map, vocabulary: of dense and linear teachers, see
-            :func:`~dskd.fused.dense.dense_kd`; a top-k teacher's is the forward KL.
+            :func:`~dskd.fused.dense.dense_kd`; a top-k teacher's is the forward KL, a mixture has
+            no map.
         mode: of a top-k teacher alone, see :func:`~dskd.fused.topk.topk_kd`.
-        logits_dtype: what the logits of 16-bit operands are kept in; fp32 by default. bf16
+        logits_dtype: what the logits of 16-bit operands are kept in; fp32 by default and, with a
+            mixture, always. bf16
             logits save memory and cost precision: their rounding hides small differences of the
             softmaxes. Measured error of the gradient (bf16 operands, hidden states of student and
             teacher apart by 0.5, 0.1, 0.03, 0.01): 2, 6, 18, 66 %; with fp32 0.2 % throughout.
@@ -104,6 +106,10 @@ def linear_kd(
     found = form_of(teacher, logits_NV, columns, vocabulary, mode, temperature)
     kind_of(kind, beta, reverse_weight, found.narrower)
     check_form(found.form, kind, mode, vocabulary, teacher_map)
+    refuse(
+        found.form == "mixed" and dtype != wide(dtype),
+        lambda: f"logits_dtype: a mixture is made in fp32, not in {dtype}",
+    )
     weight = 0.0 if teacher is None else weight
     weights = weights_of(
         logits_NV, labels_N, ignore_index, columns, weight, reverse_weight, label_weight
@@ -121,8 +127,9 @@ def linear_kd(
     inputs = (hidden_ND, weight_VD, bias_V)
     needs = [x is not None and wanted(x) for x in inputs]
     maps = [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)]
-    kind = kind if found.form in ("dense", "linear") else mode
-    loss = (found.tensors, *weights, found.form, kind, float(beta), temperature, maps)
+    kind = kind if found.form in ("dense", "linear", "mixed") else mode
+    how = (found.form, kind, float(beta), temperature, maps, found.mixture)
+    loss = (found.tensors, *weights, *how)
     losses = detached(_linear(*inputs, *loss, dtype, chunk or 0, needs))
     return losses if places_N is None else _out_of_order(losses, places_N)
 
@@ -144,7 +151,8 @@ def _out_of_order(losses: Losses, places_N: Tensor) -> Losses:
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor token_weight, "
     "Tensor? reverse, Tensor? labels, Tensor? label_weight, str form, str kind, float beta, "
-    "float temperature, float[] maps, ScalarType logits_dtype, int chunk, bool[] needs) "
+    "float temperature, float[] maps, float[]? mixture, ScalarType logits_dtype, int chunk, "
+    "bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear(
@@ -154,8 +162,8 @@ def _linear(
     teacher: list[Tensor],
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    weights, (form, *kind), (dtype, chunk, needs) = arguments[:4], arguments[4:9], arguments[9:]
-    loss = LossForm(form, teacher, TokenWeights(*weights), *kind)
+    weights, (form, *how), (dtype, chunk, needs) = arguments[:4], arguments[4:10], arguments[10:]
+    loss = LossForm(form, teacher, TokenWeights(*weights), *how)
     *losses, gradients = visit(
         hidden_ND, weight_VD, bias_V, loss, logits_dtype=dtype, chunk=chunk, needs=needs
     )
@@ -194,7 +202,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
         scaled(gradient, upstream, ctx.dtype) if needed else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
-    return *found, [None] * ctx.teachers, *[None] * 12
+    return *found, [None] * ctx.teachers, *[None] * 13
 
 
 _linear.register_autograd(_backward, setup_context=_setup)

@@ -6,13 +6,21 @@ E hidden size of a teacher, K kept logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dskd.batch import DenseTeacher, LinearTeacher, LinearTeachers, TopKTeacher
+from dskd.batch import (
+    DenseTeacher,
+    LinearMixture,
+    LinearTeacher,
+    LinearTeachers,
+    MixtureRule,
+    TopKTeacher,
+)
 from dskd.fused.arguments import (
     SAME,
     LogitMap,
@@ -24,7 +32,7 @@ from dskd.fused.arguments import (
 from dskd.fused.per_token import places_of
 from dskd.fused.topk_teacher import at_temperature, topk_of
 
-LogitTeacher = LinearTeacher | LinearTeachers | DenseTeacher | TopKTeacher | None
+LogitTeacher = LinearTeacher | LinearTeachers | LinearMixture | DenseTeacher | TopKTeacher | None
 """Whose divergence is taken; None: nobody's, cross entropy alone."""
 
 
@@ -32,16 +40,18 @@ class TeacherForm(NamedTuple):
     """A teacher as :class:`~dskd.fused.logit_loss.LossForm` takes it.
 
     Attributes:
-        form: ``linear``, ``dense``, ``topk`` or ``label``.
+        form: ``linear``, ``mixed``, ``dense``, ``topk`` or ``label``.
         tensors: of that form.
         narrower: whether it has fewer columns than the student.
         places_N: which tokens its rows are, where they are not in the order of the tokens.
+        mixture: of the form ``mixed``: the rule's sharpness and its weights.
     """
 
     form: str
     tensors: list[Tensor]
     narrower: bool = False
     places_N: Tensor | None = None
+    mixture: tuple[float, ...] | None = None
 
 
 def form_of(
@@ -68,18 +78,25 @@ def form_of(
         return TeacherForm("dense", tensors, shared < columns)
     if isinstance(teacher, LinearTeachers):
         places_N = places_of(teacher.places_N, logits_NV)
-        names = [f"teachers[{k}]'s " for k in range(len(teacher.parts))]
-        refuse(not names, lambda: "teachers: there are none")
-        tensors, shared = _heads(teacher.parts, names, logits_NV, columns, vocabulary)
+        tensors, shared = _heads(teacher.parts, None, logits_NV, columns, vocabulary)
+        rows = sum(len(hidden_ME) for hidden_ME in tensors[::3])
+        refuse(
+            rows != count,
+            lambda: f"teachers: have {rows} rows where there are {count} tokens",
+        )
         return TeacherForm("linear", tensors, shared < columns, places_N)
+    if isinstance(teacher, LinearMixture):
+        mixture = _mixture(teacher.rule, len(teacher.parts))
+        tensors, shared = _heads(teacher.parts, count, logits_NV, columns, vocabulary)
+        return TeacherForm("mixed", tensors, shared < columns, mixture=mixture)
     refuse(
         not isinstance(teacher, LinearTeacher),
         lambda: (
-            f"teacher: must be a DenseTeacher, LinearTeacher, LinearTeachers, TopKTeacher or None, "
-            f"not {type(teacher).__name__}"
+            f"teacher: must be a DenseTeacher, LinearTeacher, LinearTeachers, LinearMixture, "
+            f"TopKTeacher or None, not {type(teacher).__name__}"
         ),
     )
-    tensors, shared = _heads([teacher], ["teacher's "], logits_NV, columns, vocabulary)
+    tensors, shared = _heads([teacher], count, logits_NV, columns, vocabulary)
     return TeacherForm("linear", tensors, shared < columns)
 
 
@@ -94,6 +111,8 @@ def check_form(
         refuse(kind != "forward_kl", lambda: f"kind: {kind} cannot be computed, {less}")
         refuse(vocabulary is not None, lambda: f"vocabulary: nothing to cut, {less}")
         refuse(teacher_map != SAME, lambda: f"teacher_map: nothing to map, {less}")
+    if form == "mixed":
+        refuse(teacher_map != SAME, lambda: "teacher_map: the teachers of a mixture have none")
 
 
 def tail_of(teacher: TopKTeacher, mode: str, temperature: float) -> Tensor | None:
@@ -148,32 +167,48 @@ def check_head(owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         )
 
 
+def _mixture(rule: MixtureRule, teachers: int) -> tuple[float, ...]:
+    """The rule's sharpness and its weights, checked."""
+    refuse(
+        len(rule.weights) != teachers,
+        lambda: f"weights: {len(rule.weights)} for {teachers} teachers",
+    )
+    refuse(
+        not all(0 <= weight < math.inf for weight in rule.weights) or not any(rule.weights),
+        lambda: f"weights: must be at least 0, finite and not all 0, not {rule.weights}",
+    )
+    refuse(
+        not rule.sharpness >= 0,
+        lambda: f"sharpness: must be at least 0 (or infinite), not {rule.sharpness}",
+    )
+    return (float(rule.sharpness), *map(float, rule.weights))
+
+
 def _heads(
     teachers: Sequence[LinearTeacher],
-    names: Sequence[str],
+    rows: int | None,
     logits_NV: Tensor,
     columns: int,
     vocabulary: int | None,
 ) -> tuple[list[Tensor], int]:
-    """Hidden states, weight and bias (empty: none) of each, and the columns that they share."""
+    """Hidden states, weight and bias (empty: none) of each, and the columns that they share.
+
+    ``rows``: of each teacher; None: each has its own number.
+    """
+    refuse(not teachers, lambda: "teachers: there are none")
     tensors: list[Tensor] = []
-    widths, rows = [], 0
-    for teacher, name in zip(teachers, names, strict=True):
+    widths = []
+    for k, teacher in enumerate(teachers):
+        name = f"teachers[{k}]'s " if len(teachers) > 1 else "teacher's "
         hidden_ME, weight_WE, bias_W = autocast(
             teacher.hidden_NE, teacher.weight_VE, teacher.bias_V
         )
         check_head(name, hidden_ME, weight_WE, bias_W)
-        alone = len(logits_NV) if len(teachers) == 1 else None
-        matrix(f"{name}hidden", hidden_ME, rows=alone, like=logits_NV)
+        matrix(f"{name}hidden", hidden_ME, rows=rows, like=logits_NV)
         shared = teacher_columns(len(weight_WE), columns, vocabulary)
         bias_W = weight_WE.new_empty(0) if bias_W is None else bias_W[:shared]
         tensors += [x.detach() for x in (hidden_ME, weight_WE[:shared], bias_W)]
         widths.append(shared)
-        rows += len(hidden_ME)
-    refuse(
-        rows != len(logits_NV),
-        lambda: f"teachers: have {rows} rows where there are {len(logits_NV)} tokens",
-    )
     refuse(
         len(set(widths)) > 1,
         lambda: (

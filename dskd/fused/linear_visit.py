@@ -11,6 +11,7 @@ from torch import Tensor
 from dskd.fused.arguments import wide
 from dskd.fused.chunking import Buffer, HeadGradients, chunk_of, chunks, operand, project
 from dskd.fused.logit_loss import LossForm
+from dskd.fused.mixed_logits import MIXTURE_BUFFERS, Mixture
 from dskd.fused.teacher_logits import runs_ahead, teacher_logits
 
 
@@ -37,8 +38,11 @@ def visit(
     size = chunk or chunk_of(count, columns, each, device)
     size = min(size, max(1, count))
     teacher = None
-    if loss.form == "linear":
-        teacher = teacher_logits(loss.teacher, count, size, logits_dtype)
+    if loss.form in ("linear", "mixed"):
+        mixture = None
+        if loss.form == "mixed":
+            mixture = Mixture(*loss.mixture, temperature=loss.temperature)
+        teacher = teacher_logits(loss.teacher, count, size, logits_dtype, mixture)
     gradients = HeadGradients(hidden_ND, weight_VD, bias_V, needs)
     logits = Buffer(size, columns, logits_dtype, device)
     rounded = None
@@ -65,6 +69,8 @@ def visit(
 
 def _bytes_per_logit(loss: LossForm, hidden: torch.dtype, logits: torch.dtype, ahead: bool) -> int:
     """What a chunk takes for each of its logits: the student's, the teacher's (and the next
-    chunk's), and their gradient in the type of the operands."""
-    buffers = (2 + ahead) if loss.form == "linear" else 1
+    chunk's), what mixing them takes, and their gradient in the type of the operands."""
+    buffers = (2 + ahead) if loss.form in ("linear", "mixed") else 1
+    if loss.form == "mixed":
+        buffers += MIXTURE_BUFFERS
     return buffers * logits.itemsize + (0 if hidden == logits else hidden.itemsize)

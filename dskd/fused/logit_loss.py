@@ -5,6 +5,7 @@ Shape letters: N tokens, C of them in a chunk, V student columns, W teacher colu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,13 +24,15 @@ class LossForm(NamedTuple):
     """Which loss: what of a teacher there is, the divergence, the weights of all tokens.
 
     Attributes:
-        form: ``dense``, ``linear``, ``topk``, or ``label``: cross entropy alone.
-        teacher: its logits; or hidden states, weight and bias (empty: none) of each teacher; or
-            ids, log-probabilities and maybe tail; or nothing.
+        form: ``dense``, ``linear``, ``mixed``, ``topk``, or ``label``: cross entropy alone.
+        teacher: its logits; or hidden states, weight and bias (empty: none) of each teacher, of
+            tokens of its own (``linear``) or of all tokens (``mixed``); or ids, log-probabilities
+            and maybe tail; or nothing.
         weights: of every token; a token's label.
         kind: the divergence, or the mode of a top-k teacher.
         beta, temperature: see :func:`dskd.fused.dense.dense_kd`.
         maps: scale and softcap of the student's logits, and of the teacher's.
+        mixture: of the form ``mixed``: the rule's sharpness and its weights.
     """
 
     form: str
@@ -39,6 +42,7 @@ class LossForm(NamedTuple):
     beta: float
     temperature: float
     maps: list[float]
+    mixture: Sequence[float] | None = None
 
     def rows(
         self,
@@ -49,8 +53,8 @@ class LossForm(NamedTuple):
     ) -> tuple:
         """Divergence [C] and label loss [C] or None of some tokens, their gradient in ``grad_CV``.
 
-        ``teacher_CW``: the logits of a teacher of form ``linear``. The student's of form ``topk``
-        are used up.
+        ``teacher_CW``: the logits of the forms ``linear`` and ``mixed``. The student's of form
+        ``topk`` are used up.
         """
         weight_C, reverse_C, labels_C, label_C = self._weights(rows)
         options = {"student_map": tuple(self.maps[:2]), "grad_NV": grad_CV}
@@ -87,8 +91,8 @@ class LossForm(NamedTuple):
 def logit_loss(student_NV: Tensor, loss: LossForm, out: Tensor | None) -> Losses:
     """A loss of checked arguments with its gradient: to autograd, or into ``out``."""
     weight_N, reverse_N, labels_N, label_weight_N = loss.weights
-    _, teacher, _, *kind = loss
-    rest = (reverse_N, labels_N, loss.form, teacher, *kind)
+    how = (loss.kind, loss.beta, loss.temperature, loss.maps)
+    rest = (reverse_N, labels_N, loss.form, loss.teacher, *how)
     return _operator(student_NV, (weight_N, label_weight_N, *rest), out)
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dskd.batch import MixtureRule
 from dskd.fused.arguments import (
     FLOATING,
     MODES,
@@ -160,6 +161,38 @@ def mixture_divergence(
         one = share_N[:, None] * _log_softmax(teacher_NW.detach(), temperature).exp()
         p = p + F.pad(one, (first, p.shape[1] - first - one.shape[1]))
     return _kl(p.log(), log_q)
+
+
+def confidences(teachers: Sequence[Tensor]) -> Tensor:
+    """``1 - H / ln W`` [N, n], H the entropy of each teacher's softmax of its logits [N, W]."""
+    several = [_log_softmax(logits_NW.detach()) for logits_NW in teachers]
+    entropies = [torch.special.entr(log_p.exp()).sum(1) for log_p in several]
+    bounds = [math.log(max(2, log_p.shape[1])) for log_p in several]
+    return torch.stack(
+        [1 - entropy_N / bound for entropy_N, bound in zip(entropies, bounds, strict=True)], 1
+    )
+
+
+def mixture_shares(confidence_Nn: Tensor, rule: MixtureRule) -> Tensor:
+    """How much each teacher says [N, n], by the formula of
+    :class:`~dskd.batch.MixtureRule`."""
+    weight_n = confidence_Nn.new_tensor(rule.weights)
+    if rule.sharpness == 0:
+        surest_N = confidence_Nn.masked_fill(weight_n == 0, -math.inf).argmax(1)
+        return F.one_hot(surest_N, len(rule.weights)).to(confidence_Nn.dtype)
+    return (weight_n.log() + confidence_Nn / rule.sharpness).softmax(1)
+
+
+def mixture_logits(
+    teachers: Sequence[Tensor], rule: MixtureRule, *, temperature: float = 1.0
+) -> Tensor:
+    """Logits [N, W] whose softmax at the temperature is the teachers' mixture there."""
+    share_Nn = mixture_shares(confidences(teachers), rule)
+    several = [_log_softmax(logits_NW.detach(), temperature).exp() for logits_NW in teachers]
+    mean_NW = sum(
+        share_N[:, None] * p_NW for share_N, p_NW in zip(share_Nn.unbind(1), several, strict=True)
+    )
+    return temperature * mean_NW.log()
 
 
 def _check_student(student_NV: Tensor, temperature: float) -> None:

@@ -6,13 +6,14 @@ Shape letters: N tokens, C of them in a chunk, M of them of one teacher, W colum
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dskd.fused.chunking import Buffer, chunks, operand, project
+from dskd.fused.mixed_logits import MIXTURE_BUFFERS, Mixture
 
 
 class _Head(NamedTuple):
@@ -30,7 +31,11 @@ def runs_ahead(device: torch.device) -> bool:
 
 
 def teacher_logits(
-    teachers: list[Tensor], count: int, size: int, dtype: torch.dtype
+    teachers: list[Tensor],
+    count: int,
+    size: int,
+    dtype: torch.dtype,
+    mixture: Mixture | None = None,
 ) -> Iterator[Tensor]:
     """The teachers' logits [C, W] of chunk after chunk, each good until the next one is asked for.
 
@@ -43,18 +48,24 @@ def teacher_logits(
         count: the rows of all.
         size: rows of a chunk.
         dtype: of the logits.
+        mixture: each teacher has all rows, and the logits are their mixture's.
     """
-    heads = _heads(teachers)
+    heads = _heads(teachers, mixture is not None)
     weight_WE = heads[0].weight_WE
     device, columns = weight_WE.device, len(weight_WE)
     spans = [*chunks(count, size)]
     ahead = runs_ahead(device) and len(spans) > 1
     buffers = [Buffer(size, columns, dtype, device) for _ in range(2 if ahead else 1)]
+    spares = 0 if mixture is None else MIXTURE_BUFFERS
+    spare = [Buffer(size, columns, dtype, device) for _ in range(spares)]
 
     def make(number: int) -> Tensor:
         rows = spans[number]
         out_CW = buffers[number % len(buffers)].first(rows.stop - rows.start)
-        _project(heads, rows, out_CW)
+        if mixture is None:
+            _project(heads, rows, out_CW)
+        else:
+            mixture.make(out_CW, [partial(_project, [head], rows) for head in heads], spare)
         return out_CW
 
     if ahead:
@@ -63,13 +74,14 @@ def teacher_logits(
         yield from map(make, range(len(spans)))
 
 
-def _heads(teachers: list[Tensor]) -> list[_Head]:
+def _heads(teachers: list[Tensor], together: bool) -> list[_Head]:
+    """``together``: the rows of each are all rows."""
     heads, first = [], 0
     for hidden_ME, weight_WE, bias_W in zip(*(teachers[i::3] for i in range(3)), strict=True):
         rows = slice(first, first + len(hidden_ME))
         operands = (operand(hidden_ME), operand(weight_WE))
         heads.append(_Head(rows, *operands, operand(bias_W) if len(bias_W) else None))
-        first = rows.stop
+        first = 0 if together else rows.stop
     return heads
 
 

@@ -3,7 +3,15 @@
 import torch
 
 from dskd import ops
-from dskd.ops import DenseTeacher, LinearTeacher, LinearTeachers, TopKTeacher
+from dskd.fused import reference
+from dskd.ops import (
+    DenseTeacher,
+    LinearMixture,
+    LinearTeacher,
+    LinearTeachers,
+    MixtureRule,
+    TopKTeacher,
+)
 from tests.fused import expected
 
 N, V, W, D, E, K = 5, 11, 9, 4, 3, 4
@@ -72,6 +80,31 @@ def linear_teachers(dtype=torch.float64, rows=W):
     return LinearTeachers(made, torch.tensor([3, 0, 4, 1, 2]))
 
 
+RULES = {
+    "uniform": MixtureRule((1.0, 1.0, 1.0)),
+    "fixed": MixtureRule((0.5, 0.0, 3.0)),
+    "confidence_soft": MixtureRule((1.0, 1.0, 1.0), 0.2),
+    "confidence_hard": MixtureRule((1.0, 1.0, 1.0), 0.0),
+}
+
+
+def linear_mixture(rule="confidence_soft", dtype=torch.float64, rows=W, tokens=N):
+    """Three teachers of all tokens, the second surest of tokens 0 and 3; of other hidden sizes."""
+    parts = []
+    for seed, (width, bias) in enumerate([(E, True), (E + 2, True), (E + 1, False)], start=30):
+        shapes = [(tokens, width), (rows, width)] + [(rows,)] * bias
+        tensors = [normal(*shape, seed=seed + len(shape), dtype=dtype) for shape in shapes]
+        parts.append(LinearTeacher(*tensors))
+    parts[1].hidden_NE[0:4:3] *= 3
+    return LinearMixture(parts, RULES[rule])
+
+
+def mixture_of(teacher, temperature):
+    """Logits of the mixture at a temperature, by the reference in float64."""
+    several = [logits_of(part).double() for part in teacher.parts]
+    return reference.mixture_logits(several, teacher.rule, temperature=temperature)
+
+
 def parts_of(teachers):
     """Hidden states, weight and bias (empty: none) of each linear teacher."""
     tensors = [(t.hidden_NE, t.weight_VE, t.bias_V) for t in teachers]
@@ -88,6 +121,7 @@ def logits_of(teacher):
 
 FORMS = {
     "linears": lambda: (linear_teachers(), logits_of(linear_teachers())),
+    "mixed": lambda: (linear_mixture(), mixture_of(linear_mixture(), 2.0)),
     "linear": lambda: (linear_teacher(), logits_of(linear_teacher())),
     "dense": lambda: (DenseTeacher(normal(N, W, seed=1)), normal(N, W, seed=1)),
     "topk": lambda: (topk_teacher(normal(N, V, seed=1), 2.0), kept(normal(N, V, seed=1), 2.0)),

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dskd.fused import teacher_logits
-from tests.fused.cases import linear_teachers, logits_of, parts_of
+from dskd.fused.mixed_logits import Mixture
+from tests.fused.cases import linear_mixture, linear_teachers, logits_of, mixture_of, parts_of
 
 
 class Stream:
@@ -51,7 +52,14 @@ class Device:
             self.use(out_ME, writes=True)
             project(hidden_ME, weight_WE, bias_W, out_ME)
 
+        make = Mixture.make
+
+        def mixed(mixture, out_CW, *arguments):
+            self.use(out_CW, writes=True)
+            make(mixture, out_CW, *arguments)
+
         monkeypatch.setattr(teacher_logits, "project", noted)
+        monkeypatch.setattr(Mixture, "make", mixed)
         monkeypatch.setattr(teacher_logits, "runs_ahead", lambda device: True)
         monkeypatch.setattr(teacher_logits, "_side_stream", lambda device: self.side)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
@@ -97,6 +105,25 @@ def test_it_is_the_same_and_in_order(monkeypatch, size):
     assert {work[0] for uses in device.uses.values() for wrote, work in uses if wrote} == {
         "side" if size < 5 else "main"
     }
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_mixture_is_made_ahead_in_the_same_order(monkeypatch, size):
+    """Its spare room is used by the side stream alone, and freed once that is done."""
+    teacher = linear_mixture()
+    mixture = Mixture(teacher.rule.sharpness, *teacher.rule.weights, temperature=2.0)
+    device = Device(monkeypatch)
+    arguments = (parts_of(teacher.parts), 5, size, torch.float64, mixture)
+    logits = teacher_logits.teacher_logits(*arguments)
+    found = []
+    for _ in range(0, 5, size):
+        logits_CW = next(logits)
+        device.use(logits_CW, writes=False)
+        found.append(logits_CW.clone())
+    logits.close()
+    device.free()
+    torch.testing.assert_close(torch.cat(found), mixture_of(teacher, 2.0), rtol=1e-9, atol=1e-9)
+    assert len(device.uses) == (2 if size < 5 else 1) + 1  # one of the spare ones is projected into
 
 
 def test_the_next_chunk_does_not_wait_for_what_is_done_with_this_one(monkeypatch):

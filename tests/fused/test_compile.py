@@ -16,6 +16,7 @@ from tests.fused.cases import (
     V,
     gradients,
     head,
+    linear_mixture,
     linear_teacher,
     linear_teachers,
     normal,
@@ -100,7 +101,18 @@ def test_a_weight_that_falls_is_compiled_twice_at_most():
 def test_transposed_hidden_states_have_the_gradient_that_the_compiler_expects():
     hidden_ND, weight_VD = normal(D, N).t().requires_grad_(), normal(V, D).requires_grad_()
     weight_N, labels_N, label_N = torch.ones(N).double(), LABELS.clamp_min(0), WEIGHT.clone()
-    rest = (weight_N, None, labels_N, label_N, "label", "forward_kl", 0.5, 1.0, [1.0, 0.0] * 2)
+    rest = (
+        weight_N,
+        None,
+        labels_N,
+        label_N,
+        "label",
+        "forward_kl",
+        0.5,
+        1.0,
+        [1.0, 0.0] * 2,
+        None,
+    )
     arguments = (hidden_ND, weight_VD, None, [], *rest, torch.float64, 0, [True, True, False])
     tests = ("test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.dskd.linear_kd, arguments, test_utils=tests)
@@ -116,7 +128,13 @@ def test_operators_are_registered_as_pytorch_wants_them():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for gradient in (True, False):
         torch.library.opcheck(torch.ops.dskd.logit_loss, (*dense, gradient), test_utils=tests)
-    rest = (weight_N, None, labels_N, label_N, "linear", "forward_kl", 0.5, 2.0, maps)
-    for teachers in ([linear_teacher()], linear_teachers().parts):
-        linear = (*head(), parts_of(teachers), *rest, torch.float64, 2, [True] * 3)
+    common, kind = (weight_N, None, labels_N, label_N), ("forward_kl", 0.5, 2.0, maps)
+    mixture = linear_mixture()
+    for form, teachers, how in (
+        ("linear", [linear_teacher()], None),
+        ("linear", linear_teachers().parts, None),
+        ("mixed", mixture.parts, [mixture.rule.sharpness, *mixture.rule.weights]),
+    ):
+        rest = (*common, form, *kind, how, torch.float64, 2, [True] * 3)
+        linear = (*head(), parts_of(teachers), *rest)
         torch.library.opcheck(torch.ops.dskd.linear_kd, linear, test_utils=tests)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dskd import ops
 from dskd.fused import reference
-from dskd.ops import DenseTeacher, LinearTeacher, LinearTeachers, LogitMap
+from dskd.ops import DenseTeacher, LinearMixture, LinearTeacher, LinearTeachers, LogitMap
 from tests.fused.cases import (
     COMMON,
     FORMS,
@@ -24,6 +24,7 @@ from tests.fused.cases import (
     gradients,
     head,
     kept,
+    linear_mixture,
     linear_teacher,
     linear_teachers,
     logits_of,
@@ -291,9 +292,9 @@ def test_autocast_casts_as_a_linear_layer_does():
 @pytest.mark.parametrize("form", FORMS)
 def test_the_kernels_take_each_form_of_a_teacher(form):
     inputs, (teacher, _) = head(torch.float32), FORMS[form]()
-    if form in ("linear", "linears"):
-        make = linear_teacher if form == "linear" else linear_teachers
-        teacher = make(torch.float32)
+    makers = {"linear": linear_teacher, "linears": linear_teachers, "mixed": linear_mixture}
+    if form in makers:
+        teacher = makers[form](dtype=torch.float32)
     plain_total = ops.linear_kd(*inputs, teacher=teacher, temperature=2.0, **COMMON).total
     expected = gradients(plain_total, *inputs)
     with ops.triton_everywhere():
@@ -319,6 +320,8 @@ def test_no_tokens(form):
 def _of_no_tokens(teacher):
     if isinstance(teacher, LinearTeachers):
         return LinearTeachers([*map(_of_no_tokens, teacher.parts)], teacher.places_N[:0])
+    if isinstance(teacher, LinearMixture):
+        return LinearMixture([*map(_of_no_tokens, teacher.parts)], teacher.rule)
     parts = vars(teacher).copy()
     for name in parts.keys() - {"weight_VE", "bias_V"}:
         tails = name == "tail_N"

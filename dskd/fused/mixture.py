@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dskd.fused.arguments import (
@@ -22,6 +23,7 @@ from dskd.fused.arguments import (
     wide,
 )
 from dskd.fused.backend import row_functions
+from dskd.fused.chunking import chunk_of, chunks
 from dskd.fused.gradients import operator, total_of
 from dskd.fused.per_token import mixture_weights
 
@@ -44,9 +46,10 @@ def mixture_kd(
 
     Args:
         student_NV: logits of any floating type and strides; may hold -inf.
-        teachers: logits [N, W_k] of the student's type; teacher k's columns are the student's
-            from ``firsts[k]`` on: all of the same columns, or of disjoint classes (MUKI), or any
-            mix.
+        teachers: logits [N, W_k]; teacher k's columns are the student's from ``firsts[k]`` on: all
+            of the same columns, or of disjoint classes (MUKI), or any mix. Where one has another
+            type than the student, all are read in fp32 (float64 for a float64 student), of which
+            a chunk of tokens is made at a time.
         weights_Nn: at least 0, without gradient; a row of zeros is a token that does not count.
         firsts: by default all 0.
         out: takes the gradient, for a caller without autograd; it may be ``student_NV``.
@@ -78,11 +81,6 @@ def mixture_kd(
 def _check_teacher(name: str, logits: Tensor, first: int, student_NV: Tensor) -> None:
     count, columns = student_NV.shape
     matrix(name, logits, rows=count, like=student_NV)
-    # the kernel reads all rows through pointers of one type
-    refuse(
-        logits.dtype != student_NV.dtype,
-        lambda: f"{name}: is {logits.dtype}, the student's logits are {student_NV.dtype}",
-    )
     columns_within(name, first, logits.shape[1], columns)
 
 
@@ -98,8 +96,21 @@ def _rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Total, divergence [N] and no label losses; the gradient into ``grad_NV``."""
     rows = row_functions("mixture", student_NV).mixture_rows
-    how = {"temperature": temperature, "student_map": tuple(maps), "grad_NV": grad_NV}
-    divergence_N = rows(student_NV, teachers, firsts, weights_Nn, **how)
+    how = {"temperature": temperature, "student_map": tuple(maps)}
+    if all(logits.dtype == student_NV.dtype for logits in teachers):
+        divergence_N = rows(student_NV, teachers, firsts, weights_Nn, grad_NV=grad_NV, **how)
+        return total_of(divergence_N, weights_Nn.sum(1), None, no_labels)
+    # the kernel reads all rows through pointers of one type
+    dtype = wide(student_NV.dtype)
+    columns = student_NV.shape[1] + sum(logits.shape[1] for logits in teachers)
+    size = chunk_of(len(student_NV), columns, dtype.itemsize, student_NV.device)
+    divergence_N = torch.empty(len(student_NV), dtype=dtype, device=student_NV.device)
+    for part in chunks(len(student_NV), size):
+        several = [logits[part].to(dtype) for logits in teachers]
+        grad = None if grad_NV is None else grad_NV[part]
+        divergence_N[part] = rows(
+            student_NV[part].to(dtype), several, firsts, weights_Nn[part], grad_NV=grad, **how
+        )
     return total_of(divergence_N, weights_Nn.sum(1), None, no_labels)
 
 

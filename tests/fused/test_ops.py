@@ -31,6 +31,7 @@ from tests.fused.cases import (
     normal,
     same,
 )
+from tests.heads import small_chunks
 
 
 def plain(logits_NV, teacher, *, kind="forward_kl", temperature=1.0, mode="tail", reverse=None):
@@ -98,6 +99,38 @@ def test_mixture_kd_passes_gradcheck():
     expected = (weights_Nn.sum(1) * found).sum()
     torch.testing.assert_close(total(student_NV), expected, rtol=1e-10, atol=1e-12)
     assert gradcheck(total, student_NV)
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize(
+    ("student", "teachers"),
+    [
+        (torch.float32, (torch.bfloat16, torch.float16)),
+        (torch.bfloat16, (torch.float32, torch.bfloat16)),
+        (torch.float16, (torch.float16, torch.bfloat16)),
+    ],
+)
+def test_mixture_kd_takes_teachers_of_other_types(monkeypatch, student, teachers, triton):
+    """The values of each, not rounded to another's type; read 2 tokens at a time, and in place."""
+    small_chunks(monkeypatch, 2)
+    student_NV = normal(N, V, dtype=student).requires_grad_()
+    several = [normal(N, V, seed=k, dtype=dtype) for k, dtype in enumerate(teachers, start=1)]
+    exact_NV, weights_Nn = student_NV.detach().double().requires_grad_(), normal(N, 2).abs().float()
+    wide = [logits_NV.double() for logits_NV in several]
+    how = {"temperature": 1.5}
+    wanted_N = reference.mixture_divergence(exact_NV, wide, [0, 0], weights_Nn.double(), **how)
+    (grad_NV,) = gradients((weights_Nn.sum(1) * wanted_N).sum(), exact_NV)
+    with ops.triton_everywhere() if triton else nullcontext():
+        found = ops.mixture_kd(student_NV, several, weights_Nn, **how)
+        (found_NV,) = gradients(found.total, student_NV)
+        placed_NV = student_NV.detach().clone()
+        again = ops.mixture_kd(placed_NV, several, weights_Nn, out=placed_NV, **how)
+    torch.testing.assert_close(found.divergence_N.double(), wanted_N, rtol=1e-5, atol=1e-6)
+    assert found.divergence_N.dtype == torch.float32 and found_NV.dtype == student
+    torch.testing.assert_close(again.total, found.total.detach(), rtol=1e-6, atol=0)
+    rounding = 1e-5 if student == torch.float32 else 1e-2
+    for mine in (found_NV, placed_NV):
+        torch.testing.assert_close(mine.double(), grad_NV, rtol=rounding, atol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 99, None])

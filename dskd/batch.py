@@ -319,6 +319,22 @@ class TopKTeacher:
 
 
 @dataclass(frozen=True)
+class MixedTopK:
+    """Several top-k teachers of one vocabulary, each of all N positions, whose distributions are
+    mixed (:func:`dskd.fused.mixed_topk.mixed_topk`).
+
+    Attributes:
+        parts: they have a tail at the temperature of the loss and, where confidences count, at 1.
+        rule: confidences are of what is known: of the kept tokens, and all others as one.
+        vocabulary: number of real tokens.
+    """
+
+    parts: Sequence[TopKTeacher]
+    rule: MixtureRule
+    vocabulary: int
+
+
+@dataclass(frozen=True)
 class Panel:
     """Several teachers, each of classes of its own, asked about the same supervised positions.
 
@@ -342,7 +358,13 @@ class Panel:
 
 
 Signal = (
-    ProjectedTeacher | ProjectedTeachers | MixedTeachers | DenseTeacher | TopKTeacher | Panel
+    ProjectedTeacher
+    | ProjectedTeachers
+    | MixedTeachers
+    | DenseTeacher
+    | TopKTeacher
+    | MixedTopK
+    | Panel
 )
 """What a teacher gives for the supervised positions of a batch."""
 

@@ -23,6 +23,7 @@ from dskd.batch import (
     LinearTeacher,
     LinearTeachers,
     MixedTeachers,
+    MixedTopK,
     MixtureRule,
     Positions,
     ProjectedTeacher,
@@ -56,6 +57,7 @@ __all__ = [
     "LogitMap",
     "Losses",
     "Merged",
+    "MixedTopK",
     "MixtureRule",
     "Piece",
     "TopKTeacher",
@@ -104,7 +106,7 @@ def positions_kd(
         kind, beta, reverse_weight: of a teacher with full logits. Kinds that are infinite where the
             teacher lacks a column (reverse KL, mixed) are of the shared vocabulary: what columns
             the student has beyond, of padding, are left out of its softmax, the label's too.
-        mode: of a top-k teacher, whose divergence is the forward KL.
+        mode: of top-k teachers, whose divergence is the forward KL.
 
     The other arguments are those of :func:`~dskd.fused.linear.linear_kd`.
 
@@ -113,7 +115,7 @@ def positions_kd(
         ValueError: it has no tail mass at this temperature.
     """
     options = {"temperature": temperature, "weight": weight, "label_weight": label_weight}
-    if isinstance(signal, TopKTeacher):
+    if isinstance(signal, TopKTeacher | MixedTopK):
         if kind != "forward_kl":
             raise ConfigError(
                 f"teacher: a cached teacher knows its largest logits only, and this method's "

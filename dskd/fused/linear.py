@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskd.batch import TopKTeacher
 from dskd.fused.arguments import (
     SAME,
     LogitMap,
@@ -33,13 +32,12 @@ from dskd.fused.linear_teacher import (
     autocast,
     check_form,
     check_head,
+    check_masses_of,
     form_of,
-    tail_of,
 )
 from dskd.fused.linear_visit import visit
 from dskd.fused.logit_loss import LossForm
 from dskd.fused.per_token import TokenWeights, weights_of
-from dskd.fused.topk_teacher import check_masses
 
 
 def linear_kd(
@@ -74,11 +72,11 @@ def linear_kd(
         bias_V: likewise.
         teacher: whose divergence (classes of ``dskd/batch.py``); several linear ones have a share
             of the tokens each, all the same columns, and ``hidden_ND`` is copied in the order of
-            their rows; a linear mixture's have all tokens; None: cross entropy alone.
+            their rows; those of a mixture have all tokens; None: cross entropy alone.
         kind, beta, teacher_map, vocabulary: of dense and linear teachers, see
-            :func:`~dskd.fused.dense.dense_kd`; a top-k teacher's is the forward KL, a mixture has
-            no map.
-        mode: of a top-k teacher alone, see :func:`~dskd.fused.topk.topk_kd`.
+            :func:`~dskd.fused.dense.dense_kd`; a top-k teacher's is the forward KL; a mixture
+            of linear ones has no map.
+        mode: of top-k teachers alone, see :func:`~dskd.fused.topk.topk_kd`.
         logits_dtype: what the logits of 16-bit operands are kept in; fp32 by default and, with a
             mixture, always. bf16
             logits save memory and cost precision: their rounding hides small differences of the
@@ -117,9 +115,7 @@ def linear_kd(
     refuse(
         teacher is None and weights.label_N is None, lambda: "teacher: neither a teacher nor labels"
     )
-    if isinstance(teacher, TopKTeacher):
-        parts = (teacher.ids_NK, teacher.logprobs_NK, tail_of(teacher, mode, temperature))
-        check_masses(*parts, weights.divergence_N, temperature=temperature, columns=columns)
+    check_masses_of(teacher, mode, temperature, weights.divergence_N, columns)
     places_N = found.places_N
     if places_N is not None:  # the rows of one teacher together, for products of many rows
         hidden_ND = hidden_ND.index_select(0, places_N)

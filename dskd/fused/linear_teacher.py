@@ -7,7 +7,8 @@ E hidden size of a teacher, K kept logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from dskd.batch import (
     LinearMixture,
     LinearTeacher,
     LinearTeachers,
+    MixedTopK,
     MixtureRule,
     TopKTeacher,
 )
@@ -29,10 +31,13 @@ from dskd.fused.arguments import (
     teacher_columns,
     unit_columns,
 )
+from dskd.fused.mixed_topk import Kept, mixed_topk, topk_confidence
 from dskd.fused.per_token import places_of
-from dskd.fused.topk_teacher import at_temperature, topk_of
+from dskd.fused.topk_teacher import at_temperature, check_masses, refuse_many, topk_of
 
-LogitTeacher = LinearTeacher | LinearTeachers | LinearMixture | DenseTeacher | TopKTeacher | None
+LogitTeacher = (
+    LinearTeacher | LinearTeachers | LinearMixture | DenseTeacher | TopKTeacher | MixedTopK | None
+)
 """Whose divergence is taken; None: nobody's, cross entropy alone."""
 
 
@@ -71,33 +76,19 @@ def form_of(
         return TeacherForm("label", [])
     if isinstance(teacher, TopKTeacher):
         return TeacherForm("topk", _topk(teacher, logits_NV, columns, mode, temperature))
+    if isinstance(teacher, MixedTopK):
+        return TeacherForm("topk", _mixed_topk(teacher, logits_NV, columns, mode, temperature))
     if isinstance(teacher, DenseTeacher):
         matrix("teacher", teacher.logits_NV, rows=count, like=logits_NV)
         shared = teacher_columns(teacher.logits_NV.shape[1], columns, vocabulary)
         tensors = [unit_columns(teacher.logits_NV.detach()[:, :shared])]
         return TeacherForm("dense", tensors, shared < columns)
-    if isinstance(teacher, LinearTeachers):
-        places_N = places_of(teacher.places_N, logits_NV)
-        tensors, shared = _heads(teacher.parts, None, logits_NV, columns, vocabulary)
-        rows = sum(len(hidden_ME) for hidden_ME in tensors[::3])
-        refuse(
-            rows != count,
-            lambda: f"teachers: have {rows} rows where there are {count} tokens",
-        )
-        return TeacherForm("linear", tensors, shared < columns, places_N)
-    if isinstance(teacher, LinearMixture):
-        mixture = _mixture(teacher.rule, len(teacher.parts))
-        tensors, shared = _heads(teacher.parts, count, logits_NV, columns, vocabulary)
-        return TeacherForm("mixed", tensors, shared < columns, mixture=mixture)
-    refuse(
-        not isinstance(teacher, LinearTeacher),
-        lambda: (
-            f"teacher: must be a DenseTeacher, LinearTeacher, LinearTeachers, LinearMixture, "
-            f"TopKTeacher or None, not {type(teacher).__name__}"
-        ),
+    if isinstance(teacher, LinearTeacher | LinearTeachers | LinearMixture):
+        return _linear(teacher, logits_NV, columns, vocabulary)
+    raise ValueError(
+        f"teacher: must be a DenseTeacher, LinearTeacher, LinearTeachers, LinearMixture, "
+        f"TopKTeacher, MixedTopK or None, not {type(teacher).__name__}"
     )
-    tensors, shared = _heads([teacher], count, logits_NV, columns, vocabulary)
-    return TeacherForm("linear", tensors, shared < columns)
 
 
 def check_form(
@@ -115,10 +106,28 @@ def check_form(
         refuse(teacher_map != SAME, lambda: "teacher_map: the teachers of a mixture have none")
 
 
+def check_masses_of(
+    teacher: LogitTeacher, mode: str, temperature: float, counted_N: Tensor, columns: int
+) -> None:
+    """Check that what top-k teachers keep, and their tails, can be of one distribution each, where
+    one looks; :func:`~dskd.fused.topk_teacher.check_masses` has the last two arguments."""
+    if isinstance(teacher, TopKTeacher):
+        kept = (teacher.ids_NK, teacher.logprobs_NK, tail_of(teacher, mode, temperature))
+        check_masses(*kept, counted_N, temperature=temperature, columns=columns)
+    if isinstance(teacher, MixedTopK):
+        for k, part in enumerate(teacher.parts):
+            for heat in _heats(teacher.rule, temperature):
+                with _naming(k):
+                    check_masses_of(part, "tail", heat, counted_N, columns)
+
+
 def tail_of(teacher: TopKTeacher, mode: str, temperature: float) -> Tensor | None:
     """The tail [N] of a top-k teacher in mode ``tail``, None in another."""
-    if mode != "tail":
-        return None
+    return stored_tail(teacher, temperature) if mode == "tail" else None
+
+
+def stored_tail(teacher: TopKTeacher, temperature: float) -> Tensor:
+    """The tail [N] of a top-k teacher at a temperature."""
     stored = teacher.tail_N
     refuse(
         temperature not in stored,
@@ -167,8 +176,31 @@ def check_head(owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         )
 
 
-def _mixture(rule: MixtureRule, teachers: int) -> tuple[float, ...]:
-    """The rule's sharpness and its weights, checked."""
+def _linear(
+    teacher: LinearTeacher | LinearTeachers | LinearMixture,
+    logits_NV: Tensor,
+    columns: int,
+    vocabulary: int | None,
+) -> TeacherForm:
+    """The form of teachers whose logits are made chunk by chunk."""
+    count = len(logits_NV)
+    if isinstance(teacher, LinearTeacher):
+        tensors, shared = _heads([teacher], count, logits_NV, columns, vocabulary)
+        return TeacherForm("linear", tensors, shared < columns)
+    if isinstance(teacher, LinearMixture):
+        check_rule(teacher.rule, len(teacher.parts))
+        mixture = (float(teacher.rule.sharpness), *map(float, teacher.rule.weights))
+        tensors, shared = _heads(teacher.parts, count, logits_NV, columns, vocabulary)
+        return TeacherForm("mixed", tensors, shared < columns, mixture=mixture)
+    places_N = places_of(teacher.places_N, logits_NV)
+    tensors, shared = _heads(teacher.parts, None, logits_NV, columns, vocabulary)
+    rows = sum(len(hidden_ME) for hidden_ME in tensors[::3])
+    refuse(rows != count, lambda: f"teachers: have {rows} rows where there are {count} tokens")
+    return TeacherForm("linear", tensors, shared < columns, places_N)
+
+
+def check_rule(rule: MixtureRule, teachers: int) -> None:
+    """Check the rule by which so many teachers are mixed."""
     refuse(
         len(rule.weights) != teachers,
         lambda: f"weights: {len(rule.weights)} for {teachers} teachers",
@@ -181,7 +213,6 @@ def _mixture(rule: MixtureRule, teachers: int) -> tuple[float, ...]:
         not rule.sharpness >= 0,
         lambda: f"sharpness: must be at least 0 (or infinite), not {rule.sharpness}",
     )
-    return (float(rule.sharpness), *map(float, rule.weights))
 
 
 def _heads(
@@ -227,3 +258,49 @@ def _topk(
     ids_NK, *kept = topk_of(teacher.ids_NK, teacher.logprobs_NK, tail_N, mode, logits_NV, columns)
     found = (ids_NK, *at_temperature(*kept, temperature))
     return [x for x in found if x is not None]
+
+
+def _mixed_topk(
+    teacher: MixedTopK, logits_NV: Tensor, columns: int, mode: str, temperature: float
+) -> list[Tensor]:
+    """The same of several, mixed; the tail counts in every mode until they are."""
+    check_rule(teacher.rule, len(teacher.parts))
+    refuse(
+        not 0 < teacher.vocabulary <= columns,
+        lambda: f"vocabulary: {teacher.vocabulary} is not within the student's {columns} columns",
+    )
+    found: dict[float, list[Kept]] = {}
+    for k, part in enumerate(teacher.parts):
+        for heat in _heats(teacher.rule, temperature):
+            with _naming(k):
+                kept = _topk(part, logits_NV, columns, "tail", heat)
+            found.setdefault(heat, []).append(Kept(*kept))
+    confidence_Nn = None
+    if teacher.rule.sharpness != math.inf:
+        sure = [topk_confidence(kept, teacher.vocabulary) for kept in found[1.0]]
+        confidence_Nn = torch.stack(sure, 1)
+    several = found[temperature]
+    ids_NK, logprobs_NK, tail_N = mixed_topk(
+        several, confidence_Nn, teacher.rule, teacher.vocabulary
+    )
+    refuse_many(ids_NK, logits_NV)
+    if mode == "tail":
+        return [ids_NK, logprobs_NK, tail_N]
+    return [ids_NK, logprobs_NK.log_softmax(1)]
+
+
+def _heats(rule: MixtureRule, temperature: float) -> list[float]:
+    """At which temperatures a mixture is asked what its teachers keep."""
+    confident = rule.sharpness != math.inf
+    return [*dict.fromkeys((temperature, 1.0) if confident else (temperature,))]
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Say in a message which teacher of several it is about."""
+    try:
+        yield
+    except ValueError as problem:
+        raise ValueError(
+            f"teachers[{index}]: {str(problem).removeprefix('teacher: ')}"
+        ) from problem

@@ -195,6 +195,42 @@ def mixture_logits(
     return temperature * mean_NW.log()
 
 
+def topk_confidences(teachers: Sequence[tuple[Tensor, Tensor, Tensor]], vocabulary: int) -> Tensor:
+    """``1 - H / ln V`` [N, n] of teachers known by ids, log-probabilities and tail at temperature
+    1, each one's tail counted as a token."""
+    entropies = []
+    for ids_NK, logprobs_NK, tail_N in teachers:
+        p_NK = logprobs_NK.exp() * (ids_NK >= 0)
+        entropies.append(torch.special.entr(p_NK).sum(1) + torch.special.entr(tail_N.exp()))
+    return 1 - torch.stack(entropies, 1) / math.log(max(2, vocabulary))
+
+
+def topk_mixture_divergence(
+    student_NV: Tensor,
+    teachers: Sequence[tuple[Tensor, Tensor, Tensor]],
+    share_Nn: Tensor,
+    mode: TopKMode = "tail",
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL [N] from the mixture of teachers known by ids, log-probabilities and tail AT the
+    temperature; see :mod:`dskd.fused.mixed_topk`."""
+    columns = student_NV.shape[1]
+    q_NV, tail_N = torch.zeros_like(student_NV), torch.zeros_like(student_NV[:, 0])
+    kept_NV = torch.zeros_like(student_NV, dtype=torch.bool)
+    for (ids_NK, logprobs_NK, of_tail_N), share_N in zip(teachers, share_Nn.unbind(1), strict=True):
+        used_NK = (ids_NK >= 0) & (share_N > 0)[:, None]
+        at_NK = torch.where(used_NK, ids_NK, columns).long()  # a column beyond the last one
+        p_NK = torch.where(used_NK, share_N[:, None] * logprobs_NK.exp(), 0.0)
+        q_NV = F.pad(q_NV, (0, 1)).scatter_add(1, at_NK, p_NK)[:, :columns]
+        kept_NV = F.pad(kept_NV, (0, 1)).scatter(1, at_NK, True)[:, :columns]
+        tail_N = tail_N + torch.where(share_N > 0, share_N * of_tail_N.exp(), 0.0)
+    ids_NV = torch.where(kept_NV, torch.arange(columns, device=student_NV.device), -1)
+    tail_N = tail_N.log() if mode == "tail" else None
+    how = {"temperature": temperature}
+    return topk_divergence(student_NV, ids_NV, q_NV.log(), tail_N, mode, **how)
+
+
 def _check_student(student_NV: Tensor, temperature: float) -> None:
     floating_matrix("student", student_NV)
     temperature_of(temperature)

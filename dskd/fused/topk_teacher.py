@@ -132,10 +132,7 @@ def topk_of(
         ids_NK.shape != (count, kept) or not 0 < kept <= columns,
         lambda: f"ids: must be [{count}, K] with K from 1 to {columns}, not {tuple(ids_NK.shape)}",
     )
-    refuse(
-        kept > MOST_KEPT and on_triton(student_NV),
-        lambda: f"ids: the kernels take at most {MOST_KEPT} kept tokens, not {kept}",
-    )
+    refuse_many(ids_NK, student_NV)
     integers = (torch.int32, torch.int64)
     refuse(ids_NK.dtype not in integers, lambda: f"ids: must be int32 or int64, not {ids_NK.dtype}")
     beside("ids", ids_NK, student_NV)
@@ -155,6 +152,15 @@ def topk_of(
     if tail_N is not None:
         tail_N = vector("tail", tail_N, student_NV)
     return ids_NK.contiguous(), logprobs_NK.detach().to(dtype).contiguous(), tail_N
+
+
+def refuse_many(ids_NK: Tensor, student_NV: Tensor) -> None:
+    """Check that the kernels, where they are used, can take as many kept tokens of a row."""
+    kept = ids_NK.shape[1]
+    refuse(
+        kept > MOST_KEPT and on_triton(student_NV),
+        lambda: f"ids: the kernels take at most {MOST_KEPT} kept tokens, not {kept}",
+    )
 
 
 def check_ids(ids_NK: Tensor, columns: int) -> None:

@@ -21,7 +21,7 @@ from dskd.settings.data import Data
 from dskd.settings.folders import cache_folder
 from dskd.settings.recipe import Recipe
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, each_teacher, section_name
+from dskd.settings.teachers import CachedTeacher, domain_of, each_teacher, section_name
 
 
 def refuse_other_stores(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:
@@ -82,7 +82,7 @@ def _other_cache(
     if other:
         text = f"run {maker} captures it with other rows or masks: {', '.join(other)} differ"
         yield f"{section}.path", text
-    if of is not None and of != domain:
+    if domain_of(of) is not None and of != domain_of(domain):
         yield f"{section}.path", f"run {maker} captures rows of the domain {of!r} only"
     if teacher.model is not None:
         names = ("model", "precision", "k", "temperatures", "values")

@@ -33,7 +33,7 @@ from dskd.runs.student import build_student, student_to_export, student_to_train
 from dskd.settings.folders import RunFolder, cache_folder
 from dskd.settings.model import Model
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, each_teacher
+from dskd.settings.teachers import CachedTeacher, domain_of, each_teacher
 from dskd.stores.fingerprints import expected
 from dskd.system import dist
 from dskd.system.device import free_memory
@@ -54,7 +54,7 @@ def cache(context: RunContext) -> None:
     for domain, teacher in each_teacher(run.teacher).items():
         if not isinstance(teacher, CachedTeacher) or teacher.model is None:
             continue
-        folder = cache_folder(run, domain)
+        folder, own = cache_folder(run, domain), domain_of(domain)
         capture(
             teacher,
             lambda domain=domain: frozen(run, domain, prepared, context.device),
@@ -62,11 +62,11 @@ def cache(context: RunContext) -> None:
             context.view,
             folder,
             fingerprints=expected(run, teacher, prepared, context.view),
-            domain=None if domain is None else prepared.domains.index(domain),
+            domain=None if own is None else prepared.domains.index(own),
             device=context.device,
             verify=run.until == "cache",  # else training opens it
         )
-        free_memory()  # before the next domain's teacher
+        free_memory()  # before the next teacher
 
 
 def _sliced(run: Run) -> bool:

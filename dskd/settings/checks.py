@@ -14,7 +14,10 @@ from dskd.settings.parsing import line, nearest
 from dskd.settings.recipe import Recipe
 from dskd.settings.run import Run
 from dskd.settings.teachers import (
+    CONFIDENT,
     CachedTeacher,
+    PanelMember,
+    PanelTeacher,
     RoutedTeacher,
     SelfTeacher,
     each_teacher,
@@ -172,6 +175,9 @@ def _teachers(run: Run) -> Problems:
                 yield f"{name}.use_k", f"{use_k} is more than {name}.k {teacher.k}"
     if isinstance(run.teacher, RoutedTeacher):
         yield from _routes(run, run.teacher)
+    if isinstance(run.teacher, PanelTeacher):
+        panel = _classifiers if run.data.objective == "classification" else _language_models
+        yield from panel(run, run.teacher)
     if isinstance(run.teacher, SelfTeacher) and run.teacher.weights != "frozen":
         weights = run.teacher.weights
         if run.teacher.deepspeed is not None:
@@ -195,9 +201,61 @@ def _routes(run: Run, teacher: RoutedTeacher) -> Problems:
     for domain in domains:
         if domain not in kinds:
             yield "teacher.domains", f"no teacher for the domain {domain!r} of data.sources"
+    yield from _shared_folders(run)
+
+
+def _classifiers(run: Run, panel: PanelTeacher) -> Problems:
+    """What does not go with a panel of classifiers."""
+    if panel.mixture is not None:
+        text = f"of language models, but data.objective is {run.data.objective}; leave it out"
+        yield "teacher.mixture", text
+    for name, member in panel.teachers.items():
+        if member.kind == "cached":
+            text = "cached, which keeps a language model's logits; leave it out: teacher.scores"
+            yield f"teacher.teachers.{name}.kind", f"{text} stored keeps a classifier's"
+
+
+def _language_models(run: Run, panel: PanelTeacher) -> Problems:
+    """What does not go with a panel of language models, which are mixed."""
+    settings = [("teacher", name, panel) for name in PanelTeacher.model_fields]
+    settings = [each for each in settings if each[1] not in ("kind", "teachers", "mixture")]
+    for name, member in panel.teachers.items():
+        if isinstance(member, PanelMember):
+            own = ("labels", "own_tokenizer", "domains")
+            settings += [(f"teacher.teachers.{name}", field, member) for field in own]
+    for where, field, section in settings:
+        if getattr(section, field) != type(section).model_fields[field].default:
+            text = f"of a panel of classifiers, but data.objective is {run.data.objective}"
+            yield f"{where}.{field}", text
+    kinds = {name: member.kind for name, member in panel.teachers.items()}
+    if len(set(kinds.values())) > 1:
+        each = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        yield "teacher.teachers", f"all must be live or all cached, but: {each}"
+    yield from _shared_folders(run)
+    if panel.mixture is None:
+        text = "missing; say how much each language model says, as {rule: confidence_soft}"
+        yield "teacher.mixture", text
+        return
+    weights = panel.mixture.weights
+    for name in weights or ():
+        if name not in kinds:
+            text = f"no teacher has this name{nearest(name, kinds)}"
+            yield f"teacher.mixture.weights.{name}", text
+    for name in kinds if weights is not None else ():
+        if name not in weights:
+            yield "teacher.mixture.weights", f"no number for the teacher {name!r}"
+    for name, member in panel.teachers.items():
+        confident = panel.mixture.rule in CONFIDENT and member.kind == "cached"
+        if confident and 1.0 not in member.temperatures:
+            text = f"{member.temperatures} has no 1.0, at which the rule {panel.mixture.rule} asks"
+            yield f"teacher.teachers.{name}.temperatures", f"{text} how sure a teacher is; add it"
+
+
+def _shared_folders(run: Run) -> Problems:
+    """Caches of several teachers in one folder."""
     folders: dict[Path, str] = {}
-    for domain, kind in kinds.items():
-        if kind == "cached":
-            other = folders.setdefault(cache_folder(run, domain), domain)
-            if other != domain:
-                yield f"teacher.domains.{domain}.path", f"the same folder as that of {other!r}"
+    for name, teacher in each_teacher(run.teacher).items():
+        if isinstance(teacher, CachedTeacher):
+            other = folders.setdefault(cache_folder(run, name), name)
+            if other != name:
+                yield f"{section_name(name)}.path", f"the same folder as that of {str(other)!r}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from dskd.settings.data import HardTokens
 from dskd.settings.model import Model
 from dskd.settings.run import Run
-from dskd.settings.teachers import PanelTeacher, RoutedTeacher
+from dskd.settings.teachers import CachedTeacher, PanelTeacher, RoutedTeacher
 
 
 class RunFolder:
@@ -46,9 +46,12 @@ def folder_of(run: Run) -> RunFolder:
 
 def cache_folder(run: Run, domain: str | None = None) -> Path:
     """Where a run's cached teacher (``domain``'s, if routed) keeps its logits, or a teacher of a
-    panel its scores; for None the folder of the whole panel."""
+    panel its logits or scores; for None the folder of the whole panel."""
     if isinstance(run.teacher, PanelTeacher):
         panel = folder_of(run).cache if run.teacher.path is None else run.teacher.path
+        member = run.teacher.teachers.get(domain)
+        if isinstance(member, CachedTeacher) and member.path is not None:
+            return member.path
         return panel if domain is None else panel / domain
     teacher = run.teacher.domains[domain] if isinstance(run.teacher, RoutedTeacher) else run.teacher
     if teacher.path is not None:

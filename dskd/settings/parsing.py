@@ -81,10 +81,12 @@ def with_kinds(annotation: Any, tree: Any) -> Any:
 
 def section_of(annotation: Any, tree: Tree) -> type[BaseModel] | None:
     """The section that a mapping at a field of this type describes; of several, the one of its
-    ``kind``; None if there is none."""
+    ``kind``, and without one the one that has it by default; None if there is none."""
     sections = _sections(annotation)
-    if len(sections) > 1:
-        sections = [cls for cls in sections if tree.get("kind") in _kinds(cls)]
+    if len(sections) > 1 and "kind" in tree:
+        sections = [cls for cls in sections if tree["kind"] in _kinds(cls)]
+    elif len(sections) > 1:
+        sections = [cls for cls in sections if not cls.model_fields["kind"].is_required()]
     return sections[0] if sections else None
 
 

@@ -233,8 +233,8 @@ class _Reader:
         if isinstance(run.teacher, PanelTeacher) and place == ("teacher", "path"):
             return str(cache_folder(run))
         teachers = each_teacher(run.teacher)
-        by_domain = place[:2] == ("teacher", "domains") and None not in teachers
-        domain = place[2] if by_domain else None
+        several = place[:1] == ("teacher",) and place[1] in ("domains", "teachers")
+        domain = place[2] if several and None not in teachers else None
         if not isinstance(teachers.get(domain), CachedTeacher):
             raise ConfigError(f"'run:{name}' has no cache, its teacher is not a cached one")
         return str(cache_folder(run, domain))

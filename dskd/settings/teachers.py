@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from dskd.settings.base import FREE, RunPath, Section
 from dskd.settings.model import Model
@@ -86,7 +86,8 @@ class SelfTeacher(Section):
 
 
 class PanelMember(LiveTeacher):
-    """One teacher of a panel, a classifier of classes of its own."""
+    """One teacher of a panel. What is below its model is of a classifier, which has classes of its
+    own."""
 
     model: Model
     labels: list[str] | None = None
@@ -98,12 +99,71 @@ class PanelMember(LiveTeacher):
     """It is asked about the rows of these domains only; null: of all."""
 
 
+def _kind_of(member: Any) -> str:
+    """The kind of a teacher of a panel, which is live where it does not say."""
+    return member.get("kind", "live") if isinstance(member, dict) else member.kind
+
+
+AnyMember = Annotated[
+    Annotated[PanelMember, Tag("live")] | Annotated[CachedTeacher, Tag("cached")],
+    Discriminator(_kind_of),
+]
+
+CONFIDENT = ("confidence_soft", "confidence_hard")
+"""Rules of a mixture that ask how sure each teacher is."""
+
+
+class Mixture(Section):
+    """How much each language model of a panel says about a token; their distributions are mixed.
+
+    How sure one is of a token is ``1 - H / ln V``, 0 to 1: H the entropy of its distribution at
+    temperature 1, of a cached one's kept tokens and all others as one; V the vocabulary.
+    """
+
+    rule: Literal["uniform", "fixed", "confidence_soft", "confidence_hard"]
+    """``uniform``: all as much; ``fixed``: as ``weights`` say; ``confidence_soft``: by the softmax
+    of how sure they are over ``sharpness``; ``confidence_hard``: the surest alone."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] | None = Field(None, validate_default=True)
+    """Of ``fixed``: a number for each teacher, by name; only their ratios count."""
+    sharpness: float = Field(0.2, gt=0)
+    """Of ``confidence_soft``: at 0.2, one that is wholly sure says 148 times as much as one that
+    knows nothing."""
+
+    @field_validator("weights")
+    @classmethod
+    def _are_of_fixed(
+        cls, weights: dict[str, float] | None, info: ValidationInfo
+    ) -> dict[str, float] | None:
+        rule = info.data.get("rule")
+        if weights is not None and rule not in (None, "fixed"):
+            raise ValueError(f"of the rule fixed, but the rule is {rule}; leave them out")
+        if weights is None and rule == "fixed":
+            raise ValueError("missing; the rule fixed needs a number for each teacher")
+        if weights is not None and not any(weights.values()):
+            raise ValueError(f"{weights}: one must be more than 0")
+        return weights
+
+    @field_validator("sharpness")
+    @classmethod
+    def _is_of_soft(cls, sharpness: float, info: ValidationInfo) -> float:
+        rule = info.data.get("rule")
+        if rule not in (None, "confidence_soft") and sharpness != 0.2:
+            raise ValueError(f"{sharpness}, but the rule {rule} has none; leave it out")
+        return sharpness
+
+
 class PanelTeacher(Section):
-    """Several classifiers, each of some of the student's classes, that teach every row together."""
+    """Several teachers of every row together: classifiers, each of some of the student's classes,
+    or language models of the student's vocabulary, whose distributions are mixed.
+
+    What comes after ``mixture`` is of classifiers alone.
+    """
 
     kind: Literal["panel"]
-    teachers: dict[str, PanelMember] = Field(min_length=1)
-    """By name, which is that of a folder, too."""
+    teachers: dict[str, AnyMember] = Field(min_length=1)
+    """By name, which is that of a folder, too; language models all live or all cached."""
+    mixture: Mixture | None = None
+    """Of language models, which need one; how classifiers are mixed is the method's."""
     scores: Literal["stored", "live"] = "stored"
     """``stored``: each teacher is asked about every row once, before training; ``live``: about each
     batch. About validation rows it is asked once, either way."""
@@ -133,7 +193,7 @@ class PanelTeacher(Section):
 
     @field_validator("teachers")
     @classmethod
-    def _names_are_of_folders(cls, teachers: dict[str, PanelMember]) -> dict[str, PanelMember]:
+    def _names_are_of_folders(cls, teachers: dict[str, AnyMember]) -> dict[str, AnyMember]:
         for name in teachers:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"{name!r}: a name is made of letters, digits, _ and -")
@@ -173,3 +233,8 @@ def section_name(domain: str | None) -> str:
     if isinstance(domain, MemberName):
         return f"teacher.teachers.{domain}"
     return "teacher" if domain is None else f"teacher.domains.{domain}"
+
+
+def domain_of(name: str | None) -> str | None:
+    """The domain of a key of :func:`each_teacher`; None: all rows, as those of a panel teach."""
+    return None if isinstance(name, MemberName) else name

@@ -49,6 +49,8 @@ TOPK_LOGPROBS = "topk_logprobs"
 """float32 [N, K], their log-probabilities at temperature 1 over the whole vocabulary."""
 TOPK_TAIL = "tail"
 """float32 [N], log-sum-exp of ``logprob / T`` over the tokens that are not kept."""
+TOPK_TAIL_AT_1 = "tail_at_1"
+"""float32 [N], the same at temperature 1, where it is asked for."""
 UNUSED_SLOTS = {TOPK_IDS: -1, TOPK_LOGPROBS: -math.inf, TOPK_TAIL: -math.inf}
 """What the columns hold in a slot k without a token."""
 
@@ -289,16 +291,19 @@ class CachedLogits:
         cache: the cache; it passed :meth:`LogitCache.check` with the two others.
         use_k: logits per position, the others join the tail; None: all that are kept.
         temperature: the temperature of the tail.
+        at_1: read the tail at temperature 1, too, which the cache has.
     """
 
-    def __init__(self, cache: LogitCache, use_k: int | None, temperature: float) -> None:
+    def __init__(
+        self, cache: LogitCache, use_k: int | None, temperature: float, *, at_1: bool = False
+    ) -> None:
         self._cache = cache
         self._k = use_k or cache.layout.k
-        self._temperature = temperature
-        self._tail = cache.layout.temperatures.index(float(temperature))
+        self._tails = {TOPK_TAIL: float(temperature)} | ({TOPK_TAIL_AT_1: 1.0} if at_1 else {})
 
     def __call__(self, rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
-        """The columns :data:`TOPK_IDS`, :data:`TOPK_LOGPROBS` and :data:`TOPK_TAIL`.
+        """The columns :data:`TOPK_IDS`, :data:`TOPK_LOGPROBS` and :data:`TOPK_TAIL`, and
+        :data:`TOPK_TAIL_AT_1` if it is asked for.
 
         Raises:
             StoreError: the cache has not got a row.
@@ -308,14 +313,17 @@ class CachedLogits:
         assert (counts_B == (shown.labels_BT != IGNORE).sum(1)).all(), "logits of other masks"
         k = self._k
         logprobs_NK = torch.from_numpy(columns["logprobs"]).float()  # 2x faster than numpy's cast
-        tail_N = columns["tail"][:, self._tail]
-        if k < self._cache.layout.k:
-            dropped_N = torch.logsumexp(logprobs_NK[:, k:] / self._temperature, 1)
-            tail_N = torch.logaddexp(torch.from_numpy(tail_N), dropped_N).numpy()
+        tails = {}
+        for name, heat in self._tails.items():
+            tail_N = columns["tail"][:, self._cache.layout.temperatures.index(heat)]
+            if k < self._cache.layout.k:
+                dropped_N = torch.logsumexp(logprobs_NK[:, k:] / heat, 1)
+                tail_N = torch.logaddexp(torch.from_numpy(tail_N), dropped_N).numpy()
+            tails[name] = np.ascontiguousarray(tail_N)
         return {
             TOPK_IDS: np.ascontiguousarray(_join("ids", columns)[:, :k]),
             TOPK_LOGPROBS: logprobs_NK[:, :k].contiguous().numpy(),
-            TOPK_TAIL: np.ascontiguousarray(tail_N),
+            **tails,
         }
 
 

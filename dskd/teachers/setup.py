@@ -21,11 +21,20 @@ from dskd.models.configs import hidden_size
 from dskd.models.frozen import frozen_model, model_of
 from dskd.settings.folders import cache_folder, student_settings
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, PanelTeacher, SelfTeacher, each_teacher
+from dskd.settings.teachers import (
+    CONFIDENT,
+    CachedTeacher,
+    PanelTeacher,
+    SelfTeacher,
+    domain_of,
+    each_teacher,
+    section_name,
+)
 from dskd.stores.fingerprints import expected
 from dskd.stores.logits import UNUSED_SLOTS, CachedLogits, CachedMasks, LogitCache
 from dskd.system import dist
 from dskd.teachers.average import Average
+from dskd.teachers.mixture import FrozenMixture, MixedLogits, StoredMixture, rule_of
 from dskd.teachers.panel import panel_teacher
 from dskd.teachers.teacher import (
     FrozenTeacher,
@@ -72,26 +81,40 @@ def set_up(
     """
     if isinstance(run.teacher, SelfTeacher):
         return _from_itself(run, run.teacher, prepared, device)
-    if isinstance(run.teacher, PanelTeacher):
+    if isinstance(run.teacher, PanelTeacher) and run.teacher.mixture is None:
         teacher, readers = panel_teacher(run, prepared, view, device)
         return TeacherSetup(teacher, readers=readers)
-    teachers = each_teacher(run.teacher)
-    if any(isinstance(teacher, CachedTeacher) for teacher in teachers.values()):
-        caches = {domain: _open(run, domain, prepared, view, temperature) for domain in teachers}
-        logits = {
-            domain: CachedLogits(cache, teachers[domain].use_k, temperature)
-            for domain, cache in caches.items()
-        }
-        return _stored(caches, logits, prepared, temperature)
+    if any(isinstance(each, CachedTeacher) for each in each_teacher(run.teacher).values()):
+        return _cached(run, temperature, prepared, view)
+    return _live(run, prepared, device)
+
+
+def _live(run: Run, prepared: Prepared, device: torch.device) -> TeacherSetup:
+    """Frozen models that are run on the batches."""
     vocabulary = vocabulary_size(prepared.tokenizer)
     live = {
         domain: FrozenTeacher(frozen(run, domain, prepared, device), vocabulary)
-        for domain in teachers
+        for domain in each_teacher(run.teacher)
     }
+    if isinstance(run.teacher, PanelTeacher):
+        return TeacherSetup(FrozenMixture([*live.values()], rule_of(run.teacher)))
     if None in live:
         return TeacherSetup(live[None])
     by_index = {prepared.domains.index(domain): one for domain, one in live.items()}
     return TeacherSetup(RoutedTeachers(by_index), readers=(group_by_domain,))
+
+
+def _cached(run: Run, temperature: float, prepared: Prepared, view: View) -> TeacherSetup:
+    """Teachers whose logits were captured."""
+    teachers = each_teacher(run.teacher)
+    caches = {domain: _open(run, domain, prepared, view, temperature) for domain in teachers}
+    if isinstance(run.teacher, PanelTeacher):
+        return _mixed(run.teacher, caches, temperature, vocabulary_size(prepared.tokenizer))
+    logits = {
+        domain: CachedLogits(cache, teachers[domain].use_k, temperature)
+        for domain, cache in caches.items()
+    }
+    return _stored(caches, logits, prepared, temperature)
 
 
 def _stored(
@@ -110,10 +133,30 @@ def _stored(
     return TeacherSetup(teacher, view, (reader,))
 
 
+def _mixed(
+    panel: PanelTeacher, caches: Mapping[str, LogitCache], temperature: float, vocabulary: int
+) -> TeacherSetup:
+    """The teacher whose masks, which all caches share, and several logits the loader reads."""
+    confident = panel.mixture.rule in CONFIDENT
+    with dist.agreed():
+        for name, cache in caches.items() if confident else ():
+            if 1.0 not in cache.layout.temperatures:
+                raise ConfigError(
+                    f"{section_name(name)}.path: {cache.store.folder} has no tail at temperature "
+                    f"1.0 (temperatures), at which teacher.mixture.rule asks how sure it is"
+                )
+    readers = [
+        CachedLogits(cache, panel.teachers[name].use_k, temperature, at_1=confident)
+        for name, cache in caches.items()
+    ]
+    teacher = StoredMixture(rule_of(panel), temperature, vocabulary)
+    return TeacherSetup(teacher, CachedMasks(next(iter(caches.values()))), (MixedLogits(readers),))
+
+
 def frozen(run: Run, domain: str | None, prepared: Prepared, device: torch.device) -> nn.Module:
     """The teacher model of a live or captured teacher, replicated or ZeRO-3-sharded."""
     teacher = each_teacher(run.teacher)[domain]
-    where = "teacher.model" if domain is None else f"teacher.domains.{domain}.model"
+    where = f"{section_name(domain)}.model"
     return frozen_model(run, teacher, teacher.model, where, prepared, device)
 
 
@@ -173,7 +216,7 @@ def _open(
     with dist.agreed():
         cache = LogitCache(folder, wanted, (dist.rank(), dist.world()))
         cache.check(teacher.use_k, temperature)
-        _check_scope(cache, domain, view)
+        _check_scope(cache, domain_of(domain), view)
     return cache
 
 

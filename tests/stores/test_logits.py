@@ -13,7 +13,14 @@ from dskd.data.loader import make_batch
 from dskd.data.views import CausalView
 from dskd.errors import ConfigError, NonFiniteError, StoreError
 from dskd.stores import logits as logits_module
-from dskd.stores.logits import LogitCache, LogitLayout, describe_cache, verify
+from dskd.stores.logits import (
+    CachedLogits,
+    CachedMasks,
+    LogitCache,
+    LogitLayout,
+    describe_cache,
+    verify,
+)
 from dskd.stores.store import MANIFEST, Store, Writer, shard_path
 from dskd.system.files import read_manifest, write_manifest
 from tests import batches
@@ -128,6 +135,19 @@ def test_using_fewer_is_the_same_as_keeping_fewer(tmp_path, use_k, temperature):
     np.testing.assert_array_equal(a["topk_ids"], b["topk_ids"])
     np.testing.assert_array_equal(a["topk_logprobs"], b["topk_logprobs"])
     np.testing.assert_allclose(a["tail"], b["tail"], rtol=2e-6, atol=2e-6)
+
+
+def test_the_tail_at_1_comes_beside_that_of_the_loss(tmp_path):
+    rows, view = ToyRows(), ToyMasks()
+    cache = store_all(tmp_path / "c", layout_of(k=50), rows, view, teach)
+    here = rows.rows(np.arange(len(rows)), np.ones(len(rows), int))
+    shown = CachedMasks(cache)(here)
+    for use_k in (None, 3):
+        both = CachedLogits(cache, use_k, 2.0, at_1=True)(here, shown)
+        for temperature, name in ((2.0, "tail"), (1.0, "tail_at_1")):
+            alone = CachedLogits(cache, use_k, temperature)(here, shown)
+            assert alone.keys() == {"topk_ids", "topk_logprobs", "tail"}
+            np.testing.assert_array_equal(both[name], alone["tail"])
 
 
 def test_impossible_tokens_have_no_probability():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dskd.batch import Batch
+from dskd.batch import Batch, MixtureRule
 from dskd.data.prepared import RowBatch
 from dskd.data.views import CausalView
 from dskd.fused.topk_teacher import largest_of
@@ -14,6 +14,7 @@ from dskd.hardness.question import token_scores
 from dskd.methods.metrics import LM_LOSS
 from dskd.models.families import positions_of
 from dskd.ops import positions_kd
+from dskd.teachers.mixture import FrozenMixture
 from dskd.teachers.teacher import (
     FrozenTeacher,
     RoutedTeachers,
@@ -76,12 +77,17 @@ def frozen(seed: int) -> FrozenTeacher:
     return FrozenTeacher(model_of(seed), VOCABULARY)
 
 
+def panel(student) -> FrozenMixture:
+    return FrozenMixture([frozen(1), frozen(2), frozen(3)], MixtureRule((1.0, 1.0, 1.0), 0.2))
+
+
 LOOKS = {
     "evaluated": evaluated,
     "questioned": questioned,
     "captured": captured,
     "live": partial(taught, lambda student: frozen(1)),
     "routed": partial(taught, lambda student: RoutedTeachers({0: frozen(1), 1: frozen(2)})),
+    "panel": partial(taught, panel),
     "itself": partial(taught, lambda student: ShownUnmasked(StudentAsTeacher(student, VOCABULARY))),
 }
 

@@ -109,7 +109,7 @@ def _cached(run: Run, temperature: float, prepared: Prepared, view: View) -> Tea
     teachers = each_teacher(run.teacher)
     caches = {domain: _open(run, domain, prepared, view, temperature) for domain in teachers}
     if isinstance(run.teacher, PanelTeacher):
-        return _mixed(run.teacher, caches, temperature, vocabulary_size(prepared.tokenizer))
+        return mixed(run.teacher, caches, temperature, vocabulary_size(prepared.tokenizer))
     logits = {
         domain: CachedLogits(cache, teachers[domain].use_k, temperature)
         for domain, cache in caches.items()
@@ -133,10 +133,14 @@ def _stored(
     return TeacherSetup(teacher, view, (reader,))
 
 
-def _mixed(
+def mixed(
     panel: PanelTeacher, caches: Mapping[str, LogitCache], temperature: float, vocabulary: int
 ) -> TeacherSetup:
-    """The teacher whose masks, which all caches share, and several logits the loader reads."""
+    """The teacher whose masks, which all caches share, and several logits the loader reads.
+
+    Raises:
+        ConfigError: a cache has no tail at temperature 1, and the rule asks how sure it is.
+    """
     confident = panel.mixture.rule in CONFIDENT
     with dist.agreed():
         for name, cache in caches.items() if confident else ():

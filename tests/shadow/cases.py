@@ -23,12 +23,24 @@ SMOOTHED = {"kind": "self_evolution", "smoothing": 0.5}
 WID = {"kind": "wid", "hidden_size": 16, "every": 1, "ramp": 1, "anneal": 1, "lr": 0.01}
 
 FROZEN = {"kind": "self", "weights": "frozen"} | EXACT
+
+
+def panel(**teachers: dict[str, Any]) -> dict[str, Any]:
+    """Language models that are mixed by how sure they are."""
+    return {"kind": "panel", "teachers": teachers, "mixture": {"rule": "confidence_soft"}}
+
+
+CAPTURED = {"temperatures": [1.0, 2.0]}
 CASES: dict[str, dict[str, Any]] = {
     "lm": {"method": {"kind": "lm"}, "teacher": None},
     "ki live": {"teacher": LIVE},
     "ki causal": merge(causal(), {"teacher": EXACT}),
     "ki routed": {"teacher": routed(LIVE, LIVE_OTHER)},
     "ki cached": {"teacher": cached(LIVE)},
+    "ki panel": {"teacher": panel(a=LIVE, b=LIVE_OTHER)},
+    "ki panel cached": {
+        "teacher": panel(a=cached(LIVE) | CAPTURED, b=cached(LIVE_OTHER) | CAPTURED)
+    },
     "self current": {"method": SMOOTHED, "teacher": {"kind": "self"}, "data": HARD},
     "self frozen": {"method": SMOOTHED, "teacher": FROZEN},
     "self average": {"method": SMOOTHED, "teacher": {"kind": "self", "weights": "average"}},

@@ -10,13 +10,15 @@ from dskd.batch import MixtureRule
 from dskd.data.loader import make_batch
 from dskd.data.prepared import open_prepared
 from dskd.data.views import view_for
+from dskd.errors import ConfigError
 from dskd.fused import reference
 from dskd.fused.topk_teacher import largest
 from dskd.models.families import positions_of
 from dskd.ops import DenseTeacher, positions_kd
 from dskd.settings.data import Data, Masking, TextSource
-from dskd.settings.teachers import CachedTeacher, Mixture, PanelMember, PanelTeacher
+from dskd.settings.teachers import CachedTeacher, MemberName, Mixture, PanelMember, PanelTeacher
 from dskd.stores.logits import CachedLogits, CachedMasks, LogitCache
+from dskd.teachers import setup
 from dskd.teachers.capture import capture
 from dskd.teachers.mixture import FrozenMixture, MixedLogits, StoredMixture, rule_of
 from dskd.teachers.teacher import FrozenTeacher
@@ -140,3 +142,25 @@ def test_without_confidences_one_tail_is_read(folders):
     batch = type(rows)(**{**vars(rows), "columns": columns})
     (part,) = StoredMixture(MixtureRule((1.0,)), HEAT, 9)(batch).parts
     assert {*part.tail_N} == {HEAT} and math.isclose(part.tail_N[HEAT][0].item(), -0.5)
+
+
+def test_a_cache_without_a_tail_at_1_is_refused_where_confidences_count(tmp_path, folders):
+    """One that is there already may have been captured for another rule."""
+    prepared = open_prepared(folders["causal"])
+    model = random_model(prepared, "causal")
+    capture(
+        CachedTeacher(kind="cached", k=4, temperatures=[HEAT]),
+        lambda: model,
+        prepared,
+        view_of(prepared, "causal"),
+        tmp_path,
+        fingerprints=PRINTS,
+        device=torch.device("cpu"),
+    )
+    caches = {MemberName("t0"): LogitCache(tmp_path, PRINTS)}
+    found = {"t0": CachedTeacher(kind="cached", path=tmp_path)}
+    even = PanelTeacher(kind="panel", teachers=found, mixture=Mixture(rule="uniform"))
+    assert setup.mixed(even, caches, HEAT, 300).readers
+    hard = PanelTeacher(kind="panel", teachers=found, mixture=Mixture(rule="confidence_hard"))
+    with pytest.raises(ConfigError, match=r"teacher\.teachers\.t0\.path: .* no tail at temperat"):
+        setup.mixed(hard, caches, HEAT, 300)

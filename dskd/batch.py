@@ -238,8 +238,8 @@ class MixtureRule:
 
     Teacher i's share is proportional to ``weights[i] * exp(confidence_i / sharpness)``, and the
     shares of a position sum to 1. A teacher's confidence is ``1 - H / ln V``, 0 to 1: H the entropy
-    of its distribution at temperature 1, V the size of the vocabulary (Li et al. 2022, MUKI,
-    section 3, who weigh classifiers so).
+    of its distribution at temperature 1, V the size of the vocabulary (as MUKI, Li et al. 2022,
+    weighs classifiers).
 
     Attributes:
         weights: of each teacher, at least 0, not all 0. Nothing that a teacher of weight 0 says

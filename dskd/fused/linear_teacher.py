@@ -123,11 +123,8 @@ def check_masses_of(
 
 def tail_of(teacher: TopKTeacher, mode: str, temperature: float) -> Tensor | None:
     """The tail [N] of a top-k teacher in mode ``tail``, None in another."""
-    return stored_tail(teacher, temperature) if mode == "tail" else None
-
-
-def stored_tail(teacher: TopKTeacher, temperature: float) -> Tensor:
-    """The tail [N] of a top-k teacher at a temperature."""
+    if mode != "tail":
+        return None
     stored = teacher.tail_N
     refuse(
         temperature not in stored,

@@ -245,12 +245,15 @@ def test_momentum_does_not_bring_removed_units_back(runs, stage, ranks):
 
 
 def test_inherits_a_distribution_as_well(runs):
-    """By a live teacher or by its cache, and by none once alpha is 0."""
+    """By a live teacher, its cache or a panel of it twice, and by none once alpha is 0."""
     method = ANNEALED | {"inherit": {"schedule": "linear", "steps": 3}}
     changes = {"model": student(runs), "method": method, "train": {"steps": STEPS}}
     live = runs.run("inherit-live", 1, **changes)
     other = runs.run("inherit-cached", 2, "deepspeed=zero3", **changes | {"teacher": cached(LIVE)})
     same(live, other)
+    panel = {"kind": "panel", "teachers": {"a": LIVE, "b": LIVE}, "mixture": {"rule": "uniform"}}
+    both = runs.run("inherit-panel", 1, "deepspeed=zero2", **changes | {"teacher": panel})
+    same(live, both)
     lines = step_lines(live)
     assert [line["alpha"] for line in lines] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
     assert ["kl" in line["terms"] for line in lines] == [True] * 3 + [False] * 3

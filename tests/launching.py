@@ -15,6 +15,9 @@ from tests.ranks import free_port, run_ranks
 ROOT = Path(__file__).resolve().parents[1]
 BINARY = Path(sys.executable).with_name("deepspeed")
 
+EVALUATED = ("eval_nll", "eval_loss")
+"""Keys of the evaluation loss: of tokens, of labelled rows."""
+
 
 def environment() -> dict[str, str]:
     """What a rank of a test sees: one thread, no GPU, no network."""
@@ -66,12 +69,13 @@ def losses(run: Path) -> list[float]:
 def evaluations(run: Path) -> list[float]:
     """The evaluation losses, in order."""
     lines = read_metrics(run / "train" / "metrics.jsonl")
-    return [line["eval_nll"] for line in lines if "eval_nll" in line]
+    return [line[key] for line in lines for key in EVALUATED if key in line]
 
 
 def exported_nll(run: Path) -> float:
     """The evaluation loss of a run's exported model."""
-    return json.loads((run / "scores.json").read_text())["eval_nll"]
+    scores = json.loads((run / "scores.json").read_text())
+    return next(scores[key] for key in EVALUATED if key in scores)
 
 
 def cut_back(run: Path, step: int) -> None:

@@ -12,7 +12,8 @@ from deepspeed.accelerator import real_accelerator
 from dskd.fused import backend, gradients, update
 from dskd.settings.yaml_tree import merge
 from tests.equivalence import small
-from tests.equivalence.small import MASKED, Runs, cached, causal, routed
+from tests.equivalence.small import MASKED, OTHER, TEACHER, Runs, cached, causal, routed
+from tests.equivalence.tables import write_table
 from tests.ranks import run_ranks
 
 EXACT = {"precision": "fp32"}  # on a GPU `auto` is bf16
@@ -21,6 +22,20 @@ STUDENT = {"config": MASKED | {"num_hidden_layers": 1}}
 HARD = {"masking": {"kind": "hard_tokens", "metric": "quantile"}}
 SMOOTHED = {"kind": "self_evolution", "smoothing": 0.5}
 WID = {"kind": "wid", "hidden_size": 16, "every": 1, "ramp": 1, "anneal": 1, "lr": 0.01}
+
+SOFT = {"kind": "muki", "choice": "soft", "normalise": "batch_mean"}
+PANEL = {
+    "kind": "panel",
+    "passes": 3,
+    "at_once": 2,
+    "dropout": 0.2,
+    "micro_batch": 4,
+    "teachers": {
+        "one": {"model": {"config": MASKED | TEACHER}, "labels": ["fruit", "bird"]} | EXACT,
+        "two": {"model": {"config": MASKED | OTHER}, "labels": ["tree", "fruit"]} | EXACT,
+    },
+}
+"""Two classifiers, one class in common, whose several passes drop."""
 
 FROZEN = {"kind": "self", "weights": "frozen"} | EXACT
 
@@ -45,7 +60,13 @@ CASES: dict[str, dict[str, Any]] = {
     "self frozen": {"method": SMOOTHED, "teacher": FROZEN},
     "self average": {"method": SMOOTHED, "teacher": {"kind": "self", "weights": "average"}},
     "wid": {"method": WID, "teacher": None},
+    "finetune": {"method": {"kind": "finetune"}, "teacher": None},
+    "muki stored": {"method": SOFT, "teacher": PANEL},
+    "muki live": {"method": {"kind": "muki"}, "teacher": PANEL | {"scores": "live"}},
+    "uhc stored": {"method": {"kind": "uhc"}, "teacher": PANEL | {"passes": 1}},
 }
+LABELLED = ("finetune", "muki stored", "muki live", "uhc stored")
+"""Cases on rows of classes."""
 
 
 def ranks_of(stage: int) -> int:
@@ -60,10 +81,25 @@ def train(
     changes = dict(CASES[case])
     if case == "wid":
         changes["model"] = STUDENT | {"path": str(weights(runs))}
+    if case in LABELLED:
+        changes["data"] = table(runs)
     size = 4 * ranks_of(stage)
     steps = ("train.steps=2", f"train.batch={size}", "train.micro_batch=2")
     words = (f"deepspeed=zero{stage}", f"train.precision={precision}", *steps, *words)
     return runs.run(name, ranks_of(stage), *words, **changes | more)
+
+
+def table(runs: Runs) -> dict[str, Any]:
+    """The data of rows of three classes, written once."""
+    if not (runs.folder / "rows.tsv").exists():
+        for name, rows, salt in (("valid", 11, 1), ("rows", 42, 0)):
+            write_table(runs.folder / f"{name}.tsv", rows, salt)
+    train, valid = (
+        [{"kind": "tsv", "path": str(runs.folder / f"{name}.tsv"), "label": "y"}]
+        for name in ("rows", "valid")
+    )
+    data = {"objective": "classification", "sources": train, "validation": valid}
+    return data | {"masking": {"draws": None}}
 
 
 def weights(runs: Runs) -> Path:

@@ -12,7 +12,7 @@ from tests.equivalence.small import Runs, step_lines
 from tests.launching import evaluations, exported_nll, losses
 from tests.shadow.cases import on_cpu, plain_losses, train
 
-KINDS = [("ki cached", 1), ("self average", 2), ("wid", 2), ("ki live", 3)]
+KINDS = [("ki cached", 1), ("self average", 2), ("wid", 2), ("ki live", 3), ("muki stored", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,19 @@ def test_a_cache_is_that_of_the_cpu(runs, finished):
         assert mine["tail"] == pytest.approx(theirs["tail"], abs=1e-5)
         # By token: nearly equal ones may change places.
         assert by_token(mine) == pytest.approx(by_token(theirs), abs=1e-5)
+
+
+def test_scores_of_a_panel_are_those_of_the_cpu(runs, finished):
+    with on_cpu():
+        expected = run(runs, "cpu scores", ("muki stored", 0), until="scores") / "cache"
+    found = finished["muki stored", 2][0] / "cache"
+    for teacher in ("one", "two"):
+        shards = [folder / teacher / "train" for folder in (found, expected)]
+        assert len([*shards[0].glob("shard-*")]) == 1
+        mine, theirs = (map_shard(shard_path(folder, 0))[0] for folder in shards)
+        assert mine.keys() == theirs.keys() and len(mine["entropy"]) == 42
+        for name, values in mine.items():
+            assert np.allclose(values, theirs[name], atol=1e-6), (teacher, name)
 
 
 def by_token(columns) -> np.ndarray:

@@ -18,6 +18,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # not under 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
+import json
 import os
 import subprocess
 import tempfile
@@ -38,6 +39,8 @@ _CAUSAL = {"model_type": "llama", "intermediate_size": 96, **_SIZES, "num_key_va
 _LESS = {"num_hidden_layers": 1, "initializer_range": 0.3}
 _KI = {"kind": "ki", "temperature": 2.0, "rate": 0.5, "schedule": "constant"}
 _SELF = {"kind": "self_evolution", "smoothing": 0.5}
+_SOFT = {"kind": "muki", "choice": "soft", "margin": False}
+_CLASSES = ("first", "second", "third")
 
 
 class Case(NamedTuple):
@@ -67,6 +70,21 @@ def _live(config: Mapping[str, Any] = _MASKED, **more: Any) -> dict[str, Any]:
 _CACHED = {**_live(), "kind": "cached", "k": 32, "temperatures": [2.0]}
 _HARD = {"kind": "hard_tokens", "metric": "quantile"}
 _WID = {"kind": "wid", "hidden_size": 32, "every": 1, "ramp": 1, "anneal": 2}
+
+
+def _panel(**more: Any) -> dict[str, Any]:
+    """Two random classifiers, one class in common, whose passes drop."""
+    members = {
+        name: {"model": {"config": {**_MASKED, **_LESS, **own}}, "precision": "fp32", **named}
+        for name, own, named in (
+            ("one", {}, {"labels": list(_CLASSES[:2])}),
+            ("two", {"initializer_range": 0.6}, {"labels": list(_CLASSES[:0:-1])}),
+        )
+    }
+    return {"kind": "panel", "teachers": members, "passes": 4, "at_once": 2, "dropout": 0.2, **more}
+
+
+_ROWS = {"objective": "classification"}
 CASES = {
     "lm": Case({"kind": "lm"}),
     "ki, live teacher": Case(_KI, _live()),
@@ -77,7 +95,24 @@ CASES = {
     "ki, sharded teacher, ZeRO-3": Case(_KI, _live(deepspeed="zero3"), stage=3),
     "self_evolution, hard tokens": Case(_SELF, {"kind": "self"}, masking=_HARD),
     "wid": Case(_WID, path="lm, cpu, fp32/export"),
+    "finetune": Case({"kind": "finetune"}, **_ROWS),
+    "muki, stored scores": Case({"kind": "muki", "normalise": "batch_mean"}, _panel(), **_ROWS),
+    "muki, live scores, ZeRO-3": Case(_SOFT, _panel(scores="live"), stage=3, **_ROWS),
+    "uhc, stored scores, ZeRO-2": Case({"kind": "uhc"}, _panel(passes=1), stage=2, **_ROWS),
 }
+
+
+def write_rows(folder: Path) -> None:
+    """``rows.jsonl`` and ``valid.jsonl`` of the built-in corpus, each row of one of three classes
+    in turn."""
+    from dskd.data.sources import documents
+    from dskd.settings.data import BuiltinSource
+
+    texts = [" ".join(text.split())[:240] for text in documents(BuiltinSource(documents=40))]
+    for name, some in (("rows", texts[8:]), ("valid", texts[:8])):
+        rows = [{"text": text, "label": _CLASSES[n % 3]} for n, text in enumerate(some)]
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def settings(case: Case, folder: Path, precision: str) -> dict[str, Any]:
@@ -87,13 +122,20 @@ def settings(case: Case, folder: Path, precision: str) -> dict[str, Any]:
     data: dict[str, Any] = {
         "folder": str(folder / "data"),
         "objective": case.objective,
-        "packing": "contiguous",
-        "sources": [{"kind": "builtin", "documents": 12}],
-        "validation": [{"kind": "builtin", "documents": 2}],
         "tokenizer": {"kind": "trained", "vocab_size": 500},
         "block_size": 64,
-        "masking": {} if causal else {"draws": 2, **case.masking},
     }
+    if case.objective == "classification":
+        for section, name in (("sources", "rows"), ("validation", "valid")):
+            rows = {"kind": "jsonl", "path": str(folder / f"{name}.jsonl"), "label": "label"}
+            data[section] = [rows]
+    else:
+        data |= {
+            "packing": "contiguous",
+            "sources": [{"kind": "builtin", "documents": 12}],
+            "validation": [{"kind": "builtin", "documents": 2}],
+            "masking": {} if causal else {"draws": 2, **case.masking},
+        }
     return {
         "seed": 3,
         "data": data,
@@ -143,7 +185,8 @@ def train(name: str, device: str, precision: str, folder: Path, end: float) -> T
         return Trained([], f"status {done.returncode}: {last}")
     read = read_metrics(out / "train" / "metrics.jsonl")
     losses = [each["loss"] for each in read if "loss" in each]
-    return Trained(losses + [each["eval_nll"] for each in read if "eval_nll" in each])
+    keys = ("eval_nll", "eval_loss")  # of tokens, of labelled rows
+    return Trained(losses + [each[key] for each in read for key in keys if key in each])
 
 
 Key = tuple[str, str, str]
@@ -154,12 +197,13 @@ def train_all(device: str, folder: Path, seconds: float) -> Iterator[dict[Key, T
     """Train every case on the CPU in fp32 and on the device in every precision, several beside one
     another, no longer than so many seconds; all that is done, after each one."""
     end = time.monotonic() + seconds
+    write_rows(folder)
     first, *others = CASES
     # Before the others, of which one starts from its weights.
     done = {(first, "cpu", "fp32"): train(first, "cpu", "fp32", folder, end)}
     keys = [(name, device, precision) for precision in TOLERANCE for name in CASES]
     keys += [(name, "cpu", "fp32") for name in others]
-    at_once = max(1, (os.cpu_count() or 2) // 2)
+    at_once = max(1, (os.cpu_count() or 2) * 3 // 4)  # a thread each, and a loader's now and then
     with ThreadPoolExecutor(at_once) as pool:
         running = {
             pool.submit(train, *key, folder, end): key

@@ -9,7 +9,7 @@ from dskd.runs import plan
 from dskd.settings.checks import check_settings
 from dskd.settings.recipe import read
 from dskd.settings.yaml_tree import dump
-from launch.bench.gpu_steps import CASES, TOLERANCE, Trained, compared, settings
+from launch.bench.gpu_steps import CASES, TOLERANCE, Trained, compared, settings, write_rows
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -17,6 +17,7 @@ def test_the_command_takes_every_case(tmp_path, name):
     case = CASES[name]._replace(path="")
     if CASES[name].path:
         pytest.skip("starts from weights that another case has left")
+    write_rows(tmp_path)
     file = tmp_path / "run.yaml"
     file.write_text(dump(settings(case, tmp_path, "fp32")), encoding="utf-8")
     recipe = read(file, [f"out={tmp_path / 'out'}"])

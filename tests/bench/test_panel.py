@@ -65,7 +65,8 @@ def test_every_way_makes_as_many_passes_of_the_same_scores():
         found[name], counts[name] = call(batch), [*sizes]
     five = len(batch.counts_B)
     assert counts["one"] == [five] and counts["plain"] == 16 * [five]
-    assert counts["by_one"] == 17 * [five] and counts["at_once"] == [five, 16 * five]
+    assert counts["by_one"] == 17 * [five] and counts["by_four"] == [five, *4 * [4 * five]]
+    assert counts["at_once"] == [five, 16 * five]
     by_one, at_once = found["by_one"], found["at_once"]
     torch.testing.assert_close(by_one[:4], at_once[:4], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(found["one"].logits_NC, at_once.logits_NC, atol=3e-6, rtol=1e-6)

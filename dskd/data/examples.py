@@ -13,11 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dskd.data.library import library_rows
 from dskd.data.sources import files, source_name
 from dskd.data.tables import table_rows
 from dskd.data.text_files import Advance, checked_text, json_rows, json_type, row_value, text_lines
 from dskd.errors import DataError
-from dskd.settings.data import HubSource, JsonlSource
+from dskd.settings.data import BuiltinSource, HubSource, JsonlSource
 from dskd.settings.labels import Columns, CsvSource, TsvSource
 
 
@@ -42,7 +43,7 @@ class Example(NamedTuple):
         return (self.text,) if self.pair is None else (self.text, self.pair)
 
 
-def examples(source: Columns, advance: Advance = int) -> Iterator[Example]:
+def examples(source: Columns | BuiltinSource, advance: Advance = int) -> Iterator[Example]:
     """The examples of a source, in its order.
 
     Raises:
@@ -52,10 +53,15 @@ def examples(source: Columns, advance: Advance = int) -> Iterator[Example]:
             row at all. It names file and row.
         ConfigError: `datasets` cannot load what the source names.
     """
+    if isinstance(source, BuiltinSource):
+        where = source_name(source)
+        found = (Example(text, None, module, where) for text, module in library_rows(advance))
+    else:
+        found = (_example(source, values, place) for place, values in _rows(source, advance))
     count = 0
-    for place, values in islice(_rows(source, advance), source.documents):
+    for example in islice(found, source.documents):
         count += 1
-        yield _example(source, values, place)
+        yield example
     if not count:
         raise DataError(f"{source_name(source)}: no row in it")
 

@@ -21,7 +21,7 @@ from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import encoder
 from dskd.errors import ConfigError, DataError
 from dskd.settings.data import Data
-from dskd.settings.labels import Columns, LabelPart
+from dskd.settings.labels import LabelPart
 from dskd.settings.parsing import nearest
 
 _SHOWN = 10
@@ -66,7 +66,7 @@ def label_set(data: Data) -> LabelSet:
     """
     if data.regression:
         return LabelSet(())
-    labelled = [s for s in data.sources if isinstance(s, Columns) and s.labelled]
+    labelled = data.labelled_sources
     found = {e.label for source in labelled for e in examples(source) if e.label is not None}
     names = sorted(map(str, found))
     if isinstance(data.labels, list):

@@ -26,7 +26,7 @@ from dskd.data.packing import Encoder, Packer
 from dskd.data.text_files import Advance
 from dskd.data.tokenizers import load_tokenizer, start_id, tokenizer_fingerprint, vocabulary_size
 from dskd.errors import DataError
-from dskd.settings.data import Data, Source, TextSource
+from dskd.settings.data import BuiltinSource, Data, Source, TextSource
 from dskd.settings.labels import Columns
 from dskd.system.files import file_hash, fingerprint, write_manifest
 from dskd.system.log import say
@@ -204,7 +204,7 @@ def _documents(
 ) -> Iterator[str] | Iterator[Example]:
     """What a source holds, in its order: documents or examples."""
     if data.objective == "classification":
-        assert isinstance(source, Columns), source  # settings.checks refuses others
+        assert isinstance(source, Columns | BuiltinSource), source  # as settings.checks says
         return examples(source, advance)
     return sources.documents(source, advance)
 

@@ -6,24 +6,18 @@ order; nothing is ever skipped but documents without any text.
 
 from __future__ import annotations
 
-import ast
-import os
-import sysconfig
 from collections.abc import Iterator
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import xxhash
 
+from dskd.data.library import library_files, library_texts, module_files
 from dskd.data.tables import table_files, table_texts
 from dskd.data.text_files import Advance, json_texts, matching_files, paragraphs, readable
 from dskd.errors import DataError
 from dskd.settings.data import BuiltinSource, HubSource, JsonlSource, Source, TextSource
 from dskd.system.files import file_hash
-
-# Folders of the standard library that hold no prose, or are no part of it.
-_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
 def documents(source: Source, advance: Advance = int) -> Iterator[str]:
@@ -35,7 +29,7 @@ def documents(source: Source, advance: Advance = int) -> Iterator[str]:
         ConfigError: `datasets` cannot load what the source names.
     """
     if isinstance(source, BuiltinSource):
-        found = _builtin(advance)
+        found = library_texts(advance)
     elif isinstance(source, TextSource):
         found = (text for path in files(source) for text in paragraphs(path, advance))
     elif isinstance(source, JsonlSource):
@@ -57,7 +51,7 @@ def files(source: Source) -> list[Path]:
         DataError: a path is missing or matches nothing.
     """
     if isinstance(source, BuiltinSource):
-        return _library()
+        return module_files() if source.labelled else library_files()
     if isinstance(source, HubSource):
         return table_files(source, source_name(source))
     pattern = "*.txt" if isinstance(source, TextSource) else f"*.{source.kind}"
@@ -83,50 +77,6 @@ def size(source: Source) -> int | None:
         return None
     with readable(source_name(source)):
         return sum(path.stat().st_size for path in paths)
-
-
-# The built-in corpus: language reference topics first, then docstrings by module path.
-
-
-def _library() -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    topics = root / "pydoc_data" / "topics.py"
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [n for n in folders if n not in _SKIPPED and not n.startswith("config-")]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    paths = [topics] if topics in found else []
-    paths += sorted((p for p in found if p != topics), key=lambda p: p.relative_to(root).as_posix())
-    if not paths:
-        raise DataError(f"data.sources: builtin: this Python has no library sources in {root}")
-    return paths
-
-
-def _builtin(advance: Advance) -> Iterator[str]:
-    for path in _library():
-        yield from _prose(path)
-        advance(path.stat().st_size)
-
-
-@cache  # read twice: to train the tokenizer and to make the rows
-def _prose(path: Path) -> tuple[str, ...]:
-    """Texts of a library file, which is parsed and never imported."""
-    tree = ast.parse(path.read_bytes(), str(path))
-    if path.parent.name == "pydoc_data":
-        tables = [node.value for node in tree.body if isinstance(node, ast.Assign)]
-        values = [v for table in tables if isinstance(table, ast.Dict) for v in table.values]
-        return tuple(v.value for v in values if isinstance(v, ast.Constant))
-    return tuple(_docstrings(tree))
-
-
-def _docstrings(node: ast.AST) -> Iterator[str]:
-    """Docstrings of a module, and of the classes and functions at its and their top level."""
-    text = ast.get_docstring(node)  # type: ignore[arg-type]
-    if text:
-        yield text
-    for child in node.body:  # type: ignore[attr-defined]
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _docstrings(child)
 
 
 def source_name(source: Source) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dskd.errors import ConfigError
-from dskd.settings.data import Data, Masking, Source
+from dskd.settings.data import BuiltinSource, Data, Masking, Source
 from dskd.settings.folders import cache_folder
 from dskd.settings.labels import Columns, CsvSource, LabelPart, TsvSource
 from dskd.settings.model import Model
@@ -111,8 +111,7 @@ def _labels(run: Run) -> Problems:
         yield "data.labels", f"{labels} has one twice"
     if labels is not None and data.regression:
         yield "data.labels", "the rows have numbers (target), no classes"
-    no_labels = not any(isinstance(s, Columns) and s.labelled for s in data.sources)
-    if no_labels and not isinstance(labels, list):
+    if not data.labelled_sources and not isinstance(labels, list):
         yield "data.labels", "missing; no source has labels (label: COLUMN), so name the classes"
     for name, idle in (("masking", "no token is masked"), ("packing", "a row is one example")):
         value = getattr(data, name)
@@ -126,24 +125,27 @@ def _unused_columns(name: str, source: Source, objective: str) -> Problems:
     if isinstance(source, CsvSource | TsvSource):
         text = f"{source.kind} is for data.objective classification, not {objective}"
         yield f"{name}.kind", f"{text}; of text, jsonl, or datasets with path: csv"
-    elif isinstance(source, Columns):
-        for field in ("pair", "label", "target", "unlabelled"):
-            if getattr(source, field) != Columns.model_fields[field].default:
-                yield f"{name}.{field}", f"of data.objective classification, not {objective}"
+        return
+    fields = type(source).model_fields
+    for field in ("pair", "label", "target", "unlabelled"):
+        if field in fields and getattr(source, field) != fields[field].default:
+            yield f"{name}.{field}", f"of data.objective classification, not {objective}"
 
 
 def _columns(name: str, source: Source, data: Data) -> Problems:
-    if not isinstance(source, Columns):
-        text = f"{source.kind} has no labels; one of csv, tsv, jsonl, datasets"
-        yield f"{name}.kind", f"{text}, or another data.objective"
+    named = isinstance(source, BuiltinSource) and source.labelled  # its columns have fixed names
+    if not named and not isinstance(source, Columns):
+        text = f"{source.kind} has no labels; one of csv, tsv, jsonl, datasets, or builtin with"
+        yield f"{name}.kind", f"{text} `label: module`, or another data.objective"
         return
-    if source.label is not None and source.target is not None:
+    target = source.target if isinstance(source, Columns) else None
+    if source.label is not None and target is not None:
         yield f"{name}.target", f"a row has a class (label: {source.label}) or a number, not both"
     elif source.label is not None and data.regression:
         yield f"{name}.label", "a class, but other sources have numbers (target); one of the two"
-    elif source.target is not None and not data.regression:
+    elif target is not None and not data.regression:
         yield f"{name}.target", "a number, but data.sources have classes (label); one of the two"
-    given = [getattr(source, field) for field in ("field", "pair", "label", "target")]
+    given = [getattr(source, field, None) for field in ("field", "pair", "label", "target")]
     columns = [column for column in given if column is not None]
     for column in {c for c in columns if columns.count(c) > 1}:
         yield name, f"the column {column!r} is named for two things"

@@ -19,8 +19,17 @@ class BuiltinSource(Section):
     kind: Literal["builtin"] = "builtin"
     domain: str = "builtin"
     """Name of the domain its rows belong to (routes domain teachers)."""
+    label: Literal["module"] | None = None
+    """``module``, of data.objective classification: the rows are paragraphs of the docstrings of 16
+    modules and packages of the library, each with the one that it is of as its class; their names
+    are taken out of the texts."""
     documents: int | None = Field(None, ge=1)
-    """Use only the first so many documents."""
+    """Use only the first so many documents, or rows."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it has rows with classes in the place of documents."""
+        return self.label is not None
 
 
 class TextSource(Section):
@@ -195,6 +204,11 @@ class Data(Section):
     masking: AnyMasking = Masking()
     folder: Annotated[Path, RunPath(), FREE] = Path("runs/data")
     """Prepared rows live here, in a folder named by their fingerprint, and are reused."""
+
+    @property
+    def labelled_sources(self) -> list[Columns | BuiltinSource]:
+        """Those of ``sources`` that say what their rows are."""
+        return [s for s in self.sources if not isinstance(s, TextSource) and s.labelled]
 
     @property
     def regression(self) -> bool:

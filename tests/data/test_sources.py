@@ -1,16 +1,13 @@
 """Sources: what they read, in which order, and what they refuse."""
 
-import ast
-import inspect
 import json
-import textwrap
 from pathlib import Path
 
 import pytest
 
-from dskd.data.sources import content_hash, documents, files, size
+from dskd.data.sources import content_hash, documents, size
 from dskd.errors import ConfigError, DataError
-from dskd.settings.data import BuiltinSource, HubSource, JsonlSource, TextSource
+from dskd.settings.data import HubSource, JsonlSource, TextSource
 
 
 def text(path: Path | str, **more: object) -> TextSource:
@@ -19,38 +16,6 @@ def text(path: Path | str, **more: object) -> TextSource:
 
 def jsonl(path: Path, **more: object) -> JsonlSource:
     return JsonlSource(kind="jsonl", path=str(path), **more)
-
-
-def test_builtin_is_topics_then_docstrings() -> None:
-    import pydoc_data.topics
-
-    found = list(documents(BuiltinSource(documents=300)))
-    topics = [t for t in pydoc_data.topics.topics.values() if t.strip()]
-    assert found[: len(topics)] == topics
-    import __future__ as first_module  # the first file of the library by name
-
-    assert found[len(topics)] == inspect.getdoc(first_module)
-    assert len(found) == 300
-    assert found == list(documents(BuiltinSource(documents=300)))
-
-
-def test_builtin_takes_docstrings_of_methods_and_leaves_tests_out() -> None:
-    paths = files(BuiltinSource())
-    assert len(paths) > 300
-    assert not [p for p in paths if {"test", "tests", "site-packages", "idlelib"} & set(p.parts)]
-    assert content_hash(BuiltinSource()) == content_hash(BuiltinSource(documents=3))
-    source = textwrap.dedent('''
-        """Module."""
-        class A:
-            """Class."""
-            def f(self):
-                """Method."""
-                def g():
-                    """Inner."""
-    ''')
-    from dskd.data.sources import _docstrings
-
-    assert list(_docstrings(ast.parse(source))) == ["Module.", "Class.", "Method.", "Inner."]
 
 
 def test_text_files_of_a_folder_in_order(tmp_path: Path) -> None:

@@ -32,10 +32,16 @@ def labelled(folder: Path, model: dict = BERT, **source) -> dict:
         ({"data": {"objective": "causal"}, "model": {"config": CAUSAL}},
          "data.sources.0.label: of data.objective classification, not causal"),
         ({"data": {"sources": [{"kind": "builtin"}]}},
-         "data.sources.0.kind: builtin has no labels; one of csv, tsv, jsonl, datasets, or another "
-         "data.objective\n"
+         "data.sources.0.kind: builtin has no labels; one of csv, tsv, jsonl, datasets, or builtin "
+         "with `label: module`, or another data.objective\n"
          "runs.only.data.labels: missing; no source has labels (label: COLUMN), so name the "
          "classes"),
+        ({"data": {"objective": "causal", "sources": [{"kind": "builtin", "label": "module"}]},
+          "model": {"config": CAUSAL}},
+         "data.sources.0.label: of data.objective classification, not causal"),
+        ({"data": {"sources": [{"kind": "csv", "path": "x", "target": "y"},
+                               {"kind": "builtin", "label": "module"}]}},
+         "data.sources.1.label: a class, but other sources have numbers (target); one of the two"),
         ({"data": {"validation": [{"kind": "csv", "path": "x", "target": "y"}]}},
          "data.validation.0.target: a number, but data.sources have classes (label); one of the "
          "two"),

@@ -12,6 +12,7 @@ from dskd.settings.parsing import parse
 from dskd.settings.recipe import read
 from dskd.settings.yaml_tree import dump, load, merge
 from launch.bench import compare
+from launch.bench.plan import HARD, RANDOM, Plan, Trial, refused
 from tests.launching import ROOT, python
 
 WID = ROOT / "launch/wid/compare.yaml"
@@ -19,16 +20,17 @@ EVOLUTION = ROOT / "launch/self_evolution/compare.yaml"
 RESULTS = ROOT / "launch/bench/results"
 
 
-def plan_of(recipe: Path) -> compare.Plan:
-    return parse(compare.Plan, load(recipe.with_suffix(".json")))
+def plan_of(recipe: Path) -> Plan:
+    return parse(Plan, load(recipe.with_suffix(".json")))
 
 
 @pytest.mark.parametrize("path", [WID, EVOLUTION], ids=lambda path: path.parent.name)
 def test_a_plan_names_ways_of_its_recipe_and_rates_around_theirs(path):
     plan, runs = plan_of(path), read(path).runs
-    ways = set(runs) - {plan.origin}
+    ways = set(runs) - {plan.origin, *plan.upstream}
     assert set(plan.rates) in (set(), ways)
-    assert {*plan.better, *plan.than, *plan.longer} <= ways
+    claimed = {way for contrast in plan.claims for way in (*contrast.better, *contrast.than)}
+    assert {*claimed, *plan.longer} <= ways
     assert plan.budget is None or plan.budget in ways
     for way, rates in plan.rates.items():
         assert runs[way].train.lr in rates, way
@@ -36,13 +38,28 @@ def test_a_plan_names_ways_of_its_recipe_and_rates_around_theirs(path):
 
 def test_a_trial_changes_rate_seed_and_length_only():
     own = {"train": {"lr": 1.0, "clip": 2.0}, "model": {"path": "run:teacher"}}
-    trial = compare.Trial("slice", 1.5e-2, 3)
+    trial = Trial("slice", 1.5e-2, 3)
     assert trial.name == "slice-150e-4-seed3"
     assert trial.settings(own) == own | {"seed": 3, "train": {"lr": 1.5e-2, "clip": 2.0}}
     longer = trial._replace(steps=3600)
     assert longer.name == "slice-150e-4-seed3-3600steps"
     train = {"lr": 1.5e-2, "clip": 2.0, "steps": 3600, "warmup": 180}
     assert longer.settings(own)["train"] == train
+
+
+def test_a_trial_reads_the_upstream_runs_of_its_seed():
+    members = {"a": {"model": {"path": "run:one"}}, "b": {"model": {"path": "run:base"}}}
+    own = {"teacher": {"path": "run:scores", "teachers": members}, "list": [1, "run:one"]}
+    found = Trial("way", None, 2).settings(own, ["one", "scores"])
+    members = {"a": {"model": {"path": "run:one-seed2"}}, "b": {"model": {"path": "run:base"}}}
+    teacher = {"path": "run:scores-seed2", "teachers": members}
+    assert found == {"teacher": teacher, "list": [1, "run:one-seed2"], "seed": 2}
+
+
+def test_a_plan_that_compares_with_an_origin_has_one():
+    for name, value in (("continued", True), ("hard", {"kind": "hard_tokens"}), ("budget", "a")):
+        with pytest.raises(ConfigError, match=f"{name}: there is no origin"):
+            parse(Plan, {"about": "x", "claims": [], name: value})
 
 
 @pytest.mark.parametrize(
@@ -78,7 +95,7 @@ def test_a_recipe_in_epochs_or_shares_is_refused(train, tmp_path):
 
 def test_other_overrides_go_through():
     over = ["train.micro_batch=8", "deepspeed=zero1", "evaluation.rows=8", "train.precision=fp32"]
-    assert compare.refused(over) == []
+    assert refused(over) == []
 
 
 def test_a_claim_needs_every_seed_to_be_certain():
@@ -105,6 +122,34 @@ def test_a_claim_needs_every_seed_to_be_certain():
         assert found[text]["on"] == on, text
 
 
+def test_classifiers_of_one_seed_are_compared_by_accuracy():
+    """The luck of a seed's teachers is shared by its students."""
+    plan = Plan(
+        about="x",
+        upstream=["teacher"],
+        metrics=["accuracy", "ece"],
+        claims=[{"better": ["a", "b"], "than": ["c"]}],
+        readings={"teacher, own classes": {"run": "teacher", "scores": {"accuracy": "k"}}},
+    )
+    scores = {"a": [0.6, 0.8], "b": [0.6, 0.7], "c": [0.5, 0.75]}
+    rows = [
+        {"way": way, "longer": False, "lr": 0.001, "scores": {"accuracy": own, "ece": [0.1, 0.3]}}
+        for way, own in scores.items()
+    ]
+    result = {"date": "d", "recipe": "r", "plan": plan.model_dump(), "seeds": [1, 2], "rows": rows}
+    result |= {"origin": None, "grid": {}, "claims": compare.claims(plan, rows)}
+    result |= {"readings": {"teacher, own classes": {"accuracy": [0.875, 0.625]}}}
+    lines = compare.table(result).splitlines()
+    assert lines[-2:] == [
+        "- a is above c: every seed (+0.075)",
+        "- b is above c: some seeds (+0.025)",
+    ]
+    assert lines[4:6] == [
+        "| teacher, own classes |  | 0.750 [0.625 - 0.875] |  |",
+        "| a | 0.001 | 0.700 [0.600 - 0.800] | 0.200 [0.100 - 0.300] |",
+    ]
+
+
 def recorded_wid() -> dict[str, Any]:
     """The recorded result of the first comparison of WID in the present form."""
     old = json.loads((RESULTS / "2026-11-21-wid-compare.json").read_text())
@@ -119,7 +164,7 @@ def recorded_wid() -> dict[str, Any]:
 def recorded_evolution() -> dict[str, Any]:
     """The same of Self-Evolution."""
     old = json.loads((RESULTS / "2026-11-21-self-evolution.json").read_text())
-    names = {"hard": compare.HARD, "random": compare.RANDOM}
+    names = {"hard": HARD, "random": RANDOM}
     rows = []
     for way, scores in old["ways"].items():
         found = {names[key]: [score[key] for score in scores] for key in names}
@@ -196,8 +241,8 @@ def test_a_comparison_from_the_command_line(tmp_path):
     plan = {
         "about": "nothing", "origin": "origin", "continued": True,
         "hard": {"kind": "hard_tokens", "metric": "quantile", "replacement": "all_mask"},
-        "rates": {"random": [0.01, 0.001], "again": [0.01]}, "better": ["again"],
-        "than": ["random"],
+        "rates": {"random": [0.01, 0.001], "again": [0.01]}, 
+        "claims": [{"better": ["again"], "than": ["random"]}],
     }  # fmt: skip
     recipe.with_suffix(".json").write_text(json.dumps(plan))
     words = [str(recipe), "--seeds", "1,2", "--results", str(tmp_path / "results")]
@@ -207,10 +252,10 @@ def test_a_comparison_from_the_command_line(tmp_path):
     random, again = result["rows"]
     grid = {float(lr): loss for lr, loss in result["grid"]["random"].items()}
     assert random["lr"] == min(grid, key=grid.__getitem__)
-    assert grid[random["lr"]] == random["scores"][compare.RANDOM][0]
+    assert grid[random["lr"]] == random["scores"][RANDOM][0]
     assert result["grid"]["again"]["0.01"] == grid[0.01]  # two runs of the same settings
-    for score in (compare.HARD, compare.RANDOM):
+    for score in (HARD, RANDOM):
         assert len({*random["scores"][score], *again["scores"][score]}) >= 2  # two seeds
-    assert result["origin"].keys() == {compare.HARD, compare.RANDOM}
-    assert result["origin"][compare.HARD] != result["origin"][compare.RANDOM]
+    assert result["origin"].keys() == {HARD, RANDOM}
+    assert result["origin"][HARD] != result["origin"][RANDOM]
     assert path.with_suffix(".md").read_text() in done.stdout

@@ -39,7 +39,8 @@ setup(
     ],
     extras_require={
         "quantised": ["accelerate"],  # to load weights that transformers dequantises
-        "tasks": ["scikit-learn", "scipy"],  # scores of labelled rows: F1, correlations
+        # scores of labelled rows (F1, correlations) and of written answers (BLEU, ROUGE's stems)
+        "tasks": ["scikit-learn", "scipy", "sacrebleu", "nltk"],
         "test": [
             "pytest",
             "pytest-xdist",
@@ -49,6 +50,8 @@ setup(
             "accelerate",
             "scikit-learn",
             "scipy",
+            "sacrebleu",
+            "nltk",
         ],
     },
 )

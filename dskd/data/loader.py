@@ -5,8 +5,8 @@ each other without a gap, and optimiser step s takes the ``batch`` rows from pos
 on, so a batch may span two epochs. Micro-batch m of rank r is a fixed slice of it: all geometries
 see the same rows in the same step, and the number of steps taken is all there is to checkpoint.
 
-Labelled rows are as long as their texts: those of a step are sorted by length before they are cut
-into micro-batches, so that rows that are padded together are about equally long.
+Labelled rows and questions are as long as their texts: those of a step are sorted by length before
+they are cut into micro-batches, so that rows that are padded together are about equally long.
 
 Shape letters: B rows, T tokens, N supervised positions.
 """
@@ -103,7 +103,7 @@ class Loader:
     def _make(self, step: int) -> list[Sent]:
         per_round = self._micro_batch * self._world
         ids, epochs = self._order.take(step * self._batch, self._batch)
-        if self._rowset.labelled:
+        if self._rowset.by_length:
             by_length = np.lexsort((ids, self._rowset.lengths_B(ids)))
             ids, epochs = ids[by_length], epochs[by_length]
         batches = []
@@ -163,6 +163,8 @@ def make_batch(
     columns, each its own."""
     rows = rowset.rows(row_ids_B, epochs_B)
     shown = view(rows)
+    if (count := len(shown.inputs_BT) // len(row_ids_B)) > 1:
+        rows = rows.repeated(count)
     columns: dict[str, Tensor] = {}
     if rows.targets_B is not None:
         columns[TARGETS] = torch.from_numpy(rows.targets_B)

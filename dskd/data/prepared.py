@@ -79,6 +79,10 @@ class RowBatch(NamedTuple):
         """Bool, true for tokens and false for padding."""
         return np.arange(self.tokens_BT.shape[1]) < self.lengths_B[:, None]
 
+    def repeated(self, count: int) -> RowBatch:
+        """All rows once, then all of them again, ``count`` times."""
+        return self.select(np.tile(np.arange(len(self.ids_B)), count))
+
     def select(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> RowBatch:
         """The rows at some places of the batch (integers, or bools [B]); T stays as it is."""
         return RowBatch(*(None if array is None else array[index] for array in self))
@@ -92,7 +96,9 @@ class RowSet:
         content: of the rows' tokens and labels alone, whatever their domains are called.
         block_size: most tokens of a row.
         tokens: number of tokens of all rows, special tokens included.
-        labelled: whether each row is one example.
+        labelled: whether each row is an example of a class, or has a number.
+        by_length: whether rows are as long as their texts, each one example or question: those of a
+            step are then sorted by length.
     """
 
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
@@ -110,6 +116,7 @@ class RowSet:
         self._offsets = _mapped(folder / f"{split}.offsets", "int64")
         self._domains = _mapped(folder / f"{split}.domains", "uint16")
         self.labelled = "classes" in manifest
+        self.by_length = self.labelled or "questions" in manifest
         if self.labelled:
             kind = "int32" if manifest["classes"] else "float32"
             self._labels = _mapped(folder / f"{split}.labels", kind)
@@ -182,6 +189,7 @@ class _Manifest(BaseModel):
     pad: int
     domains: list[str]
     classes: list[str] | None = None
+    questions: list[str] | None = None
     splits: _Splits
     files: dict[str, _File]
 
@@ -311,18 +319,21 @@ def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
 
     def described(source: Source) -> dict[str, Any]:
         # Where local text lies does not matter; a HubSource's path may name a builder or a hub id.
-        left_out = set() if isinstance(source, HubSource) else {"path"}
+        left_out = set() if isinstance(source, HubSource) else {"path", "answers"}
         if not labelled:
             left_out |= Columns.model_fields.keys() - {"field"}
         settings = source.model_dump(mode="json", exclude=left_out)
         return {**settings, "content": sources.content_hash(source)}
 
-    labels = {}
+    further: dict[str, Any] = {}
+    if data.questions is not None:
+        of = data.questions
+        further = {"questions": {"tokens": of.tokens, "room": of.room, "domains": data.domains}}
     if labelled:
         template = None if tokenizer is None else template_fingerprint(tokenizer)
-        labels = {"labels": data.model_dump(mode="json")["labels"], "template": template}
+        further = {"labels": data.model_dump(mode="json")["labels"], "template": template}
     return fingerprint(
-        labels
+        further
         | {
             "format": FORMAT,
             "objective": data.objective,

@@ -22,7 +22,9 @@ from dskd.data import sources
 from dskd.data.examples import Example, examples
 from dskd.data.foreign import raised_as
 from dskd.data.labelled import ExampleEncoder, LabelSet, label_set
+from dskd.data.layouts import QuestionEncoder
 from dskd.data.packing import Encoder, Packer
+from dskd.data.questions import AnyQuestionSource, Question, questions
 from dskd.data.text_files import Advance
 from dskd.data.tokenizers import load_tokenizer, start_id, tokenizer_fingerprint, vocabulary_size
 from dskd.errors import DataError
@@ -35,6 +37,8 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 _CHUNK_CHARACTERS = 2_000_000  # of text in memory at a time
 _SPLITS = ("train", "validation")
+_NOT_OF_ROWS = {"folder": True, "masking": True, "questions": {"modelling"}}
+"""Settings that play no part in the rows."""
 _FILES = ("ids", "offsets", "domains")
 _LABEL_FILES = ("labels", "seconds")
 """The further files of labelled rows."""
@@ -103,7 +107,8 @@ def build_rows(
 
     Raises:
         DataError: there is less text than one row, or no row to validate on; see also
-            ``sources.documents``, or ``examples.examples`` and ``labelled.label_set``.
+            ``sources.documents``, ``examples.examples`` and ``labelled.label_set``, or
+            ``questions.questions`` and ``layouts.QuestionEncoder``.
     """
     # First: it is quick, and finds what is wrong with the rows.
     labels = label_set(data) if data.objective == "classification" else None
@@ -113,11 +118,14 @@ def build_rows(
         key=key,
         folder=folder,
         tokenizer=tokenizer,
-        domains=list(dict.fromkeys(source.domain for source, _ in _parts(data))),
+        domains=data.domains,
         dtype="uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32",
         labels=labels,
     )
-    writers = _write_rows(made, bar) if labels is None else _write_examples(made, labels, bar)
+    if data.questions is not None:
+        writers = _write_questions(made, bar)
+    else:
+        writers = _write_rows(made, bar) if labels is None else _write_examples(made, labels, bar)
     _refuse_small(data, writers)
     # The Rust library raises a full disk as an Exception.
     with raised_as(DataError, f"data.tokenizer: cannot be written to {data.folder}"):
@@ -163,6 +171,25 @@ def _write_examples(made: _RowBuild, labels: LabelSet, bar: Progress) -> dict[st
     return writers
 
 
+def _write_questions(made: _RowBuild, bar: Progress) -> dict[str, _SplitWriter]:
+    """Each question with its first answer as one row, in the order of the sources."""
+    data = made.data
+    encode = QuestionEncoder(data, made.tokenizer)
+    writers = {split: _SplitWriter(made, split) for split in _SPLITS}
+    for source, split in _parts(data):
+        domain = made.domains.index(source.domain)
+        for chunk in _chunks(source, split, data, bar):
+            for name, found in chunk.items():
+                writers[name].write(encode(found), domain)
+    for writer in writers.values():
+        writer.close()
+    if encode.cut:
+        rows = sum(writer.rows for writer in writers.values())
+        where = f", {encode.answers_cut} of them within the answer" if encode.answers_cut else ""
+        say(f"data.block_size: {encode.cut} of {rows} rows are cut{where}")
+    return writers
+
+
 def _trained_tokenizer(data: Data, bar: Progress) -> PreTrainedTokenizerBase:
     made = bar.add_task("Training the tokenizer", total=None)
     texts = _training_texts(data)
@@ -194,23 +221,31 @@ def _training_texts(data: Data) -> Iterator[str]:
 
 def _training_documents(source: Source, data: Data) -> Iterator[str]:
     for found in _documents(source, data):
-        text = _text_of(found)
-        if data.validation is not None or not _held_out(text, data.validation_fraction):
-            yield text
+        if data.validation is not None or not _held_out(_key_text(found), data.validation_fraction):
+            yield _whole_text(found)
 
 
 def _documents(
     source: Source, data: Data, advance: Advance = int
-) -> Iterator[str] | Iterator[Example]:
-    """What a source holds, in its order: documents or examples."""
+) -> Iterator[str] | Iterator[Example] | Iterator[Question]:
+    """What a source holds, in its order: documents, examples or questions."""
+    if data.questions is not None:
+        assert isinstance(source, AnyQuestionSource), source  # settings.checks refuses others
+        return questions(source, advance)
     if data.objective == "classification":
         assert isinstance(source, Columns | BuiltinSource), source  # as settings.checks says
         return examples(source, advance)
     return sources.documents(source, advance)
 
 
-def _text_of(found: str | Example) -> str:
-    """The text by which a document or example is held out."""
+def _key_text(found: str | Example | Question) -> str:
+    """The text by which a document, example or question is held out."""
+    return found.asked if isinstance(found, Question) else _whole_text(found)
+
+
+def _whole_text(found: str | Example | Question) -> str:
+    if isinstance(found, Question):
+        return "\n".join((found.asked, *found.answers))
     return found if isinstance(found, str) else "\n".join(found.texts)
 
 
@@ -222,7 +257,7 @@ def _held_out(text: str, fraction: float) -> bool:
 def _chunks(
     source: Source, split: str | None, data: Data, bar: Progress
 ) -> Iterator[dict[str, list[Any]]]:
-    """The documents or examples by split, about ``_CHUNK_CHARACTERS`` at a time."""
+    """The documents, examples or questions by split, about ``_CHUNK_CHARACTERS`` at a time."""
     made = bar.add_task(f"Tokenizing {source.domain}", total=sources.size(source))
     chunk: dict[str, list[Any]] = {name: [] for name in _SPLITS}
     held = read = 0
@@ -232,10 +267,9 @@ def _chunks(
         read += amount
 
     for found in _documents(source, data, advance):
-        text = _text_of(found)
-        name = split or _SPLITS[_held_out(text, data.validation_fraction)]
+        name = split or _SPLITS[_held_out(_key_text(found), data.validation_fraction)]
         chunk[name].append(found)
-        held += len(text)
+        held += len(_whole_text(found))
         if held >= _CHUNK_CHARACTERS:
             yield chunk
             bar.update(made, completed=read)
@@ -247,9 +281,10 @@ def _chunks(
 
 def _refuse_small(data: Data, writers: dict[str, _SplitWriter]) -> None:
     tokens = writers["train"].tokens
-    if data.objective == "classification" and not writers["train"].rows:
+    packed = data.objective != "classification" and data.questions is None
+    if not packed and not writers["train"].rows:
         raise DataError("data.sources: no row to train on; is data.validation_fraction too large?")
-    if data.objective != "classification" and tokens < data.block_size:
+    if packed and tokens < data.block_size:
         raise DataError(
             f"data.sources: {tokens} tokens to train on are shorter than one row "
             f"(data.block_size: {data.block_size}){_single_documents(data)}"
@@ -295,6 +330,8 @@ def _write_manifest(made: _RowBuild, writers: dict[str, _SplitWriter]) -> None:
     }
     if made.labels is not None:
         written_in["classes"] = list(made.labels.classes)
+    if made.data.questions is not None:
+        written_in["questions"] = made.data.questions.tokens
     splits = {
         split: {
             "rows": writer.rows,
@@ -310,7 +347,7 @@ def _write_manifest(made: _RowBuild, writers: dict[str, _SplitWriter]) -> None:
         "format": FORMAT,
         "key": made.key,
         "fingerprint": fingerprint(splits),
-        "settings": made.data.model_dump(mode="json", exclude={"folder", "masking"}),
+        "settings": made.data.model_dump(mode="json", exclude=_NOT_OF_ROWS),
         "pad": made.tokenizer.pad_token_id,
         **written_in,
         "splits": splits,

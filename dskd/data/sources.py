@@ -19,6 +19,16 @@ from dskd.errors import DataError
 from dskd.settings.data import BuiltinSource, HubSource, JsonlSource, Source, TextSource
 from dskd.system.files import file_hash
 
+_PATTERNS = {
+    "text": "*.txt",
+    "jsonl": "*.jsonl",
+    "csv": "*.csv",
+    "tsv": "*.tsv",
+    "questions": "*.jsonl",
+    "squad": "*.json",
+}
+"""Names of the files below a folder, by the kind of source."""
+
 
 def documents(source: Source, advance: Advance = int) -> Iterator[str]:
     """The documents of a source, in its order.
@@ -54,8 +64,7 @@ def files(source: Source) -> list[Path]:
         return module_files() if source.labelled else library_files()
     if isinstance(source, HubSource):
         return table_files(source, source_name(source))
-    pattern = "*.txt" if isinstance(source, TextSource) else f"*.{source.kind}"
-    return matching_files(source.path, pattern, source_name(source))
+    return matching_files(source.path, _PATTERNS[source.kind], source_name(source))
 
 
 def content_hash(source: Source) -> str | None:

@@ -47,9 +47,10 @@ def load_tokenizer(data: Data, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """The run's tokenizer: trained on ``texts`` (at most their first 100 million characters), or
     the pretrained one that ``data.tokenizer`` names (``texts`` is then not read).
 
-    It reads the names of special tokens in a text as text (``split_special_tokens``), also once it
-    is saved and loaded again. A causal tokenizer without a padding token pads with its end-of-text
-    token.
+    The special tokens of ``data.questions`` are put behind the vocabulary of a pretrained one that
+    lacks them. It reads the names of special tokens in a text as text (``split_special_tokens``),
+    also once it is saved and loaded again. A causal tokenizer without a padding token pads with its
+    end-of-text token.
 
     Raises:
         ConfigError: it cannot be loaded, is not a fast one, lacks a token the objective needs, or
@@ -57,7 +58,7 @@ def load_tokenizer(data: Data, texts: Iterable[str]) -> PreTrainedTokenizerFast:
         DataError: there is no text to train on.
     """
     if isinstance(data.tokenizer, TrainedTokenizer):
-        return _train(data.tokenizer.vocab_size, texts, data.objective)
+        return _train(data.tokenizer.vocab_size, texts, data.objective, data.question_tokens)
     source = data.tokenizer
     tokenizer = stored_tokenizer(
         source.path,
@@ -77,12 +78,29 @@ def load_tokenizer(data: Data, texts: Iterable[str]) -> PreTrainedTokenizerFast:
                 raise ConfigError(f"{where} has no {name}, which the masked objective needs")
     elif tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _add_tokens(tokenizer, data.question_tokens, where)
     backend = encoder(tokenizer, where)
     own = json.loads(tokenizer.backend_tokenizer.to_str())
     changed = json.loads(backend.to_str())["pre_tokenizer"] != own["pre_tokenizer"]
     if changed or not type(tokenizer).__module__.startswith("transformers."):
         return _with_backend(tokenizer, backend, where)
     return tokenizer
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str], where: str) -> None:
+    """Put special tokens behind a vocabulary that lacks them.
+
+    Raises:
+        ConfigError: it has one of them as a piece of text, or for something else.
+    """
+    vocabulary, special_V = tokenizer.get_vocab(), special_ids(tokenizer)
+    roles = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    for token in tokens:
+        if token in roles or (token in vocabulary and not special_V[vocabulary[token]]):
+            what = "for something else" if token in roles else "as a piece of text"
+            raise ConfigError(f"data.questions: {where} has {token!r} {what}; name another token")
+    new = [token for token in tokens if token not in vocabulary]
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=True) for t in new], True)
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase, objective: str) -> int | None:
@@ -275,19 +293,22 @@ def _unknown_id(backend: Tokenizer) -> int | None:
     return model.get("unk_id") if name is None else backend.token_to_id(name)
 
 
-def _train(size: int, texts: Iterable[str], objective: str) -> PreTrainedTokenizerFast:
+def _train(
+    size: int, texts: Iterable[str], objective: str, further: list[str]
+) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(unk_token=None))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size - 1,  # <mask> is added behind
-        special_tokens=_SPECIALS,
+        special_tokens=_SPECIALS + further,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     first = _first_characters(texts, _TRAINING_CHARACTERS)
     backend.train_from_iterator(first, trainer)
-    if backend.get_vocab_size() <= len(_SPECIALS) + len(pre_tokenizers.ByteLevel.alphabet()):
+    untrained = len(_SPECIALS + further) + len(pre_tokenizers.ByteLevel.alphabet())
+    if backend.get_vocab_size() <= untrained:
         raise DataError("data.sources: too little text to train a tokenizer on")
     backend.add_special_tokens([AddedToken(_MASK, lstrip=True, special=True)])
     # Of classes the first token is read, or the last; types tell the texts of a pair apart.

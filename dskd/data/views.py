@@ -10,7 +10,7 @@ Shape letters: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import IGNORE
 from dskd.data.fairseq_masks import FairseqMask, fairseq_seed
+from dskd.data.layouts import task_ids
 from dskd.data.mask_draws import Replacer, maskable, number, order_keys, smallest
 from dskd.data.prepared import RowBatch
 from dskd.data.tokenizers import continues_word, special_ids, tokenizer_fingerprint
@@ -28,6 +29,9 @@ from dskd.system.files import fingerprint
 
 class Shown(NamedTuple):
     """What a model sees of some rows, and what it predicts.
+
+    A view may show each row several times: first all rows in one way, then all of them in another;
+    B then counts all of them.
 
     Attributes:
         inputs_BT: int64, the tokens that the model sees.
@@ -58,8 +62,8 @@ class Reader(Protocol):
     """Adds columns to a batch, such as a stored teacher's logits."""
 
     def __call__(self, rows: RowBatch, shown: Shown) -> Mapping[str, np.ndarray]:
-        """Columns by name; the first axis of each is B (the rows) or N (the supervised positions
-        of ``shown``, in row-major order)."""
+        """Columns of some rows, each of them as often as it is shown, by name. The first axis of
+        each is B (the rows) or N (the supervised positions of ``shown``, in row-major order)."""
         ...
 
 
@@ -91,6 +95,56 @@ class LabelView:
         labels_BT = np.full_like(rows.tokens_BT, IGNORE)
         labels_BT[:, 0] = rows.labels_B
         return Shown(rows.tokens_BT, labels_BT)
+
+
+class QuestionView:
+    """Rows of questions: each token's successor is its label from the answer token on, so that the
+    answer and its end are learnt (``dskd.data.layouts``).
+
+    With ``tasks_D``, then all rows again behind the token of their task, where every token of them
+    is learnt; :func:`modelled` says which positions are of those.
+
+    Args:
+        answer: id of the answer token, which each row has once.
+        tasks_D: of each domain the id of its task's token.
+    """
+
+    draws: int | None = 1
+
+    def __init__(self, answer: int, tasks_D: Sequence[int] | None = None) -> None:
+        self._answer = answer
+        self._tasks_D = None if tasks_D is None else np.array(tasks_D, dtype=np.int64)
+        self.fingerprint = fingerprint({"view": "questions", "answer": answer, "tasks": tasks_D})
+
+    def __call__(self, rows: RowBatch) -> Shown:
+        """The rows as questions, and maybe as texts of their tasks; see :class:`View`."""
+        tokens_BT, real_BT = rows.tokens_BT, rows.real_BT
+        labels_BT = np.full_like(tokens_BT, IGNORE)
+        labels_BT[:, :-1] = tokens_BT[:, 1:]
+        begins_B = (tokens_BT == self._answer).argmax(axis=1)
+        places_T = np.arange(tokens_BT.shape[1])
+        learnt_BT = (places_T >= begins_B[:, None]) & (places_T < rows.lengths_B[:, None] - 1)
+        labels_BT[~learnt_BT] = IGNORE
+        if self._tasks_D is None:
+            return Shown(tokens_BT, labels_BT)
+        # The last token is no input: what is shown is as long as the row.
+        behind_BT = np.roll(tokens_BT, 1, axis=1)
+        behind_BT[:, 0] = self._tasks_D[rows.domains_B]
+        whole_BT = np.where(real_BT, tokens_BT, IGNORE)
+        return Shown(np.concatenate([tokens_BT, behind_BT]), np.concatenate([labels_BT, whole_BT]))
+
+
+MODELLED = "modelled"
+"""Column of a batch of questions that are also shown as texts of their tasks, bool [N]: true where
+a position is of the latter."""
+
+
+def modelled(rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
+    """The column :data:`MODELLED`, a :class:`Reader` of what :class:`QuestionView` shows twice."""
+    del rows
+    counts_B = (shown.labels_BT != IGNORE).sum(axis=1)
+    second_B = np.arange(len(counts_B)) >= len(counts_B) // 2
+    return {MODELLED: np.repeat(second_B, counts_B)}
 
 
 class MaskedView:
@@ -196,11 +250,16 @@ def draws_of(rows: RowBatch, draws: int | None) -> NDArray[np.int64]:
 
 
 def view_for(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> View:
-    """The view of rows that are masked at random, of a causal LM's or of labelled ones.
+    """The view of rows that are masked at random, of a causal LM's, of questions or of labelled
+    ones.
 
     Raises:
         ConfigError: the masking settings do not fit the tokenizer.
     """
+    if data.questions is not None:
+        answer = tokenizer.convert_tokens_to_ids(data.questions.answer_token)
+        tasks_D = task_ids(data, tokenizer) if data.questions.modelling else None
+        return QuestionView(answer, tasks_D)
     if data.objective == "causal":
         return CausalView()
     if data.objective == "classification":

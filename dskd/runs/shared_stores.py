@@ -113,7 +113,7 @@ def _other_masks_store(recipe: Recipe, run: Run, earlier: Mapping[str, Run]) -> 
 
 def _other_rows(recipe: Recipe, a: Run, b: Run) -> Iterator[str]:
     """The settings by which the training rows of two runs differ."""
-    for name in ("objective", "block_size", "packing"):
+    for name in ("objective", "questions", "block_size", "packing"):
         if getattr(a.data, name) != getattr(b.data, name):
             yield f"data.{name}"
     if _domains(a.data) != _domains(b.data):

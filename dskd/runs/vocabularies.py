@@ -206,6 +206,8 @@ def _training(a: Data, b: Data) -> Iterator[str]:
     """The settings by which two tokenizers are trained that differ."""
     if a.tokenizer != b.tokenizer:
         yield "data.tokenizer.vocab_size"
+    if a.question_tokens != b.question_tokens:
+        yield "data.questions"
     yield from other_documents(a, b)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dskd.errors import ConfigError
 from dskd.settings.data import BuiltinSource, Data, Masking, Source
+from dskd.settings.examples import QuestionSource, SquadSource
 from dskd.settings.folders import cache_folder
 from dskd.settings.labels import Columns, CsvSource, LabelPart, TsvSource
 from dskd.settings.model import Model
@@ -33,6 +34,7 @@ def problems_of(run: Run, world: int) -> Problems:
     yield from _train(run, world)
     yield from _data(run)
     yield from _labels(run)
+    yield from _questions(run)
     yield from model_problems("model", run.model)
     yield from _teachers(run)
 
@@ -93,8 +95,7 @@ def _data(run: Run) -> Problems:
 def _labels(run: Run) -> Problems:
     """What does not go with labelled rows, or with others."""
     data, labels = run.data, run.data.labels
-    named = [(f"data.sources.{n}", source) for n, source in enumerate(data.sources)]
-    named += [(f"data.validation.{n}", source) for n, source in enumerate(data.validation or [])]
+    named = _named_sources(data)
     if data.objective != "classification":
         if labels is not None:
             yield "data.labels", f"of data.objective classification, not {data.objective}"
@@ -119,6 +120,48 @@ def _labels(run: Run) -> Problems:
             yield f"data.{name}", f"{idle} with data.objective classification; leave it out"
     if run.model.slice is not None:
         yield "model.slice", "cuts language models; data.objective is classification"
+
+
+def _named_sources(data: Data) -> list[tuple[str, Source]]:
+    """All sources by the names of their settings."""
+    named = [(f"data.sources.{n}", source) for n, source in enumerate(data.sources)]
+    return named + [(f"data.validation.{n}", s) for n, s in enumerate(data.validation or [])]
+
+
+def _questions(run: Run) -> Problems:
+    """What does not go with rows of questions, or with others."""
+    data, of = run.data, run.data.questions
+    sources = _named_sources(data)
+    asked = [name for name, s in sources if isinstance(s, QuestionSource | SquadSource)]
+    if of is None:
+        for name in asked:
+            yield f"{name}.kind", "its questions need data.questions (`data.questions: {}`)"
+        return
+    if data.objective != "causal":
+        text = f"{data.objective}, but rows of questions (data.questions) are for a causal LM"
+        yield "data.objective", text
+    for name, source in sources:
+        if name not in asked:
+            text = f"{source.kind} has no questions; data.questions takes questions and squad"
+            yield f"{name}.kind", text
+        elif of.task_tokens and source.domain not in of.task_tokens:
+            near = nearest(source.domain, of.task_tokens)
+            text = f"no token for the domain {source.domain!r} of {name}{near}"
+            yield "data.questions.task_tokens", text
+    if of.answer_token in of.tokens[1:] or of.answer_token in of.task_tokens.values():
+        yield "data.questions.answer_token", f"{of.answer_token} is the token of a task, too"
+    if of.room > data.block_size - 2:
+        text = f"{of.room} leaves no token for a question in data.block_size {data.block_size}"
+        yield "data.questions.room", text
+    if data.masking.kind != "random":
+        text = f"{data.masking.kind}, but of a question only the answer is learnt"
+        yield "data.masking.kind", text
+    if data.packing != Data.model_fields["packing"].default:
+        yield "data.packing", "a row is one question (data.questions); leave it out"
+    for domain, teacher in each_teacher(run.teacher).items() if of.modelling else ():
+        if isinstance(teacher, CachedTeacher):
+            text = "a cached teacher has one view of a row; data.questions.modelling makes two"
+            yield f"{section_name(domain)}.kind", text
 
 
 def _unused_columns(name: str, source: Source, objective: str) -> Problems:

@@ -1,5 +1,5 @@
 """Settings of the data: sources, tokenizer, packing and masking. Those of labelled rows are in
-``labels.py``."""
+``labels.py``, of questions in ``examples.py``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dskd.settings.base import CHOSEN_LATER, FREE, Freedom, RunPath, Section
+from dskd.settings.examples import Questions, QuestionSource, SquadSource
 from dskd.settings.labels import Columns, CsvSource, Labels, SourcePath, TsvSource
 from dskd.settings.model import Model
 
@@ -70,7 +71,14 @@ class HubSource(Columns):
 
 
 Source = Annotated[
-    BuiltinSource | TextSource | JsonlSource | HubSource | CsvSource | TsvSource,
+    BuiltinSource
+    | TextSource
+    | JsonlSource
+    | HubSource
+    | CsvSource
+    | TsvSource
+    | QuestionSource
+    | SquadSource,
     Field(discriminator="kind"),
 ]
 
@@ -195,6 +203,9 @@ class Data(Section):
     """The classes that are taken, by name or as a part of all; rows of others are left out, those
     without a label stay. null: all that ``sources`` have. Of sources without labels: what classes
     there are."""
+    questions: Questions | None = None
+    """Each row is a question with its answer, for a causal LM; of sources of kind ``questions`` and
+    ``squad``, which have nothing else. null: of other sources."""
     tokenizer: TokenizerSource = TrainedTokenizer()
     block_size: int = Field(64, ge=8)
     """Most tokens of a row, special tokens included."""
@@ -208,7 +219,21 @@ class Data(Section):
     @property
     def labelled_sources(self) -> list[Columns | BuiltinSource]:
         """Those of ``sources`` that say what their rows are."""
-        return [s for s in self.sources if not isinstance(s, TextSource) and s.labelled]
+        return [s for s in self.sources if isinstance(s, Columns | BuiltinSource) and s.labelled]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains of the rows, in the order of their indices; of questions, those of
+        all tasks that have tokens, whichever the sources are of."""
+        if self.questions is not None and self.questions.task_tokens:
+            return list(self.questions.task_tokens)
+        every = [source.domain for source in (*self.sources, *(self.validation or ()))]
+        return list(dict.fromkeys(every))
+
+    @property
+    def question_tokens(self) -> list[str]:
+        """The special tokens that rows of questions need; none of other rows."""
+        return [] if self.questions is None else self.questions.tokens
 
     @property
     def regression(self) -> bool:

@@ -8,7 +8,7 @@ from dskd.data.prepared import RowBatch
 class PlainRows:
     """Rows in memory, read as those of a prepared folder are; row r is of domain r % domains."""
 
-    labelled = False
+    labelled = by_length = False
 
     def __init__(self, ids_RT, lengths_R, fingerprint="rows", domains=1):
         self.ids_RT, self.lengths_R, self.domains = ids_RT, lengths_R, domains

@@ -281,7 +281,7 @@ def test_another_template_is_another_folder(tmp_path):
 
 
 class LabelledRows(PlainRows):
-    labelled = True
+    by_length = True
 
     def rows(self, row_ids_B, epochs_B):
         lengths_B = self.lengths_R[row_ids_B]
@@ -322,11 +322,11 @@ def test_little_of_a_batch_is_padding(log_normal):
     assert padding(**sizes) < 0.2
     by_rank = [padding(**sizes, world=2, rank=rank) for rank in range(2)]
     assert max(by_rank) < 0.2
-    log_normal.labelled = False  # as drawn
+    log_normal.by_length = False  # as drawn
     try:
         assert padding(**sizes) > 0.5
     finally:
-        log_normal.labelled = True
+        log_normal.by_length = True
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 16), (2, 8), (2, 2), (4, 4)])

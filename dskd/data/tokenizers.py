@@ -203,15 +203,29 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint({"template": spec["post_processor"], "side": side, "names": names})
 
 
+def further_ids(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of special tokens that ``a`` has behind all those of ``b``, ascending; ``b`` has no such
+    token."""
+    special_V, first, known = special_ids(a), vocabulary_size(b), b.get_vocab()
+    return [i for i, token in _tokens(a) if i >= first and special_V[i] and token not in known]
+
+
 def check_same_vocabulary(
-    a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, name_a: str, name_b: str
+    a: PreTrainedTokenizerBase,
+    b: PreTrainedTokenizerBase,
+    name_a: str,
+    name_b: str,
+    but: Iterable[int] = (),
 ) -> None:
-    """Make sure that every id is the same token in both, and that they mask alike.
+    """Make sure that every id is the same token in both, ``but`` for some of ``a``'s, and that they
+    mask alike.
 
     Raises:
         ConfigError: they differ; the message shows the first entries that do.
     """
     tokens_a, tokens_b = dict(_tokens(a)), dict(_tokens(b))
+    for index in but:
+        del tokens_a[index]
     different = sorted({index for index, _ in tokens_a.items() ^ tokens_b.items()})
     if different:
         shown = "".join(

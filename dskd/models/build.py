@@ -24,7 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from dskd.data.foreign import raised_as
-from dskd.data.tokenizers import check_same_vocabulary
+from dskd.data.tokenizers import check_same_vocabulary, further_ids
 from dskd.engine.zero import sharded_construction
 from dskd.errors import ConfigError
 from dskd.models.configs import (
@@ -37,10 +37,11 @@ from dskd.models.configs import (
 from dskd.models.families import lm_head, projection_of, tie_head_bias
 from dskd.models.heads import ObjectiveName
 from dskd.models.initial import initialise
-from dskd.models.reading import in_class_head, load_weights
+from dskd.models.reading import in_class_head, load_weights, rows_of_tokens
 from dskd.models.weight_files import weight_files
 from dskd.settings.model import Model
 from dskd.system.files import file_hash, fingerprint
+from dskd.system.log import say
 
 _AUTO = {
     "masked": AutoModelForMaskedLM,
@@ -94,8 +95,9 @@ def build(
     if classes is not None:
         config = with_classes(config, classes, tokenizer)
     folder = stored_folder(settings, where)
+    new: list[int] = []
     if folder is not None:
-        check_tokenizer(tokenizer, folder, settings.trust_remote_code, f"{where}.path")
+        new = check_tokenizer(tokenizer, folder, settings, f"{where}.path")
     check_shape(config, objective, block_size, where)
     check_vocabulary(config, tokenizer, where)
     attention, trust = settings.attention, settings.trust_remote_code
@@ -108,7 +110,13 @@ def build(
         tie_head_bias(model)
         if new_head:
             initialise(model, seed, partial(in_class_head, model))
-        load_weights(model, folder, f"{where}.path", new_head=new_head, trained_for=stored)
+        if new:
+            initialise(model, seed, rows_of_tokens(model).__contains__)
+            said = ", ".join(tokenizer.convert_ids_to_tokens(new))
+            say(f"{where}.path: random embeddings for the new tokens {said}")
+        load_weights(
+            model, folder, f"{where}.path", new_head=new_head, trained_for=stored, new_ids=new
+        )
         if model.can_generate() and (folder / "generation_config.json").is_file():
             with raised_as(ConfigError, f"{where}.path: generation_config.json of {folder}"):
                 model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -158,10 +166,12 @@ def check_random(settings: Model, *, objective: ObjectiveName, block_size: int, 
 def model_fingerprint(settings: Model, *, seed: int, where: str) -> str:
     """Fingerprint of what :func:`build` would build: the content of the stored weights and config,
     or the random model's config and seed; the folder's name does not count."""
-    fields = {"config": settings.config}
+    fields: dict[str, Any] = {"config": settings.config}
     folder = stored_folder(settings, where)
     if folder is None:
         return fingerprint(fields | {"seed": seed, "vocab_multiple": settings.vocab_multiple})
+    if settings.new_tokens:
+        fields["seed"] = seed
     files = [folder / "config.json", *weight_files(folder, f"{where}.path")]
     return fingerprint(fields | {"files": [file_hash(file) for file in files]})
 
@@ -236,14 +246,26 @@ def parameter_count(
 
 
 def check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, trust: bool, where: str
-) -> None:
+    tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Model, where: str
+) -> list[int]:
     """Refuse a stored model that was not trained on the data's tokenizer.
+
+    Returns:
+        The ids of the special tokens that the model is yet to get (``new_tokens``).
 
     Raises:
         ConfigError: its folder has no tokenizer, or one of another vocabulary; names ``where``.
     """
     none = f"{where}: {folder} has no tokenizer that could be compared with the data's"
     with raised_as(ConfigError, none):
-        other = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    check_same_vocabulary(tokenizer, other, "the data's tokenizer", f"{where} ({folder})")
+        other = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    new = further_ids(tokenizer, other)
+    name = f"{where} ({folder})"
+    check_same_vocabulary(tokenizer, other, "the data's tokenizer", name, but=new)
+    if new and not settings.new_tokens:
+        lacking = ", ".join(tokenizer.convert_ids_to_tokens(new))
+        raise ConfigError(
+            f"{name} lacks special tokens of the data's tokenizer: {lacking}; a student gets "
+            "embeddings for them by model.new_tokens: true"
+        )
+    return new

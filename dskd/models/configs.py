@@ -27,7 +27,8 @@ def hidden_size(settings: Model, *, where: str) -> int:
 def config_of(
     settings: Model, *, where: str, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedConfig:
-    """The config of a model; of a random one without a tokenizer, but for what it has of one.
+    """The config of a model; without a tokenizer, but for what it has of one: a random one's
+    vocabulary, and ``new_tokens``.
 
     Raises:
         ConfigError: a family or a quantisation that is not supported; fields that the config does
@@ -36,7 +37,10 @@ def config_of(
     folder = stored_folder(settings, where)
     if folder is None:
         return _random_config(settings, where, tokenizer)
-    return _stored_config(settings, folder, where)
+    config = _stored_config(settings, folder, where)
+    if settings.new_tokens and tokenizer is not None:
+        config.vocab_size = max(config.vocab_size, vocabulary_size(tokenizer))
+    return config
 
 
 def config_at_hand(settings: Model, where: str) -> PreTrainedConfig | None:

@@ -8,7 +8,7 @@ bit for bit.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,12 +44,16 @@ def load_weights(
     *,
     new_head: bool = False,
     trained_for: PreTrainedConfig | None = None,
+    new_ids: Sequence[int] = (),
 ) -> None:
     """Fill every parameter from ``folder``, rounded to the parameter's dtype (collective).
 
     With ``new_head``, a head for classes keeps the weights that it has as far as the folder holds
     none; but a folder with such a head must hold all of it, and for the classes of the model:
     ``trained_for`` is its config, None: the model's.
+
+    The rows of ``new_ids`` (:func:`rows_of_tokens`) keep the weights that they have; so the folder
+    may hold fewer rows than the model has, which end with them.
 
     Old names are understood. Heads for other tasks and constants are named and left out; any other
     tensor without a use here is refused, for it belongs to another model, or to the decoding of a
@@ -67,11 +71,24 @@ def load_weights(
             stored = _stored(model, open_weights(model, folder, where), where)
             if trained_for is not None and _has_class_head(model, stored):
                 _refuse_other_classes(model, trained_for, where)
-            plan = _plan(model, stored, where, new_head)
+            plan = _plan(model, stored, where, new_head, new_ids)
+    grown = rows_of_tokens(model) if new_ids else set()
     for name, parameter in model.named_parameters():
         with gathered([parameter], write=True), torch.no_grad():
             if name in plan:
-                parameter.copy_(plan[name].read())
+                values = plan[name].read()
+                new = parameter[list(new_ids)] if name in grown else None  # a copy
+                (parameter if new is None else parameter[: len(values)]).copy_(values)
+                if new is not None:
+                    parameter[list(new_ids)] = new
+
+
+def rows_of_tokens(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters with a row for each token: the embeddings, and the last map if it is
+    not tied to them."""
+    last = model.get_submodule(head_in(model).projection)
+    own = {id(p) for p in (model.get_input_embeddings().weight, *last.parameters())}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def in_class_head(model: PreTrainedModel, name: str) -> bool:
@@ -104,9 +121,14 @@ def _stored(model: PreTrainedModel, sources: list[Stored], where: str) -> dict[s
 
 
 def _plan(
-    model: PreTrainedModel, stored: Mapping[str, Stored], where: str, new_head: bool
+    model: PreTrainedModel,
+    stored: Mapping[str, Stored],
+    where: str,
+    new_head: bool,
+    new_ids: Sequence[int],
 ) -> dict[str, Stored]:
     """The source of each parameter, by the first of its names."""
+    grown = rows_of_tokens(model) if new_ids else set()
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -117,8 +139,9 @@ def _plan(
             missing.append(name)
             continue
         plan[name] = stored[_the_one(model, found, stored, where)]
-        if plan[name].shape != full_shape(parameter):
-            here, there = tuple(full_shape(parameter)), tuple(plan[name].shape)
+        here, there = tuple(full_shape(parameter)), tuple(plan[name].shape)
+        fits = name in grown and here[1:] == there[1:] and new_ids[0] <= there[0] <= here[0]
+        if here != there and not fits:
             wrong.append(f"{name} is {there}, the config says {here}")
     if new_head and not _has_class_head(model, stored):
         random = [name for name in missing if in_class_head(model, name)]

@@ -316,8 +316,7 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
     for name, model in used_models(run, context.method).items():
         folder = stored_folder(model, name)
         if folder is not None:
-            tokenizer, trust = context.prepared.tokenizer, model.trust_remote_code
-            check_tokenizer(tokenizer, folder, trust, f"{name}.path")
+            check_tokenizer(context.prepared.tokenizer, folder, model, f"{name}.path")
     for name in recipe.runs:
         _check_student(recipe, methods, name)
         prefix = recipe.prefix(name)

@@ -149,6 +149,7 @@ def refuse_vocabularies(recipe: Recipe, method: Method, name: str) -> None:
             maker = exporter(recipe, model.path)
             if maker is not None:
                 _refuse_other_run(recipe, run, maker, place, tokenizer)
+                _refuse_lacking_tokens(recipe, run, maker, place, model)
             elif model.path is not None:
                 _refuse_folder(run, model, place, origin, tokenizer)
     except ConfigError as problem:
@@ -179,7 +180,32 @@ def _refuse_other_run(
         return
     folder = _folder(theirs.stored.path, theirs.stored.revision, f"{place}.path")
     if folder is not None:
-        _compare(tokenizer, folder, False, f"{place}.path")
+        # Its run puts its own tokens behind what lies there.
+        as_stored = Model(new_tokens=bool(made.data.question_tokens))
+        _compare(tokenizer, folder, as_stored, f"{place}.path")
+
+
+def _refuse_lacking_tokens(recipe: Recipe, run: Run, maker: str, place: str, model: Model) -> None:
+    """Refuse the model that the earlier run ``maker`` will export, if surely it has no embeddings
+    for the special tokens of this run's rows and gets none."""
+    made = recipe.runs[maker]
+    has = _special_tokens(recipe, made)
+    lacking = [token for token in run.data.question_tokens if token not in has]
+    if lacking and not model.new_tokens and _origin(recipe, made).trained is not None:
+        raise ConfigError(
+            f"{place}.path: run {maker} has no token {lacking[0]} (data.questions); a student gets "
+            "embeddings for such tokens by model.new_tokens: true"
+        )
+
+
+def _special_tokens(recipe: Recipe, run: Run) -> set[str]:
+    """The special tokens of questions that a run's tokenizer has by the settings of the recipe."""
+    tokenizer, found = run.data.tokenizer, set(run.data.question_tokens)
+    if isinstance(tokenizer, PretrainedTokenizer):
+        maker = exporter(recipe, tokenizer.path)
+        if maker is not None:
+            found |= _special_tokens(recipe, recipe.runs[maker])
+    return found
 
 
 def _other_vocabulary(own: _Origin, theirs: _Origin) -> str:
@@ -248,18 +274,18 @@ def _refuse_folder(
     if folder is None:
         return
     if tokenizer is not None:
-        _compare(tokenizer, folder, model.trust_remote_code, f"{place}.path")
+        _compare(tokenizer, folder, model, f"{place}.path")
         config = config_at_hand(model.model_copy(update={"slice": None, "config": {}}), place)
-        if config is not None:
+        if config is not None and not model.new_tokens:
             check_vocabulary(config, tokenizer, place)
     elif origin.trained is not None:
         _refuse_untrainable(run, origin.trained, model, folder, place)
 
 
-def _compare(tokenizer: PreTrainedTokenizerBase, folder: Path, trust: bool, where: str) -> None:
+def _compare(tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Model, where: str) -> None:
     """:func:`~dskd.models.build.check_tokenizer`, whose message begins with the setting."""
     try:
-        check_tokenizer(tokenizer, folder, trust, where)
+        check_tokenizer(tokenizer, folder, settings, where)
     except ConfigError as problem:
         text = str(problem)
         raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from problem

@@ -199,6 +199,10 @@ def model_problems(name: str, model: Model) -> Problems:
     if model.path is None and "model_type" not in model.config:
         text = f"missing; name a model type to build at random, or set {name}.path"
         yield f"{name}.config.model_type", text
+    if model.new_tokens and name != "model":
+        yield f"{name}.new_tokens", "only the student gets new embeddings (model.new_tokens)"
+    elif model.new_tokens and model.path is None:
+        yield f"{name}.new_tokens", f"of a model with {name}.path; a random one has all tokens"
     if model.slice is not None and name != "model":
         yield f"{name}.slice", "only the student can be cut (model.slice)"
     elif model.slice is not None and model.path is None:

@@ -40,6 +40,10 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run the Python code that lies in the folder or hub repository of ``path``; without it such
     code is never run, nor asked about."""
+    new_tokens: bool = False
+    """Of a student with a ``path``: special tokens that the data's tokenizer has behind the model's
+    own vocabulary (those of ``data.questions``) get random embeddings of the run's seed, as the
+    model's config has them (GPT-2: normal, 0.02); false: a model that lacks them is refused."""
     slice: Slice | None = None
     """Of a student with a ``path``: start from that model cut to these sizes, as ``<out>/sliced``
     then holds it; null: from the whole model."""

@@ -93,6 +93,34 @@ def test_a_chain_learns_answers_and_exports_what_huggingface_reads(tmp_path):
         assert exported_nll(run) == pytest.approx(_nll(model, tokenizer, tmp_path, modelled), 1e-5)
 
 
+def with_new_tokens(folder: Path, **model) -> dict:
+    """A plain language model, and a run on questions that starts as it."""
+    asking = asked(folder)
+    asking["model"] = {"path": "run:plain", **model}
+    asking["data"]["tokenizer"] = {"kind": "pretrained", "path": "run:plain"}
+    return {"plain": {"model": {"config": GPT2}, "data": {"objective": "causal"}}, "asked": asking}
+
+
+def test_a_language_model_gets_embeddings_for_the_tokens(tmp_path):
+    forked(1, str(recipe_of(tmp_path, with_new_tokens(tmp_path, new_tokens=True))))
+    plain, own = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / name / "export")
+        for name in ("plain", "asked")
+    )
+    assert own.config.vocab_size == plain.config.vocab_size + 3 == 323
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs" / "asked" / "export")
+    assert tokenizer.convert_tokens_to_ids(["__ans__", "__up__", "__down__"]) == [320, 321, 322]
+
+
+def test_without_them_it_is_refused_before_the_start(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        checked(recipe_of(tmp_path, with_new_tokens(tmp_path)))
+    assert str(error.value) == (
+        "runs.asked.model.path: run plain has no token __ans__ (data.questions); a student gets "
+        "embeddings for such tokens by model.new_tokens: true"
+    )
+
+
 def _nll(model, tokenizer, folder: Path, modelled: bool) -> float:
     """The mean loss of what is learnt of the rows held out."""
     nll = []

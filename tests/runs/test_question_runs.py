@@ -76,6 +76,16 @@ def test_runs_whose_tokens_are_others_are_refused(tmp_path):
         checked(recipe_of(tmp_path, runs))
 
 
+def test_a_cache_of_other_questions_is_refused(tmp_path):
+    reads = {"method": KI["method"], "teacher": {"kind": "cached", "path": "run:a"}}
+    first = merge(asked(tmp_path), KI)
+    checked(recipe_of(tmp_path, {"a": first, "b": merge(asked(tmp_path), reads)}))
+    with pytest.raises(ConfigError) as error:
+        checked(recipe_of(tmp_path, {"a": first, "b": merge(asked(tmp_path, room=7), reads)}))
+    told = "run a captures it with other rows or masks: data.questions differ"
+    assert str(error.value) == f"runs.b.teacher.path: {told}"
+
+
 def test_a_chain_learns_answers_and_exports_what_huggingface_reads(tmp_path):
     """The second run goes on from the first; both losses, by plain torch, of the rows held out."""
     train = {"train": {"steps": 12, "lr": 0.01}, "evaluation": {"every": 12, "rows": None}}

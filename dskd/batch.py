@@ -20,6 +20,8 @@ IGNORE = -100
 """Label of a position that is not supervised."""
 UNLABELLED = -1
 """Label of a supervised position whose class is not known: a teacher may teach there."""
+HOST = "host."
+"""Beginning of the names of columns that are for the host: of what is counted."""
 TARGETS = "targets"
 """Column of a batch of rows for regression, float32 [B]: the number of each row. Labels are then 0
 or, where there is no number (nan), ``UNLABELLED``."""
@@ -46,7 +48,8 @@ class Batch:
         types_BT: int64, 1 on the tokens of a row's second text and 0 elsewhere; None: no row has a
             second text that its tokenizer marks so.
         columns: further tensors by name, whose first axis is B or N as their reader says
-            (:class:`dskd.data.views.Reader`, which has the name as a constant beside it).
+            (:class:`dskd.data.views.Reader`, which has the name as a constant beside it). Those
+            whose name begins with :data:`HOST` stay on the CPU.
     """
 
     row_ids_B: Tensor
@@ -161,7 +164,10 @@ class Batch:
             positions_N=copy(self.positions_N),
             labels_N=copy(self.labels_N),
             types_BT=None if self.types_BT is None else copy(self.types_BT),
-            columns={name: copy(column) for name, column in self.columns.items()},
+            columns={
+                name: column if name.startswith(HOST) else copy(column)
+                for name, column in self.columns.items()
+            },
         )
 
 

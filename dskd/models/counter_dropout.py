@@ -81,14 +81,14 @@ def _random(seeds_S: Tensor, shape: Sequence[int]) -> Tensor:
     key = seeds_S
     for size, step in zip(shape, _STEPS, strict=False):
         key = key[..., None] + torch.arange(size, device=key.device) * step
-    return _finalised(key)
+    return (finalised(key) >> (64 - _BITS)) & (1 << _BITS) - 1
 
 
-def _finalised(key: Tensor) -> Tensor:
-    """The keys' random numbers, ``_BITS`` of them each; the keys' memory is used up."""
+def finalised(key: Tensor) -> Tensor:
+    """64 random bits of each key (int64), in place of the key."""
     key ^= (key >> 30) & (1 << 34) - 1  # shifted without the sign
     key *= _FIRST
     key ^= (key >> 27) & (1 << 37) - 1
     key *= _SECOND
     key ^= (key >> 31) & (1 << 33) - 1
-    return (key >> (64 - _BITS)) & (1 << _BITS) - 1
+    return key

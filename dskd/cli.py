@@ -1,7 +1,7 @@
 """The ``dskd`` command. What is heavy is imported by the command that needs it.
 
 ``dskd train`` runs one process; ``deepspeed --num_gpus N dskd/train.py`` takes the same arguments
-and runs N.
+and runs N. ``deepspeed --num_gpus N --module dskd.cli generate ...`` generates with N.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dskd import __version__
-from dskd.errors import ConfigError, DskdError
+from dskd.errors import ConfigError, DskdError, LostRankError
+from dskd.system.launcher import stop_with_launcher
 
-MENDABLE = 2
+MENDABLE, STOPPED = 2, 75
 _SETTINGS = "settings file and overrides: [FILE.yaml] [a.b=value ...]; none: the 20-step toy run"
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "hard-tokens": ("say which tokens are hard for a run's model", "dskd.hardness.report:main"),
+    "generate": ("write how a causal model goes on with prompts", "dskd.runs.generate:main"),
     "predict": ("write a classifier's label and probabilities of rows", "dskd.runs.predict:main"),
 }
 """Commands that a method or a stage brings: what each does, and where its ``main(words)`` is found,
@@ -28,7 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command (default: the process's own arguments); returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    words = words if argv is None else list(argv)
     try:
         brought = _brought(words[0]) if words else None
         if brought is not None:
@@ -36,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(words)
         return arguments.run(arguments)
     except DskdError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return MENDABLE
+        if not problem.printed_by_other_rank:
+            print(f"error: {problem}", file=sys.stderr)
+        return problem.status if isinstance(problem, LostRankError) else MENDABLE
 
 
 def _brought(name: str) -> Callable[[Sequence[str]], int] | None:
@@ -162,3 +166,8 @@ def _report(arguments: argparse.Namespace) -> int:
     show = plan.report_recipe if recipe else plan.report_folders
     print(show(runs, arguments.out, arguments.control))
     return 0
+
+
+if __name__ == "__main__":  # by a launcher
+    stop_with_launcher(STOPPED)
+    sys.exit(main())

@@ -8,7 +8,7 @@ import pytest
 
 from dskd import __version__, train
 from dskd.cli import main
-from dskd.errors import StoreError
+from dskd.errors import LostRankError, StoreError
 from dskd.runs import plan
 from dskd.settings.recipe import SINGLE, read
 from dskd.stores import logits
@@ -94,6 +94,22 @@ def test_errors_are_one_message(capsys, words, message):
     assert captured.err.startswith("error: ")
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_what_another_rank_prints_and_a_lost_rank(monkeypatch, capsys):
+    """Of commands that a launcher starts: one message, and the status that names a lost rank."""
+    problem = StoreError("x: damaged")
+    lost = LostRankError("rank 1 has died")
+
+    def fail(path):
+        raise lost if path.name == "lost" else problem
+
+    monkeypatch.setattr(logits, "describe_cache", fail)
+    problem.printed_by_other_rank = True
+    assert main(["cache", "info", "x"]) == 2
+    assert capsys.readouterr().err == ""
+    assert main(["cache", "info", "lost"]) == 69
+    assert capsys.readouterr().err == "error: rank 1 has died\n"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

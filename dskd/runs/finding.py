@@ -1,4 +1,4 @@
-"""The runs that folders on the command line hold, and what each is called in a report."""
+"""What folders on the command line hold: runs, and what each is called in a report; a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dskd.errors import CheckpointError, ConfigError
+from dskd.settings.data import Data
 from dskd.settings.folders import RunFolder
+from dskd.settings.recipe import SINGLE, read
 
 
 def runs_in(folders: Sequence[Path]) -> dict[str, Path]:
@@ -33,6 +35,26 @@ def runs_in(folders: Sequence[Path]) -> dict[str, Path]:
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, or of nothing: it holds no runs."""
     return RunFolder(folder).config.is_file() or not _runs_below(folder)
+
+
+def model_at(path: Path, command: str) -> tuple[Path, Data | None]:
+    """The folder of the model that a run has exported, or that lies at ``path`` itself, and, of a
+    run, the settings of its data.
+
+    Raises:
+        ConfigError: there is none; the message names the command.
+    """
+    run = RunFolder(path)
+    if not run.config.is_file():
+        if not (path / "config.json").is_file():
+            text = "is the folder of no run (config.yaml) and no model"
+            raise ConfigError(f"{command}: {path} {text}")
+        return path, None
+    if not run.export.is_dir():
+        raise ConfigError(
+            f"{command}: {path} has no export/ yet; train it with until=export or later"
+        )
+    return run.export, read(run.config).runs[SINGLE].data
 
 
 def _runs_below(folder: Path) -> list[Path]:

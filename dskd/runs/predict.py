@@ -26,11 +26,10 @@ from dskd.errors import ConfigError
 from dskd.models.build import build
 from dskd.models.families import positions_of
 from dskd.models.frozen import evaluating
+from dskd.runs.finding import model_at
 from dskd.settings.data import Data, JsonlSource
-from dskd.settings.folders import RunFolder
 from dskd.settings.labels import Columns, CsvSource, TsvSource
 from dskd.settings.model import Model
-from dskd.settings.recipe import SINGLE, read
 from dskd.system.device import on_gpu
 from dskd.system.files import write_atomic
 
@@ -70,7 +69,7 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--rows", type=int, default=32, metavar="N", help="rows at a time (32)")
     options = parser.parse_args(words)
-    folder, data = _model_of(options.path)
+    folder, data = model_at(options.path, "predict")
     columns = {"field": options.text, "pair": options.pair}
     source = _source(options.file, data, {k: v for k, v in columns.items() if v is not None})
     size = options.block_size or (512 if data is None else data.block_size)
@@ -151,20 +150,6 @@ def _line(said_C: NDArray[np.float64], names: Sequence[str]) -> dict[str, Any]:
         return {"number": float(said_C[0])}
     probabilities = dict(zip(names, said_C.tolist(), strict=True))
     return {"label": names[int(said_C.argmax())], "probabilities": probabilities}
-
-
-def _model_of(path: Path) -> tuple[Path, Data | None]:
-    """The folder of a model, and, of a run, the settings of its data."""
-    run = RunFolder(path)
-    if not run.config.is_file():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"predict: {path} is the folder of no run (config.yaml) and no model")
-        return path, None
-    if not run.export.is_dir():
-        raise ConfigError(
-            f"predict: {path} has no export/ yet; train it with until=export or later"
-        )
-    return run.export, read(run.config).runs[SINGLE].data
 
 
 def _source(file: Path, data: Data | None, given: dict[str, str]) -> Columns:

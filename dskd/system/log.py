@@ -113,7 +113,7 @@ class Metrics:
             with self.path.open("ab", buffering=0) as stream:
                 before = os.fstat(stream.fileno()).st_size
                 try:
-                    _write_all(stream, json.dumps(values).encode() + b"\n")
+                    write_all(stream, json.dumps(values).encode() + b"\n")
                 except OSError:
                     with suppress(OSError):
                         stream.truncate(before)
@@ -141,7 +141,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return values
 
 
-def _write_all(stream: FileIO, data: bytes) -> None:
+def write_all(stream: FileIO, data: bytes) -> None:
     """Write all of ``data``: an unbuffered stream may take a part of it and fail at the rest."""
     while data:
         data = data[stream.write(data) :]

@@ -60,6 +60,8 @@ class Decoding:
     Attributes:
         longest: most new tokens of a row.
         positions: most tokens of a row, its prompt included.
+        vocabulary: ids from this one on are never chosen: of a model with more rows of logits than
+            its tokenizer has tokens.
         ends: ids that end a row.
         pad: id of padding, which no model sees.
         sampling: how tokens are drawn; None: the most likely one is taken.
@@ -67,6 +69,7 @@ class Decoding:
 
     longest: int
     positions: int
+    vocabulary: int
     ends: tuple[int, ...]
     pad: int
     sampling: Sampling | None = None
@@ -93,7 +96,8 @@ def continuations(
     Args:
         model: a causal LM, whole on each rank's device, or sharded by ZeRO-3.
         prompts: the same on every rank; ids, at least one each, with room for another.
-        numbers: of each prompt's sample: what is drawn is a function of it and of the seed.
+        numbers: of each prompt's sample, in 63 bits: what is drawn is a function of it and of the
+            seed.
         batch: most rows of a forward pass.
         progress: ``progress(done, total)`` is called with the numbers of prompts after each batch.
 
@@ -215,6 +219,7 @@ class _Choice(LogitsProcessor):
         device: torch.device,
     ) -> None:
         self._sampling, self._numbers = decoding.sampling, numbers
+        self._vocabulary = decoding.vocabulary
         self._width = max(map(len, rows))
         self._bad_B = torch.zeros(len(numbers), dtype=torch.bool, device=device)
         if self._sampling is not None:
@@ -222,9 +227,10 @@ class _Choice(LogitsProcessor):
             self._keys_LB = keys_LB.to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The logits [B, V] in fp32, with noise."""
+        """The logits [B, V] in fp32, their own memory, with noise."""
         next_one()
         self._bad_B |= ~scores.amax(1).isfinite()
+        scores[:, self._vocabulary :] = -torch.inf
         if self._sampling is None:
             return scores
         return with_noise(scores, self._keys_LB[input_ids.shape[1] - self._width], self._sampling)

@@ -28,7 +28,13 @@ from transformers import (
 from dskd.data.foreign import raised_as
 from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.data.text_files import checked_text, json_rows, json_type, row_value
-from dskd.data.tokenizers import encoder, first_of, start_id, tokenizer_fingerprint
+from dskd.data.tokenizers import (
+    encoder,
+    first_of,
+    start_id,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 from dskd.engine import engine
 from dskd.errors import ConfigError, DataError
 from dskd.models.build import build, model_fingerprint
@@ -289,7 +295,8 @@ def _decoding(
         raise ConfigError(f"generate: {folder}: there is no end token (eos_token)")
     pad = first_of(tokenizer.pad_token_id, min(ends))
     assert pad is not None
-    return Decoding(longest, longest_row(config), tuple(sorted(ends)), pad, sampling)
+    size = vocabulary_size(tokenizer)
+    return Decoding(longest, longest_row(config), size, tuple(sorted(ends)), pad, sampling)
 
 
 def _made_of(work: _Work) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tests.training.waits import HostWaits
 FAMILIES = ["gpt2", "llama", "qwen3"]
 PROMPTS = [[5 + (3 * row + k) % 37 for k in range(1 + 5 * row % 11)] for row in range(32)]
 """Of 1 to 11 tokens."""
-DECODING = Decoding(longest=14, positions=32, ends=tuple(range(2, 43, 8)), pad=1)
+DECODING = Decoding(longest=14, positions=32, vocabulary=43, ends=tuple(range(2, 43, 8)), pad=1)
 DRAWN = replace(DECODING, sampling=Sampling(seed=3, top_k=8, temperature=0.7))
 
 
@@ -181,6 +181,18 @@ def test_the_model_is_as_it_was_and_its_folders_wishes_do_not_count():
     assert go_on(model, DECODING) == wanted
     assert model.generation_config is own and own.repetition_penalty == 5.0
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("decoding", [DECODING, DRAWN], ids=["greedy", "drawn"])
+def test_only_what_the_tokenizer_has_is_chosen(decoding):
+    """Of a model whose vocabulary is padded."""
+    settings = tiny.settings("llama", initializer_range=0.3)
+    model = tiny.make(settings.model_copy(update={"vocab_multiple": 64}))
+    largest = [
+        max(max(new) for new in go_on(model, replace(decoding, vocabulary=size, ends=())))
+        for size in (64, 43)
+    ]
+    assert largest[0] >= 43 > largest[1]
 
 
 def test_progress_counts_prompts():

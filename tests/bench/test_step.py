@@ -46,7 +46,7 @@ def page(tmp_path_factory) -> Path:
     return page
 
 
-@pytest.mark.parametrize("script", ["step", "kernels", "wid", "panel"])
+@pytest.mark.parametrize("script", ["step", "kernels", "wid", "panel", "generate"])
 @pytest.mark.parametrize("safe", ["", "1"], ids=["python", "python -P"])
 def test_the_scripts_folder_is_off_the_path_and_the_checkout_on_it(tmp_path, script, safe):
     """The lines above a script's imports, in a checkout of their own that is reached by a link."""

@@ -35,7 +35,7 @@ from launch.bench import measure
 from launch.bench.measure import markdown, over, show, slug, spread
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS, NEW = 32, 32
+ROWS, NEW = 32, 24
 SHORTEST, LONGEST = 8, 40
 """Tokens of a prompt."""
 TOP_K = 20
@@ -118,8 +118,8 @@ def build(name: str, device: torch.device) -> PreTrainedModel:
     """A random model, in bf16 on a GPU."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]), dtype=dtype)
-    model.generation_config.eos_token_id = None
+    config = AutoConfig.for_model(**MODELS[name], bos_token_id=None, eos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.to(device).eval()
 
 
@@ -195,7 +195,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", default="toys,quickstart", help=", ".join(MODELS))
     parser.add_argument("--results", type=Path, default=ROOT / "launch/bench/results")
     words = parser.parse_args()

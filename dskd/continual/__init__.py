@@ -1,0 +1,1 @@
+"""What a sequence of tasks keeps of the earlier ones, so as not to unlearn them."""

@@ -19,13 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import Batch, Positions, Signal, Term
 from dskd.engine.ds_config import optimizer_device
+from dskd.engine.ds_edits import check_adam, check_edits, check_unscaled, is_adam
 from dskd.engine.hooks import StepHooks
 from dskd.engine.shards import ParameterShards
 from dskd.engine.stage import StageContext
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.methods.inheritance_loss import InheritanceLoss, labels_term
-from dskd.narrowing.ds_limits import check_preset, is_adam
 from dskd.narrowing.insert import Surgery, insert
 from dskd.narrowing.layouts import layout_of, widths_of
 from dskd.narrowing.merge import checked_merge
@@ -128,23 +128,15 @@ class WeightInheritance(Method):
                 "teacher.weights: current, but by method wid the student would learn from itself "
                 "while it shrinks; frozen is the model that it shrinks from"
             )
-        device = optimizer_device(run.deepspeed)
-        if device == "nvme":
-            raise ConfigError(
-                f"deepspeed: {run.deepspeed}: method wid cannot edit an optimizer on NVMe"
-            )
-        check_preset(run, self.rule)
-        if device == "cpu" and train.clip:
-            raise ConfigError(
-                f"train.clip: {train.clip}: an offloaded optimizer ({run.deepspeed}) measures "
-                f"gradients before method wid edits them; set it to 0"
-            )
-        if self.rule == "original" and train.clip:
-            # the penalty is part of the gradient, and far larger
-            raise ConfigError(
-                f"train.clip: {train.clip} would clip the penalty of method.rule original together "
-                f"with the gradient; it must be 0"
-            )
+        check_edits(run, "method wid")
+        if self.rule == "original":
+            check_unscaled(run, "rule original")
+            check_adam(run, "rule original")
+            if train.clip:  # the penalty is part of the gradient, and far larger
+                raise ConfigError(
+                    f"train.clip: {train.clip} would clip the penalty of method.rule original "
+                    f"together with the gradient; it must be 0"
+                )
         if train.steps is not None:  # else when the rows are counted
             self._check_length(train.steps, config)
 

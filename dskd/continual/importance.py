@@ -22,18 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dskd.batch import Batch, Loss, LossCounts, Positions, Signal, Term
-from dskd.continual.whole_tensors import WholeTensors
 from dskd.data.prefetch import send
 from dskd.errors import NonFiniteError
 from dskd.models.families import positions_of
 from dskd.models.frozen import evaluating
 from dskd.system import dist
 from dskd.system.doing import next_one, pause
-
-OMEGA = "importance"
-"""The kind of a file of importances (:mod:`dskd.continual.whole_tensors`)."""
-ANCHOR = "anchor"
-"""The kind of a file of the weights that a penalty pulls towards."""
 
 PROMPT = "prompt"
 """The term of Memory Aware Synapses."""
@@ -164,13 +158,3 @@ def mean_square_probability(
 def prompts(batch: Batch) -> dict[str, float]:
     """What the term of :func:`mean_square_probability` is divided by: rows with a prompt."""
     return {PROMPT: float((batch.counts_B > 0).sum())}
-
-
-def with_earlier(omega: Mapping[str, Tensor], earlier: WholeTensors) -> dict[str, Tensor]:
-    """The sum of a task's importances and of those of all tasks before it.
-
-    Args:
-        omega: of the task.
-        earlier: the file that the task before left, of the same parameters.
-    """
-    return {name: value + earlier.whole(name) for name, value in omega.items()}

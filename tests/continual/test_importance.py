@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from dskd.batch import IGNORE, Batch, Positions
 from dskd.continual.importance import (
-    OMEGA,
     ImportanceSweep,
     mean_square_probability,
     prompts,
     terms_of,
-    with_earlier,
 )
-from dskd.continual.whole_tensors import WholeTensors, write_tensors
+from dskd.continual.kept_weights import KeptWeights, keep_weights
 from dskd.errors import NonFiniteError
 from dskd.methods.lm import LanguageModelling
 from tests.batches import batch_of
@@ -64,20 +62,26 @@ def golden_batch(rows: np.ndarray) -> Batch:
 
 def test_golden_importance_of_mas(tmp_path):
     """The original's groups have 2 and 3 rows, so each is a sweep here; and a second task."""
-    model, found = Bigram(), {}
     how = {"make": golden_batch, "measure": "absolute", "group": 3, "micro_batch": 2, "device": CPU}
-    for rows_M in (np.arange(2), np.arange(2, 5)):
-        sweep = ImportanceSweep(rows_M=rows_M, **how)
-        terms = partial(mean_square_probability, signal=None, step=0)
-        omega = sweep(model, lambda b, terms=terms: terms(model.positions(b), batch=b), prompts)
-        for name, value in omega.items():
-            found[name] = found.get(name, 0) + value * len(rows_M) / 5
-    write_tensors(tmp_path / "omega", found, kind=OMEGA, fingerprints={})
-    second = with_earlier(found, WholeTensors(tmp_path / "omega", kind=OMEGA, expect={}))
-    for name, value in found.items():
-        for omega, end in ((value, ""), (second[name], "_after_second_identical_task")):
+    terms = partial(mean_square_probability, signal=None, step=0)
+
+    def importance(model):
+        found = {}
+        for rows_M in (np.arange(2), np.arange(2, 5)):
+            sweep = ImportanceSweep(rows_M=rows_M, **how)
+            omega = sweep(model, lambda batch: terms(model.positions(batch), batch=batch), prompts)
+            for name, value in omega.items():
+                found[name] = found.get(name, 0) + value * len(rows_M) / 5
+        return found
+
+    earlier = None
+    for task, end in enumerate(["", "_after_second_identical_task"]):
+        folder = tmp_path / str(task)
+        keep_weights(folder, Bigram, importance, fingerprints={}, earlier=earlier)
+        earlier = KeptWeights.of(folder, {})
+        for name in ("E", "Wo"):
             wanted = torch.tensor(CASE["expected"][f"omega_{name}{end}"])
-            torch.testing.assert_close(omega, wanted, rtol=2e-6, atol=1e-10)
+            torch.testing.assert_close(earlier.omega.whole(name), wanted, rtol=2e-6, atol=1e-10)
 
 
 ROWS = 10

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dskd.continual.importance import ANCHOR, OMEGA
+from dskd.continual.kept_weights import KeptWeights, keep_weights
 from dskd.continual.original_adamw import OriginalAdamW
 from dskd.continual.penalty import DecoupledPenalty, GradientPenalty, WeightPenalty
-from dskd.continual.whole_tensors import WholeTensors, write_tensors
 from dskd.engine.hooks import StepHooks
 from dskd.engine.shards import ParameterShards
 from tests.continual.cases import CASES
@@ -28,15 +27,16 @@ STEPS, STRENGTH, DECAY, TASK = 4, 30.0, 0.1, 2
 
 
 def penalty_of(folder, strength):
-    """The penalty of the files in a folder."""
-    omega = WholeTensors(folder / "omega", kind=OMEGA, expect={})
-    return WeightPenalty(omega, WholeTensors(folder / "anchor", kind=ANCHOR, expect={}), strength)
+    """The penalty of what was kept in a folder."""
+    kept = KeptWeights.of(folder, {})
+    return WeightPenalty(kept.omega, kept.anchor, strength)
 
 
 def written(folder, omega, anchor):
-    """Both files."""
-    write_tensors(folder / "omega", omega, kind=OMEGA, fingerprints={})
-    write_tensors(folder / "anchor", anchor, kind=ANCHOR, fingerprints={})
+    """Keep these."""
+    model = torch.nn.Module()
+    model.named_parameters = anchor.items
+    keep_weights(folder, lambda: model, lambda model: omega, fingerprints={})
 
 
 def test_golden_steps_of_the_original_adamw(tmp_path):

@@ -120,7 +120,7 @@ CASES = [(*place, *OPTIONS[n % 3]) for n, place in enumerate(GEOMETRIES)]
 @pytest.mark.parametrize(("stage", "world", "micro", "clip", "average"), CASES)
 def test_the_projected_gradient_is_that_of_a_plain_model(stage, world, micro, clip, average):
     for worst, violated in run_ranks(_compared, stage, world, micro, clip, average, world=world):
-        assert max(worst) < 1e-6
+        assert max(worst) < 2e-6
         assert sum(violated) > 0  # else there was no projection to compare
 
 
@@ -130,7 +130,7 @@ def _elsewhere(rank, stage, how):
 
 @pytest.mark.parametrize(
     ("stage", "how", "near"),
-    [(stage, {"offload": True}, 1e-6) for stage in (1, 2, 3)]
+    [(stage, {"offload": True}, 2e-6) for stage in (1, 2, 3)]
     + [(stage, {"bf16": True}, 0.05) for stage in (0, 2, 3)],
 )
 def test_offloaded_and_bf16_gradients_are_projected_too(stage, how, near):

@@ -102,7 +102,7 @@ class QuestionView:
     answer and its end are learnt (``dskd.data.layouts``).
 
     With ``tasks_D``, then all rows again behind the token of their task, where every token of them
-    is learnt; :func:`modelled` says which positions are of those.
+    is learnt.
 
     Args:
         answer: id of the answer token, which each row has once.
@@ -132,19 +132,6 @@ class QuestionView:
         behind_BT[:, 0] = self._tasks_D[rows.domains_B]
         whole_BT = np.where(real_BT, tokens_BT, IGNORE)
         return Shown(np.concatenate([tokens_BT, behind_BT]), np.concatenate([labels_BT, whole_BT]))
-
-
-MODELLED = "modelled"
-"""Column of a batch of questions that are also shown as texts of their tasks, bool [N]: true where
-a position is of the latter."""
-
-
-def modelled(rows: RowBatch, shown: Shown) -> dict[str, np.ndarray]:
-    """The column :data:`MODELLED`, a :class:`Reader` of what :class:`QuestionView` shows twice."""
-    del rows
-    counts_B = (shown.labels_BT != IGNORE).sum(axis=1)
-    second_B = np.arange(len(counts_B)) >= len(counts_B) // 2
-    return {MODELLED: np.repeat(second_B, counts_B)}
 
 
 class MaskedView:

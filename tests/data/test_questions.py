@@ -14,7 +14,7 @@ from dskd.data.loader import Loader, make_batch
 from dskd.data.prepared import open_prepared, prepare
 from dskd.data.questions import questions
 from dskd.data.tokenizers import load_tokenizer
-from dskd.data.views import MODELLED, modelled, view_for
+from dskd.data.views import view_for
 from dskd.errors import ConfigError, DataError
 from dskd.settings.data import Data, PretrainedTokenizer, TextSource, TrainedTokenizer
 from dskd.settings.examples import Questions, QuestionSource, SquadSource
@@ -326,7 +326,7 @@ def test_batches_of_questions_and_of_texts_of_their_tasks(tmp_path):
     both = data.questions.model_copy(update={"modelling": True})
     view = view_for(data.model_copy(update={"questions": both}), prepared.tokenizer, 0)
     ids = np.array([0, len(prepared.train) - 1, 3])
-    batch = make_batch(prepared.train, view, ids, ids * 0, [modelled])
+    batch = make_batch(prepared.train, view, ids, ids * 0)
     rows = all_rows(prepared.train)
     assert batch.row_ids_B.tolist() == [*ids, *ids]
     assert batch.domains_B.tolist() == [0, 1, 0] * 2
@@ -334,7 +334,7 @@ def test_batches_of_questions_and_of_texts_of_their_tasks(tmp_path):
     assert batch.lengths_B.tolist() == [len(rows[n]) for n in ids] * 2
     answers = [len(rows[n]) - rows[n].index(4) - 1 for n in ids]
     assert batch.counts_B.tolist() == [*answers, *(len(rows[n]) for n in ids)]
-    written = batch.labels_N[batch.columns[MODELLED]].tolist()
+    written = batch.labels_N[sum(answers) :].tolist()
     assert written == [token for n in ids for token in rows[n]]
     alone = make_batch(prepared.train, view_for(data, prepared.tokenizer, 0), ids, ids * 0)
     assert alone.counts_B.tolist() == answers and not alone.columns

@@ -38,6 +38,7 @@ SETTINGS = {
     "uhc": [{"kind": "uhc"}],
     "dfa": [{"kind": "dfa"}],
     "cfl": [{"kind": "cfl"}],
+    "l2kd": [{"kind": "l2kd"}, {"kind": "l2kd", "word_kd": True, "text_weight": 0.5}],
     "wid": [
         {"kind": "wid", "hidden_size": 4},
         {"kind": "wid", "hidden_size": 4, "inherit": {"steps": 10, "rate": 0.5}},
@@ -47,6 +48,8 @@ OTHER_SIGNALS = dict.fromkeys(("muki", "vkd", "uhc"), ("panel",))
 # What these add up is of tokens and of groups of rows too, of which a row has others besides its
 # supervised position: tests/methods/test_dfa_cfl.py.
 OTHER_SIGNALS |= dict.fromkeys(("dfa", "cfl"), ())
+# Its terms are of positions that a reader sorts: tests/methods/test_l2kd.py.
+OTHER_SIGNALS |= {"l2kd": ()}
 CASES = [
     pytest.param(settings, signal, step, id=f"{kind}{i}-{signal}-step{step}")
     for kind, several in SETTINGS.items()

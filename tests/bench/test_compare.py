@@ -17,6 +17,7 @@ from tests.launching import ROOT, python
 
 WID = ROOT / "launch/wid/compare.yaml"
 EVOLUTION = ROOT / "launch/self_evolution/compare.yaml"
+MUKI = ROOT / "launch/muki/compare.yaml"
 RESULTS = ROOT / "launch/bench/results"
 
 
@@ -24,7 +25,7 @@ def plan_of(recipe: Path) -> Plan:
     return parse(Plan, load(recipe.with_suffix(".json")))
 
 
-@pytest.mark.parametrize("path", [WID, EVOLUTION], ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", [WID, EVOLUTION, MUKI], ids=lambda path: path.parent.name)
 def test_a_plan_names_ways_of_its_recipe_and_rates_around_theirs(path):
     plan, runs = plan_of(path), read(path).runs
     ways = set(runs) - {plan.origin, *plan.upstream}
@@ -34,6 +35,21 @@ def test_a_plan_names_ways_of_its_recipe_and_rates_around_theirs(path):
     assert plan.budget is None or plan.budget in ways
     for way, rates in plan.rates.items():
         assert runs[way].train.lr in rates, way
+
+
+def test_all_ways_of_a_panel_choose_from_one_grid_with_two_teachers_or_four():
+    both, two = plan_of(MUKI), plan_of(MUKI.with_name("two_teachers.json"))
+    assert len({tuple(rates) for rates in both.rates.values()}) == 1
+
+    def of_two(names):
+        return [name for name in names if not name.endswith("-4")]
+
+    assert two.rates == {way: both.rates[way] for way in of_two(both.rates)}
+    assert two.upstream == of_two(both.upstream)
+    wanted = {name: each for name, each in both.readings.items() if each.run in two.upstream}
+    assert two.readings == wanted and len(both.readings) > len(wanted)
+    assert two.claims == [each for each in both.claims if of_two(each.better)]
+    assert {reading.run for reading in both.readings.values()} <= set(both.upstream)
 
 
 def test_a_trial_changes_rate_seed_and_length_only():

@@ -15,7 +15,7 @@ from dskd.runs.plan import CONTROL, check
 from dskd.settings.compare import differences
 from dskd.settings.model import Model
 from dskd.settings.recipe import Recipe, read
-from dskd.settings.teachers import CachedTeacher
+from dskd.settings.teachers import CachedTeacher, PanelTeacher
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 RECIPES = sorted(LAUNCH.rglob("*.yaml"))
@@ -39,8 +39,8 @@ def parameters(model: Model, auto: type, vocabulary: int) -> int:
 def test_a_recipe_is_accepted_on_any_power_of_two_of_ranks(path, world, tmp_path):
     recipe = read(path, [f"out={tmp_path}", "train.precision=auto"])  # fp16 wants a GPU
     check(recipe, methods(recipe), world=world)
-    trained_on = path.parent.name == "self_evolution"  # from one model, with or without the method
-    assert ("random" if trained_on else CONTROL) in recipe.runs
+    controls = {"self_evolution": "random", "muki": "supervised"}
+    assert controls.get(path.parent.name, CONTROL) in recipe.runs
 
 
 @pytest.mark.parametrize("path", [None, *RECIPES], ids=lambda path: path.stem if path else "toy")
@@ -174,3 +174,38 @@ def test_the_llama_of_wid_is_as_wide_as_the_smaller_one():
     assert round(method.inherit.alpha(method.every * method.ramp + method.anneal - 1), 2) == 0.63
     assert runs["scratch"].model.config["rope_theta"] == 100_000
     assert method.every * method.ramp + method.anneal < runs["wid"].train.steps / 4
+
+
+@pytest.mark.parametrize("path", sorted((LAUNCH / "muki").glob("*.yaml")), ids=lambda p: p.stem)
+def test_students_of_a_panel_differ_from_the_supervised_one_in_what_teaches_them(path):
+    runs = read(path).runs
+    students = {
+        name: run
+        for name, run in runs.items()
+        if isinstance(run.teacher, PanelTeacher) and run.until == "evaluate"
+    }
+    assert students
+    for name, run in students.items():
+        changed = {place.split(":")[0] for place in differences(runs["supervised"], run)}
+        allowed = ("method", "teacher", "evaluation.patience")
+        if path.stem == "cnews":  # the original's batches, and how often it evaluates
+            allowed += ("train.batch", "evaluation.every", "checkpoint.every")
+        assert [place for place in changed if not place.startswith(allowed)] == [], name
+
+
+def test_cnews_has_the_original_hyper_parameters():
+    runs = read(LAUNCH / "muki" / "cnews.yaml").runs
+    methods_of = {name: build_method(run.method) for name, run in runs.items()}
+    for name, run in runs.items():
+        train = run.train
+        assert (train.epochs, train.lr, train.warmup, train.precision) == (3, 2e-5, 0.1, "fp16")
+        assert (train.weight_decay, train.betas, train.eps) == (0, (0.9, 0.999), 1e-8)
+        assert run.data.block_size == 128 and run.evaluation.micro_batch == 64
+        batch = 16 if name == "muki" else 64 if run.teacher is None else 32
+        assert train.batch == batch, name
+        assert methods_of[name].selection().metric == "eval_accuracy"
+    muki = methods_of["muki"]
+    assert (muki.choice, muki.sharpness, muki.margin) == ("soft", 0.2, True)
+    assert (muki.temperature, muki.squared, muki.weight) == (1, False, 1)
+    assert runs["muki"].teacher.passes == 16 and runs["muki"].teacher.confidence == "passes"
+    assert (methods_of["vkd"].squared, methods_of["uhc"].squared) == (True, True)

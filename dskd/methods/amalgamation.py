@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from dskd.batch import Batch, Panel, Positions
+from dskd.batch import Batch, Panel, Positions, Term
 from dskd.engine.hooks import StepHooks
 from dskd.engine.shards import ParameterShards
 from dskd.engine.stage import StageContext
 from dskd.engine.zero import full_shape, gathered, is_sharded
 from dskd.errors import ConfigError
 from dskd.methods.alignment import LayerRule, aligned_layers
-from dskd.methods.integration import Overlap
+from dskd.methods.integration import Overlap, vkd_term
 from dskd.methods.panel import PanelMethod
 from dskd.models.configs import config_at_hand, config_of
 from dskd.models.families import COMPANION
@@ -80,11 +80,6 @@ class Amalgamation(PanelMethod):
                 f"teacher.scores: {run.teacher.scores}, but method {kind} reads the hidden states "
                 f"of its teachers, which are not stored; set it to live"
             )
-        if run.teacher.confidence != "logits":
-            raise ConfigError(
-                f"teacher.confidence: {run.teacher.confidence}, but method {kind} does not ask how "
-                f"sure a teacher is; set it to logits, for which there is nothing to find"
-            )
         for name, member in each_teacher(run.teacher).items():
             if member.domains is not None:
                 raise ConfigError(
@@ -115,6 +110,11 @@ class Amalgamation(PanelMethod):
         _fill(blocks, context.run.seed)
         student.add_module(COMPANION, blocks)
         return Beside(student, self.lr_scale)
+
+    def distilled(self, student_NC: Tensor, panel: Panel) -> Term:
+        """The KL from all logits together, beside which hidden states are aligned."""
+        settings = self.model_dump(include={"temperature", "squared", "overlap", "weight"})
+        return vkd_term(student_NC, panel, **settings)
 
     def aligned(
         self, positions: Positions, panel: Panel

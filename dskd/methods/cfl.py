@@ -16,7 +16,6 @@ from dskd.errors import ConfigError
 from dskd.methods.alignment import CflBlock, LayerRule, cfl_terms
 from dskd.methods.amalgamation import Amalgamation
 from dskd.methods.base import Method
-from dskd.methods.integration import vkd_term
 from dskd.methods.panel import panel_of
 from dskd.settings.run import Run
 
@@ -75,8 +74,7 @@ class CommonFeatures(Amalgamation, Method):
         layers; ``reconstruction`` over real tokens."""
         del step
         panel = panel_of(signal)
-        vanilla = self.model_dump(include={"temperature", "squared", "overlap", "weight"})
         weights = self.model_dump(include={"mmd_weight", "reconstruction_weight"})
         blocks, students, teachers = self.aligned(positions, panel)
         found = cfl_terms(blocks, students, teachers, batch.mask_BT, rows=self.mmd_rows, **weights)
-        return {"rows": vkd_term(positions.logits_NV, panel, **vanilla), **found}
+        return {"rows": self.distilled(positions.logits_NV, panel), **found}

@@ -13,7 +13,6 @@ from dskd.batch import Batch, Positions, Signal, Term
 from dskd.methods.alignment import DfaBlock, dfa_term
 from dskd.methods.amalgamation import Amalgamation
 from dskd.methods.base import Method
-from dskd.methods.integration import vkd_term
 from dskd.methods.panel import panel_of
 
 
@@ -40,10 +39,9 @@ class FeatureAlignment(Amalgamation, Method):
         over real tokens."""
         del step
         panel = panel_of(signal)
-        vanilla = self.model_dump(include={"temperature", "squared", "overlap", "weight"})
         weights = self.model_dump(include={"align_weight", "reconstruction_weight"})
         blocks, students, teachers = self.aligned(positions, panel)
         return {
-            "rows": vkd_term(positions.logits_NV, panel, **vanilla),
+            "rows": self.distilled(positions.logits_NV, panel),
             "tokens": dfa_term(blocks, students, teachers, batch.mask_BT, **weights),
         }

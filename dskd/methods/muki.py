@@ -39,6 +39,7 @@ class Integration(PanelMethod, Method):
     """The KL of the student from the teachers' distributions as their confidences mix them."""
 
     terms: ClassVar[tuple[str, ...]] = ("rows", "margins")
+    weighs_teachers: ClassVar[bool] = True
 
     kind: Literal["muki"] = "muki"
     choice: Literal["hard", "soft"] = "hard"

@@ -36,6 +36,8 @@ class PanelMethod(RowScores):
     compares_with_teachers: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("rows",)
     objectives: ClassVar[frozenset[str]] = frozenset({"classification"})
+    weighs_teachers: ClassVar[bool] = False
+    """Whether it plays a part how sure a teacher is of a row."""
 
     temperature: float = Field(1.0, gt=0)
     """Softens the distributions of teachers and student."""
@@ -110,9 +112,21 @@ class PanelMethod(RowScores):
             raise ConfigError(
                 f"data.sources: method {kind} is of classes, but the rows have numbers (target)"
             )
+        if not self.weighs_teachers:
+            _refuse_confidence(run.teacher, kind)
         domains = [source.domain for source in (*run.data.sources, *(run.data.validation or ()))]
         for name, member in each_teacher(run.teacher).items():
             _check_member(run.teacher, member, section_name(name), domains)
+
+
+def _refuse_confidence(panel: PanelTeacher, kind: str) -> None:
+    """Refuse what is found or read for nothing by a method that takes all teachers alike. Of stored
+    scores passes are a part, for other students and for what the teachers are worth."""
+    if panel.confidence.endswith(".npy") or (panel.scores == "live" and panel.asks_passes):
+        raise ConfigError(
+            f"teacher.confidence: {panel.confidence}, but method {kind} does not ask how sure a "
+            f"teacher is; set it to logits, for which there is nothing to find"
+        )
 
 
 def _check_member(

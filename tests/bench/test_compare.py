@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,28 @@ def test_a_trial_reads_the_upstream_runs_of_its_seed():
     members = {"a": {"model": {"path": "run:one-seed2"}}, "b": {"model": {"path": "run:base"}}}
     teacher = {"path": "run:scores-seed2", "teachers": members}
     assert found == {"teacher": teacher, "list": [1, "run:one-seed2"], "seed": 2}
+
+
+def test_each_seed_has_its_own_teachers_and_scores(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(
+        compare.subprocess,
+        "run",
+        lambda command, check: done.append(command) or Namespace(returncode=0),
+    )
+    comparison = compare.Comparison(MUKI, [f"out={tmp_path}"], MUKI.with_name("two_teachers.json"))
+    comparison.carry_out([Trial("uhc-2", 1e-3, seed) for seed in (1, 2)])
+    ((_, _, path, *over),) = done
+    assert over == ["train.micro_batch=64", f"out={tmp_path}"]
+    runs = read(Path(path), over).runs
+    upstream = ["teacher-1-of-2", "teacher-2-of-2", "panel-2"]
+    made = [f"{name}-seed{seed}" for seed in (1, 2) for name in upstream]
+    assert list(runs) == [*made, "uhc-2-10e-4-seed1", "uhc-2-10e-4-seed2"]
+    assert [run.seed for run in runs.values()] == [1, 1, 1, 2, 2, 2, 1, 2]
+    last = runs["uhc-2-10e-4-seed2"]
+    assert last.train.lr == 1e-3 and last.teacher.path == tmp_path / "panel-2-seed2" / "cache"
+    first = last.teacher.teachers["first"].model.path
+    assert first == str(tmp_path / "teacher-1-of-2-seed2" / "export")
 
 
 def test_a_plan_that_compares_with_an_origin_has_one():

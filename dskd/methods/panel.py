@@ -53,6 +53,13 @@ class PanelMethod(RowScores):
         del step
         return True
 
+    def loss(
+        self, positions: Positions, signal: Signal | None, batch: Batch, step: int
+    ) -> dict[str, Term]:
+        """:meth:`distilled`, summed over the rows and logged as ``kl``."""
+        del batch, step
+        return {"rows": self.distilled(positions.logits_NV, panel_of(signal))}
+
     def metrics(self, context: StageContext) -> tuple[AnyMetric, ...]:
         """All that are named, the accuracy within each teacher's classes, and the KL from the
         teachers. Rows without a label have the last one only, if it selects."""

@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from dskd.batch import Batch, Panel, Positions, Signal, Term
+from dskd.batch import Panel, Term
 from dskd.methods.base import Method
 from dskd.methods.integration import uhc_term
-from dskd.methods.panel import PanelMethod, panel_of
+from dskd.methods.panel import PanelMethod
 
 
 class UnifiedClassifiers(PanelMethod, Method):
@@ -19,13 +19,6 @@ class UnifiedClassifiers(PanelMethod, Method):
     kind: Literal["uhc"] = "uhc"
     squared: bool = True
     """Whether T^2 multiplies the KL."""
-
-    def loss(
-        self, positions: Positions, signal: Signal | None, batch: Batch, step: int
-    ) -> dict[str, Term]:
-        """The KL summed over rows and teachers, logged as ``kl``."""
-        del batch, step
-        return {"rows": self.distilled(positions.logits_NV, panel_of(signal))}
 
     def distilled(self, student_NC: Tensor, panel: Panel) -> Term:
         """The KL within each teacher's classes, summed over the teachers."""

@@ -8,10 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from dskd.batch import Batch, Panel, Positions, Signal, Term
+from dskd.batch import Panel, Term
 from dskd.methods.base import Method
 from dskd.methods.integration import Overlap, vkd_term
-from dskd.methods.panel import PanelMethod, panel_of
+from dskd.methods.panel import PanelMethod
 
 
 class VanillaDistillation(PanelMethod, Method):
@@ -23,13 +23,6 @@ class VanillaDistillation(PanelMethod, Method):
     overlap: Overlap = "logsumexp"
     """What a class gets that several teachers have: the log of the summed exponentials of their
     logits, or their ``mean``."""
-
-    def loss(
-        self, positions: Positions, signal: Signal | None, batch: Batch, step: int
-    ) -> dict[str, Term]:
-        """The KL summed over the rows, logged as ``kl``."""
-        del batch, step
-        return {"rows": self.distilled(positions.logits_NV, panel_of(signal))}
 
     def distilled(self, student_NC: Tensor, panel: Panel) -> Term:
         """The KL from all logits together."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dskd.batch import Term
 from dskd.errors import ConfigError
-from dskd.methods.integration import wide
+from dskd.stores.dropout_scores import wide
 
 _BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the five kernels, times the mean squared distance."""

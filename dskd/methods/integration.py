@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from dskd.batch import Panel, Term
 from dskd.errors import ConfigError
+from dskd.stores.dropout_scores import entropy, wide
 from dskd.stores.uncertainty import confidence
 
 Overlap = Literal["logsumexp", "mean"]
@@ -56,11 +57,6 @@ def label_map(own: Sequence[str], union: Sequence[str], where: str) -> Tensor:
                 f"{where}: the student has no class {label!r}; its classes are {', '.join(union)}"
             )
     return torch.tensor([places[label] for label in own])
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """Entropy of the distributions in the last axis, in nats; 0 log 0 is 0."""
-    return torch.special.entr(probabilities).sum(-1)
 
 
 @torch.no_grad()
@@ -113,11 +109,11 @@ def integrated(panel: Panel, weights_Nn: Tensor, classes: int, temperature: floa
     """q [N, C]: the teachers' distributions at the temperature, each at its own classes, weighted;
     a class of several teachers gets something of each."""
     target_NC = None
-    for index, (logits_NM, map_M) in enumerate(zip(panel.logits, panel.maps, strict=True)):
-        share_N1 = weights_Nn[:, index, None]
-        part_NM = share_N1 * (wide(logits_NM) / temperature).softmax(-1)
-        part_NM = part_NM.where(share_N1 > 0, 0.0)  # of one who is not heard they are anything
-        part_NC = placed(part_NM, map_M, classes, 0.0)
+    for index in range(len(panel.logits)):
+        # Of a teacher that is not heard the logits are anything; one that is, and gives no numbers,
+        # must be seen in the loss, whatever its share.
+        said_NC = teacher_probabilities(panel, index, classes, temperature)
+        part_NC = _or_else(panel, index, weights_Nn[:, index, None] * said_NC, 0.0)
         target_NC = part_NC if target_NC is None else target_NC + part_NC
     assert target_NC is not None, "a panel of nobody"
     return target_NC
@@ -137,7 +133,7 @@ def merged_logits(panel: Panel, classes: int, overlap: Overlap) -> Tensor:
         if overlap == "logsumexp":
             merged_NC = placed_NC if merged_NC is None else torch.logaddexp(merged_NC, placed_NC)
             continue
-        heard_NC = placed_NC > -math.inf
+        heard_NC = placed_NC != -math.inf  # a NaN stays one
         placed_NC = placed_NC.where(heard_NC, 0.0)
         merged_NC = placed_NC if merged_NC is None else merged_NC + placed_NC
         count_NC = heard_NC.long() if count_NC is None else count_NC + heard_NC
@@ -209,11 +205,6 @@ def uhc_term(
 def heat(temperature: float, squared: bool) -> float:
     """What a divergence at a temperature is multiplied by (Hinton et al. 2015, section 2)."""
     return temperature**2 if squared else 1.0
-
-
-def wide(values: Tensor) -> Tensor:
-    """The values in fp32, or in float64 if they are."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def placed(values_NM: Tensor, map_M: Tensor, classes: int, elsewhere: float) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -54,6 +54,14 @@ class Integration(PanelMethod, Method):
     squared: bool = False
     """Whether T^2 multiplies the KL."""
 
+    @field_validator("sharpness")
+    @classmethod
+    def _has_a_use(cls, sharpness: float, info: ValidationInfo) -> float:
+        unused = info.data.get("choice") == "hard"
+        if unused and sharpness != cls.model_fields["sharpness"].default:
+            raise ValueError(f"{sharpness}, but a hard choice has no sharpness; leave it out")
+        return sharpness
+
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
         """As every method of panels, and refuse to normalise margins that are not known before the
         first pass of a step, or none at all."""
@@ -69,10 +77,6 @@ class Integration(PanelMethod, Method):
                 "its first pass; set teacher.scores to stored and teacher.confidence to passes, or "
                 "to a file"
             )
-
-    def columns(self) -> frozenset[str]:
-        """The confidences, where their margins are counted."""
-        return frozenset() if self.normalise == "none" else frozenset({PANEL_CONFIDENCE})
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Rows; and the sum of their margins, where the loss is divided by it."""

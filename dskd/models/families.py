@@ -112,7 +112,7 @@ def positions_of(model: nn.Module, batch: Batch, *, states: bool = False) -> Pos
     The batch is on the model's device, and ``hidden_ND`` of the result in the model's dtype.
 
     Args:
-        states: whether the hidden states of all tokens are kept, as they are for a
+        states: whether the hidden states of all tokens are kept, as they are in training for a
             :data:`COMPANION`.
     """
     head = head_in(model)
@@ -121,7 +121,7 @@ def positions_of(model: nn.Module, batch: Batch, *, states: bool = False) -> Pos
     arguments = attention_arguments(model, batch, causal=causal)
     if batch.types_BT is not None and has_types(model.config):
         arguments["token_type_ids"] = batch.types_BT
-    if states or companion is not None:
+    if states or (companion is not None and model.training):
         arguments["output_hidden_states"] = True
     body = model.base_model(input_ids=batch.ids_BT, **arguments)
     # By their indices: indexing by the mask itself would wait for a GPU to count its trues.

@@ -33,7 +33,7 @@ from dskd.runs.student import build_student, student_to_export, student_to_train
 from dskd.settings.folders import RunFolder, cache_folder
 from dskd.settings.model import Model
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, domain_of, each_teacher
+from dskd.settings.teachers import CachedTeacher, domain_of, each_teacher, section_name
 from dskd.stores.fingerprints import expected
 from dskd.system import dist
 from dskd.system.device import free_memory
@@ -61,7 +61,7 @@ def cache(context: RunContext) -> None:
             prepared,
             context.view,
             folder,
-            fingerprints=expected(run, teacher, prepared, context.view),
+            fingerprints=expected(run, teacher, prepared, context.view, section_name(domain)),
             domain=None if own is None else prepared.domains.index(own),
             device=context.device,
             verify=run.until == "cache",  # else training opens it

@@ -189,7 +189,7 @@ class PanelTeacher(Section):
     @property
     def asks_passes(self) -> bool:
         """Whether a teacher makes all its ``passes``; if not, a single one."""
-        return self.scores == "stored" or self.confidence == "passes"
+        return self.scores == "stored" or self.confidence != "logits"
 
     @field_validator("teachers")
     @classmethod
@@ -205,6 +205,18 @@ class PanelTeacher(Section):
         if confidence not in ("passes", "logits") and not confidence.endswith(".npy"):
             raise ValueError(f"{confidence!r} is not one of passes, logits, or the path of a .npy")
         return confidence
+
+    @field_validator("passes", "dropout")
+    @classmethod
+    def _has_a_use(cls, value: float | None, info: ValidationInfo) -> float | None:
+        # compared with the default, because settings that are read back name all of them
+        if value == cls.model_fields[info.field_name].default:
+            return value
+        if (info.data.get("scores"), info.data.get("confidence")) == ("live", "logits"):
+            raise ValueError(f"{value}, but live teachers make one pass for confidence logits")
+        if info.field_name == "dropout" and info.data.get("passes") == 1:
+            raise ValueError(f"{value}, but a single pass has no dropout")
+        return value
 
 
 AnyTeacher = Annotated[

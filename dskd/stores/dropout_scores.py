@@ -100,7 +100,7 @@ class DropoutScorer:
     def __call__(self, batch: Batch) -> DropoutScores:
         """The scores of a batch on the model's device."""
         with evaluating(self._model):
-            logits_NC = _wide(self._forward(batch))
+            logits_NC = wide(self._forward(batch))
         if self._passes == 1:
             return folded(logits_NC, [logits_NC[None]], 1)
         firsts = range(0, self._passes, self._at_once)
@@ -244,10 +244,10 @@ def folded(logits_NC: Tensor, chunks: Iterable[Tensor], passes: int) -> DropoutS
     for chunk_PNC in chunks:
         first_NC = chunk_PNC[0] if first_NC is None else first_NC
         differ = differ | (chunk_PNC != first_NC).any()
-        probabilities_PNC = _wide(chunk_PNC).softmax(-1)
+        probabilities_PNC = wide(chunk_PNC).softmax(-1)
         mean_NC = mean_NC + probabilities_PNC.sum(0) / passes
-        mean_entropy_N = mean_entropy_N + _entropy(probabilities_PNC).sum(0) / passes
-    return DropoutScores(logits_NC, mean_NC, _entropy(mean_NC), mean_entropy_N, differ)
+        mean_entropy_N = mean_entropy_N + entropy(probabilities_PNC).sum(0) / passes
+    return DropoutScores(logits_NC, mean_NC, entropy(mean_NC), mean_entropy_N, differ)
 
 
 def drops_by_row(config: PreTrainedConfig) -> bool:
@@ -326,9 +326,11 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _entropy(probabilities: Tensor) -> Tensor:
+def entropy(probabilities: Tensor) -> Tensor:
+    """Entropy of the distributions in the last axis, in nats; 0 log 0 is 0."""
     return torch.special.entr(probabilities).sum(-1)
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
+    """The values in fp32, or in float64 if they are."""
     return values if values.dtype == torch.float64 else values.float()

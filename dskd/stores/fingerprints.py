@@ -23,15 +23,15 @@ def prints_of_rows(run: Run, prepared: Prepared) -> dict[str, str]:
 
 
 def expected(
-    run: Run, teacher: CachedTeacher | LiveTeacher, prepared: Prepared, view: View
+    run: Run, teacher: CachedTeacher | LiveTeacher, prepared: Prepared, view: View, where: str
 ) -> dict[str, str]:
     """Fingerprints that a store of what a teacher says must carry; the teacher's only where the
-    settings name its model."""
+    settings name its model. ``where`` is the teacher's section, for messages."""
     prints = prints_of_rows(run, prepared) | {"masking": view.fingerprint}
     if teacher.model is not None:
         model = teacher.model
         weights = dist.on_rank0(
-            lambda: model_fingerprint(model, seed=run.seed, where="teacher.model")
+            lambda: model_fingerprint(model, seed=run.seed, where=f"{where}.model")
         )
         ds = None
         if teacher.deepspeed is not None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from dskd.data.prepared import Prepared, RowSet, open_prepared, prepare
 from dskd.data.views import Reader, View
-from dskd.errors import ConfigError
+from dskd.errors import ConfigError, DskdError
 from dskd.models.configs import classes_in, config_of
 from dskd.models.frozen import frozen_model
 from dskd.settings.data import PretrainedTokenizer
@@ -26,7 +26,13 @@ from dskd.settings.folders import cache_folder
 from dskd.settings.model import Model
 from dskd.settings.run import Run
 from dskd.settings.teachers import PanelMember, PanelTeacher, each_teacher, section_name
-from dskd.stores.dropout_scores import dropout_fields, layout_of, score, with_dropout
+from dskd.stores.dropout_scores import (
+    dropout_fields,
+    drops_by_row,
+    layout_of,
+    score,
+    with_dropout,
+)
 from dskd.stores.fingerprints import expected
 from dskd.stores.uncertainty import (
     PanelPresence,
@@ -35,6 +41,8 @@ from dskd.stores.uncertainty import (
     UncertaintyLayout,
 )
 from dskd.system import dist
+from dskd.system.device import free_memory
+from dskd.system.files import fingerprint
 
 Part = Literal["train", "validation"]
 """Rows that teachers are asked about; each part has a store of its own."""
@@ -82,13 +90,13 @@ def panelists(run: Run, prepared: Prepared) -> list[Panelist]:
     found = []
     for name, member in each_teacher(run.teacher).items():
         where = section_name(name)
-        own = _in_own_tokens(run, member, prepared, where) if member.own_tokenizer else prepared
+        own = _in_own_tokens(run, member, where) if member.own_tokenizer else prepared
         with dist.agreed():
             found.append(_panelist(run, where, name, member, own))
     return found
 
 
-def _in_own_tokens(run: Run, member: PanelMember, prepared: Prepared, where: str) -> Prepared:
+def _in_own_tokens(run: Run, member: PanelMember, where: str) -> Prepared:
     """The rows in the tokens of a teacher's folder (collective)."""
     model = member.model
     tokenizer = PretrainedTokenizer(
@@ -98,16 +106,12 @@ def _in_own_tokens(run: Run, member: PanelMember, prepared: Prepared, where: str
         trust_remote_code=model.trust_remote_code,
     )
     data = run.data.model_copy(update={"tokenizer": tokenizer})
-    folder = dist.on_rank0(lambda: open_prepared(prepare(data)).folder)
-    own = open_prepared(folder, verify=False)
-    for part in ("train", "validation"):
-        here, there = len(getattr(own, part)), len(getattr(prepared, part))
-        if here != there:
-            raise ConfigError(
-                f"{where}.own_tokenizer: of {there} {part} rows it leaves {here}; score them by a "
-                f"tokenizer that leaves them all"
-            )
-    return own
+    try:
+        folder = dist.on_rank0(lambda: open_prepared(prepare(data)).folder)
+    except DskdError as problem:
+        raise type(problem)(f"{where}.own_tokenizer: {problem}") from problem
+    with dist.agreed():
+        return open_prepared(folder, verify=False)
 
 
 def _panelist(run: Run, where: str, name: str, member: PanelMember, prepared: Prepared) -> Panelist:
@@ -120,6 +124,13 @@ def _panelist(run: Run, where: str, name: str, member: PanelMember, prepared: Pr
         fields = dict.fromkeys(dropout_fields(config), panel.dropout)
         model = model.model_copy(update={"config": {**model.config, **fields}})
         config = with_dropout(config, panel.dropout)
+    by_passes = panel.scores == "live" and panel.confidence == "passes" and panel.passes > 1
+    if by_passes and not drops_by_row(config):
+        raise ConfigError(
+            f"{where}.model: dropout of a {config.model_type} depends on which rows are together, "
+            f"so scores by {panel.passes} passes would depend on train.micro_batch; set "
+            f"teacher.scores to stored"
+        )
     layout = layout_of(
         config,
         labels,
@@ -214,6 +225,9 @@ def fill_scores(
                 present_R=_asked(run, each, part, index),
                 verify=verify,
             )
+        del model
+        built.clear()
+        free_memory()  # before the next teacher: a sharded one is in cycles of references
 
 
 def open_scores(run: Run, view: View, found: list[Panelist], part: Part) -> list[Uncertainty]:
@@ -252,8 +266,9 @@ def _folder(run: Run, each: Panelist, part: Part) -> Path:
 
 
 def _prints(run: Run, each: Panelist, part: Part, view: View) -> dict[str, str]:
-    rows = {"data": each.rows(part).fingerprint}
-    return expected(run, each.settings, each.prepared, view) | rows
+    # The domains by name: by whose rows are asked about, a store is whole or not.
+    about = {"data": each.rows(part).fingerprint, "domains": fingerprint(each.settings.domains)}
+    return expected(run, each.settings, each.prepared, view, each.where) | about
 
 
 def _asked(run: Run, each: Panelist, part: Part, index: int) -> NDArray[np.bool_] | None:

@@ -16,7 +16,7 @@ from dskd.batch import Batch, Panel
 from dskd.data.prepared import Prepared
 from dskd.data.views import Reader, View
 from dskd.methods.base import build_method
-from dskd.methods.integration import label_map
+from dskd.methods.panel_summary import teacher_maps
 from dskd.models.families import positions_of
 from dskd.models.frozen import evaluating
 from dskd.settings.run import Run
@@ -48,17 +48,15 @@ def panel_teacher(
     assert isinstance(panel, PanelTeacher), panel
     found = panelists(run, prepared)
     with dist.agreed():
-        maps = [
-            label_map(each.labels, prepared.classes, f"{each.where}.labels").to(device)
-            for each in found
-        ]
+        maps = [map_M.to(device) for map_M in teacher_maps(found, prepared).values()]
         heard_Dn = heard(run, prepared)
         readers: list[Reader] = [] if heard_Dn is None else [PanelPresence(heard_Dn)]
         if panel.confidence.endswith(".npy"):
             file = Path(panel.confidence)
             readers.append(ConfidenceFile(file, len(prepared.train), len(found)))
     if build_method(run.method).reads_states:
-        return PanelistsWithStates([each.build(run, device) for each in found], maps), ()
+        models = [each.build(run, device) for each in found]
+        return PanelistsWithStates(models, maps), tuple(readers)
     confident = panel.confidence == "passes"
     if panel.scores == "stored":
         stores = open_scores(run, view, found, "train")
@@ -147,4 +145,6 @@ class PanelistsWithStates:
                 found = positions_of(model, batch, states=True)
                 logits.append(found.logits_NV)
                 states.append(found.states)
-        return Panel(logits, self._maps, states=states)
+        columns = batch.columns
+        confidence_Nn, present_Nn = columns.get(PANEL_CONFIDENCE), columns.get(PANEL_PRESENT)
+        return Panel(logits, self._maps, confidence_Nn, present_Nn, states)

@@ -216,7 +216,7 @@ def _open(
     """Open a cache; each rank verifies its share of the shards."""
     teacher = each_teacher(run.teacher)[domain]
     folder = cache_folder(run, domain)
-    wanted = expected(run, teacher, prepared, view)
+    wanted = expected(run, teacher, prepared, view, section_name(domain))
     with dist.agreed():
         cache = LogitCache(folder, wanted, (dist.rank(), dist.world()))
         cache.check(teacher.use_k, temperature)

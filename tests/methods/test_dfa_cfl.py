@@ -134,9 +134,9 @@ METHODS = {
 def test_the_objective_compares_layers_of_student_and_teachers(name):
     """All of it through the real models; their hidden states are HuggingFace's."""
     method, run = build_method(METHODS[name]), run_of(METHODS[name])
-    student = tiny.make("bert", classes=UNION)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    student = tiny.make("bert", classes=UNION, **still)
     with_maps(METHODS[name], student, run)
-    student.eval()
     teachers = [
         tiny.make(kind, seed=seed, classes=own, **fields).requires_grad_(False)
         for seed, ((kind, fields), own) in enumerate(zip(TEACHERS, OWN, strict=True))
@@ -153,6 +153,7 @@ def test_the_objective_compares_layers_of_student_and_teachers(name):
 
     seen = [states(teacher) for teacher in teachers]
     own = states(student)
+    assert positions_of(student, batch).states is None, "no evaluation reads them"
     panel = Panel([each.logits for each in seen], maps)
     rule = "even" if name == "dfa" else "top"
     pairs = [aligned_layers(depth, 2, None, rule, "") for depth in (4, 2)]

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from dskd.batch import Panel
+from dskd.errors import ConfigError
+from dskd.methods.base import build_method
 from dskd.methods.integration import confidences, divergence, uhc_term, vkd_term
 from dskd.methods.muki import integrated, margin, muki_term, teacher_weights
 from tests.methods.panels import PRECISIONS, blocks, cases, close, named, panel_of, tensor
@@ -205,3 +207,24 @@ def test_margins_divided_by_their_global_sum():
         count = count + margin(own.confidence_Nn, None).sum()
     wanted = (margin_N / margin_N.mean() * kl_N).mean()
     torch.testing.assert_close(total / count, wanted)
+
+
+@pytest.mark.parametrize("method", ["muki", "vkd"])
+def test_a_teacher_that_gives_no_numbers_is_seen(method):
+    """Where it is heard, however little it says; of one that is not heard they do not count."""
+    logits = [torch.zeros(2, 2), torch.tensor([[0.0, torch.nan], [0.0, 1.0]])]
+    student_NC = torch.zeros(2, 4, requires_grad=True)
+    for present_Nn, seen in ((None, True), (torch.tensor([[True, False], [True, True]]), False)):
+        panel = Panel(logits, blocks(logits), None, present_Nn)
+        if method == "vkd":
+            terms = [vkd_term(student_NC, panel, overlap=o) for o in ("mean", "logsumexp")]
+        else:
+            how = [(False, False), (False, True), (True, False)]
+            terms = [muki_term(student_NC, panel, hard=h, by_margin=m) for h, m in how]
+        assert all(term.total.isnan().item() is seen for term in terms)
+
+
+def test_a_hard_choice_has_no_sharpness():
+    assert build_method({"kind": "muki", "choice": "soft", "sharpness": 0.5}).sharpness == 0.5
+    with pytest.raises(ConfigError, match=r"method\.sharpness: 0\.5, but a hard choice has no"):
+        build_method({"kind": "muki", "sharpness": 0.5})

@@ -254,6 +254,11 @@ def test_home_is_expanded(monkeypatch):
          "teacher.teachers: 'a/b': a name is made of letters, digits, _ and -"),
         ("teacher: {kind: panel, teachers: {x: {model: {path: x}}}, confidence: pases}",
          "teacher.confidence: 'pases' is not one of passes, logits, or the path of a .npy"),
+        ("teacher: {kind: panel, scores: live, confidence: logits, passes: 4,"
+         " teachers: {x: {model: {path: x}}}}",
+         "teacher.passes: 4, but live teachers make one pass for confidence logits"),
+        ("teacher: {kind: panel, passes: 1, dropout: 0.2, teachers: {x: {model: {path: x}}}}",
+         "teacher.dropout: 0.2, but a single pass has no dropout"),
         ("teacher: {kind: routed, domains: {x: {model: {}}}}",
          "teacher.domains.x.kind: missing; one of live, cached"),
         ("teacher: {kind: routed, domains: {x: {kind: live, model: {}, modle: {}}}}",

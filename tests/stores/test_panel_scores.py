@@ -192,7 +192,7 @@ def test_dropout_of_the_settings(place, tmp_path):
     }  # fmt: skip
     assert found[1].model.config == {"attention_dropout": 0.3} and found[1].layout.dropout == 0.3
     check(run_of(place, tmp_path, members, passes=1))
-    check(run_of(place, tmp_path, members, scores="live", confidence="logits"))
+    check(run_of(place, tmp_path, members, scores="live", confidence="logits", passes=16))
 
 
 def test_confidences_of_a_file(place, tmp_path):
@@ -224,6 +224,26 @@ def test_stores_of_something_else_are_refused(place, tmp_path, changed, told):
         panel_and_batch(context)
     with pytest.raises(StoreError, match=f"holds another store(.|\n)*{told}"):
         ask_teachers(context)
+
+
+def test_a_store_of_other_domains_is_refused(place, tmp_path):
+    """Else the rows that it lacks would end a training."""
+    ask_teachers(context_of(run_of(place, tmp_path, {"one": {"domains": ["blue"]}, "two": {}})))
+    context = context_of(run_of(place, tmp_path))
+    with pytest.raises(StoreError, match=r"one/train: made with another domains"):
+        panel_and_batch(context)
+    with pytest.raises(StoreError, match=r"holds another store(.|\n)*domains"):
+        ask_teachers(context)
+
+
+def test_live_dropout_that_depends_on_the_micro_batch_is_refused(place, tmp_path):
+    path = saved(tmp_path / "two", TEACHERS["two"], kind="deberta-v2")
+    members = {"one": {}, "two": {"model": {"path": path}}}
+    context = context_of(run_of(place, tmp_path, members, scores="live"))
+    with pytest.raises(ConfigError, match=r"two\.model: dropout of a deberta-v2 depends on which"):
+        ask_teachers(context)
+    context.run = run_of(place, tmp_path, members, scores="live", passes=1)
+    panelists(context.run, context.prepared)
 
 
 def test_a_store_of_shuffled_rows_is_refused(place, tmp_path):

@@ -19,18 +19,28 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("questions"))
 
 
-def run(runs: Runs, name: str, ranks: int, *words: str, modelling: bool = True) -> Path:
-    """A run of KI by a live teacher on two tasks."""
+METHODS = {
+    "ki": {},
+    "l2kd": {"method": {"kind": "l2kd", "task": "up", "word_kd": True}},
+}
+"""By L2KD one of the two tasks is taught and the other replayed."""
+
+
+def run(
+    runs: Runs, name: str, ranks: int, *words: str, method: str = "ki", modelling: bool = True
+) -> Path:
+    """A run of a method with a live teacher on two tasks."""
     fields = {"objective", "sources", "validation_fraction"}
     data = data_of(runs.folder).model_dump(mode="json", include=fields) | {"validation": None}
     data["questions"] = {"task_tokens": TASKS, "room": 6, "modelling": modelling}
     changes = {"model": {"config": CAUSAL}, "teacher": small.causal()["teacher"]}
-    return runs.run(name, ranks, "data.masking.draws=null", *words, data=data, **changes)
+    changes |= {"data": data, **METHODS[method]}
+    return runs.run(f"{method}-{name}", ranks, "data.masking.draws=null", *words, **changes)
 
 
-@pytest.fixture(scope="module")
-def reference(runs) -> Path:
-    return run(runs, "one", 1)
+@pytest.fixture(scope="module", params=METHODS)
+def reference(runs, request) -> tuple[Path, str]:
+    return run(runs, "one", 1, method=request.param), request.param
 
 
 @pytest.mark.parametrize(
@@ -43,17 +53,19 @@ def reference(runs) -> Path:
     ],
 )
 def test_one_trajectory(runs, reference, name, ranks, words):
-    same(run(runs, name, ranks, *words), reference)
+    out, method = reference
+    same(run(runs, name, ranks, *words, method=method), out)
 
 
 def test_one_trajectory_over_a_stop(runs, reference):
-    runs.copied(reference, "stopped", step=2)
-    same(run(runs, "stopped", 2, "deepspeed=zero2"), reference)
+    out, method = reference
+    runs.copied(out, f"{method}-stopped", step=2)
+    same(run(runs, "stopped", 2, "deepspeed=zero2", method=method), out)
 
 
-def test_each_reading_counts(runs, reference):
+def test_each_reading_counts(runs):
     """As questions alone, rows have other losses."""
-    alone = run(runs, "alone", 1, modelling=False)
+    reference, alone = run(runs, "one", 1), run(runs, "alone", 1, modelling=False)
     assert len(losses(reference)) == STEPS
     assert losses(alone)[0] != pytest.approx(losses(reference)[0], abs=1e-2)
     assert evaluations(alone)[0] != pytest.approx(evaluations(reference)[0], abs=1e-2)

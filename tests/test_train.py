@@ -27,7 +27,7 @@ def test_help(word, capsys):
         (
             ["method.kind=kl"],
             "method.kind: 'kl' is not one of ki, lm, self_evolution, wid, finetune, muki, vkd, "
-            "uhc, dfa, cfl; did you mean",
+            "uhc, dfa, cfl, l2kd; did you mean",
         ),
         (["deepspeed=zero9"], "zero9"),
         (["deepspeed={folder}/ds.json"], "train_batch_size"),

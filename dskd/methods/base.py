@@ -30,10 +30,10 @@ METHODS: dict[str, str] = {
     "finetune": "dskd.methods.finetune:Finetuning",
     "muki": "dskd.methods.muki:Integration",
     "vkd": "dskd.methods.vkd:VanillaDistillation",
-    "l2kd": "dskd.methods.l2kd:LifelongDistillation",
     "uhc": "dskd.methods.uhc:UnifiedClassifiers",
     "dfa": "dskd.methods.dfa:FeatureAlignment",
     "cfl": "dskd.methods.cfl:CommonFeatures",
+    "l2kd": "dskd.methods.l2kd:LifelongDistillation",
 }
 """Where each kind is found, ``module:Class``; imported when needed, so that a broken one cannot
 break the others."""

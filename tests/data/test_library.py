@@ -58,7 +58,7 @@ def test_labelled_rows_are_paragraphs_that_one_module_has_alone() -> None:
     assert len(found) > 4000 and min(counts.values()) > 100
     texts = [text for text, _ in found]
     assert len(set(texts)) == len(texts)
-    names = re.compile(rf"\\b({'|'.join(MODULES)})\\b", re.IGNORECASE)
+    names = re.compile(rf"\b({'|'.join(MODULES)})\b", re.IGNORECASE)
     assert not [text for text in texts if names.search(text) or " ".join(text.split()) != text]
     import difflib
 

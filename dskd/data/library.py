@@ -79,8 +79,9 @@ def library_rows(advance: Advance) -> Iterator[tuple[str, str]]:
     """Text and module of each labelled row; the modules take turns, so that the first rows are of
     all of them.
 
-    The names of the modules stand in no text ("module" does instead), each text is there once, and
-    one that several modules have, not at all.
+    The names of the modules stand in no text as words of their own ("module" does instead), but
+    in identifiers such as ``get_doctest`` they do. Each text is there once, and one that several
+    modules have, not at all.
     """
     texts: dict[str, dict[str, None]] = {module: {} for module in MODULES}
     for path in module_files():

@@ -60,6 +60,7 @@ def test_labelled_rows_are_paragraphs_that_one_module_has_alone() -> None:
     assert len(set(texts)) == len(texts)
     names = re.compile(rf"\b({'|'.join(MODULES)})\b", re.IGNORECASE)
     assert not [text for text in texts if names.search(text) or " ".join(text.split()) != text]
+    assert any("get_doctest" in text for text in texts)  # an identifier is one word
     import difflib
 
     second = inspect.getdoc(difflib).split("\n\n")[1]

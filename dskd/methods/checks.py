@@ -35,10 +35,16 @@ def selection_of(run: Run, method: Method, masks: RowMasks) -> Selection | None:
     return score_of(run, method)
 
 
-def score_of(run: Run, method: Method) -> Selection | None:
+def score_of(run: Run, method: Method, *, labelled: bool = True) -> Selection | None:
     """The score that tells checkpoints of a run apart, whether or not one is selected by it; None:
-    the method has none."""
-    return BY_TEACHERS if run.evaluation.select == TEACHER_KL else method.selection()
+    the method has none.
+
+    Args:
+        labelled: whether a validation row has a label; without, the last checkpoint of a student
+            of a panel keeps how far it is from its teachers.
+    """
+    by_teachers = run.evaluation.select == TEACHER_KL or not labelled
+    return BY_TEACHERS if by_teachers else method.selection()
 
 
 def _problems(run: Run, method: Method, world: int) -> Problems:

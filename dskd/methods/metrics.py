@@ -14,6 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dskd.batch import TARGETS, UNLABELLED, Batch, Positions
+from dskd.data.loader import evenly_spaced
+from dskd.data.prepared import Prepared
 from dskd.engine.checkpoints import Selection
 from dskd.engine.stage import StageContext
 from dskd.errors import DataError
@@ -82,6 +84,12 @@ loss has it but for weights, in nats; a mean over the rows."""
 
 BY_TEACHERS = Selection(f"eval_{TEACHER_KL}")
 """Selection without labels."""
+
+
+def has_labels(run: Run, prepared: Prepared) -> bool:
+    """Whether one of the validation rows that a run's student is evaluated on has a label."""
+    ids_R = evenly_spaced(len(prepared.validation), run.evaluation.rows)
+    return bool((prepared.validation.labels_B(ids_R) != UNLABELLED).any())
 
 
 class RowScores(Section):

@@ -12,13 +12,13 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from dskd.batch import UNLABELLED, Batch, Panel, Positions, Signal, Term
+from dskd.batch import Batch, Panel, Positions, Signal, Term
 from dskd.data.loader import evenly_spaced
 from dskd.data.prepared import Prepared
 from dskd.data.views import Reader, View
 from dskd.engine.stage import Stage, StageContext
 from dskd.errors import ConfigError, DataError
-from dskd.methods.metrics import TEACHER_KL, AnyMetric, Metric, RowScores
+from dskd.methods.metrics import TEACHER_KL, AnyMetric, Metric, RowScores, has_labels
 from dskd.methods.panel_summary import FILE, panel_section, summarise_panel, teacher_maps
 from dskd.models.configs import config_at_hand
 from dskd.settings.parsing import nearest
@@ -62,10 +62,10 @@ class PanelMethod(RowScores):
 
     def metrics(self, context: StageContext) -> tuple[AnyMetric, ...]:
         """All that are named, the accuracy within each teacher's classes, and the KL from the
-        teachers. Rows without a label have the last one only, if it selects."""
+        teachers. Rows without a label have the last one only, unless a label selects."""
         maps = teacher_maps(panelists(context.run, context.prepared), context.prepared)
         classes = {name: map_M.tolist() for name, map_M in maps.items()}
-        required = context.run.evaluation.select != TEACHER_KL
+        required = context.run.evaluation.select == "metric"
         labelled = self.row_metric(classes, required=required)
         return (labelled, self.teacher_kl([map_M.to(context.device) for map_M in maps.values()]))
 
@@ -167,12 +167,11 @@ def panel_of(signal: Signal | None) -> Panel:
 
 def _refuse_unlabelled(run: Run, prepared: Prepared) -> None:
     """Refuse to select by labels that no row has, before hours go into the teachers."""
-    ids_R = evenly_spaced(len(prepared.validation), run.evaluation.rows)
-    labelled = (prepared.validation.labels_B(ids_R) != UNLABELLED).any()
-    if run.evaluation.select != TEACHER_KL and not labelled:
+    if run.evaluation.select == "metric" and not has_labels(run, prepared):
+        taken = len(evenly_spaced(len(prepared.validation), run.evaluation.rows))
         raise DataError(
-            f"data.validation: none of the {len(ids_R)} validation rows has a label; set "
-            f"evaluation.select to {TEACHER_KL}, which takes none"
+            f"data.validation: none of the {taken} validation rows has a label; set "
+            f"evaluation.select to {TEACHER_KL} or last, which take none"
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dskd.errors import CheckpointError, ConfigError
-from dskd.methods.metrics import TEACHER_KL
+from dskd.methods.metrics import BY_TEACHERS
 from dskd.runs.context import RunContext
 from dskd.runs.history import read_summary
 from dskd.runs.report import Group
@@ -46,7 +46,7 @@ def basis(context: RunContext) -> Basis:
         "rows": fingerprint({"rows": rows.content, "taken": taken}),
         "masks": context.validation_view.fingerprint,
     }
-    if context.run.evaluation.select == TEACHER_KL:
+    if context.scored == BY_TEACHERS:
         panel = {"teachers", "confidence", "passes", "dropout"}
         told = context.run.model_dump(mode="json", include={"method": True, "teacher": panel})
         found[_TARGET] = fingerprint(told)

@@ -15,6 +15,7 @@ from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.engine.run_config import student_config
 from dskd.methods.base import Method
 from dskd.methods.checks import score_of, selection_of
+from dskd.methods.metrics import has_labels
 from dskd.models.build import parameter_count
 from dskd.models.configs import config_of, with_classes
 from dskd.settings.folders import RunFolder, folder_of, student_settings
@@ -88,8 +89,10 @@ class RunContext:
 
     @property
     def scored(self) -> Selection:
-        """Which result of the evaluation a checkpoint keeps, whether or not it selects one."""
-        return score_of(self.given, self.method) or Selection()
+        """Which result of the evaluation a checkpoint keeps, whether or not it selects one;
+        collective as ``prepared`` is."""
+        labelled = not self.method.compares_with_teachers or has_labels(self.given, self.prepared)
+        return score_of(self.given, self.method, labelled=labelled) or Selection()
 
     @property
     def position(self) -> int:

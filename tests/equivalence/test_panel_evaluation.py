@@ -127,6 +127,18 @@ def test_the_teachers_alone_select(panels, unlabelled):
     assert found[0] == [(step, pytest.approx(score, abs=1e-5)) for step, score in found[1]]
 
 
+def test_the_last_is_taken_without_any_label(panels, unlabelled):
+    """What it keeps of the evaluation is how far it is from its teachers."""
+    words = [word for word in unlabelled if "select" not in word and "patience" not in word]
+    words += ["evaluation.select=last", "train.steps=4", "until=evaluate"]
+    run = panels.run("last", 1, "muki", *words)
+    (_, _), (step, score) = evaluations(run)
+    summary = json.loads((run / "train" / "summary.json").read_text())
+    assert step == 4 and summary["metric"] == "eval_teacher_kl"
+    exported = json.loads((run / "scores.json").read_text())
+    assert exported == {"eval_teacher_kl": pytest.approx(score, abs=1e-5)}
+
+
 def test_it_is_the_kl_from_what_the_teachers_exports_say(panels):
     """Of the surest one by its logits, from the texts of the validation rows."""
     run = panels.run("kl", 2, "muki", *SELECT, "until=evaluate", confidence="logits")

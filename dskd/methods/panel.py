@@ -26,7 +26,8 @@ from dskd.settings.run import Run
 from dskd.settings.teachers import PanelMember, PanelTeacher, each_teacher, section_name
 from dskd.stores.dropout_scores import refuse_without_dropout, with_dropout
 from dskd.stores.panel_scores import Part, fill_scores, heard, panelists, score_readers
-from dskd.stores.uncertainty import stored_panel
+from dskd.stores.uncertainty import ConfidenceFile, stored_panel
+from dskd.system import dist
 from dskd.system.log import say
 
 
@@ -107,8 +108,9 @@ class PanelMethod(RowScores):
         )
 
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
-        """Refuse other teachers than a panel of classifiers, rows of numbers, domains without a
-        teacher, several passes of a model without dropout, and metrics without their library."""
+        """Refuse other teachers than a panel of classifiers, rows of numbers, confidences of no
+        file, domains without a teacher, several passes of a model without dropout, and metrics
+        without their library."""
         del config
         self.check_metrics(run)
         kind = getattr(self, "kind", "")
@@ -121,6 +123,9 @@ class PanelMethod(RowScores):
             )
         if not self.weighs_teachers:
             _refuse_confidence(run.teacher, kind)
+        file = run.teacher.confidence
+        if file.endswith(".npy") and not Path(file).is_file():
+            raise ConfigError(f"teacher.confidence: there is no file {file}")
         domains = [source.domain for source in (*run.data.sources, *(run.data.validation or ()))]
         for name, member in each_teacher(run.teacher).items():
             _check_member(run.teacher, member, section_name(name), domains)
@@ -183,6 +188,7 @@ def ask_teachers(context: StageContext) -> None:
         ConfigError: a teacher's classes are not the student's, or as
             :func:`~dskd.stores.panel_scores.fill_scores`.
         DataError: no validation row has a label, and ``evaluation.select`` does not do without.
+        StoreError: a file of confidences is none, or of other rows or teachers; or as of scores.
     """
     run, prepared = context.run, context.prepared
     found = panelists(run, prepared)
@@ -197,5 +203,7 @@ def ask_teachers(context: StageContext) -> None:
             f"scores: {run.teacher.confidence} is of training rows; of validation rows it is the "
             f"passes that say how sure a teacher is"
         )
+        with dist.agreed():  # before hours go into scores that it is not of
+            ConfidenceFile(Path(run.teacher.confidence), len(prepared.train), len(found))
     verify = run.until == "scores"  # else later stages open them
     fill_scores(run, views, found, context.device, verify=verify)

@@ -207,6 +207,18 @@ def test_confidences_of_a_file(place, tmp_path):
         panel_and_batch(context)
 
 
+def test_a_file_of_confidences_is_looked_at_before_anybody_is_asked(place, tmp_path):
+    run = run_of(place, tmp_path, confidence=str(tmp_path / "c.npy"))
+    with pytest.raises(ConfigError, match=r"teacher\.confidence: there is no file .*c\.npy"):
+        check(run)
+    context = context_of(run)
+    np.save(tmp_path / "c.npy", np.zeros((len(context.prepared.train) + 1, 2)))
+    check(run)
+    with pytest.raises(StoreError, match="training rows and 2 teachers"):
+        ask_teachers(context)
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [

@@ -262,6 +262,17 @@ def _classifiers(run: Run, panel: PanelTeacher) -> Problems:
         if member.kind == "cached":
             text = "cached, which keeps a language model's logits; leave it out: teacher.scores"
             yield f"teacher.teachers.{name}.kind", f"{text} stored keeps a classifier's"
+    members = {n: m for n, m in panel.teachers.items() if isinstance(m, PanelMember)}
+    heard = [getattr(member, "domains", None) for member in panel.teachers.values()]
+    for domain in dict.fromkeys(source.domain for _, source in _named_sources(run.data)):
+        if not any(domains is None or domain in domains for domains in heard):
+            yield "teacher.teachers", f"none is asked about the domain {domain!r} of data.sources"
+    classes = run.data.labels
+    for name, member in members.items() if isinstance(classes, list) else ():
+        for label in member.labels or ():
+            if label not in classes:
+                text = f"{label!r} is not one of data.labels{nearest(label, classes)}"
+                yield f"teacher.teachers.{name}.labels", text
 
 
 def _language_models(run: Run, panel: PanelTeacher) -> Problems:

@@ -155,3 +155,22 @@ def test_classifiers_are_not_mixed_by_the_teacher_nor_have_caches():
     lines = [line for line in several if line.startswith("teacher")]
     told = "cached, which keeps a language model's logits; leave it out: teacher.scores stored"
     assert lines == [f"teacher.teachers.{name}.kind: {told} keeps a classifier's" for name in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("member", "line"),
+    [
+        ("domains: [b]", "teacher.teachers: none is asked about the domain 'a' of data.sources"),
+        ("labels: [y, xx]", "teacher.teachers.t.labels: 'xx' is not one of data.labels; did you m"),
+    ],
+)
+def test_domains_and_classes_that_the_settings_tell(member, line):
+    rows = "data={objective: classification, labels: [x, y], sources: [%s]}"
+    sources = ", ".join(f"{{kind: csv, path: {name}, domain: {name}}}" for name in "ab")
+    words = [rows % sources, "method={kind: muki}"]
+    told = problems(*words, panel(f"t: {{model: {CONFIG}, {member}}}", "passes: 1"))
+    (found,) = [each for each in told if each.startswith("teacher")]
+    assert found.startswith(line), found
+    sound = f"t: {{model: {CONFIG}, {member}}}, u: {{model: {CONFIG}}}".replace("xx", "x")
+    told = problems(*words, panel(sound, "passes: 1"))
+    assert not [each for each in told if each.startswith("teacher")]

@@ -116,6 +116,20 @@ class Method(Section):
             ConfigError: names the setting.
         """
 
+    def check_teacher_model(self, run: Run, config: PreTrainedConfig, where: str) -> None:
+        """Refuse a teacher's model that the method cannot ask what it wants to know; called before
+        anything starts, of each one whose config is known by then. A model that an earlier run of
+        the recipe exports is known by its settings.
+
+        Args:
+            run: the settings.
+            config: of the teacher.
+            where: the setting of its model.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+
     def refuse_unlabelled(self, run: Run) -> None:
         """Refuse rows without a label, for a method that learns from nothing else.
 

@@ -20,7 +20,6 @@ from dskd.engine.stage import Stage, StageContext
 from dskd.errors import ConfigError, DataError
 from dskd.methods.metrics import TEACHER_KL, AnyMetric, Metric, RowScores, has_labels
 from dskd.methods.panel_summary import FILE, panel_section, summarise_panel, teacher_maps
-from dskd.models.configs import config_at_hand
 from dskd.settings.parsing import nearest
 from dskd.settings.run import Run
 from dskd.settings.teachers import PanelMember, PanelTeacher, each_teacher, section_name
@@ -109,8 +108,7 @@ class PanelMethod(RowScores):
 
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
         """Refuse other teachers than a panel of classifiers, rows of numbers, confidences of no
-        file, domains without a teacher, several passes of a model without dropout, and metrics
-        without their library."""
+        file, domains without rows, and metrics without their library."""
         del config
         self.check_metrics(run)
         kind = getattr(self, "kind", "")
@@ -129,6 +127,14 @@ class PanelMethod(RowScores):
         domains = [source.domain for source in (*run.data.sources, *(run.data.validation or ()))]
         for name, member in each_teacher(run.teacher).items():
             _check_member(run.teacher, member, section_name(name), domains)
+
+    def check_teacher_model(self, run: Run, config: PreTrainedConfig, where: str) -> None:
+        """Refuse several passes of a model without dropout."""
+        if not isinstance(run.teacher, PanelTeacher) or not run.teacher.asks_passes:
+            return
+        if run.teacher.dropout is not None:
+            config = with_dropout(config, run.teacher.dropout)
+        refuse_without_dropout(config, run.teacher.passes, where)
 
 
 def _refuse_confidence(panel: PanelTeacher, kind: str) -> None:
@@ -155,13 +161,6 @@ def _check_member(
             f"{where}.own_tokenizer: live teachers read the student's tokens; set teacher.scores "
             f"to stored"
         )
-    # What an earlier run exports is not there yet; it is looked at before it is asked.
-    if member.model.path is None or Path(member.model.path).is_dir():
-        config = config_at_hand(member.model, f"{where}.model")
-        if panel.dropout is not None:
-            config = with_dropout(config, panel.dropout)
-        if panel.asks_passes:
-            refuse_without_dropout(config, panel.passes, f"{where}.model")
 
 
 def panel_of(signal: Signal | None) -> Panel:

@@ -68,13 +68,7 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         refuse_later_exports(recipe, name)
         refuse_vocabularies(recipe, methods[name], name)
         refuse_other_stores(recipe, methods, name)
-        for place, model in models_of(run).items():
-            if place != "model":  # which is looked at with its slice and its method
-                where = f"{prefix}.{place}" if prefix else place
-                if model.path is None:
-                    check_random(model, **_rows_of(run), where=where)
-                elif (config := _loaded(recipe, methods, model, where)) is not None:
-                    check_model(config, model, **_rows_of(run), where=where)
+        _check_others(recipe, methods, name)
         configs = _deepspeed_configs(run, world)
         _check_student(recipe, methods, name)
         for where, ds in configs:  # after what no machine could do
@@ -111,6 +105,25 @@ def _deepspeed_configs(run: Run, world: int) -> list[tuple[str, dict[str, Any]]]
 def _rows_of(run: Run) -> dict[str, Any]:
     """What a model of a run must be able to read."""
     return {"objective": run.data.objective, "block_size": run.data.block_size}
+
+
+def _check_others(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:
+    """Refuse models beside a run's student that do not go with its rows, and teachers that do not
+    with its method, as far as their configs are known."""
+    run, prefix = recipe.runs[name], recipe.prefix(name)
+    for place, model in models_of(run).items():
+        if place == "model":  # which is looked at with its slice and its method
+            continue
+        where = f"{prefix}.{place}" if prefix else place
+        if model.path is None:
+            check_random(model, **_rows_of(run), where=where)
+        config = _loaded(recipe, methods, model, where)
+        if config is None:
+            continue
+        if model.path is not None:
+            check_model(config, model, **_rows_of(run), where=where)
+        if place.startswith("teacher."):
+            methods[name].check_teacher_model(run, config, where)
 
 
 def _check_student(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:

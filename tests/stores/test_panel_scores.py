@@ -12,8 +12,10 @@ from dskd.data.views import LabelView
 from dskd.errors import ConfigError, StoreError
 from dskd.methods.base import build_method
 from dskd.methods.panel import ask_teachers
+from dskd.models.configs import config_of
 from dskd.settings.folders import cache_folder
 from dskd.settings.run import Run
+from dskd.settings.teachers import each_teacher, section_name
 from dskd.stores.panel_scores import heard, panelists
 from dskd.stores.uncertainty import PANEL_CONFIDENCE, PANEL_PRESENT
 from dskd.teachers.panel import panel_teacher
@@ -84,7 +86,11 @@ def context_of(run):
 
 
 def check(run):
-    build_method(run.method).check(run, None)
+    method = build_method(run.method)
+    method.check(run, None)
+    for name, member in each_teacher(run.teacher).items():
+        where = f"{section_name(name)}.model"
+        method.check_teacher_model(run, config_of(member.model, where=where), where)
 
 
 def panel_and_batch(context, ids=(3, 0, 17)):

@@ -136,6 +136,7 @@ class _Reader:
 
     where: str
     built: dict[str, Run | None] = field(default_factory=dict)
+    reads_scores: bool = False  # whether the teacher of the run that is built is a panel
     problems: dict[str, list[tuple[str, SettingName, str]]] = field(default_factory=dict)
 
     def add(
@@ -159,6 +160,8 @@ class _Reader:
             problems += wrong
         if self.where and out is None and tree.get("out", "") is None:
             out = str(Path(self.where).parent)
+        teacher = tree.get("teacher")
+        self.reads_scores = isinstance(teacher, dict) and teacher.get("kind") == "panel"
         resolved = self._resolve(Run, tree if out is None else tree | {"out": out}, (), problems)
         run, more = build_section(Run, resolved)
         for place, text in problems + more:
@@ -230,7 +233,11 @@ class _Reader:
             if not isinstance(run.data.masking, HardTokens):
                 raise ConfigError(f"'run:{name}' has no store, its masking is not of hard tokens")
             return str(questions_folder(run))
-        if isinstance(run.teacher, PanelTeacher) and place == ("teacher", "path"):
+        if place == ("teacher", "path") and self.reads_scores:
+            of_classifiers = isinstance(run.teacher, PanelTeacher) and run.teacher.mixture is None
+            if not of_classifiers:
+                text = "has no cache of scores, its teacher is not a panel of classifiers"
+                raise ConfigError(f"'run:{name}' {text}")
             return str(cache_folder(run))
         teachers = each_teacher(run.teacher)
         several = place[:1] == ("teacher",) and place[1] in ("domains", "teachers")

@@ -81,6 +81,33 @@ def test_each_has_a_cache_of_its_own(tmp_path):
     check(recipe, {name: build_method(run.method) for name, run in recipe.runs.items()}, world=1)
 
 
+def test_caches_and_scores_are_told_apart(tmp_path):
+    """By the teacher that reads them, too."""
+    cached = "{kind: cached, model: {config: {model_type: bert}}}"
+    panel = "teacher: {kind: panel, %s}"
+    makers = {
+        "cached": f"teacher: {cached}",
+        "mixed": panel % f"mixture: {{rule: uniform}}, teachers: {{x: {cached}}}",
+        "scores": panel % "teachers: {x: {model: {path: m}}}",
+    }
+    readers = {
+        "cached": "teacher: {kind: cached, path: 'run:a'}",
+        "scores": panel % "path: 'run:a', teachers: {x: {model: {path: m}}}",
+    }
+    base = f"out: o, method: {{kind: lm}}, model: {CONFIG}, data: {{sources: [{{kind: builtin}}]}}"
+    wrong = {"cached": "has no cache, its", "scores": "has no cache of scores, its"}
+    for made, maker in makers.items():
+        for read_as, reader in readers.items():
+            recipe = f"base: {{{base}}}\nruns:\n  a: {{{maker}}}\n  b: {{{reader}}}\n"
+            (tmp_path / "r.yaml").write_text(recipe)
+            if made == read_as:
+                assert read(tmp_path / "r.yaml").runs["b"].teacher.path == Path("o/a/cache")
+                continue
+            told = rf"runs\.b\.teacher\.path: 'run:a' {wrong[read_as]}"
+            with pytest.raises(ConfigError, match=told):
+                read(tmp_path / "r.yaml")
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dskd.errors import ConfigError
-from dskd.settings.data import BuiltinSource, Data, Masking, Source
+from dskd.fused.topk_teacher import MOST_KEPT
+from dskd.settings.data import BuiltinSource, Data, Masking, Source, TrainedTokenizer
 from dskd.settings.examples import QuestionSource, SquadSource
 from dskd.settings.folders import cache_folder
 from dskd.settings.labels import Columns, CsvSource, LabelPart, TsvSource
@@ -292,6 +293,7 @@ def _language_models(run: Run, panel: PanelTeacher) -> Problems:
         each = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
         yield "teacher.teachers", f"all must be live or all cached, but: {each}"
     yield from _shared_folders(run)
+    yield from _union(run, panel)
     if panel.mixture is None:
         text = "missing; say how much each language model says, as {rule: confidence_soft}"
         yield "teacher.mixture", text
@@ -309,6 +311,26 @@ def _language_models(run: Run, panel: PanelTeacher) -> Problems:
         if confident and 1.0 not in member.temperatures:
             text = f"{member.temperatures} has no 1.0, at which the rule {panel.mixture.rule} asks"
             yield f"teacher.teachers.{name}.temperatures", f"{text} how sure a teacher is; add it"
+
+
+def _union(run: Run, panel: PanelTeacher) -> Problems:
+    """More tokens that cached teachers may keep of a position together than the kernels take, as
+    far as the settings tell: of a cache that is there already without ``use_k`` they do not."""
+    tokenizer = run.data.tokenizer
+    if isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size <= MOST_KEPT:
+        return
+    cached = {name: m for name, m in panel.teachers.items() if isinstance(m, CachedTeacher)}
+    kept: dict[str, int] = {}
+    for name, member in cached.items():
+        where = f"teacher.teachers.{name}"
+        if member.use_k is not None:
+            kept[f"{where}.use_k"] = member.use_k
+        elif member.model is not None:
+            kept[f"{where}.k"] = member.k
+    if sum(kept.values()) > MOST_KEPT:
+        parts = " + ".join(f"{name} {value}" for name, value in kept.items())
+        text = f"{parts} may be more than the {MOST_KEPT} tokens of a position that are mixed"
+        yield "teacher.teachers", f"{text}; set smaller ones"
 
 
 def _shared_folders(run: Run) -> Problems:

@@ -169,6 +169,20 @@ def test_a_divergence_of_all_logits_is_refused_of_caches():
     build_method(live.method).check(live, None)
 
 
+@pytest.mark.parametrize("kept", ["k: 2049", "k: 4000, use_k: 2049"])
+def test_more_tokens_than_the_kernels_take_are_refused(kept):
+    each = KEPT.replace("kind: cached", f"kind: cached, {kept}")
+    teachers = f"a: {each}}}, b: {KEPT}, k: 2048}}"
+    name = "use_k" if "use_k" in kept else "k"
+    told = f"teacher.teachers: teacher.teachers.a.{name} 2049 + teacher.teachers.b.k 2048 may be "
+    large = "data.tokenizer.vocab_size=5000"
+    (found,) = problems(panel(teachers), large)
+    assert found.startswith(f"{told}more than the 4096 tokens of a position"), found
+    for words in ([panel(teachers)], [panel(teachers.replace("2049", "2048")), large]):
+        run = read(None, [*words, DRAWS]).runs["run"]
+        validate(run, build_method(run.method), world=1)
+
+
 ROWS = "data={objective: classification, labels: [x, y], sources: [{kind: csv, path: p}]}"
 
 

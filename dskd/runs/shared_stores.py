@@ -21,7 +21,15 @@ from dskd.settings.data import Data
 from dskd.settings.folders import cache_folder
 from dskd.settings.recipe import Recipe
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, domain_of, each_teacher, section_name
+from dskd.settings.teachers import (
+    CachedTeacher,
+    MemberName,
+    PanelMember,
+    PanelTeacher,
+    domain_of,
+    each_teacher,
+    section_name,
+)
 
 
 def refuse_other_stores(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:
@@ -51,6 +59,11 @@ def _stores(recipe: Recipe, methods: Mapping[str, Method], name: str) -> Problem
         elif teacher.model is None and not cache_folder(run, domain).exists():
             folder = cache_folder(run, domain)
             yield place, f"no cache in {folder}, and none of the earlier runs captures one there"
+    if method.wants_teacher() and isinstance(run.teacher, PanelTeacher):
+        for maker, made in earlier.items():
+            if _fills_scores(made, methods[maker], run):
+                yield from _other_scores(recipe, run, run.teacher, maker)
+                break
     yield from _other_masks_store(recipe, run, earlier)
 
 
@@ -97,6 +110,65 @@ def _other_cache(
         )
     if teacher.use_k is not None and teacher.use_k > source.k:
         yield f"{section}.use_k", f"{teacher.use_k} is more than the {source.k} of run {maker}"
+
+
+def _fills_scores(made: Run, method: Method, run: Run) -> bool:
+    """Whether a run's panel of classifiers keeps its scores where ``run`` has those of its own."""
+    return (
+        method.wants_teacher()
+        and all(
+            isinstance(each.teacher, PanelTeacher) and each.teacher.mixture is None
+            for each in (made, run)
+        )
+        and _same_path(cache_folder(made), cache_folder(run))
+    )
+
+
+def _other_scores(recipe: Recipe, run: Run, panel: PanelTeacher, maker: str) -> Problems:
+    """What keeps a run from the scores that the panel of ``maker`` keeps in the same folder. Each
+    of the two may have teachers that the other lacks."""
+    made = recipe.runs[maker]
+    source = made.teacher
+    assert isinstance(source, PanelTeacher), source
+    other = [*_other_rows(recipe, run, made), *_other_validation(run.data, made.data)]
+    if other:
+        text = f"run {maker} fills it with scores of other rows: {', '.join(other)} differ"
+        yield "teacher.path", text
+    passes = [each.passes if each.asks_passes else 1 for each in (panel, source)]
+    if passes[0] != passes[1]:
+        text = f"{passes[0]} passes a row, but run {maker} fills {panel.path} with {passes[1]}"
+        yield "teacher.passes", text
+    if max(passes) > 1 and panel.dropout != source.dropout:
+        yield "teacher.dropout", f"run {maker} fills {panel.path} with another one"
+    random = any(member.model.path is None for member in panel.teachers.values())
+    if (random or max(passes) > 1) and run.seed != made.seed:
+        text = f"run {maker} fills {panel.path} with scores by another one"
+        yield "seed", f"{text}, of random weights and dropout"
+    for name in [name for name in panel.teachers if name in source.teachers]:
+        for field in _other_teacher(run, panel.teachers[name], source.teachers[name]):
+            text = f"run {maker} fills {cache_folder(run, name)} with another one"
+            yield f"{section_name(MemberName(name))}.{field}", text
+
+
+def _other_teacher(run: Run, a: PanelMember, b: PanelMember) -> Iterator[str]:
+    """The settings by which what two teachers of panels say of the run's rows differs."""
+    for field in ("model", "precision", "own_tokenizer"):
+        if getattr(a, field) != getattr(b, field):
+            yield field
+    if a.labels is not None and b.labels is not None and a.labels != b.labels:
+        yield "labels"  # null: they are in the model's folder, and may well be the same
+    every = _domains(run.data)
+    if set(a.domains or every) != set(b.domains or every):
+        yield "domains"
+
+
+def _other_validation(a: Data, b: Data) -> Iterator[str]:
+    """Whether two runs have validation rows of their own that are different ones."""
+    if a.validation is None or b.validation is None:
+        return  # they are some of the sources' rows
+    own = [Data(sources=each.validation) for each in (a, b)]
+    if any(other_documents(*own)):
+        yield "data.validation"
 
 
 def _other_masks_store(recipe: Recipe, run: Run, earlier: Mapping[str, Run]) -> Problems:

@@ -16,6 +16,8 @@ from dskd.runs.context import RunContext
 from dskd.runs.history import read_summary
 from dskd.runs.report import Group
 from dskd.settings.folders import RunFolder
+from dskd.settings.teachers import PanelTeacher
+from dskd.stores.fingerprints import expected
 from dskd.system.files import fingerprint
 
 KEY = "evaluated_on"
@@ -36,7 +38,7 @@ _TARGET = "target"
 
 
 def basis(context: RunContext) -> Basis:
-    """What the evaluations of a run are of; collective where its rows are not prepared yet."""
+    """What the evaluations of a run are of (collective)."""
     data, rows = context.run.data, context.prepared.validation
     limit = context.run.evaluation.rows
     taken = len(rows) if limit is None else min(limit, len(rows))
@@ -47,10 +49,23 @@ def basis(context: RunContext) -> Basis:
         "masks": context.validation_view.fingerprint,
     }
     if context.scored == BY_TEACHERS:
-        panel = {"teachers", "confidence", "passes", "dropout"}
-        told = context.run.model_dump(mode="json", include={"method": True, "teacher": panel})
-        found[_TARGET] = fingerprint(told)
+        found[_TARGET] = _target(context)
     return found
+
+
+def _target(context: RunContext) -> str:
+    """Fingerprint of what a method makes of a panel, wherever its models lie and however they are
+    sharded (collective)."""
+    run, panel = context.run, context.run.teacher
+    assert isinstance(panel, PanelTeacher), panel
+    teachers = []
+    for member in panel.teachers.values():
+        prints = expected(run, member, context.prepared, context.validation_view)
+        teachers.append([prints["teacher"], member.labels, member.own_tokenizer, member.domains])
+    dropout = None
+    if panel.confidence != "logits":
+        dropout = [panel.passes if panel.asks_passes else 1, panel.dropout]
+    return fingerprint({"method": run.method, "teachers": teachers, "dropout": dropout})
 
 
 def groups_of(runs: Mapping[str, Path], control: str | None) -> list[Group]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -169,6 +170,28 @@ def test_students_of_other_targets_are_not_compared(panels, tmp_path, capsys):
     assert main([*report, str(runs["other"])]) == 2
     told = "since they differ in: what their students are compared with (evaluation.select, method"
     assert told in capsys.readouterr().err
+
+
+def test_students_are_compared_by_what_their_teachers_are(panels, tmp_path, capsys):
+    """Not by where they lie or how they are sharded; one that was trained again is another."""
+    members = {name: folder / "export" for name, folder in panels.teachers.items()}
+    moved = tmp_path / "moved"
+    shutil.copytree(members["second"], moved)
+
+    def run(name: str, **second) -> Path:
+        teachers = {each: {"model": {"path": str(path)}} for each, path in members.items()}
+        teachers["second"] |= {"model": {"path": str(moved)}, **second}
+        return panels.run(name, 1, "vkd", *SELECT, "train.steps=2", teachers=teachers)
+
+    first = panels.run("unmoved", 1, "vkd", *SELECT, "train.steps=2")
+    report = ["report", "--out", str(tmp_path / "report"), str(first)]
+    assert main([*report, str(run("sharded", deepspeed="zero3"))]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(moved)
+    with torch.no_grad():
+        model.classifier.out_proj.bias[0] += 1.0
+    model.save_pretrained(moved)
+    assert main([*report, str(run("retrained"))]) == 2
+    assert "what their students are compared with" in capsys.readouterr().err
 
 
 def test_damaged_scores_of_validation_rows_are_found_before_training(panels, capfd):

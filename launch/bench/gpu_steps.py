@@ -98,7 +98,9 @@ CASES = {
     "finetune": Case({"kind": "finetune"}, **_ROWS),
     "muki, stored scores": Case({"kind": "muki", "normalise": "batch_mean"}, _panel(), **_ROWS),
     "muki, live scores, ZeRO-3": Case(_SOFT, _panel(scores="live"), stage=3, **_ROWS),
-    "uhc, stored scores, ZeRO-2": Case({"kind": "uhc"}, _panel(passes=1), stage=2, **_ROWS),
+    "uhc, stored scores, ZeRO-2": Case(
+        {"kind": "uhc"}, _panel(passes=1, dropout=None), stage=2, **_ROWS
+    ),
 }
 
 

@@ -75,7 +75,7 @@ def test_what_scores_do_not_depend_on_may_differ(tmp_path):
     checked(recipe_of(tmp_path, runs_of(tmp_path)))
     free = {"method": {"kind": "vkd"}, "teacher": {"micro_batch": 2}, "train": {"lr": 1e-5}}
     checked(recipe_of(tmp_path, runs_of(tmp_path, reads=free)))
-    single = {"seed": 5, "teacher": {"passes": 1, "dropout": 0.5}}
+    single = {"seed": 5, "teacher": {"passes": 1}}
     runs = runs_of(tmp_path, fills={"teacher": {"passes": 1}}, reads=single)
     runs["reads"]["teacher"]["teachers"] = {"two": {"model": {"path": "run:two"}}}
     checked(recipe_of(tmp_path, runs))

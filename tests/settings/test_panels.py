@@ -1,4 +1,4 @@
-"""Settings of panels of language models: what may be written, and what is refused by name."""
+"""Settings of panels: what may be written, and what is refused by name."""
 
 from pathlib import Path
 

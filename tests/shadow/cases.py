@@ -63,7 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "finetune": {"method": {"kind": "finetune"}, "teacher": None},
     "muki stored": {"method": SOFT, "teacher": PANEL},
     "muki live": {"method": {"kind": "muki"}, "teacher": PANEL | {"scores": "live"}},
-    "uhc stored": {"method": {"kind": "uhc"}, "teacher": PANEL | {"passes": 1}},
+    "uhc stored": {"method": {"kind": "uhc"}, "teacher": PANEL | {"passes": 1, "dropout": None}},
 }
 LABELLED = ("finetune", "muki stored", "muki live", "uhc stored")
 """Cases on rows of classes."""

@@ -49,7 +49,7 @@ def failed(runs: Runs, case: str) -> str:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("{name: copy(column)", "{name: column", "ids: is on cpu, not the logits'"),
+        ("else copy(column)", "else column", "ids: is on cpu, not the logits'"),
         ("copy(self.positions_N)", "self.positions_N", "Expected all tensors to be on the same"),
     ],
 )

@@ -16,7 +16,7 @@ from dskd.runs.context import RunContext
 from dskd.runs.history import read_summary
 from dskd.runs.report import Group
 from dskd.settings.folders import RunFolder
-from dskd.settings.teachers import PanelTeacher
+from dskd.settings.teachers import PanelTeacher, each_teacher, section_name
 from dskd.stores.fingerprints import expected
 from dskd.system.files import fingerprint
 
@@ -59,8 +59,9 @@ def _target(context: RunContext) -> str:
     run, panel = context.run, context.run.teacher
     assert isinstance(panel, PanelTeacher), panel
     teachers = []
-    for member in panel.teachers.values():
-        prints = expected(run, member, context.prepared, context.validation_view)
+    for name, member in each_teacher(panel).items():
+        where = section_name(name)
+        prints = expected(run, member, context.prepared, context.validation_view, where)
         teachers.append([prints["teacher"], member.labels, member.own_tokenizer, member.domains])
     dropout = None
     if panel.confidence != "logits":

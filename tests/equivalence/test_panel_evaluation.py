@@ -225,7 +225,8 @@ def test_the_summary_is_that_of_the_teachers(panels, run, name, ranks, teacher):
 
 
 def test_teachers_that_are_asked_live_for_their_logits_make_one_pass(panels, run):
-    other = panels.run("one", 1, "muki", "until=panel", scores="live", confidence="logits")
+    live = {"scores": "live", "confidence": "logits", "passes": 16, "dropout": None}
+    other = panels.run("one", 1, "muki", "until=panel", **live)
     found = read_summary(other / FILE)
     assert found.passes == 1 and found.choice["passes"] == found.choice["logits"]
     assert found.choice["logits"] == read_summary(run / FILE).choice["logits"]

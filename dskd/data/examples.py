@@ -9,12 +9,11 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dskd.data.library import library_rows
-from dskd.data.sources import files, source_name
+from dskd.data.sources import files, limited, source_name
 from dskd.data.tables import table_rows
 from dskd.data.text_files import Advance, checked_text, json_rows, json_type, row_value, text_lines
 from dskd.errors import DataError
@@ -58,12 +57,7 @@ def examples(source: Columns | BuiltinSource, advance: Advance = int) -> Iterato
         found = (Example(text, None, module, where) for text, module in library_rows(advance))
     else:
         found = (_example(source, values, place) for place, values in _rows(source, advance))
-    count = 0
-    for example in islice(found, source.documents):
-        count += 1
-        yield example
-    if not count:
-        raise DataError(f"{source_name(source)}: no row in it")
+    yield from limited(found, source, "row")
 
 
 class _WholeNumber(str):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dskd.data.sources import files, source_name
+from dskd.data.sources import files, limited, source_name
 from dskd.data.text_files import Advance, checked_text, json_rows, json_type, readable, row_value
 from dskd.errors import ConfigError, DataError
 from dskd.settings.examples import QuestionSource, SquadSource
@@ -56,12 +55,7 @@ def questions(source: AnyQuestionSource, advance: Advance = int) -> Iterator[Que
         found = (q for path in files(source) for q in _of_lines(path, advance))
     else:
         found = _of_squad(source, advance)
-    count = 0
-    for question in islice(found, source.documents):
-        count += 1
-        yield question
-    if not count:
-        raise DataError(f"{source_name(source)}: no question in it")
+    yield from limited(found, source, "question")
 
 
 def _of_lines(path: Path, advance: Advance) -> Iterator[Question]:

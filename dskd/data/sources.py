@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 
@@ -18,6 +19,8 @@ from dskd.data.text_files import Advance, json_texts, matching_files, paragraphs
 from dskd.errors import DataError
 from dskd.settings.data import BuiltinSource, HubSource, JsonlSource, Source, TextSource
 from dskd.system.files import file_hash
+
+Found = TypeVar("Found")
 
 _PATTERNS = {
     "text": "*.txt",
@@ -46,12 +49,24 @@ def documents(source: Source, advance: Advance = int) -> Iterator[str]:
         found = (text for path in files(source) for text in json_texts(path, source.field, advance))
     else:
         found = table_texts(source, source_name(source), advance)
+    yield from limited((text for text in found if text.strip()), source, "text")
+
+
+def limited(found: Iterator[Found], source: Source, what: str) -> Iterator[Found]:
+    """What a source holds, as much of it as its settings take.
+
+    Args:
+        what: its kind, for the message.
+
+    Raises:
+        DataError: there is nothing.
+    """
     count = 0
-    for text in islice((text for text in found if text.strip()), source.documents):
+    for each in islice(found, source.documents):
         count += 1
-        yield text
+        yield each
     if not count:
-        raise DataError(f"{source_name(source)}: no text in it")
+        raise DataError(f"{source_name(source)}: no {what} in it")
 
 
 def files(source: Source) -> list[Path]:

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from dskd.batch import Batch, Panel, Positions, Term
+from dskd.batch import Batch, Panel, Positions
 from dskd.engine.hooks import StepHooks
 from dskd.engine.shards import ParameterShards
 from dskd.engine.stage import StageContext
 from dskd.engine.zero import full_shape, gathered, is_sharded
 from dskd.errors import ConfigError
 from dskd.methods.alignment import LayerRule, aligned_layers
-from dskd.methods.integration import Overlap, vkd_term
-from dskd.methods.panel import PanelMethod
+from dskd.methods.panel import AllLogits
 from dskd.models.configs import config_at_hand, config_of
 from dskd.models.families import COMPANION
 from dskd.settings.run import Run
@@ -37,7 +36,7 @@ _SPREAD = 0.02
 """Standard deviation of the maps' first weights, as in the original; their biases start as 0."""
 
 
-class Amalgamation(PanelMethod):
+class Amalgamation(AllLogits):
     """Settings of the methods that align hidden states, and what puts their maps into the student.
 
     Beside the alignment the student learns from the softmax of all teachers' logits, as by ``vkd``;
@@ -47,11 +46,6 @@ class Amalgamation(PanelMethod):
     remakes_student: ClassVar[bool] = True
     reads_states: ClassVar[bool] = True
 
-    squared: bool = True
-    """Whether T^2 multiplies the KL."""
-    overlap: Overlap = "logsumexp"
-    """What a class gets that several teachers have: the log of the summed exponentials of their
-    logits, or their ``mean``."""
     reconstruction_weight: float = Field(1.0, ge=0)
     """Of the squared error of the teachers' states as decoded again, a mean over real tokens."""
     layers: int | None = Field(None, ge=1)
@@ -110,11 +104,6 @@ class Amalgamation(PanelMethod):
         _fill(blocks, context.run.seed)
         student.add_module(COMPANION, blocks)
         return Beside(student, self.lr_scale)
-
-    def distilled(self, student_NC: Tensor, panel: Panel) -> Term:
-        """The KL from all logits together, beside which hidden states are aligned."""
-        settings = self.model_dump(include={"temperature", "squared", "overlap", "weight"})
-        return vkd_term(student_NC, panel, **settings)
 
     def aligned(
         self, positions: Positions, panel: Panel

@@ -18,6 +18,7 @@ from dskd.data.prepared import Prepared
 from dskd.data.views import Reader, View
 from dskd.engine.stage import Stage, StageContext
 from dskd.errors import ConfigError, DataError
+from dskd.methods.integration import Overlap, vkd_term
 from dskd.methods.metrics import TEACHER_KL, AnyMetric, Metric, RowScores, has_labels
 from dskd.methods.panel_summary import FILE, panel_section, summarise_panel, teacher_maps
 from dskd.settings.parsing import nearest
@@ -161,6 +162,21 @@ def _check_member(
             f"{where}.own_tokenizer: live teachers read the student's tokens; set teacher.scores "
             f"to stored"
         )
+
+
+class AllLogits(PanelMethod):
+    """Settings of a method by which the logits of all teachers are one classifier's."""
+
+    squared: bool = True
+    """Whether T^2 multiplies the KL."""
+    overlap: Overlap = "logsumexp"
+    """What a class gets that several teachers have: the log of the summed exponentials of their
+    logits, or their ``mean``."""
+
+    def distilled(self, student_NC: Tensor, panel: Panel) -> Term:
+        """The KL from the softmax of all logits together."""
+        settings = self.model_dump(include={"temperature", "squared", "overlap", "weight"})
+        return vkd_term(student_NC, panel, **settings)
 
 
 def panel_of(signal: Signal | None) -> Panel:

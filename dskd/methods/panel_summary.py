@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from dskd.batch import UNLABELLED, Batch
@@ -37,7 +37,7 @@ from dskd.stores.panel_scores import Panelist, panelists, score_readers
 from dskd.stores.uncertainty import stored_panel
 from dskd.system import dist
 from dskd.system.doing import next_one, pause
-from dskd.system.files import read_manifest, write_manifest
+from dskd.system.files import read_record, write_manifest
 from dskd.system.log import say
 from dskd.system.markup import html_table
 
@@ -268,14 +268,7 @@ def read_summary(path: Path) -> PanelSummary:
     Raises:
         CheckpointError: it is missing, damaged, or not as :func:`summarise_panel` writes it.
     """
-    content = read_manifest(path, CheckpointError)
-    try:
-        return PanelSummary.model_validate(content)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        text = f"{path}: damaged, not as dskd writes it: {place}: {first['msg']}"
-        raise CheckpointError(text) from problem
+    return read_record(path, PanelSummary, CheckpointError)
 
 
 def panel_section(runs: Mapping[str, RunFolder]) -> str:

@@ -15,14 +15,14 @@ from typing import Annotated
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dskd.batch import UNLABELLED, Batch, Positions
 from dskd.errors import CheckpointError
 from dskd.methods.metrics import ValueMetric
 from dskd.settings.folders import RunFolder
-from dskd.system.files import read_manifest, write_manifest
+from dskd.system.files import read_record, write_manifest
 from dskd.system.markup import html_table
 
 _SIDE = 440  # pixels of a heat map
@@ -106,14 +106,7 @@ def read_counts(path: Path) -> Counts:
     Raises:
         CheckpointError: it is missing, damaged, or not as it writes it.
     """
-    content = read_manifest(path, CheckpointError)
-    try:
-        counts = Counts.model_validate(content)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        text = f"{path}: damaged, not as dskd writes it: {place}: {first['msg']}"
-        raise CheckpointError(text) from problem
+    counts = read_record(path, Counts, CheckpointError)
     named = {*counts.rows, *(said for row in counts.rows.values() for said in row)}
     if unknown := named - {*counts.classes}:
         raise CheckpointError(f"{path}: damaged, {min(unknown)!r} is none of its classes")

@@ -10,12 +10,15 @@ import json
 import os
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
+from pydantic import BaseModel, ValidationError
 
 from dskd.errors import DskdError
 from dskd.system.disk import writing
+
+Record = TypeVar("Record", bound=BaseModel)
 
 _CHUNK = 1 << 22
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
@@ -108,6 +111,19 @@ def read_manifest(path: Path, error: type[DskdError]) -> dict[str, Any]:
     if raw != _manifest_bytes(content):  # catches a changed byte even between the values
         raise error(f"{path}: damaged, its checksum does not match its content")
     return content
+
+
+def read_record(path: Path, cls: type[Record], error: type[DskdError]) -> Record:
+    """Read a file of :func:`write_manifest` that holds a record of the class; raise ``error``,
+    naming it, if it is absent or changed, or holds something else."""
+    content = read_manifest(path, error)
+    try:
+        return cls.model_validate(content)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        text = f"{path}: damaged, not as dskd writes it: {place}: {first['msg']}"
+        raise error(text) from problem
 
 
 def _manifest_bytes(content: dict[str, Any]) -> bytes:

@@ -230,12 +230,28 @@ def fill_scores(
         free_memory()  # before the next teacher: a sharded one is in cycles of references
 
 
-def open_scores(run: Run, view: View, found: list[Panelist], part: Part) -> list[Uncertainty]:
-    """The teachers' complete stores of a part's rows, each rank verifying its share (collective).
+def score_readers(
+    run: Run, view: View, found: list[Panelist], part: Part, *, confident: bool
+) -> tuple[Reader, ...]:
+    """What adds the teachers' stored scores of a part's rows to batches (collective).
+
+    Args:
+        view: what the teachers saw of these rows.
+        found: of :func:`panelists`.
+        confident: see :class:`~dskd.stores.uncertainty.StoredPanel`.
 
     Raises:
-        StoreError: one is missing, damaged, or of another teacher, tokenizer or rows.
+        StoreError: a store is missing, damaged, or of another teacher, tokenizer or rows.
     """
+    stores = _opened(run, view, found, part)
+    with dist.agreed():
+        heard_Dn = heard(run, found[0].prepared)
+    panel = StoredPanel(stores, confident=confident, heard_Dn=heard_Dn)
+    return (panel,) if heard_Dn is None else (PanelPresence(heard_Dn), panel)
+
+
+def _opened(run: Run, view: View, found: list[Panelist], part: Part) -> list[Uncertainty]:
+    """The teachers' complete stores of a part, each rank verifying its share (collective)."""
     wanted = [_prints(run, each, part, view) for each in found]
     share = (dist.rank(), dist.world())
     with dist.agreed():
@@ -243,22 +259,6 @@ def open_scores(run: Run, view: View, found: list[Panelist], part: Part) -> list
             Uncertainty(_folder(run, each, part), prints, share, each.layout)
             for each, prints in zip(found, wanted, strict=True)
         ]
-
-
-def score_readers(
-    run: Run, view: View, found: list[Panelist], part: Part, *, confident: bool
-) -> tuple[Reader, ...]:
-    """What adds the teachers' stored scores of a part's rows to batches (collective).
-
-    Args:
-        confident: see :class:`~dskd.stores.uncertainty.StoredPanel`; the others are those of
-            :func:`open_scores`.
-    """
-    stores = open_scores(run, view, found, part)
-    with dist.agreed():
-        heard_Dn = heard(run, found[0].prepared)
-    panel = StoredPanel(stores, confident=confident, heard_Dn=heard_Dn)
-    return (panel,) if heard_Dn is None else (PanelPresence(heard_Dn), panel)
 
 
 def _folder(run: Run, each: Panelist, part: Part) -> Path:

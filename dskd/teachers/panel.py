@@ -22,13 +22,12 @@ from dskd.models.frozen import evaluating
 from dskd.settings.run import Run
 from dskd.settings.teachers import PanelTeacher
 from dskd.stores.dropout_scores import DropoutScorer
-from dskd.stores.panel_scores import heard, open_scores, panelists
+from dskd.stores.panel_scores import heard, panelists, score_readers
 from dskd.stores.uncertainty import (
     PANEL_CONFIDENCE,
     PANEL_PRESENT,
     ConfidenceFile,
     PanelPresence,
-    StoredPanel,
     confidence,
     stored_panel,
 )
@@ -49,19 +48,21 @@ def panel_teacher(
     found = panelists(run, prepared)
     with dist.agreed():
         maps = [map_M.to(device) for map_M in teacher_maps(found, prepared).values()]
-        heard_Dn = heard(run, prepared)
-        readers: list[Reader] = [] if heard_Dn is None else [PanelPresence(heard_Dn)]
+        readers: list[Reader] = []
         if panel.confidence.endswith(".npy"):
             file = Path(panel.confidence)
             readers.append(ConfidenceFile(file, len(prepared.train), len(found)))
+    confident = panel.confidence == "passes"
+    if panel.scores == "stored":
+        stored = score_readers(run, view, found, "train", confident=confident)
+        return StoredPanelists(maps), (*readers, *stored)
+    with dist.agreed():
+        heard_Dn = heard(run, prepared)
+    if heard_Dn is not None:
+        readers.append(PanelPresence(heard_Dn))
     if build_method(run.method).reads_states:
         models = [each.build(run, device) for each in found]
         return PanelistsWithStates(models, maps), tuple(readers)
-    confident = panel.confidence == "passes"
-    if panel.scores == "stored":
-        stores = open_scores(run, view, found, "train")
-        readers.append(StoredPanel(stores, confident=confident, heard_Dn=heard_Dn))
-        return StoredPanelists(maps), tuple(readers)
     scorers = []
     for each in found:
         model = each.build(run, device)

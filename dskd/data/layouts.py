@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.data.foreign import raised_as
 from dskd.data.questions import Question
-from dskd.data.tokenizers import encoder
+from dskd.data.tokenizers import encoder, vocabulary_size
+from dskd.data.written import Written
 from dskd.errors import DataError
 from dskd.settings.data import Data
 
@@ -118,14 +119,48 @@ class QuestionEncoder:
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend = encoder(tokenizer)
         self._layout = layout_of(data, tokenizer)
+        assert data.questions is not None
+        self._names = data.questions.answer_token, tokenizer.eos_token
+        self._size = vocabulary_size(tokenizer)
         self.cut = self.answers_cut = 0
 
-    def __call__(self, found: Sequence[Question]) -> list[NDArray[np.int64]]:
-        """The rows of some questions, each with its first answer.
+    def __call__(self, found: Sequence[Question | Written]) -> list[NDArray[np.int64]]:
+        """The rows of some questions, each with its first answer, and rows as they were written.
 
         Raises:
-            DataError: a question has no tokens or too many of them; names its place.
+            DataError: a question has no tokens or too many of them, or what was written is no row;
+                names its place.
         """
+        rows = iter(self._of_questions([each for each in found if isinstance(each, Question)]))
+        return [self._as_written(e) if isinstance(e, Written) else next(rows) for e in found]
+
+    def _as_written(self, written: Written) -> NDArray[np.int64]:
+        place, size = written.place, self._size
+        ids = self._ids_of(written.text) if written.ids is None else written.ids
+        for token in ids:
+            if not 0 <= token < size:
+                raise DataError(f"{place}: the token {token} is none of data.tokenizer's {size}")
+        row = self._layout.parsed(ids)
+        if row is None:
+            count, named = ids.count(self._layout.answer), self._names[0]
+            before = " before its end token" if self._layout.end in ids else ""
+            raise DataError(f"{place}: not exactly one {named}{before}, in all {count}")
+        if len(row) > self._layout.block:
+            text = f"{len(row)} tokens, more than data.block_size {self._layout.block}"
+            raise DataError(f"{place}: a row of {text}")
+        return np.array(row, dtype=np.int64)
+
+    def _ids_of(self, text: str) -> list[int]:
+        """The tokens of a written text up to the end token, of which the answer token is known by
+        its name."""
+        answer, end = self._names
+        parts = self._tokens(text.split(end, maxsplit=1)[0].split(answer))
+        ids = parts[0]
+        for part in parts[1:]:
+            ids = [*ids, self._layout.answer, *part]
+        return ids
+
+    def _of_questions(self, found: Sequence[Question]) -> list[NDArray[np.int64]]:
         answers = self._tokens([question.answers[0] for question in found])
         rows = []
         for question, context, asked, answer in zip(

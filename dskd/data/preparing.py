@@ -27,8 +27,10 @@ from dskd.data.packing import Encoder, Packer
 from dskd.data.questions import AnyQuestionSource, Question, questions
 from dskd.data.text_files import Advance
 from dskd.data.tokenizers import load_tokenizer, start_id, tokenizer_fingerprint, vocabulary_size
+from dskd.data.written import Written, written_rows
 from dskd.errors import DataError
 from dskd.settings.data import BuiltinSource, Data, Source, TextSource
+from dskd.settings.examples import ReplayedSource
 from dskd.settings.labels import Columns
 from dskd.system.files import file_hash, fingerprint, write_manifest
 from dskd.system.log import say
@@ -37,7 +39,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 _CHUNK_CHARACTERS = 2_000_000  # of text in memory at a time
 _SPLITS = ("train", "validation")
-_NOT_OF_ROWS = {"folder": True, "masking": True, "questions": {"modelling"}}
+_NOT_OF_ROWS = {"folder": True, "masking": True, "memory": True, "questions": {"modelling"}}
 """Settings that play no part in the rows."""
 _FILES = ("ids", "offsets", "domains")
 _LABEL_FILES = ("labels", "seconds")
@@ -207,7 +209,8 @@ def _trained_tokenizer(data: Data, bar: Progress) -> PreTrainedTokenizerBase:
 def _parts(data: Data) -> list[tuple[Source, str | None]]:
     """Every source with the split it belongs to; None: decided for each document."""
     if data.validation is None:
-        return [(source, None) for source in data.sources]
+        # What a model wrote says nothing of how well another one does.
+        return [(s, "train" if isinstance(s, ReplayedSource) else None) for s in data.sources]
     return [(source, "train") for source in data.sources] + [
         (source, "validation") for source in data.validation
     ]
@@ -227,8 +230,10 @@ def _training_documents(source: Source, data: Data) -> Iterator[str]:
 
 def _documents(
     source: Source, data: Data, advance: Advance = int
-) -> Iterator[str] | Iterator[Example] | Iterator[Question]:
+) -> Iterator[str] | Iterator[Example] | Iterator[Question | Written]:
     """What a source holds, in its order: documents, examples or questions."""
+    if isinstance(source, ReplayedSource):
+        return written_rows(source, advance)
     if data.questions is not None:
         assert isinstance(source, AnyQuestionSource), source  # settings.checks refuses others
         return questions(source, advance)
@@ -243,10 +248,28 @@ def _key_text(found: str | Example | Question) -> str:
     return found.asked if isinstance(found, Question) else _whole_text(found)
 
 
-def _whole_text(found: str | Example | Question) -> str:
+def _whole_text(found: str | Example | Question | Written) -> str:
+    if isinstance(found, Written):
+        return found.text or ""
     if isinstance(found, Question):
         return "\n".join((found.asked, *found.answers))
     return found if isinstance(found, str) else "\n".join(found.texts)
+
+
+def training_questions(data: Data) -> Iterator[tuple[Source, Question]]:
+    """The questions that rows of training are made of, in their order, each with its source; not
+    those of replayed rows.
+
+    Raises:
+        DataError: see ``questions.questions``.
+    """
+    for source, split in _parts(data):
+        if split == "validation" or isinstance(source, ReplayedSource):
+            continue
+        assert isinstance(source, AnyQuestionSource), source
+        for question in questions(source):
+            if split == "train" or not _held_out(question.asked, data.validation_fraction):
+                yield source, question
 
 
 def _held_out(text: str, fraction: float) -> bool:

@@ -60,16 +60,25 @@ def questions(source: AnyQuestionSource, advance: Advance = int) -> Iterator[Que
 
 def _of_lines(path: Path, advance: Advance) -> Iterator[Question]:
     for place, row in json_rows(path, advance, unpack=True):
-        text = checked_text(row_value(row, "question", place), place, "under the key 'question'")
-        context = checked_text(row.get("context", ""), place, "under the key 'context'")
-        if "answer" in row and "answers" in row:
-            raise DataError(f"{place}: both 'answer' and 'answers'; one of the two")
-        if "answers" in row:
-            answers = _texts(row["answers"], place)
-        else:
-            answer = row_value(row, "answer", place)
-            answers = (checked_text(answer, place, "under the key 'answer'"),)
-        yield _question(context, text, answers, None, place)
+        yield question_of_row(row, place)
+
+
+def question_of_row(row: Any, place: str) -> Question:
+    """The question that a line of JSON is.
+
+    Raises:
+        DataError: it is none; names ``place``, where it stands.
+    """
+    text = checked_text(row_value(row, "question", place), place, "under the key 'question'")
+    context = checked_text(row.get("context", ""), place, "under the key 'context'")
+    if "answer" in row and "answers" in row:
+        raise DataError(f"{place}: both 'answer' and 'answers'; one of the two")
+    if "answers" in row:
+        answers = _texts(row["answers"], place)
+    else:
+        answer = row_value(row, "answer", place)
+        answers = (checked_text(answer, place, "under the key 'answer'"),)
+    return _question(context, text, answers, None, place)
 
 
 def _texts(value: Any, place: str) -> tuple[str, ...]:

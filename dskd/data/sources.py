@@ -29,6 +29,7 @@ _PATTERNS = {
     "tsv": "*.tsv",
     "questions": "*.jsonl",
     "squad": "*.json",
+    "replayed": "*.jsonl",
 }
 """Names of the files below a folder, by the kind of source."""
 

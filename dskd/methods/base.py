@@ -68,6 +68,16 @@ class Method(Section):
 
     kind: str
 
+    @property
+    def writes_replayed(self) -> bool:
+        """Whether a stage writes the rows of replayed sources that have no path."""
+        return False
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether it takes some of the questions of ``data.memory``."""
+        return False
+
     def loss(
         self, positions: Positions, signal: Signal | None, batch: Batch, step: int
     ) -> dict[str, Term]:

@@ -7,6 +7,7 @@ from dskd.engine.row_masks import RowMasks, masks_of
 from dskd.methods.base import Method
 from dskd.methods.metrics import BY_TEACHERS, TEACHER_KL
 from dskd.settings.checks import Problems, problems_of, refuse_problems
+from dskd.settings.examples import ReplayedSource
 from dskd.settings.run import Every, Run
 from dskd.settings.teachers import CachedTeacher, SelfTeacher, each_teacher, section_name
 
@@ -74,9 +75,21 @@ def _problems(run: Run, method: Method, world: int) -> Problems:
             f"{run.checkpoint.every} is not a multiple of evaluation.every {run.evaluation.every};"
             " the best checkpoint is chosen by its evaluation",
         )
+    yield from _earlier_tasks(run, method)
     if method.wants_teacher():
         yield from _teacher(run, method)
     yield from masks.problems(method.columns(), cached=cached)
+
+
+def _earlier_tasks(run: Run, method: Method) -> Problems:
+    for n, source in enumerate(run.data.sources):
+        missing = isinstance(source, ReplayedSource) and source.path is None
+        if missing and not method.writes_replayed:
+            text = f"missing; by these settings method {method.kind} has no such rows written"
+            yield f"data.sources.{n}.path", text
+    if run.data.memory is not None and not method.reads_memory:
+        text = f"by these settings method {method.kind} reads none of it; leave it out"
+        yield "data.memory", text
 
 
 def _is_multiple(rarer: Every, every: Every) -> bool:

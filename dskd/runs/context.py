@@ -18,7 +18,7 @@ from dskd.methods.checks import score_of, selection_of
 from dskd.methods.metrics import has_labels
 from dskd.models.build import parameter_count
 from dskd.models.configs import config_of, with_classes
-from dskd.settings.folders import RunFolder, folder_of, student_settings
+from dskd.settings.folders import RunFolder, data_settings, folder_of, student_settings
 from dskd.settings.length import is_in_steps, with_steps
 from dskd.settings.model import Model
 from dskd.settings.run import Run
@@ -55,7 +55,7 @@ class RunContext:
     @cached_property
     def prepared(self) -> Prepared:
         """The prepared rows; rank 0 builds and verifies them while the others wait."""
-        folder = dist.on_rank0(lambda: open_prepared(prepare(self.given.data)).folder)
+        folder = dist.on_rank0(lambda: open_prepared(prepare(data_settings(self.given))).folder)
         return open_prepared(folder, verify=False)
 
     @cached_property

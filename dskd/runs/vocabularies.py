@@ -29,6 +29,7 @@ from dskd.settings.data import (
     Source,
     TrainedTokenizer,
 )
+from dskd.settings.examples import ReplayedSource
 from dskd.settings.folders import folder_of
 from dskd.settings.model import Model
 from dskd.settings.recipe import Recipe
@@ -255,6 +256,8 @@ def _same_source(a: Source, b: Source) -> bool:
     """Whether two sources hold the same text; where it lies does not matter."""
     if a == b:
         return True
+    if isinstance(a, ReplayedSource) and None in (a.path, b.path):
+        return False
     if isinstance(a, HubSource) or isinstance(b, HubSource) or a.kind != b.kind:
         return False
     if a.model_dump(exclude={"path", "domain"}) != b.model_dump(exclude={"path", "domain"}):

@@ -32,7 +32,7 @@ class RunPath:
     if it may not be written.
     """
 
-    output: Literal["export", "cache", "store"] | None = None
+    output: Literal["export", "cache", "store", "distilled"] | None = None
 
 
 class Section(BaseModel):

@@ -8,7 +8,7 @@ from pathlib import Path
 from dskd.errors import ConfigError
 from dskd.fused.topk_teacher import MOST_KEPT
 from dskd.settings.data import BuiltinSource, Data, Masking, Source, TrainedTokenizer
-from dskd.settings.examples import QuestionSource, SquadSource
+from dskd.settings.examples import QuestionSource, ReplayedSource, SquadSource
 from dskd.settings.folders import cache_folder
 from dskd.settings.labels import Columns, CsvSource, LabelPart, TsvSource
 from dskd.settings.model import Model
@@ -133,7 +133,9 @@ def _questions(run: Run) -> Problems:
     """What does not go with rows of questions, or with others."""
     data, of = run.data, run.data.questions
     sources = _named_sources(data)
-    asked = [name for name, s in sources if isinstance(s, QuestionSource | SquadSource)]
+    sources += [(f"data.memory.{n}", source) for n, source in enumerate(data.memory or [])]
+    kinds = QuestionSource | SquadSource | ReplayedSource
+    asked = [name for name, s in sources if isinstance(s, kinds)]
     if of is None:
         for name in asked:
             yield f"{name}.kind", "its questions need data.questions (`data.questions: {}`)"
@@ -149,6 +151,7 @@ def _questions(run: Run) -> Problems:
             near = nearest(source.domain, of.task_tokens)
             text = f"no token for the domain {source.domain!r} of {name}{near}"
             yield "data.questions.task_tokens", text
+    yield from _replayed(data)
     if of.answer_token in of.tokens[1:] or of.answer_token in of.task_tokens.values():
         yield "data.questions.answer_token", f"{of.answer_token} is the token of a task, too"
     if of.room > data.block_size - 2:
@@ -163,6 +166,32 @@ def _questions(run: Run) -> Problems:
         if isinstance(teacher, CachedTeacher):
             text = "a cached teacher has one view of a row; data.questions.modelling makes two"
             yield f"{section_name(domain)}.kind", text
+
+
+def _replayed(data: Data) -> Problems:
+    """What does not go with rows of earlier tasks that a model wrote."""
+    for n, source in enumerate(data.validation or []):
+        if isinstance(source, ReplayedSource):
+            text = "replayed, but on rows that a model wrote no other is evaluated"
+            yield f"data.validation.{n}.kind", text
+    named = {f"data.sources.{n}": source for n, source in enumerate(data.sources)}
+    replayed = {n: s for n, s in named.items() if isinstance(s, ReplayedSource)}
+    if not replayed:
+        return
+    if len(replayed) == len(named):
+        yield "data.sources", "all are replayed; rows of a new task are missing"
+    of_domain = {s.domain: name for name, s in named.items() if name not in replayed}
+    for name, source in replayed.items():
+        other = of_domain.setdefault(source.domain, name)
+        if other != name:
+            what = "replayed already" if other in replayed else "new"
+            yield f"{name}.domain", f"{source.domain!r} is {what} by {other}; one of the two"
+        if source.path is None and ("/" in source.domain or source.domain in ("", ".", "..")):
+            text = f"{source.domain!r} is no name of a file, as which the rows are written"
+            yield f"{name}.domain", text
+    if isinstance(data.tokenizer, TrainedTokenizer):
+        text = f"trained, but {next(iter(replayed))} is in the tokens of a model that is there"
+        yield "data.tokenizer.kind", f"{text}; pretrained, with the path of its tokenizer"
 
 
 def _unused_columns(name: str, source: Source, objective: str) -> Problems:

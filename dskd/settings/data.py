@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dskd.settings.base import CHOSEN_LATER, FREE, Freedom, RunPath, Section
-from dskd.settings.examples import Questions, QuestionSource, SquadSource
+from dskd.settings.examples import Questions, QuestionSource, ReplayedSource, SquadSource
 from dskd.settings.labels import Columns, CsvSource, Labels, SourcePath, TsvSource
 from dskd.settings.model import Model
 
@@ -78,7 +78,8 @@ Source = Annotated[
     | CsvSource
     | TsvSource
     | QuestionSource
-    | SquadSource,
+    | SquadSource
+    | ReplayedSource,
     Field(discriminator="kind"),
 ]
 
@@ -101,6 +102,9 @@ class PretrainedTokenizer(Section):
     trust_remote_code: bool = False
     """Run the Python code that lies in the folder or hub repository of ``path``; without it such
     code is never run, nor asked about. Rows and exports keep a tokenizer that needs none."""
+
+
+QuestionsOnly = Annotated[QuestionSource | SquadSource, Field(discriminator="kind")]
 
 
 TokenizerSource = Annotated[TrainedTokenizer | PretrainedTokenizer, Field(discriminator="kind")]
@@ -204,8 +208,11 @@ class Data(Section):
     without a label stay. null: all that ``sources`` have. Of sources without labels: what classes
     there are."""
     questions: Questions | None = None
-    """Each row is a question with its answer, for a causal LM; of sources of kind ``questions`` and
-    ``squad``, which have nothing else. null: of other sources."""
+    """Each row is a question with its answer, for a causal LM; of sources of kind ``questions``,
+    ``squad`` and ``replayed``, which have nothing else. null: of other sources."""
+    memory: list[QuestionsOnly] | None = Field(None, min_length=1)
+    """Questions of earlier tasks, of which the method takes some; none of them is a row of training
+    by itself."""
     tokenizer: TokenizerSource = TrainedTokenizer()
     block_size: int = Field(64, ge=8)
     """Most tokens of a row, special tokens included."""
@@ -222,13 +229,18 @@ class Data(Section):
         return [s for s in self.sources if isinstance(s, Columns | BuiltinSource) and s.labelled]
 
     @property
+    def replayed_domains(self) -> list[str]:
+        """Those of ``sources`` of kind ``replayed``, whose other rows are new."""
+        return [s.domain for s in self.sources if isinstance(s, ReplayedSource)]
+
+    @property
     def domains(self) -> list[str]:
         """Names of the domains of the rows, in the order of their indices; of questions, those of
         all tasks that have tokens, whichever the sources are of."""
         if self.questions is not None and self.questions.task_tokens:
             return list(self.questions.task_tokens)
-        every = [source.domain for source in (*self.sources, *(self.validation or ()))]
-        return list(dict.fromkeys(every))
+        others = (*(self.validation or ()), *(self.memory or ()))
+        return list(dict.fromkeys(source.domain for source in (*self.sources, *others)))
 
     @property
     def question_tokens(self) -> list[str]:

@@ -17,9 +17,10 @@ class QuestionSource(Section):
     read for it, a ``context``."""
 
     kind: Literal["questions"]
-    path: SourcePath
+    path: Annotated[str, RunPath("distilled"), FREE]
     """A file, a folder (every ``*.jsonl`` below it, links followed) or a glob pattern; files may be
-    compressed (``*.jsonl.gz``)."""
+    compressed (``*.jsonl.gz``). ``run:NAME``: the training questions of an earlier run with the
+    answers of its model, as its method had them written (sequence-level distillation)."""
     domain: str = "questions"
     documents: int | None = Field(None, ge=1)
     """Use only the first so many questions."""
@@ -38,6 +39,25 @@ class SquadSource(Section):
     their ids."""
     domain: str = "squad"
     documents: int | None = Field(None, ge=1)
+
+
+class ReplayedSource(Section):
+    """JSON-lines files of rows of an earlier task, as a model wrote them (LAMOL: Sun et al. 2020).
+
+    Each line has ``ids``, the tokens behind the task's token; or ``text``, the same as text, of any
+    engine (``which is it ?__ans__this one``; what stands behind an end token counts neither here
+    nor there); or is a question with its answer, as those of kind ``questions``. Such rows are
+    never held out for validation.
+    """
+
+    kind: Literal["replayed"]
+    path: Annotated[str | None, RunPath(), FREE] = None
+    """A file, a folder (every ``*.jsonl`` below it) or a glob pattern. null: what the run's method
+    has written for it, ``<out>/replay/<domain>.jsonl``."""
+    domain: str
+    """The earlier task; none of the other sources is of it."""
+    documents: int | None = Field(None, ge=1)
+    """Use only the first so many rows."""
 
 
 class Questions(Section):

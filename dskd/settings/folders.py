@@ -5,8 +5,10 @@ A run's folder::
     config.yaml    the resolved settings          inputs.json   fingerprints of data and models
     sliced/        the model that a sliced student starts as
     questions/     how hard each token was (questions-epoch-N/: for the student, later)
+    replay/        rows of earlier tasks, as the model writes them that the student starts as
     cache/         the teacher's top-k logits, or a panel's scores
     train/         metrics, checkpoints, summary  export/       a HuggingFace model
+    distilled.jsonl  the training questions with the exported model's answers
     scores.json    the exported model's evaluation (confusion.json: of classes, which for which)
 """
 
@@ -14,7 +16,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dskd.settings.data import HardTokens
+from dskd.settings.data import Data, HardTokens
+from dskd.settings.examples import ReplayedSource
 from dskd.settings.model import Model
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, PanelTeacher, RoutedTeacher
@@ -28,12 +31,14 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.inputs = path / "inputs.json"
         self.sliced = path / "sliced"
+        self.replay = path / "replay"  # in it a file of each earlier task
         self.cache = path / "cache"  # below it by domain or name of several teachers
         self.train = path / "train"
         self.metrics = self.train / "metrics.jsonl"  # a line for each logged step and evaluation
         self.checkpoints = self.train / "checkpoints"
         self.summary = self.train / "summary.json"
         self.export = path / "export"
+        self.distilled = path / "distilled.jsonl"
         self.scores = path / "scores.json"
         self.confusion = path / "confusion.json"  # of an exported classifier
         self.report = path / "report.html"  # compares the runs whose settings lie below
@@ -69,6 +74,22 @@ def questions_folder(run: Run, refresh_index: int = 0) -> Path:
         assert masking.refresh is not None, refresh_index
         return run.out / f"questions-epoch-{refresh_index * masking.refresh:05d}"
     return run.out / "questions" if masking.store is None else masking.store
+
+
+def replay_file(run: Run, domain: str) -> Path:
+    """Where the rows of an earlier task lie that the run's method has had written."""
+    return folder_of(run).replay / f"{domain}.jsonl"
+
+
+def data_settings(run: Run) -> Data:
+    """The data of a run, where each replayed source has its path."""
+    sources = [
+        source.model_copy(update={"path": str(replay_file(run, source.domain))})
+        if isinstance(source, ReplayedSource) and source.path is None
+        else source
+        for source in run.data.sources
+    ]
+    return run.data.model_copy(update={"sources": sources})
 
 
 def student_settings(run: Run) -> Model:

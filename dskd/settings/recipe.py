@@ -9,7 +9,7 @@ A settings file holds one run (the sections of ``dskd.settings.run.Run``), or a 
 
 A run of a recipe writes to ``<base out>/<name>``. ``run:NAME`` stands for what an earlier run
 leaves: its export as the ``path`` of a model or tokenizer, its cache as that of a cached teacher,
-the ``store`` of its hard tokens.
+the ``store`` of its hard tokens, its model's answers as that of questions.
 Overrides are ``a.b=value`` (all runs) and ``runs.NAME.a.b=value`` (one); the command line wins.
 Every mistake of a file is reported at once, by the dotted name that an override would use.
 """
@@ -229,6 +229,8 @@ class _Reader:
             return f"run:{name}"
         if output == "export":
             return str(RunFolder(run.out).export)
+        if output == "distilled":
+            return str(RunFolder(run.out).distilled)
         if output == "store":
             if not isinstance(run.data.masking, HardTokens):
                 raise ConfigError(f"'run:{name}' has no store, its masking is not of hard tokens")

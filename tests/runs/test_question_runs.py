@@ -68,6 +68,52 @@ def test_what_does_not_go_together_is_refused_before_the_start(tmp_path, changes
     assert str(error.value).startswith(f"runs.only.{message}")
 
 
+REPLAYED = {"kind": "replayed", "path": "x.jsonl", "domain": "down"}
+STORED = {"kind": "pretrained", "path": "somewhere"}
+
+
+@pytest.mark.parametrize(
+    ("replayed", "changes", "messages"),
+    [
+        ([REPLAYED | {"domain": "up"}], {},
+         ["data.sources.1.domain: 'up' is new by data.sources.0; one of the two"]),
+        ([REPLAYED, REPLAYED], {},
+         ["data.sources.2.domain: 'down' is replayed already by data.sources.1; one of the two"]),
+        ([REPLAYED | {"domain": "dow"}], {},
+         ["data.questions.task_tokens: no token for the domain 'dow' of data.sources.1; did you "
+          "mean 'down'?"]),
+        ([REPLAYED | {"domain": "a/b", "path": None}], {},
+         ["data.questions.task_tokens: no token for the domain 'a/b' of data.sources.1",
+          "data.sources.1.domain: 'a/b' is no name of a file, as which the rows are written",
+          "data.sources.1.path: missing; by these settings method lm has no such rows written"]),
+        ([REPLAYED], {"validation": [REPLAYED]},
+         ["data.validation.0.kind: replayed, but on rows that a model wrote no other is evaluated"
+          ]),
+        ([REPLAYED], {"tokenizer": {"kind": "trained"}},
+         ["data.tokenizer.kind: trained, but data.sources.1 is in the tokens of a model that is "
+          "there; pretrained, with the path of its tokenizer"]),
+        ([], {"memory": [REPLAYED | {"kind": "questions"}]},
+         ["data.memory: by these settings method lm reads none of it; leave it out"]),
+    ],
+    ids=["new", "twice", "token", "null", "validation", "trained", "memory"],
+)  # fmt: skip
+def test_replayed_rows_that_do_not_fit_are_refused(tmp_path, replayed, changes, messages):
+    run = asked(tmp_path)
+    run["data"]["tokenizer"] = STORED
+    run["data"]["sources"] = [run["data"]["sources"][0], *replayed]
+    with pytest.raises(ConfigError) as error:
+        run = merge(merge(run, {"method": {"kind": "lm"}, "teacher": None}), {"data": changes})
+        checked(recipe_of(tmp_path, {"only": run}))
+    assert str(error.value).split("\n") == [f"runs.only.{message}" for message in messages]
+
+
+def test_all_rows_replayed_are_refused(tmp_path):
+    run = asked(tmp_path) | {"method": {"kind": "lm"}, "teacher": None}
+    run["data"] |= {"tokenizer": STORED, "sources": [REPLAYED]}
+    with pytest.raises(ConfigError, match="sources: all are replayed; rows of a new task are miss"):
+        checked(recipe_of(tmp_path, {"only": run}))
+
+
 def test_runs_whose_tokens_are_others_are_refused(tmp_path):
     runs = {"first": asked(tmp_path), "second": asked(tmp_path, answer_token="__a__")}
     runs["second"]["model"] = {"path": "run:first"}

@@ -34,11 +34,11 @@ from dskd.batch import (
 )
 from dskd.data.prepared import RowBatch
 from dskd.data.views import Reader, Shown
+from dskd.engine.checkpoints import Selection
 from dskd.engine.stage import StageContext
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.ops import positions_ce, positions_kd
-from dskd.settings.parsing import nearest
 from dskd.settings.run import Run
 from dskd.settings.teachers import LiveTeacher
 
@@ -58,14 +58,14 @@ class GroupPositions:
     """The :class:`~dskd.data.views.Reader` that sorts positions into the terms of the loss.
 
     Args:
-        new: index of the domain that is new; rows of others are replayed. None: all are new.
+        replayed: indices of the domains whose rows are replayed; those of others are new.
         answer: id of the answer token.
         weight: its weight among the labels.
         texts: whether the rows are shown as texts of their tasks, too.
     """
 
-    def __init__(self, new: int | None, answer: int, weight: float, *, texts: bool) -> None:
-        self._new = new
+    def __init__(self, replayed: Sequence[int], answer: int, weight: float, *, texts: bool) -> None:
+        self._replayed = np.array(replayed, np.int64)
         self._answer = answer
         self._weight = weight
         self._texts = texts
@@ -74,7 +74,7 @@ class GroupPositions:
         """The four columns named above."""
         supervised_BT = shown.labels_BT != IGNORE
         count = len(rows.ids_B)
-        replayed_B = np.zeros(count, bool) if self._new is None else rows.domains_B != self._new
+        replayed_B = np.isin(rows.domains_B, self._replayed)
         text_B = np.arange(count) >= (count // 2 if self._texts else count)
         group_B = 2 * text_B.astype(np.int64) + replayed_B
         weights_BT = np.where(shown.labels_BT == self._answer, self._weight, 1.0) * supervised_BT
@@ -95,8 +95,6 @@ class LifelongDistillation(Method):
     objectives: ClassVar[frozenset[str]] = frozenset({"causal"})
 
     kind: Literal["l2kd"] = "l2kd"
-    task: str | None = None
-    """Domain of the task that is new; rows of others are replayed. null: all rows are new."""
     word_kd: bool = False
     """Whether new rows are taught by the teacher's distributions, at answers and texts, in the
     place of their labels (Word-KD); the answers of Seq-KD are a matter of ``data.sources``."""
@@ -106,10 +104,14 @@ class LifelongDistillation(Method):
     """Of both distributions of the divergence."""
     answer_weight: float = Field(5.0, gt=0)
     """Of the answer token among the labels of a text, whose weighted mean the cross entropy is."""
+    weighting: Literal["terms", "counts"] = "terms"
+    """Of new rows against replayed ones, where the new are taught: ``terms``: divergence and cross
+    entropy are a mean each, and count alike however many rows they are of, as in the original;
+    ``counts``: both are divided by their counts together, so that each position counts alike."""
 
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
-        """Refuse rows that are no questions or are shown otherwise than the loss counts, a task
-        that no row is of, and where one is needed a teacher that is not live."""
+        """Refuse rows that are no questions or are shown otherwise than the loss counts, and where
+        one is needed a teacher that is not live."""
         del config
         questions = run.data.questions
         if questions is None:
@@ -119,12 +121,18 @@ class LifelongDistillation(Method):
                 f"data.questions.modelling: {str(questions.modelling).lower()}, but "
                 f"method.text_weight is {self.text_weight:g}"
             )
-        if self.task is not None and self.task not in run.data.domains:
-            near = nearest(self.task, run.data.domains)
-            raise ConfigError(f"method.task: no source has the domain {self.task!r}{near}")
+        if self.weighting == "counts" and not self.word_kd:
+            raise ConfigError(
+                "method.weighting: counts is of what method.word_kd teaches beside replayed rows; "
+                "without it all rows have one count"
+            )
         if self.word_kd and not isinstance(run.teacher, LiveTeacher):
             kind = "none" if run.teacher is None else run.teacher.kind
             raise ConfigError(f"teacher.kind: method.word_kd needs a live one, not {kind}")
+
+    def selection(self) -> Selection | None:
+        """None: what is learnt last is what the next task begins with."""
+        return None
 
     def wants_teacher(self) -> bool:
         """Whether new rows are taught."""
@@ -142,13 +150,14 @@ class LifelongDistillation(Method):
     def readers(self, context: StageContext) -> Sequence[Reader]:
         """The one that says which positions are of which term."""
         data = context.run.data
-        new = None if self.task is None else data.domains.index(self.task)
+        replayed = [data.domains.index(domain) for domain in data.replayed_domains]
         tokenizer = context.prepared.tokenizer
         answer = tokenizer.convert_tokens_to_ids(data.questions.answer_token)
-        return (GroupPositions(new, answer, self.answer_weight, texts=self.text_weight > 0),)
+        return (GroupPositions(replayed, answer, self.answer_weight, texts=self.text_weight > 0),)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """Label weights of cross entropies, positions of divergences."""
+        """Label weights of cross entropies, positions of divergences; of both together, if so many
+        is what either is divided by."""
         group_B = batch.columns[ROW_GROUPS]
         weights_B = batch.columns[ROW_WEIGHTS]
         counts = {}
@@ -156,6 +165,9 @@ class LifelongDistillation(Method):
             summed_B = batch.counts_B if name.endswith("_kl") else weights_B
             here_B = torch.isin(group_B, torch.tensor(groups))
             counts[name] = float(summed_B[here_B].sum())
+        if self.weighting == "counts":
+            for name in [name for name in counts if not name.endswith("_kl")]:
+                counts[name] = counts[f"{name}_kl"] = counts[name] + counts[f"{name}_kl"]
         return counts
 
     def loss(

@@ -28,7 +28,7 @@ def l2kd(**settings):
     return build_method({"kind": "l2kd", **settings})
 
 
-def shown_batch(questions, texts, domains, *, new=0, weight=5.0):
+def shown_batch(questions, texts, domains, *, replayed=(1,), weight=5.0):
     """A batch whose rows have these labels as questions and, one longer, as texts (None: they are
     not shown so), -1 where nothing is learnt."""
     parts = [questions] if texts is None else [questions, texts]
@@ -39,7 +39,7 @@ def shown_batch(questions, texts, domains, *, new=0, weight=5.0):
     domains_B = np.array(domains * len(parts))
     rows = row_batch(list(range(len(padded))), 0, labels_BT * 0, [width] * len(padded))
     rows = rows._replace(domains_B=domains_B)
-    columns = GroupPositions(new, ANSWER, weight, texts=texts is not None)(
+    columns = GroupPositions(replayed, ANSWER, weight, texts=texts is not None)(
         rows, Shown(labels_BT, labels_BT)
     )
     tensors = {name: torch.from_numpy(np.asarray(each)) for name, each in columns.items()}
@@ -70,7 +70,7 @@ def test_the_originals_numbers(name, dtype, extra):
     case = CASES[name]
     inputs, replayed = case["inputs"], name == "word_kd_all_replay"
     logits = [inputs[f"{of}_{'student' if replayed else 'logits'}"] for of in ("qa", "lm")]
-    batch = shown_batch(inputs["Y"], inputs["gen_Y"], [1, 1, 1], new=0 if replayed else 1)
+    batch = shown_batch(inputs["Y"], inputs["gen_Y"], [1, 1, 1], replayed=[1] * replayed)
     student_NV = flat(*logits, batch=batch, dtype=dtype)
     method = l2kd(word_kd=replayed, text_weight=inputs["lm_lambda"])
     found, terms, counts = terms_of(method, student_NV, batch, student_NV if replayed else None)
@@ -85,7 +85,7 @@ def test_new_rows_are_taught_and_replayed_ones_learn_their_labels():
     """Each term over its own count, gradients included, against plain torch."""
     inputs = CASES["lamol_loss"]["inputs"]
     domains = [1, 0, 1]
-    batch = shown_batch(inputs["Y"], inputs["gen_Y"], domains, new=1)
+    batch = shown_batch(inputs["Y"], inputs["gen_Y"], domains, replayed=[0])
     torch.manual_seed(0)
     student_NV = flat(inputs["qa_logits"], inputs["lm_logits"], batch=batch, dtype=torch.float64)
     student_NV.requires_grad_()
@@ -120,6 +120,24 @@ def test_new_rows_are_taught_and_replayed_ones_learn_their_labels():
     torch.testing.assert_close(*gradients, atol=1e-10, rtol=1e-9)
 
 
+def test_positions_count_alike_over_the_count_of_both():
+    inputs = CASES["lamol_loss"]["inputs"]
+    batch = shown_batch(inputs["Y"], inputs["gen_Y"], [1, 0, 1], replayed=[0])
+    torch.manual_seed(0)
+    student_NV = flat(inputs["qa_logits"], inputs["lm_logits"], batch=batch, dtype=torch.float64)
+    teacher_NV = torch.randn_like(student_NV)
+    _, by_terms, each = terms_of(l2kd(word_kd=True), student_NV, batch, teacher_NV)
+    both = l2kd(word_kd=True, weighting="counts")
+    found, terms, counts = terms_of(both, student_NV, batch, teacher_NV)
+    for name in ("question", "text"):
+        together = each[name] + each[f"{name}_kl"]
+        assert counts[name] == counts[f"{name}_kl"] == together and each[name] > 0
+        for term in (name, f"{name}_kl"):
+            assert terms[term].total == by_terms[term].total
+            assert found[term].item() == pytest.approx(by_terms[term].total.item() / together)
+    assert both.selection() is None
+
+
 def test_questions_alone():
     """Without texts there is one term, or two."""
     batch = shown_batch([[-1, 2, 3], [1, 0, -1]], None, [0, 1])
@@ -144,11 +162,11 @@ QUESTIONS = {
          r"data\.questions: missing; method l2kd learns questions"),
         ({"questions": {}}, {}, None, r"modelling: false, but method\.text_weight is 0\.25"),
         ({}, {"text_weight": 0}, None, r"modelling: true, but method\.text_weight is 0"),
-        ({}, {"task": "woo"}, None, r"method\.task: no source has the domain 'woo'; did you mean"),
+        ({}, {"weighting": "counts"}, None, r"weighting: counts is of what method\.word_kd"),
         ({}, {"word_kd": True}, None, r"teacher\.kind: method\.word_kd needs a live one, not none"),
         ({}, {"word_kd": True}, {"kind": "cached", "path": "x"}, "a live one, not cached"),
     ],
-    ids=["rows", "texts", "no-texts", "task", "none", "cached"],
+    ids=["rows", "texts", "no-texts", "counts", "none", "cached"],
 )  # fmt: skip
 def test_what_does_not_go_together(data, method, teacher, told):
     run = Run.model_validate({"data": QUESTIONS | data, "teacher": teacher})

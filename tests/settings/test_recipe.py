@@ -1,6 +1,5 @@
 """Settings files: errors by name, recipes, overrides, round trips, what may change in a resume."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from dskd.settings import yaml_tree
 from dskd.settings.base import Section
 from dskd.settings.compare import differences
 from dskd.settings.data import HardTokens, Masking, PretrainedTokenizer
-from dskd.settings.folders import cache_folder, data_settings, questions_folder
+from dskd.settings.folders import cache_folder, questions_folder
 from dskd.settings.parsing import parse
 from dskd.settings.recipe import SINGLE, dump_run, read
 from dskd.settings.run import Run, Train
@@ -431,22 +430,6 @@ def test_a_run_can_use_the_hard_tokens_of_another(tmp_path):
         "FILE: runs.b.data.masking.store: 'run:base' has no store, its masking is not of hard"
         " tokens"
     ]
-
-
-def test_a_run_can_use_the_answers_of_another(tmp_path):
-    asked = "data: {sources: [{kind: questions, path: 'run:a'}]}"
-    recipe = f"base: {{out: o}}\nruns:\n  a: {{}}\n  b: {{{asked}}}\n"
-    assert read(_write(tmp_path, recipe)).runs["b"].data.sources[0].path == "o/a/distilled.jsonl"
-
-
-def test_what_a_method_writes_of_earlier_tasks_lies_in_the_runs_folder(tmp_path):
-    sources = "[{kind: questions, path: x}, {kind: replayed, domain: a}, {kind: replayed, "
-    sources += "domain: b, path: ~/y}]"
-    recipe = f"base: {{out: o}}\nruns:\n  a: {{data: {{sources: {sources}}}}}\n"
-    run = read(_write(tmp_path, recipe)).runs["a"]
-    found = [source.path for source in data_settings(run).sources]
-    assert found == ["x", "o/a/replay/a.jsonl", os.path.expanduser("~/y")]
-    assert run.data.replayed_domains == ["a", "b"] and run.data.sources[1].path is None
 
 
 @pytest.mark.parametrize("field", ["sources", "validation"])

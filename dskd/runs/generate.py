@@ -43,13 +43,13 @@ from dskd.models.families import longest_row
 from dskd.models.generate import Decoding, Sampling, continuations
 from dskd.models.heads import of_objective
 from dskd.runs.finding import model_at
-from dskd.runs.rows_file import RowsFile
 from dskd.settings.model import Model
 from dskd.system import dist, watch
 from dskd.system.device import DTYPES, on_gpu
 from dskd.system.doing import at_stage
 from dskd.system.files import file_hash
 from dskd.system.log import bar, say
+from dskd.system.rows_file import RowsFile
 
 _ENCODED = 4096  # prompts at a time
 _WINDOW = 4  # batches of each rank, of which the rows are written together

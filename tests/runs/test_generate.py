@@ -20,8 +20,8 @@ from transformers import (
 
 from dskd.cli import main
 from dskd.models import generate
-from dskd.runs import rows_file
 from dskd.settings.yaml_tree import dump
+from dskd.system import rows_file
 from tests.disks import limited
 from tests.equivalence.small import settings
 from tests.faults.runs import die

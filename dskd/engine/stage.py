@@ -26,6 +26,11 @@ class StageContext(Protocol):
     device: torch.device
 
     @property
+    def given(self) -> Run:
+        """The settings as they are written, for a stage that comes before ``data``."""
+        ...
+
+    @property
     def run(self) -> Run:
         """The settings, with the length of the run in steps."""
         ...

@@ -32,10 +32,12 @@ from dskd.batch import (
     Signal,
     Term,
 )
+from dskd.continual.distil import Distil, distil_stage
+from dskd.continual.replay import Replay, check_replay, replay_stage
 from dskd.data.prepared import RowBatch
 from dskd.data.views import Reader, Shown
 from dskd.engine.checkpoints import Selection
-from dskd.engine.stage import StageContext
+from dskd.engine.stage import Stage, StageContext
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.ops import positions_ce, positions_kd
@@ -104,10 +106,31 @@ class LifelongDistillation(Method):
     """Of both distributions of the divergence."""
     answer_weight: float = Field(5.0, gt=0)
     """Of the answer token among the labels of a text, whose weighted mean the cross entropy is."""
+    replay: Replay | None = None
+    """The rows of replayed sources without a path, and how they are written; null: there are none.
+    """
+    distil: Distil | None = None
+    """How the exported model answers the questions of the training rows, for other runs that name
+    ``run:NAME`` as the path of questions (Seq-KD); null: it is not asked."""
     weighting: Literal["terms", "counts"] = "terms"
     """Of new rows against replayed ones, where the new are taught: ``terms``: divergence and cross
     entropy are a mean each, and count alike however many rows they are of, as in the original;
     ``counts``: both are divided by their counts together, so that each position counts alike."""
+
+    @property
+    def writes_replayed(self) -> bool:
+        """Whether rows of earlier tasks are written."""
+        return self.replay is not None
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether these are taken from given ones."""
+        return self.replay is not None and self.replay.real
+
+    def stages(self) -> Sequence[Stage]:
+        """Rows of earlier tasks before the data, answers once the model is exported."""
+        before = [] if self.replay is None else [replay_stage(self.replay)]
+        return before if self.distil is None else [*before, distil_stage(self.distil)]
 
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
         """Refuse rows that are no questions or are shown otherwise than the loss counts, and where
@@ -126,6 +149,7 @@ class LifelongDistillation(Method):
                 "method.weighting: counts is of what method.word_kd teaches beside replayed rows; "
                 "without it all rows have one count"
             )
+        check_replay(self.replay, run)
         if self.word_kd and not isinstance(run.teacher, LiveTeacher):
             kind = "none" if run.teacher is None else run.teacher.kind
             raise ConfigError(f"teacher.kind: method.word_kd needs a live one, not {kind}")

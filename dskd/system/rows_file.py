@@ -81,6 +81,16 @@ class RowsFile:
                     self._stream.truncate(self._ends[rows - 1] if rows else 0)
         return rows
 
+    def last(self) -> Any:
+        """The last row that is written, of a whole file or one that is begun; None: there is none.
+
+        Raises:
+            StoreError: a whole file ends with no row.
+        """
+        with dist.agreed():
+            row = self._last() if dist.rank() == 0 else None
+        return dist.broadcast_object(row)
+
     def append(self, rows: Iterable[Any]) -> None:
         """Write further rows, all of them or none.
 
@@ -165,6 +175,19 @@ class RowsFile:
         if len(lines) > self._total:
             raise StoreError(f"{self._part}: damaged, {len(lines)} rows of {self._total}")
         return list(accumulate(len(line) + 1 for line in lines))
+
+    def _last(self) -> Any:
+        path = self._path if self.complete else self._part
+        with path.open("rb") as stream:
+            line = None
+            for line in stream:  # noqa: B007
+                pass
+        if line is None:
+            return None
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError) as problem:
+            raise StoreError(f"{path}: damaged, its last line is not JSON ({problem})") from problem
 
     def _close(self) -> None:
         if self._stream is not None:

@@ -121,6 +121,7 @@ class RowsFile:
                     os.fsync(self._stream.fileno())
                     self._part.replace(self._path)
                     sync_to_disk(self._path.parent)
+        self.complete = True
 
     def _open(self) -> None:
         begun = self._path.exists() or (self._part.exists() and self._part.stat().st_size > 0)

@@ -32,6 +32,7 @@ from dskd.runs.vocabularies import (
     refuse_vocabularies,
     used_models,
 )
+from dskd.runs.written_answers import refuse_missing_answers
 from dskd.settings.compare import differences
 from dskd.settings.folders import RunFolder, folder_of, source_settings
 from dskd.settings.model import Model
@@ -62,10 +63,12 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
             settings that a run in progress was started with.
     """
     refuse_unknown_stage(recipe, methods)
+    stages = _stages(recipe, methods)
     for name, run in recipe.runs.items():
         prefix = recipe.prefix(name)
         validate(run, methods[name], world=world, prefix=prefix)
         refuse_later_exports(recipe, name)
+        refuse_missing_answers(recipe, stages, name)
         refuse_vocabularies(recipe, methods[name], name)
         refuse_other_stores(recipe, methods, name)
         _check_others(recipe, methods, name)
@@ -167,9 +170,8 @@ def _loaded(
 
 def is_done(recipe: Recipe, methods: Mapping[str, Method]) -> bool:
     """Whether every run has left what its stages leave, as far as the last one says so."""
-    known = _known(recipe, methods)
-    for name, run in recipe.runs.items():
-        stages = _to_do(stages_of(masks_of(run), methods[name]), run.until, known)
+    for name, stages in _stages(recipe, methods).items():
+        run = recipe.runs[name]
         wholes = [run.out / s.whole for s in stages if s.whole is not None and s.wanted(run)]
         if stages[-1].whole is None or not all(whole.exists() for whole in wholes):
             return False
@@ -185,6 +187,15 @@ def _known(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, Stage]:
         if stage.before is not None
     ]
     return {s.name: s for s in in_order(STAGES, list({s.name: s for s in brought}.values()))}
+
+
+def _stages(recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, tuple[Stage, ...]]:
+    """What each run carries out."""
+    known = _known(recipe, methods)
+    return {
+        name: _to_do(stages_of(masks_of(run), methods[name]), run.until, known)
+        for name, run in recipe.runs.items()
+    }
 
 
 def _to_do(stages: Sequence[Stage], until: str, known: Mapping[str, Stage]) -> tuple[Stage, ...]:

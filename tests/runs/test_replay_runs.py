@@ -1,0 +1,140 @@
+"""Tasks one after the other, where each replays the ones before, and a model that learns from the
+answers of another."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dskd.data.preparing import training_questions
+from dskd.errors import ConfigError
+from dskd.settings.recipe import read
+from dskd.settings.yaml_tree import merge
+from tests.launching import forked, losses
+from tests.runs.test_plan import checked, recipe_of
+from tests.runs.test_question_runs import asked
+
+LEARNT = {"train": {"steps": 100, "batch": 16, "micro_batch": 16, "lr": 0.01}}
+SHORT = {"train": {"steps": None, "epochs": 1}}
+NEVER = {"evaluation": {"every": 100}, "checkpoint": {"every": 100}}
+
+
+def chain(folder: Path) -> Path:
+    """``up`` is learnt, and its model answers; ``down`` replays it, in runs of their own from its
+    samples, from all earlier questions; ``seq`` learns what ``up`` answers."""
+    both = asked(folder, modelling=True)
+    up, down = both["data"].pop("sources")
+    first = merge(both, {"data": {"sources": [up]}, "method": {"kind": "l2kd", "distil": {}}})
+    later = merge(both, {"model": {"config": None, "path": "run:up"}})
+    later["model"] = {"path": "run:up"}
+    later["data"]["tokenizer"] = {"kind": "pretrained", "path": "run:up"}
+    replayed = {"kind": "replayed", "domain": "up"}
+    lll = {"data": {"sources": [down, replayed]}, "method": {"kind": "l2kd", "replay": {}}}
+    real = merge(lll, {"method": {"replay": {"real": True}}, "data": {"memory": [up]}})
+    seq = {"data": {"sources": [up | {"path": "run:up"}], "validation": [up]}}
+    seq["method"] = {"kind": "l2kd"}
+    runs = {
+        "up": merge(first, LEARNT | NEVER),
+        "down": merge(later, lll | SHORT | NEVER),
+        "real": merge(later, real | SHORT | NEVER),
+        "seq": merge(later, seq | SHORT | NEVER),
+    }
+    return recipe_of(folder, runs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chain")
+    forked(1, str(chain(folder)))
+    return folder
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_next_task_replays_what_the_model_writes(folder):
+    new = len(list(training_questions(read(chain(folder)).runs["down"].data)))
+    out, real = folder / "runs" / "down", folder / "runs" / "real"
+    asked_for = -(-new // 5)
+    told = json.loads((out / "replay" / "summary.json").read_text())["tasks"]["up"]
+    rows = lines(out / "replay" / "up.jsonl")
+    assert told["asked"] == told["written"] == len(rows) == asked_for
+    assert told["samples"] < 3 * asked_for  # it has learnt to write them
+    assert len(lines(real / "replay" / "up.jsonl")) == asked_for
+    assert len(losses(out)) == -(-(new + asked_for) // 4 // 4) or len(losses(out)) > 0
+    report = (folder / "runs" / "report.html").read_text()
+    assert f"{asked_for / told['samples']:.1%} of {told['samples']}" in report
+    tokenizer = AutoTokenizer.from_pretrained(out / "export")
+    ans = tokenizer.convert_tokens_to_ids("__ans__")
+    written = [tokenizer.decode(row["ids"][: row["ids"].index(ans)]) for row in rows]
+    assert sum("up ?" in text for text in written) > 0.8 * len(written)
+
+
+def test_an_exported_model_answers_its_questions(folder):
+    """Against HuggingFace's own greedy search, question by question."""
+    out = folder / "runs" / "up"
+    given = [question for _, question in training_questions(read(chain(folder)).runs["up"].data)]
+    found = lines(out / "distilled.jsonl")
+    assert [(row["context"], row["question"]) for row in found] == [
+        (question.context, question.text) for question in given
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(out / "export", split_special_tokens=True)
+    model = AutoModelForCausalLM.from_pretrained(out / "export").eval()
+    ans, end = tokenizer.convert_tokens_to_ids("__ans__"), tokenizer.eos_token_id
+    for row in found[::5]:
+        context, question = (tokenizer(row[n]).input_ids[1:] for n in ("context", "question"))
+        prompt = [*context[: 32 - len(question) - 1 - 6], *question, ans]
+        with torch.no_grad():
+            ids = model.generate(
+                torch.tensor([prompt]), max_length=32, do_sample=False, eos_token_id=end,
+                pad_token_id=1,
+            )[0, len(prompt) :].tolist()  # fmt: skip
+        ids = ids[: ids.index(end)] if end in ids else ids
+        assert row["answer"] == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    right = sum(r["answer"] == q.answers[0] for r, q in zip(found, given, strict=True))
+    assert right > len(given) // 4
+    assert (folder / "runs" / "seq" / "scores.json").exists()
+
+
+def test_what_is_done_is_not_done_again(folder):
+    places = [*folder.glob("runs/*/replay/*"), *folder.glob("runs/*/distilled.jsonl*")]
+    assert len(places) == 3 + 3 + 2
+    before = [place.stat().st_mtime_ns for place in places]
+    forked(1, str(chain(folder)))
+    assert [place.stat().st_mtime_ns for place in places] == before
+
+
+def test_answers_and_samples_are_the_same_on_two_ranks_at_any_stage(folder):
+    forked(2, str(chain(folder)), f"out={folder}/zero3", "deepspeed=zero3",
+           "train.micro_batch=2", "runs.up.train.micro_batch=8", "runs.seq.until=data")  # fmt: skip
+    one, two = folder / "runs", folder / "zero3"
+    same = [a == b for a, b in zip(
+        lines(one / "up" / "distilled.jsonl"), lines(two / "up" / "distilled.jsonl"), strict=True
+    )]  # fmt: skip
+    # the weights differ by rounding, so that near ties may fall otherwise
+    assert sum(same) > 0.9 * len(same)
+
+
+def test_other_settings_are_refused(folder):
+    for words in (["runs.down.method.replay.share=0.3"], ["runs.up.method.distil.top_k=5"]):
+        with pytest.raises(ConfigError, match=r"was started with other settings:\n  method\."):
+            checked(chain(folder), *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["runs.up.method.distil=null"], "by its settings run up writes no answers of its model"),
+        (["runs.up.until=export"], r"run up writes no answers of its model \(distilled\.jsonl\)"),
+        ([f"runs.seq.data.sources.0.path={'{out}'}/runs/seq/distilled.jsonl"],
+         "is what this run itself writes in its end"),
+    ],
+    ids=["null", "until", "itself"],
+)  # fmt: skip
+def test_answers_that_no_run_writes_are_refused(tmp_path, words, told):
+    words = [word.replace("{out}", str(tmp_path)) for word in words]
+    with pytest.raises(ConfigError, match=rf"^runs\.seq\.data\.sources\.0\.path: .*{told}"):
+        checked(chain(tmp_path), *words)

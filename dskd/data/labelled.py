@@ -35,24 +35,25 @@ class LabelSet:
         classes: names of those that are taken, sorted by code point, in the order of the logits;
             none: rows have numbers.
         others: names of the further ones of the sources, whose rows are left out.
+        own: what a label is not that is none of these, for the message.
     """
 
     classes: tuple[str, ...]
     others: frozenset[str] = frozenset()
+    own: str = "that of no row of data.sources"
 
     def takes(self, example: Example) -> bool:
         """Whether an example is one of the rows.
 
         Raises:
-            DataError: it is of a class that no row of ``data.sources`` has.
+            DataError: it is of another class than these and the further ones.
         """
         if not self.classes or example.label is None or example.label in self.classes:
             return True
         if example.label not in self.others:
             known = _shown(sorted({*self.classes, *self.others}))
             raise DataError(
-                f"{example.place}: the label {example.label!r} is that of no row of data.sources; "
-                f"theirs are {known}"
+                f"{example.place}: the label {example.label!r} is {self.own}; theirs are {known}"
             )
         return False
 

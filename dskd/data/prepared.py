@@ -16,6 +16,9 @@ under a temporary name and renamed, so it is whole or absent. The folder is name
 hash of the settings and of the sources' bytes; ``fingerprint`` is a hash of the rows themselves and
 is what caches are bound to.
 
+Rows of further sources (:func:`prepare_further`) lie in folders of their own, in one split,
+``rows``.
+
 Shape letters: B rows, T tokens.
 """
 
@@ -24,7 +27,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +42,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import UNLABELLED
 from dskd.data import sources
-from dskd.data.preparing import FORMAT, MANIFEST, build_rows
+from dskd.data.preparing import FORMAT, FURTHER, MANIFEST, SPLITS, build_further, build_rows
 from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.data.text_files import readable
 from dskd.data.tokenizers import load_tokenizer, template_fingerprint, tokenizer_fingerprint
@@ -174,11 +177,6 @@ class _Split(BaseModel):
     fingerprint: str
 
 
-class _Splits(BaseModel):
-    train: _Split
-    validation: _Split
-
-
 class _Manifest(BaseModel):
     """What is read of a manifest."""
 
@@ -190,7 +188,7 @@ class _Manifest(BaseModel):
     domains: list[str]
     classes: list[str] | None = None
     questions: list[str] | None = None
-    splits: _Splits
+    splits: dict[str, _Split]
     files: dict[str, _File]
 
 
@@ -229,19 +227,63 @@ def prepare(data: Data, progress: bool = True) -> Path:
     """
     pretrained = isinstance(data.tokenizer, PretrainedTokenizer)
     tokenizer = load_tokenizer(data, ()) if pretrained else None
-    key = _key(data, tokenizer)
-    folder = data.folder / key[:16]
-    temporary = data.folder / f".{key[:16]}.{socket.gethostname()}.{os.getpid()}.tmp"
-    with _writable(data.folder):
-        _remove_abandoned(data.folder)  # first: the disk may be full of it
+    return _made(
+        data.folder,
+        lambda: _key(data, tokenizer),
+        lambda key, folder, bar: build_rows(data, tokenizer, key, folder, bar),
+        progress,
+    )
+
+
+def prepare_further(
+    data: Data, sources: Sequence[Source], beside: Prepared, progress: bool = True
+) -> Path:
+    """The folder of the rows of further sources, none of them held out, as :func:`prepare`.
+
+    Args:
+        data: the settings of the rows that there are; what they say of sources, validation rows
+            and tokenizer plays no part.
+        sources: of rows of the same kind.
+        beside: the rows that there are, whose tokenizer, domains and classes these have; domains
+            that only these have come behind.
+
+    Raises:
+        DataError: a label is none of the classes; or as by :func:`prepare`.
+        DiskError: ``data.folder`` cannot be made or written.
+    """
+    own = data.model_copy(update={"sources": list(sources), "validation": None})
+    domains = list(dict.fromkeys([*beside.domains, *(source.domain for source in sources)]))
+
+    def key() -> str:
+        about = {"further": _key(own, beside.tokenizer), "classes": beside.classes}
+        return fingerprint({**about, "domains": domains})
+
+    def build(key: str, folder: Path, bar: Progress) -> None:
+        build_further(own, beside.tokenizer, domains, beside.classes, key, folder, bar)
+
+    return _made(data.folder, key, build, progress)
+
+
+def _made(
+    parent: Path,
+    key_of: Callable[[], str],
+    build: Callable[[str, Path, Progress], None],
+    progress: bool,
+) -> Path:
+    """The folder below ``parent`` that is named by the key; built unless it is there already."""
+    key = key_of()
+    folder = parent / key[:16]
+    temporary = parent / f".{key[:16]}.{socket.gethostname()}.{os.getpid()}.tmp"
+    with _writable(parent):
+        _remove_abandoned(parent)  # first: the disk may be full of it
         if folder.exists():
             return folder
-        data.folder.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         try:
             with _bar(progress) as bar:
-                build_rows(data, tokenizer, key, temporary, bar)
-            if _key(data, tokenizer) != key:
+                build(key, temporary, bar)
+            if key_of() != key:
                 raise DataError("data.sources: a file changed while it was read; start again")
             _publish(temporary, folder)
         finally:
@@ -259,11 +301,7 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
     Raises:
         DataError: a file is missing or changed; the message names it.
     """
-    with readable("data.folder"):
-        manifest = read_manifest(folder / MANIFEST, DataError)
-        _check_manifest(manifest, folder / MANIFEST)
-        for name, expected in manifest["files"].items():
-            _check(folder / name, expected, verify or name.startswith("tokenizer/"))
+    manifest = _opened(folder, SPLITS, verify)
     return Prepared(
         folder=folder,
         tokenizer=stored_tokenizer(str(folder / "tokenizer"), "data.folder", error=DataError),
@@ -276,7 +314,26 @@ def open_prepared(folder: Path, verify: bool = True) -> Prepared:
     )
 
 
-def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
+def open_further(folder: Path, verify: bool = True) -> RowSet:
+    """The rows in a folder of :func:`prepare_further`, opened as by :func:`open_prepared`.
+
+    Raises:
+        DataError: a file is missing or changed; the message names it.
+    """
+    return RowSet(folder, FURTHER, _opened(folder, (FURTHER,), verify))
+
+
+def _opened(folder: Path, splits: Sequence[str], verify: bool) -> dict[str, Any]:
+    """The manifest of a folder that has these splits, once its files are looked at."""
+    with readable("data.folder"):
+        manifest = read_manifest(folder / MANIFEST, DataError)
+        _check_manifest(manifest, folder / MANIFEST, splits)
+        for name, expected in manifest["files"].items():
+            _check(folder / name, expected, verify or name.startswith("tokenizer/"))
+    return manifest
+
+
+def _check_manifest(manifest: dict[str, Any], path: Path, splits: Sequence[str]) -> None:
     """Refuse a manifest that another program wrote, or that leaves the folder."""
     if manifest.get("kind") != "rows" or manifest.get("format") != FORMAT:
         raise DataError(f"{path}: not of prepared rows that this dskd can read")
@@ -289,8 +346,11 @@ def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
     for name in read.files:
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise DataError(f"{path}: names {name!r}, which is not inside its folder")
+    if sorted(read.splits) != sorted(splits):
+        found, wanted = ", ".join(read.splits) or "none", ", ".join(splits)
+        raise DataError(f"{path}: not as this dskd writes it: splits: {found}, not {wanted}")
     width = np.dtype(read.dtype).itemsize
-    for split, of in (("train", read.splits.train), ("validation", read.splits.validation)):
+    for split, of in read.splits.items():
         sizes = {"ids": of.tokens * width, "offsets": 8 * (of.rows + 1), "domains": 2 * of.rows}
         if read.classes is not None:
             sizes |= {"labels": 4 * of.rows, "seconds": 4 * of.rows}

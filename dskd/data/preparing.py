@@ -38,7 +38,10 @@ from dskd.system.log import say
 FORMAT = 2
 MANIFEST = "manifest.json"
 _CHUNK_CHARACTERS = 2_000_000  # of text in memory at a time
-_SPLITS = ("train", "validation")
+SPLITS = ("train", "validation")
+"""Of a run's own rows."""
+FURTHER = "rows"
+"""The only split of rows of further sources."""
 _NOT_OF_ROWS = {"folder": True, "masking": True, "memory": True, "questions": {"modelling"}}
 """Settings that play no part in the rows."""
 _FILES = ("ids", "offsets", "domains")
@@ -48,15 +51,27 @@ _LABEL_FILES = ("labels", "seconds")
 
 @dataclass(frozen=True, kw_only=True)
 class _RowBuild:
-    """What all steps of one build share; ``labels`` is None unless rows are labelled."""
+    """What all steps of one build share.
+
+    Attributes:
+        parts: every source with the split it belongs to; None: decided for each document.
+        splits: all of them.
+        labels: None unless rows are labelled.
+    """
 
     data: Data
     key: str
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     domains: list[str]
-    dtype: str
     labels: LabelSet | None
+    parts: list[tuple[Source, str | None]]
+    splits: tuple[str, ...] = SPLITS
+
+    @property
+    def dtype(self) -> str:
+        """Of the tokens in the files."""
+        return "uint16" if vocabulary_size(self.tokenizer) <= 2**16 else "uint32"
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -121,17 +136,65 @@ def build_rows(
         folder=folder,
         tokenizer=tokenizer,
         domains=data.domains,
-        dtype="uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32",
         labels=labels,
+        parts=_parts(data),
     )
-    if data.questions is not None:
-        writers = _write_questions(made, bar)
-    else:
-        writers = _write_rows(made, bar) if labels is None else _write_examples(made, labels, bar)
+    writers = _write(made, bar)
     _refuse_small(data, writers)
+    _finish(made, writers)
+
+
+def build_further(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: list[str],
+    classes: list[str] | None,
+    key: str,
+    folder: Path,
+    bar: Progress,
+) -> None:
+    """Fill ``folder`` with the rows of ``data.sources``, none of them held out, beside rows that
+    there are: all in one split, :data:`FURTHER`.
+
+    Args:
+        tokenizer: of those other rows.
+        domains: of them, and behind those that only these rows have.
+        classes: of them, if they are labelled.
+        key, folder, bar: as of :func:`build_rows`.
+
+    Raises:
+        DataError: a row is of none of the classes, or as by :func:`build_rows`.
+    """
+    labels = None if classes is None else LabelSet(tuple(classes), own="none of the run's classes")
+    made = _RowBuild(
+        data=data,
+        key=key,
+        folder=folder,
+        tokenizer=tokenizer,
+        domains=domains,
+        labels=labels,
+        parts=[(source, FURTHER) for source in data.sources],
+        splits=(FURTHER,),
+    )
+    writers = _write(made, bar)
+    assert writers[FURTHER].rows, "a source without any text is refused, and all end in a row"
+    _finish(made, writers)
+
+
+def _write(made: _RowBuild, bar: Progress) -> dict[str, _SplitWriter]:
+    """The rows, in the files of their splits."""
+    if made.data.questions is not None:
+        return _write_questions(made, bar)
+    if made.labels is not None:
+        return _write_examples(made, made.labels, bar)
+    return _write_rows(made, bar)
+
+
+def _finish(made: _RowBuild, writers: dict[str, _SplitWriter]) -> None:
+    """The tokenizer and the manifest beside the rows."""
     # The Rust library raises a full disk as an Exception.
-    with raised_as(DataError, f"data.tokenizer: cannot be written to {data.folder}"):
-        tokenizer.save_pretrained(str(folder / "tokenizer"))
+    with raised_as(DataError, f"data.tokenizer: cannot be written to {made.data.folder}"):
+        made.tokenizer.save_pretrained(str(made.folder / "tokenizer"))
     _write_manifest(made, writers)
 
 
@@ -139,11 +202,11 @@ def _write_rows(made: _RowBuild, bar: Progress) -> dict[str, _SplitWriter]:
     data = made.data
     encode = Encoder(data, made.tokenizer)
     start = start_id(made.tokenizer, data.objective)
-    writers = {split: _SplitWriter(made, split, start) for split in _SPLITS}
-    for source, split in _parts(data):
-        packers = {name: Packer(data.packing, encode.block) for name in _SPLITS}
+    writers = {split: _SplitWriter(made, split, start) for split in made.splits}
+    for source, split in made.parts:
+        packers = {name: Packer(data.packing, encode.block) for name in made.splits}
         domain = made.domains.index(source.domain)
-        for chunk in _chunks(source, split, data, bar):
+        for chunk in _chunks(made, source, split, bar):
             for name, texts in chunk.items():
                 writers[name].write(packers[name].add(encode(texts)), domain)
         for name, packer in packers.items():
@@ -157,10 +220,10 @@ def _write_examples(made: _RowBuild, labels: LabelSet, bar: Progress) -> dict[st
     """Each example that the labels take as one row, in the order of the sources."""
     data = made.data
     encode = ExampleEncoder(data, made.tokenizer, labels.classes)
-    writers = {split: _SplitWriter(made, split) for split in _SPLITS}
-    for source, split in _parts(data):
+    writers = {split: _SplitWriter(made, split) for split in made.splits}
+    for source, split in made.parts:
         domain = made.domains.index(source.domain)
-        for chunk in _chunks(source, split, data, bar):
+        for chunk in _chunks(made, source, split, bar):
             for name, found in chunk.items():
                 taken = [example for example in found if labels.takes(example)]
                 rows, labels_R, seconds_R = encode(taken)
@@ -177,10 +240,10 @@ def _write_questions(made: _RowBuild, bar: Progress) -> dict[str, _SplitWriter]:
     """Each question with its first answer as one row, in the order of the sources."""
     data = made.data
     encode = QuestionEncoder(data, made.tokenizer)
-    writers = {split: _SplitWriter(made, split) for split in _SPLITS}
-    for source, split in _parts(data):
+    writers = {split: _SplitWriter(made, split) for split in made.splits}
+    for source, split in made.parts:
         domain = made.domains.index(source.domain)
-        for chunk in _chunks(source, split, data, bar):
+        for chunk in _chunks(made, source, split, bar):
             for name, found in chunk.items():
                 writers[name].write(encode(found), domain)
     for writer in writers.values():
@@ -278,11 +341,12 @@ def _held_out(text: str, fraction: float) -> bool:
 
 
 def _chunks(
-    source: Source, split: str | None, data: Data, bar: Progress
+    made: _RowBuild, source: Source, split: str | None, bar: Progress
 ) -> Iterator[dict[str, list[Any]]]:
     """The documents, examples or questions by split, about ``_CHUNK_CHARACTERS`` at a time."""
-    made = bar.add_task(f"Tokenizing {source.domain}", total=sources.size(source))
-    chunk: dict[str, list[Any]] = {name: [] for name in _SPLITS}
+    data = made.data
+    shown = bar.add_task(f"Tokenizing {source.domain}", total=sources.size(source))
+    chunk: dict[str, list[Any]] = {name: [] for name in made.splits}
     held = read = 0
 
     def advance(amount: int) -> None:
@@ -290,16 +354,16 @@ def _chunks(
         read += amount
 
     for found in _documents(source, data, advance):
-        name = split or _SPLITS[_held_out(_key_text(found), data.validation_fraction)]
+        name = split or made.splits[_held_out(_key_text(found), data.validation_fraction)]
         chunk[name].append(found)
         held += len(_whole_text(found))
         if held >= _CHUNK_CHARACTERS:
             yield chunk
-            bar.update(made, completed=read)
-            chunk = {name: [] for name in _SPLITS}
+            bar.update(shown, completed=read)
+            chunk = {name: [] for name in made.splits}
             held = 0
     yield chunk
-    bar.remove_task(made)
+    bar.remove_task(shown)
 
 
 def _refuse_small(data: Data, writers: dict[str, _SplitWriter]) -> None:

@@ -129,7 +129,9 @@ class QuestionView:
             return Shown(tokens_BT, labels_BT)
         # The last token is no input: what is shown is as long as the row.
         behind_BT = np.roll(tokens_BT, 1, axis=1)
-        behind_BT[:, 0] = self._tasks_D[rows.domains_B]
+        # Domains of further rows come behind the run's; they are among those that have tokens of
+        # their own, or all have the same token.
+        behind_BT[:, 0] = self._tasks_D[np.minimum(rows.domains_B, len(self._tasks_D) - 1)]
         whole_BT = np.where(real_BT, tokens_BT, IGNORE)
         return Shown(np.concatenate([tokens_BT, behind_BT]), np.concatenate([labels_BT, whole_BT]))
 

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
-from dskd.data.prepared import Prepared
+from dskd.data.prepared import Prepared, RowSet
 from dskd.data.views import View
 from dskd.engine.checkpoints import Checkpoints
+from dskd.settings.data import Source
 from dskd.settings.folders import RunFolder
 from dskd.settings.run import Run
 
@@ -43,6 +44,11 @@ class StageContext(Protocol):
     @property
     def prepared(self) -> Prepared:
         """The prepared rows."""
+        ...
+
+    def rows_of(self, sources: Sequence[Source]) -> RowSet:
+        """All rows of other sources, with the tokenizer, classes and domains of ``prepared``;
+        domains that only they have come behind. Collective where it is first called of them."""
         ...
 
     @property

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dskd.data.prepared import Prepared, open_prepared, prepare
+from dskd.data.prepared import (
+    Prepared,
+    RowSet,
+    open_further,
+    open_prepared,
+    prepare,
+    prepare_further,
+)
 from dskd.data.views import Reader, View, at_random, view_for
 from dskd.engine.checkpoints import Checkpoints, Selection
 from dskd.engine.row_masks import RowMasks, masks_of
@@ -18,13 +27,21 @@ from dskd.methods.checks import score_of, selection_of
 from dskd.methods.metrics import has_labels
 from dskd.models.build import parameter_count
 from dskd.models.configs import config_of, with_classes
+from dskd.settings.data import Source
 from dskd.settings.folders import RunFolder, data_settings, folder_of, student_settings
 from dskd.settings.length import is_in_steps, with_steps
 from dskd.settings.model import Model
 from dskd.settings.run import Run
 from dskd.system import dist
+from dskd.system.files import fingerprint
 
 EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed
+
+
+def _verified(folder: Path) -> Path:
+    """A folder of further rows, all bytes of which are looked at."""
+    open_further(folder)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,21 @@ class RunContext:
         """The prepared rows; rank 0 builds and verifies them while the others wait."""
         folder = dist.on_rank0(lambda: open_prepared(prepare(data_settings(self.given))).folder)
         return open_prepared(folder, verify=False)
+
+    def rows_of(self, sources: Sequence[Source]) -> RowSet:
+        """All rows of other sources, with the tokenizer, classes and domains of ``prepared``;
+        prepared as they are, and read once."""
+        key = fingerprint([source.model_dump(mode="json") for source in sources])
+        if key not in self._further:
+            data, beside = self.given.data, self.prepared
+            folder = dist.on_rank0(lambda: _verified(prepare_further(data, sources, beside)))
+            self._further[key] = open_further(folder, verify=False)
+        return self._further[key]
+
+    @cached_property
+    def _further(self) -> dict[str, RowSet]:
+        """What :meth:`rows_of` has read."""
+        return {}
 
     @cached_property
     def masks(self) -> RowMasks:

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dskd.methods.base import build_method
 from dskd.runs.context import RunContext
-from dskd.settings.data import Data, HardTokens, Masking
+from dskd.settings.data import BuiltinSource, Data, HardTokens, Masking
 from dskd.settings.run import Run
 from tests.engine.test_checkpoints import save
+from tests.ranks import run_ranks
 
 HARD = HardTokens(kind="hard_tokens")
 
@@ -32,3 +34,19 @@ def test_where_random_masks_judge_hard_ones_the_last_checkpoint_is_exported(
     for step, nll in ((1, 2.0), (2, 3.0)):
         save(context.checkpoints, step, nll)
     assert context.checkpoints.best().step == best
+
+
+def _further(rank: int, run: Run) -> list:
+    context = RunContext(run, build_method({"kind": "lm"}), torch.device("cpu"))
+    more = [BuiltinSource(documents=3, domain="more")]
+    rows = context.rows_of(more)
+    assert context.rows_of(more) is rows  # read once
+    folders = sorted(path.name for path in run.data.folder.iterdir())
+    return [rows.fingerprint, rows.domains_B(np.arange(len(rows))).tolist(), folders]
+
+
+def test_rows_of_other_sources_are_prepared_once_for_all_ranks(tmp_path: Path) -> None:
+    sources = [BuiltinSource(documents=40)]
+    run = Run(out=tmp_path / "run", data=Data(sources=sources, folder=tmp_path / "data"))
+    one, other = run_ranks(_further, run)
+    assert one == other and set(one[1]) == {1} and len(one[2]) == 2

@@ -9,7 +9,8 @@ A settings file holds one run (the sections of ``dskd.settings.run.Run``), or a 
 
 A run of a recipe writes to ``<base out>/<name>``. ``run:NAME`` stands for what an earlier run
 leaves: its export as the ``path`` of a model or tokenizer, its cache as that of a cached teacher,
-the ``store`` of its hard tokens, its model's answers as that of questions.
+the ``store`` of its hard tokens, its model's answers as that of questions. Below ``method``, whose
+settings are known to its class alone, any string that is exactly that stands for the run's folder.
 Overrides are ``a.b=value`` (all runs) and ``runs.NAME.a.b=value`` (one); the command line wins.
 Every mistake of a file is reported at once, by the dotted name that an override would use.
 """
@@ -44,6 +45,7 @@ from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, PanelTeacher, each_teacher
 from dskd.settings.yaml_tree import SettingName, Tree
 
+_RUN = "[A-Za-z0-9][A-Za-z0-9_-]*"  # name of a run
 _NAME, _PATH = 255, 4095  # bytes of a file's name, and of a whole path (Linux)
 
 SINGLE = "run"
@@ -110,7 +112,7 @@ def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
     usable = not isinstance(out, str) or not any(_unusable(os.path.expanduser(out), ("out",)))
     for name, own in runs.items():
         layers = (_mapping(own), own_over.get(name, {}))
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        if not re.fullmatch(_RUN, name):
             reader.add(("runs", name), "the name of a run is made of letters, digits, _ and -")
         if not all(isinstance(layer, dict) for layer in layers):
             reader.add(("runs", name), "expected settings (name: value)")
@@ -197,12 +199,34 @@ class _Reader:
             here = (*place, name)
             info = None if section is None else section.model_fields.get(name)
             marks = [] if info is None else [m for m in info.metadata if isinstance(m, RunPath)]
-            if marks and isinstance(value, str):
+            if here == ("method",):
+                resolved[name] = self._with_folders(value, here, problems)
+            elif marks and isinstance(value, str):
                 resolved[name] = self._folder(marks[0], value, here, problems)
             else:
                 inner = member(annotation, name) if info is None else info.annotation
                 resolved[name] = self._resolve(inner, value, here, problems)
         return resolved
+
+    def _with_folders(self, tree: Any, place: SettingName, problems: list[Problem]) -> Any:
+        """``tree``, of a section whose class is not known yet, with the folder of an earlier run in
+        the place of every ``run:NAME``."""
+        if isinstance(tree, list):
+            named = {str(index): value for index, value in enumerate(tree)}
+            return [*self._with_folders(named, place, problems).values()]
+        if isinstance(tree, dict):
+            return {
+                name: self._with_folders(value, (*place, name), problems)
+                for name, value in tree.items()
+            }
+        if not (isinstance(tree, str) and re.fullmatch(f"run:{_RUN}", tree)):
+            return tree
+        try:
+            run = self._earlier(tree.removeprefix("run:"))
+        except ConfigError as problem:
+            problems.append((place, str(problem)))
+            return tree
+        return tree if run is None else str(run.out)
 
     def _folder(
         self, mark: RunPath, value: str, place: SettingName, problems: list[Problem]
@@ -220,11 +244,7 @@ class _Reader:
         """The folder of what the run ``name`` leaves, for the setting at ``place``."""
         if output is None:
             raise ConfigError(f"'run:{name}' stands for nothing that a run leaves; give a path")
-        if name not in self.built:
-            earlier = ", ".join(self.built) or "none"
-            near = nearest(name, self.built)
-            raise ConfigError(f"'run:{name}' names no earlier run{near}; earlier ones: {earlier}")
-        run = self.built[name]
+        run = self._earlier(name)
         if run is None:  # what is wrong with it is among the problems already
             return f"run:{name}"
         if output == "export":
@@ -247,6 +267,14 @@ class _Reader:
         if not isinstance(teachers.get(domain), CachedTeacher):
             raise ConfigError(f"'run:{name}' has no cache, its teacher is not a cached one")
         return str(cache_folder(run, domain))
+
+    def _earlier(self, name: str) -> Run | None:
+        """The run ``name`` of those before this one; None if its settings are wrong."""
+        if name not in self.built:
+            earlier = ", ".join(self.built) or "none"
+            near = nearest(name, self.built)
+            raise ConfigError(f"'run:{name}' names no earlier run{near}; earlier ones: {earlier}")
+        return self.built[name]
 
 
 def _unusable(path: str, place: SettingName) -> Iterator[str]:

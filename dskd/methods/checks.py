@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dskd.engine.checkpoints import Selection
+from dskd.engine.ds_edits import check_edits
 from dskd.engine.row_masks import RowMasks, masks_of
+from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.methods.metrics import BY_TEACHERS, TEACHER_KL
 from dskd.settings.checks import Problems, problems_of, refuse_problems
@@ -23,6 +25,23 @@ def validate(run: Run, method: Method, *, world: int, prefix: str = "") -> None:
         ConfigError: every contradiction, one a line.
     """
     refuse_problems(_problems(run, method, world), prefix)
+
+
+def check_export(run: Run, method: Method) -> None:
+    """Refuse to export the optimizer's weights where they are not those of the exported model, or
+    cannot be read.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if run.checkpoint.export == "trained":
+        return
+    if method.remakes_student:
+        raise ConfigError(
+            f"checkpoint.export: {run.checkpoint.export}, but method {method.kind} exports another "
+            f"model than the one that the optimizer has the weights of; use trained"
+        )
+    check_edits(run, f"checkpoint.export {run.checkpoint.export}", gradients=False)
 
 
 def selection_of(run: Run, method: Method, masks: RowMasks) -> Selection | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ def export(
     folder: Path,
     *,
     card: Mapping[str, Any],
+    masters: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write ``folder`` so that ``from_pretrained`` gives the same logits (collective).
 
@@ -38,21 +40,25 @@ def export(
     interrupted export never leaves a part: ``folder`` is absent or whole.
 
     Args:
-        model: the HuggingFace model, in the dtype it is to be stored in.
+        model: the HuggingFace model, in the dtype it is to be stored in, unless there are
+            ``masters``.
         tokenizer: the data's.
         folder: replaced if it exists.
         card: what the model card tells, value by heading; ``title`` is its first line.
+        masters: the fp32 values of a trained parameter, in its shape, by its name (collective),
+            which are stored instead of the model's own.
 
     Raises:
         DiskError: the folder cannot be written; on every rank.
     """
     temporary = _temporary(folder)
     _on_rank0(folder, lambda: _make_empty(temporary))
-    files = _files(model)
+    stored = _Stored(model, masters)
+    files = _files(model, stored)
     for name, tensors in files.items():
-        values = {key: _whole(tensor) for key, tensor in tensors.items()}  # collective
+        values = {key: stored.whole(tensor) for key, tensor in tensors.items()}  # collective
         _on_rank0(folder, lambda name=name, values=values: _save(values, temporary / name))
-    _on_rank0(folder, lambda: _describe(model, tokenizer, files, card, temporary))
+    _on_rank0(folder, lambda: _describe(model, tokenizer, files, stored, card, temporary))
     _on_rank0(folder, lambda: _replace(temporary, folder))
 
 
@@ -86,7 +92,34 @@ def _on_rank0(folder: Path, work: Callable[[], None]) -> None:
                 raise
 
 
-def _files(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
+class _Stored:
+    """What is stored of a model's parameters and buffers; for the arguments see :func:`export`."""
+
+    def __init__(self, model: PreTrainedModel, masters: Callable[[str], Tensor] | None) -> None:
+        trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        self._names = {} if masters is None else trained
+        self._masters = masters
+
+    def dtype(self, tensor: Tensor) -> torch.dtype:
+        """In which a tensor is stored."""
+        return torch.float32 if id(tensor) in self._names else tensor.dtype
+
+    def bytes(self, tensor: Tensor) -> int:
+        """Of the whole tensor."""
+        return full_shape(tensor).numel() * self.dtype(tensor).itemsize
+
+    def whole(self, tensor: Tensor) -> Tensor | None:
+        """Its values on rank 0's CPU, None elsewhere (collective)."""
+        # A copy: tensors that share memory (an untied head's bias has two names) cannot be stored.
+        if self._masters is not None and id(tensor) in self._names:
+            values = self._masters(self._names[id(tensor)])
+            return values.detach().cpu().clone().contiguous() if dist.rank() == 0 else None
+        parameters = [tensor] if isinstance(tensor, nn.Parameter) else []
+        with gathered(parameters):
+            return tensor.detach().cpu().clone().contiguous() if dist.rank() == 0 else None
+
+
+def _files(model: PreTrainedModel, stored: _Stored) -> dict[str, dict[str, Tensor]]:
     """The tensors of each file, still sharded; a tied one once, under its source's name.
 
     The one value that is stored twice is the bias of an untied BERT or RoBERTa head: transformers
@@ -100,7 +133,7 @@ def _files(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
     for key, tensor in state.items():
         if key in tied:
             continue
-        size = full_shape(tensor).numel() * tensor.element_size()
+        size = stored.bytes(tensor)
         if parts[-1] and filled + size > SHARD_BYTES:
             parts.append({})
             filled = 0
@@ -110,14 +143,6 @@ def _files(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
         return {"model.safetensors": parts[0]}
     count = len(parts)
     return {f"model-{i:05d}-of-{count:05d}.safetensors": part for i, part in enumerate(parts, 1)}
-
-
-def _whole(tensor: Tensor) -> Tensor | None:
-    """A parameter's or buffer's values on rank 0's CPU, None elsewhere."""
-    parameters = [tensor] if isinstance(tensor, nn.Parameter) else []
-    with gathered(parameters):
-        # A copy: tensors that share memory (an untied head's bias has two names) cannot be stored.
-        return tensor.detach().cpu().clone().contiguous() if dist.rank() == 0 else None
 
 
 def _save(values: dict[str, Tensor], path: Path) -> None:
@@ -133,13 +158,14 @@ def _describe(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     files: Mapping[str, Mapping[str, Tensor]],
+    stored: _Stored,
     card: Mapping[str, Any],
     folder: Path,
 ) -> None:
     """Write everything beside the weights."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = next(model.parameters()).dtype
+    config.dtype = stored.dtype(next(model.parameters()))
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -154,7 +180,7 @@ def _describe(
     (folder / "README.md").write_text(_card(card), encoding="utf-8")
     if len(files) > 1:
         tensors = [tensor for part in files.values() for tensor in part.values()]
-        total = sum(full_shape(tensor).numel() * tensor.element_size() for tensor in tensors)
+        total = sum(stored.bytes(tensor) for tensor in tensors)
         places = {key: name for name, part in files.items() for key in part}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

@@ -14,7 +14,7 @@ from dskd.engine.run_config import check_operators, slow_step, student_config, t
 from dskd.engine.stage import Stage, in_order
 from dskd.errors import ConfigError
 from dskd.methods.base import Method, build_method
-from dskd.methods.checks import validate
+from dskd.methods.checks import check_export, validate
 from dskd.models.build import check_model, check_random, check_tokenizer, model_fingerprint
 from dskd.models.configs import config_at_hand, stored_folder, with_fields
 from dskd.narrowing.slice_stage import sliced_config
@@ -139,6 +139,7 @@ def _check_student(recipe: Recipe, methods: Mapping[str, Method], name: str) -> 
             check_model(config, run.model, **_rows_of(run), where="model")
         methods[name].check(run, config)
         check_average(run, methods[name])
+        check_export(run, methods[name])
     except ConfigError as problem:
         raise ConfigError(f"{prefix}.{problem}" if prefix else str(problem)) from problem
 

@@ -153,6 +153,9 @@ def export_best(context: RunContext) -> None:
     if hooks.defines_export:
         with dist.agreed():
             model = hooks.exported(engine.weights(gradients=False), _some_rows(context))
+    masters = None
+    if context.run.checkpoint.export == "fp32" and student.precision != "fp32":
+        masters = engine.weights(gradients=False).whole
     classifier = context.prepared.classes is not None
     card = {
         "title": f"A {'classifier' if classifier else 'language model'} trained with dskd",
@@ -162,7 +165,7 @@ def export_best(context: RunContext) -> None:
         "tokenizer": _TOKENIZER,
         "run": context.run.model_dump(mode="json"),
     }
-    export(model, context.prepared.tokenizer, folder, card=card)
+    export(model, context.prepared.tokenizer, folder, card=card, masters=masters)
     say(f"exported step {best.step} to {folder}")
     engine.destroy()
 

@@ -104,6 +104,9 @@ class Checkpoint(Section):
     """Steps between checkpoints, or ``epoch`` (the last step is always saved)."""
     keep: Annotated[int, FREE] = Field(2, ge=1)
     """Most recent checkpoints kept; the best one, if the evaluation selects, besides."""
+    export: Literal["trained", "fp32"] = "trained"
+    """Number format of the exported weights. ``trained``: the one that the student computes in;
+    ``fp32``: as the optimizer has them, unrounded, for a run that goes on with them."""
 
 
 class Run(Section):

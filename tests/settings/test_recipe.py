@@ -246,7 +246,7 @@ def test_home_is_expanded(monkeypatch):
         ("lr: 1", "lr: no such setting; did you mean 'train.lr'?"),
         ("whole_word: true",
          "whole_word: no such setting; did you mean 'data.masking.whole_word'?"),
-        ("checkpoint: {xyz: 1}", "checkpoint.xyz: no such setting; there are every, keep"),
+        ("checkpoint: {xyz: 1}", "checkpoint.xyz: no such setting; there are every, keep, export"),
         ("teacher: {kind: liv}",
          "teacher.kind: 'liv' is not one of live, cached, routed, self, panel"),
         ("teacher: {kind: panel, teachers: {x: {}}}", "teacher.teachers.x.model: missing"),
@@ -429,35 +429,6 @@ def test_a_run_can_use_the_hard_tokens_of_another(tmp_path):
     assert _refused(tmp_path, recipe.replace("run:a", "run:base")) == [
         "FILE: runs.b.data.masking.store: 'run:base' has no store, its masking is not of hard"
         " tokens"
-    ]
-
-
-IN_METHOD = """
-base: {out: o, method: {kind: mine}}
-runs:
-  a: {}
-  b: {method: {from: "run:a", deep: {list: ["run:a", "not run:a", "run:", 1]}}}
-  c: {}
-"""
-
-
-def test_a_method_can_name_the_folder_of_an_earlier_run(tmp_path):
-    """Wherever a setting is exactly that, for nobody knows yet what the method has."""
-    runs = read(_write(tmp_path, IN_METHOD)).runs
-    found = {"from": "o/a", "deep": {"list": ["o/a", "not run:a", "run:", 1]}}
-    assert runs["b"].method == {"kind": "mine", **found}
-    assert read(_write(tmp_path, dump_run(runs["b"]))).runs[SINGLE].method == runs["b"].method
-    over = ["runs.c.method.from=run:b", "runs.b.method.deep=3"]
-    runs = read(_write(tmp_path, IN_METHOD), over).runs
-    assert (runs["c"].method["from"], runs["b"].method["deep"]) == ("o/b", 3)
-
-
-def test_a_method_can_name_no_later_run(tmp_path):
-    later = IN_METHOD.replace("run:a", "run:c").replace('["run:c"', '["run:aa"')
-    assert _refused(tmp_path, later) == [
-        "FILE: runs.b.method.from: 'run:c' names no earlier run; earlier ones: a",
-        "FILE: runs.b.method.deep.list.0: 'run:aa' names no earlier run; did you mean 'a'?;"
-        " earlier ones: a",
     ]
 
 

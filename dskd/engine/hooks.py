@@ -35,7 +35,7 @@ class Probe(Protocol):
 
         Args:
             batches: this rank's micro-batches, on the CPU; as many on every rank.
-            loss: None: the method's at this step.
+            loss: None: the method's at this step. Any other gets no teacher's signal.
             counts: what the terms of ``loss`` are divided by, once added up over all ranks and
                 micro-batches; None: the method's counts, where the terms have the same names.
         """

@@ -6,7 +6,8 @@ they go through :data:`METHODS`, so a new method is one file and one line here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -206,6 +207,11 @@ class Method(Section):
     def stages(self) -> Sequence[Stage]:
         """What a run by this method must make once, besides what every run makes."""
         return ()
+
+    def earlier_stages(self) -> Mapping[str, tuple[Path, Stage]]:
+        """What it reads of other runs: by the setting that names it, the folder of such a run and
+        the stage that leaves it there."""
+        return {}
 
 
 def build_method(section: dict[str, Any]) -> Method:

@@ -12,15 +12,16 @@ positions, M those of one term, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.batch import (
     HOST,
@@ -33,10 +34,14 @@ from dskd.batch import (
     Term,
 )
 from dskd.continual.distil import Distil, distil_stage
+from dskd.continual.earlier_tasks import IMPORTANCE, RowLoss, hooks_of, importance_stage
 from dskd.continual.replay import Replay, check_replay, replay_stage
+from dskd.continual.settings import Memories, Penalty
 from dskd.data.prepared import RowBatch
-from dskd.data.views import Reader, Shown
+from dskd.data.views import Reader, Shown, view_for
 from dskd.engine.checkpoints import Selection
+from dskd.engine.ds_edits import check_adam, check_edits
+from dskd.engine.hooks import StepHooks
 from dskd.engine.stage import Stage, StageContext
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
@@ -116,6 +121,14 @@ class LifelongDistillation(Method):
     """Of new rows against replayed ones, where the new are taught: ``terms``: divergence and cross
     entropy are a mean each, and count alike however many rows they are of, as in the original;
     ``counts``: both are divided by their counts together, so that each position counts alike."""
+    penalty: Penalty | None = None
+    """Pulls the weights that earlier tasks need back to where they were (EWC, MAS); null: nothing
+    does."""
+    memories: Memories | None = None
+    """Rows of earlier tasks that no step may make worse (GEM, A-GEM); null: there are none."""
+    adamw: Literal["torch", "original"] = "torch"
+    """``original``: that of old transformers, whose ``eps`` is not divided by the bias correction
+    and whose decay comes last: with the original's ``eps`` of 1e-4 its first steps are shorter."""
 
     @property
     def writes_replayed(self) -> bool:
@@ -124,13 +137,16 @@ class LifelongDistillation(Method):
 
     @property
     def reads_memory(self) -> bool:
-        """Whether these are taken from given ones."""
-        return self.replay is not None and self.replay.real
+        """Whether these are taken from given ones, or earlier tasks are remembered by theirs."""
+        return self.memories is not None or (self.replay is not None and self.replay.real)
 
     def stages(self) -> Sequence[Stage]:
-        """Rows of earlier tasks before the data, answers once the model is exported."""
-        before = [] if self.replay is None else [replay_stage(self.replay)]
-        return before if self.distil is None else [*before, distil_stage(self.distil)]
+        """Rows of earlier tasks before the data; once the model is exported, what it depends on,
+        for the next task, and its answers."""
+        stages = [] if self.replay is None else [replay_stage(self.replay)]
+        if self.penalty is not None:
+            stages.append(importance_stage(self.penalty, self._answers))
+        return stages if self.distil is None else [*stages, distil_stage(self.distil)]
 
     def check(self, run: Run, config: PreTrainedConfig | None) -> None:
         """Refuse rows that are no questions or are shown otherwise than the loss counts, and where
@@ -153,6 +169,40 @@ class LifelongDistillation(Method):
         if self.word_kd and not isinstance(run.teacher, LiveTeacher):
             kind = "none" if run.teacher is None else run.teacher.kind
             raise ConfigError(f"teacher.kind: method.word_kd needs a live one, not {kind}")
+        for part in (self.penalty, self.memories):
+            if part is not None:
+                part.check(run)
+        if self.adamw == "original":
+            check_adam(run, "method.adamw original")
+            check_edits(run, "method.adamw original", gradients=False)
+
+    def earlier_stages(self) -> Mapping[str, tuple[Path, Stage]]:
+        """The importances that the penalty's are added to."""
+        if self.penalty is None or self.penalty.folder is None:
+            return {}
+        (stage,) = (stage for stage in self.stages() if stage.name == IMPORTANCE)
+        return {"penalty.earlier": (self.penalty.folder, stage)}
+
+    def hooks(self, student: PreTrainedModel, context: StageContext) -> StepHooks | None:
+        """The penalty, the projection of the gradient and the original's optimizer."""
+        return hooks_of(
+            student,
+            context,
+            self._answers(context),
+            penalty=self.penalty,
+            memories=self.memories,
+            original_adamw=self.adamw == "original",
+        )
+
+    def _answers(self, context: StageContext) -> RowLoss:
+        """The cross entropy of rows as questions alone, whoever teaches the run and whether or not
+        it has texts."""
+        own = {"word_kd": False, "text_weight": 0.0, "weighting": "terms"}
+        alone = self.model_copy(update=own)
+        data, tokenizer = context.run.data, context.prepared.tokenizer
+        questions = data.questions.model_copy(update={"modelling": False})
+        view = view_for(data.model_copy(update={"questions": questions}), tokenizer, 0)
+        return RowLoss(alone.loss, alone.counts, view, alone.readers(context))
 
     def selection(self) -> Selection | None:
         """None: what is learnt last is what the next task begins with."""

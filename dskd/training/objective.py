@@ -27,21 +27,18 @@ class Objective(nn.Module):
         self.method = method
         self._unregistered = (teacher,)
 
-    def forward(
-        self, batch: Batch, step: int, loss: Loss | None = None, *, taught: bool = True
-    ) -> dict[str, Term]:
+    def forward(self, batch: Batch, step: int, loss: Loss | None = None) -> dict[str, Term]:
         """Terms of a loss on the student's supervised positions, by name.
 
         Args:
             batch: B rows, on the student's device.
             step: completed optimiser steps.
-            loss: None: the method's.
-            taught: whether the loss gets the teacher's signal where the method needs it at
-                ``step``; else it gets None.
+            loss: None: the method's, which gets the teacher's signal where it needs it at
+                ``step``; any other gets None.
         """
         (teacher,) = self._unregistered
         signal = None
-        if taught and teacher is not None and self.method.needs_teacher(step):
+        if loss is None and teacher is not None and self.method.needs_teacher(step):
             signal = teacher(batch)
         chosen = self.method.loss if loss is None else loss
         return dict(chosen(positions_of(self.student, batch), signal, batch, step))
@@ -64,5 +61,5 @@ class Objective(nn.Module):
 
         # By a call of the module, not of its parts: ZeRO-3 begins its record of which parameters
         # follow each other in a hook of the module that it wraps.
-        terms = self(batch, 0, loss, taught=False)
+        terms = self(batch, 0, loss)
         return [terms[str(n)].total for n in range(len(metrics))]

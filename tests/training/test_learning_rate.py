@@ -11,6 +11,7 @@ from dskd.training.learning_rate import learning_rate
 from tests.goldens import golden
 
 GOLDEN, EVOLUTION = golden("ki"), golden("self_evolution")
+L2KD = next(case for case in golden("continual")["cases"] if case["kind"] == "schedule")
 KINDS = {"linear": "linear", "then": "switch"}
 
 
@@ -34,6 +35,15 @@ def test_learning_rate_is_the_original_one(golden):
     for step, lr in golden["table"].items():
         assert learning_rate(train, int(step)) == lr
         assert learning_rate(train.model_copy(update={"schedule": "linear"}), int(step)) == lr
+
+
+def test_learning_rate_is_that_of_l2kd_which_counts_rows():
+    """So a step is of a single row here. There is no warm-up: a share of 0.005 of 100 rows."""
+    of = L2KD["inputs"]
+    assert int(of["warmup_ratio"] * of["n_train"]) == 0
+    train = Train(lr=of["base_lr"], warmup=0, steps=of["n_train"] * of["epochs"], schedule="linear")
+    found = [learning_rate(train, seen) for seen in of["samples_seen"]]
+    assert found == pytest.approx(L2KD["expected"], abs=L2KD["tol"] * of["base_lr"])
 
 
 def test_cosine_rate():

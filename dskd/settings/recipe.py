@@ -13,6 +13,9 @@ the ``store`` of its hard tokens, its model's answers as that of questions. Belo
 settings are known to its class alone, any string that is exactly that stands for the run's folder.
 Overrides are ``a.b=value`` (all runs) and ``runs.NAME.a.b=value`` (one); the command line wins.
 Every mistake of a file is reported at once, by the dotted name that an override would use.
+
+Tasks that are learnt one after the other are written as such (``tasks``, ``sequences``,
+``teachers``: ``sequence.py``) and read as the runs that learn them.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dskd.errors import ConfigError
-from dskd.settings import yaml_tree
+from dskd.settings import sequence, yaml_tree
 from dskd.settings.base import RunPath
 from dskd.settings.data import HardTokens
 from dskd.settings.folders import RunFolder, cache_folder, questions_folder
@@ -75,7 +78,7 @@ def read(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recip
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: expected settings (name: value), found {show(content)}")
     over = yaml_tree.overlay(overrides)
-    if "runs" in content or "base" in content:
+    if content.keys() & {"runs", "base", *sequence.SECTIONS}:
         return _read_recipe(content, over, where)
     if "runs" in over:
         name = where or "the toy run"
@@ -96,6 +99,8 @@ def dump_run(run: Run, *, here: bool = False) -> str:
 
 
 def _read_recipe(content: Tree, over: Tree, where: str) -> Recipe:
+    if content.keys() & {*sequence.SECTIONS}:
+        content, over = sequence.written_out(content, over, where)
     reader = _Reader(where)
     base, runs = _mapping(content.get("base")), content.get("runs")
     own_over = over.pop("runs", {})
@@ -145,7 +150,7 @@ class _Reader:
         self, place: SettingName, text: str, name: str = "", over: Mapping[str, Any] | None = None
     ) -> None:
         """Note a problem of the run ``name`` (none: of the file); ``over`` is its overlay."""
-        origin = "command line" if _covers(over or {}, place) else self.where
+        origin = "command line" if yaml_tree.covers(over or {}, place) else self.where
         self.problems.setdefault(name, []).append((origin, place, text))
 
     def run(self, name: str, tree: Tree, over: Tree, out: Any = None) -> None:
@@ -342,15 +347,3 @@ def _with_defaults(default: BaseModel, tree: Tree, over: Tree) -> Tree:
         elif isinstance(inner, BaseModel) and isinstance(over[name], dict):
             filled[name] = _with_defaults(inner, {}, over[name])
     return filled
-
-
-def _covers(over: Mapping[str, Any], place: SettingName) -> bool:
-    """Whether what is at ``place`` comes from the overlay."""
-    node: Any = over
-    for part in place:
-        if not isinstance(node, Mapping):
-            return True
-        if part not in node:
-            return False
-        node = node[part]
-    return True

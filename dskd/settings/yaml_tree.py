@@ -8,7 +8,7 @@ is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,18 @@ def merge(base: Any, over: Any, place: SettingName = ()) -> Any:
         return over
     laid = {key: merge(base[key], over[key], (*place, key)) for key in over if key in base}
     return {**base, **over, **laid}
+
+
+def covers(over: Mapping[str, Any], place: SettingName) -> bool:
+    """Whether what is at ``place`` comes from the overlay."""
+    node: Any = over
+    for part in place:
+        if not isinstance(node, Mapping):
+            return True
+        if part not in node:
+            return False
+        node = node[part]
+    return True
 
 
 def _parse(text: str, where: str) -> Any:

@@ -7,7 +7,7 @@ Beside ``base`` (and ``runs``, which come after) such a recipe has::
       sst: ...
     sequences:  # ways to learn them
       lll: {earlier: replayed, teacher: true, method: {word_kd: true, replay: {}}}
-      finetune: {method: {text_weight: 0}}
+      gem: {earlier: memory, later: {method: {memories: {kind: gem}}, train: {clip: 0}}}
     teachers: {train: {epochs: 9}}
 
 A task is of one domain, that of its name. Each sequence becomes a run a task, which starts as the
@@ -21,7 +21,7 @@ Here it is only settled which run learns and starts from what: the rest is the m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from pydantic import Field
@@ -75,6 +75,8 @@ class _Sequence(Section):
     """Whether the run ``TASK-teacher`` is the live teacher of that which learns the task."""
     distilled: bool = False
     """Learn a task's questions as its teacher answered them."""
+    later: dict[str, Any] = Field(default_factory=dict)
+    """Settings of all its runs but the first, which has no earlier task."""
 
 
 def written_out(content: Tree, over: Tree, where: str) -> tuple[Tree, Tree]:
@@ -197,10 +199,10 @@ class _Expansion:
             settings = self._settings(place, own)
             reads = {key: settings.pop(key) for key in fields if key in settings}
             sequence = self._section(_Sequence, place, reads)
-            for key in settings.keys() - Run.model_fields.keys():
-                near = nearest(key, [*fields, *Run.model_fields])
-                self._add((*place, key), f"no such setting{near}")
-            self._refuse_given(place, settings, _GIVEN | _OF_ALL)
+            self._refuse_others(place, settings, fields)
+            if sequence is not None:
+                after = (*place, "later")
+                self._refuse_others(after, self._settings(after, sequence.later))
             if name in self._tasks:
                 self._add(place, "a task has this name, too")
             if sequence is not None and self._fits(place, sequence, settings):
@@ -223,6 +225,8 @@ class _Expansion:
             if sequence.teacher:
                 text = "with `together` there is one run, and a teacher knows one task"
                 self._add((*place, "teacher"), text)
+            if sequence.later:
+                self._add((*place, "later"), "with `together` there is one run, the first")
             self._refuse_previous(place, settings)
             some = [name for name in order if name in tasks and tasks[name].validation]
             for name in order if some else ():
@@ -247,9 +251,7 @@ class _Expansion:
             text = "no sequence has `teacher: true` or `distilled: true`"
             self._add(("teachers",), text)
         own = self._settings(("teachers",), tree["teachers"])
-        for key in own.keys() - Run.model_fields.keys():
-            self._add(("teachers", key), "no such setting" + nearest(key, Run.model_fields))
-        self._refuse_given(("teachers",), own, _GIVEN | _OF_ALL)
+        self._refuse_others(("teachers",), own)
         self._refuse_previous(("teachers",), own)
         return own
 
@@ -270,7 +272,8 @@ class _Expansion:
         *earlier, task = so_far
         tasks = self._tasks
         previous = f"run:{prefix}{earlier[-1]}" if earlier else None
-        tree = _with_previous(self._started(own), previous)
+        settings = merge(own, sequence.later) if earlier else own
+        tree = _with_previous(self._started(settings), previous)
         if previous is not None:
             model = tree.get("model", {})
             tree["model"] = {"path": previous} | {n: model[n] for n in _KEPT if n in model}
@@ -372,6 +375,13 @@ class _Expansion:
         for inner, text in problems:
             self._add((*place, *inner), text)
         return section
+
+    def _refuse_others(self, place: SettingName, settings: Tree, more: Iterable[str] = ()) -> None:
+        """Refuse what is no setting of a run, besides ``more``, and what a sequence's runs get."""
+        for key in [key for key in settings if key not in Run.model_fields]:
+            near = nearest(key, [*more, *Run.model_fields])
+            self._add((*place, key), f"no such setting{near}")
+        self._refuse_given(place, settings, _GIVEN | _OF_ALL)
 
     def _refuse_given(
         self,

@@ -158,6 +158,14 @@ def test_the_run_before():
     assert runs["ewc-maj"]["method"]["list"] == ["run:ewc-rev", "x"]
 
 
+def test_settings_of_all_runs_but_the_first():
+    later = "later: {method: {memories: {kind: gem}}, train: {clip: 0}}"
+    runs, _ = expanded(with_sequences(f"gem: {{method: {{text_weight: 0}}, {later}}}"))
+    assert runs["rev"]["method"] == {"kind": "l2kd", "text_weight": 0}
+    assert "train" not in runs["rev"] and runs["maj"]["train"] == {"clip": 0}
+    assert runs["maj"]["method"] == runs["rev"]["method"] | {"memories": {"kind": "gem"}}
+
+
 def test_the_first_run_trains_the_tokenizer():
     trained = "tokenizer: {kind: trained, vocab_size: 400}"
     text = RECIPE.replace("tokenizer: {kind: pretrained, path: gpt2}", trained)
@@ -243,6 +251,8 @@ def test_mistakes_of_its_runs_are_those_of_any_recipe(tmp_path):
          "tasks.NAME.sources"),
         (("lll: {method", "lll: {out: x, method"),
          "sequences.lll.out: is written for each run of a task; it comes from base.out"),
+        (("lll: {method", "lll: {later: {trai: {}}, method"),
+         "sequences.lll.later.trai: no such setting; did you mean 'train'?"),
         (("  evaluation: {select: last}", "  evaluation: {sets: {}}"),
          "base.evaluation.sets: is written for each run of a task; it comes from tasks.NAME.test"),
         (("  evaluation: {select: last}", "  evaluation: 3"),
@@ -267,6 +277,8 @@ def test_a_mistake_is_named_by_its_place(change, line):
     [
         (["a: {together: true, teacher: true}"],
          "sequences.a.teacher: with `together` there is one run, and a teacher knows one task"),
+        (["a: {together: true, later: {seed: 2}}"],
+         "sequences.a.later: with `together` there is one run, the first"),
         (["a: {together: true}"],
          "tasks.rev.validation: missing; sequences.a learns it with maj, which has one"),
         (["a: {together: true, method: {x: {y: run:previous}}}"],

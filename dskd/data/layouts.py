@@ -186,6 +186,11 @@ class QuestionEncoder:
                 prompts.append(np.array(self._layout.prompt(context, asked), dtype=np.int64))
         return prompts
 
+    def longest_answer(self, found: Sequence[Question]) -> int:
+        """Number of tokens of the longest right answer of some questions, at least 1."""
+        tokens = self._tokens([answer for question in found for answer in question.answers])
+        return max(1, *map(len, tokens))
+
     def _asked(self, found: Sequence[Question]) -> tuple[list[list[int]], list[list[int]]]:
         """Tokens of the contexts and of the questions."""
         asked = self._tokens([question.text for question in found])

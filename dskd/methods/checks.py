@@ -9,9 +9,10 @@ from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.methods.metrics import BY_TEACHERS, TEACHER_KL
 from dskd.settings.checks import Problems, problems_of, refuse_problems
-from dskd.settings.examples import ReplayedSource
+from dskd.settings.examples import ReplayedSource, SquadSource
 from dskd.settings.run import Every, Run
 from dskd.settings.teachers import CachedTeacher, SelfTeacher, each_teacher, section_name
+from dskd.tasks.answers import check_answer_metric
 
 
 def validate(run: Run, method: Method, *, world: int, prefix: str = "") -> None:
@@ -95,6 +96,7 @@ def _problems(run: Run, method: Method, world: int) -> Problems:
             " the best checkpoint is chosen by its evaluation",
         )
     yield from _earlier_tasks(run, method)
+    yield from _sets(run, method)
     if method.wants_teacher():
         yield from _teacher(run, method)
     yield from masks.problems(method.columns(), cached=cached)
@@ -109,6 +111,22 @@ def _earlier_tasks(run: Run, method: Method) -> Problems:
     if run.data.memory is not None and not method.reads_memory:
         text = f"by these settings method {method.kind} reads none of it; leave it out"
         yield "data.memory", text
+
+
+def _sets(run: Run, method: Method) -> Problems:
+    """Named sets that the method cannot be evaluated on, and metrics that lack something."""
+    for name, own in run.evaluation.sets.items():
+        where = f"evaluation.sets.{name}"
+        if own.metric is None:
+            if type(method).evaluation_readers is not Method.evaluation_readers:
+                text = f"method {method.kind} is evaluated by what is stored of the validation rows"
+                yield where, f"{text}, which other rows lack"
+        else:
+            details = all(isinstance(s, SquadSource) and s.answers for s in own.sources)
+            try:
+                check_answer_metric(own.metric, details, f"{where}.metric")
+            except ConfigError as problem:
+                yield f"{where}.metric", str(problem).removeprefix(f"{where}.metric: ")
 
 
 def _is_multiple(rarer: Every, every: Every) -> bool:

@@ -26,8 +26,10 @@ from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
 from dskd.runs import comparable
+from dskd.runs.answers import answer_scores
 from dskd.runs.confusion import Confusion, confusion_section
 from dskd.runs.context import RunContext
+from dskd.runs.named_sets import evaluation_sets
 from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
 from dskd.settings.folders import RunFolder, cache_folder
@@ -41,9 +43,14 @@ from dskd.system.files import write_atomic
 from dskd.system.log import Metrics, reset_peak_memory, say, used_memory
 from dskd.teachers.capture import capture
 from dskd.teachers.setup import TeacherSetup, frozen, set_up
-from dskd.training.evaluation import EvaluationSet, Scores, by_key, evaluate
+from dskd.training.evaluation import VALIDATION, EvaluationSet, Scores, by_key, evaluate
 from dskd.training.objective import Objective
 from dskd.training.trainer import Trainer
+
+
+def prepare_rows(context: RunContext) -> None:
+    """Prepare all rows, those of named sets, too, and make the view of the training rows."""
+    _ = context.view, context.set_fingerprints
 
 
 def cache(context: RunContext) -> None:
@@ -191,21 +198,23 @@ def evaluate_export(context: RunContext) -> None:
     model = model.to(context.device) if ds is None else shard_teacher(model, ds)
     confusion = Confusion(context.prepared.classes) if context.prepared.classes else None
     more = () if confusion is None else (confusion.metric,)
-    scores = by_key(_evaluator(context, *more)(Objective(model, context.method, None)))
+    scores = _evaluator(context, *more)(Objective(model, context.method, None))
+    scores |= answer_scores(context, model)
     with dist.agreed():
         if confusion is not None and dist.rank() == 0:
             confusion.write(context.folder.confusion)
-    _write(context.folder.scores, scores)
+    _write(context.folder.scores, by_key(scores))
 
 
 def _evaluator(context: RunContext, *more: AnyMetric) -> Callable[[Objective], Scores]:
-    """What finds the method's metrics, and ``more``, of the student inside an objective on the
-    validation rows (collective, as its calls are)."""
+    """What finds the method's metrics of the student inside an objective on the validation rows,
+    there also ``more``, and on named sets (collective, as its calls are)."""
     settings, rows = context.run.evaluation, context.prepared.validation
     view, readers = context.validation_view, context.method.evaluation_readers(context)
-    sets = [EvaluationSet("eval", rows, view, settings.rows, readers)]
+    sets = [EvaluationSet(VALIDATION, rows, view, settings.rows, readers, more)]
+    sets += evaluation_sets(context)
     how = {"micro_batch": settings.micro_batch, "device": context.device}
-    metrics = (*context.method.metrics(context), *more)
+    metrics = context.method.metrics(context)
     return lambda objective: evaluate(objective, sets, metrics, **how)
 
 
@@ -248,12 +257,14 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 STAGES = (
-    Stage("data", lambda context: context.view),  # which prepares the rows
+    Stage("data", prepare_rows),
     Stage("slice", slice_student, None, ("sliced",), "sliced", _sliced, chosen=False),
     Stage("cache", cache, leaves=("cache",)),
     Stage("train", train, leaves=("train",), whole="train/summary.json"),
     Stage("export", export_best, leaves=("export",), whole="export"),
-    Stage("evaluate", evaluate_export, whole="scores.json", report=_evaluation_section),
+    Stage(
+        "evaluate", evaluate_export, None, ("answers",), "scores.json", report=_evaluation_section
+    ),
 )
 """The core's, in order."""
 

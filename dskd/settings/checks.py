@@ -15,6 +15,7 @@ from dskd.settings.model import Model
 from dskd.settings.parsing import line, nearest
 from dskd.settings.recipe import Recipe
 from dskd.settings.run import Run
+from dskd.settings.sets import named_sources, set_problems
 from dskd.settings.teachers import (
     CONFIDENT,
     CachedTeacher,
@@ -36,6 +37,7 @@ def problems_of(run: Run, world: int) -> Problems:
     yield from _data(run)
     yield from _labels(run)
     yield from _questions(run)
+    yield from set_problems(run.evaluation.sets, run.data)
     yield from model_problems("model", run.model)
     yield from _teachers(run)
 
@@ -96,7 +98,7 @@ def _data(run: Run) -> Problems:
 def _labels(run: Run) -> Problems:
     """What does not go with labelled rows, or with others."""
     data, labels = run.data, run.data.labels
-    named = _named_sources(data)
+    named = [*_named_sources(data), *named_sources(run.evaluation.sets)]
     if data.objective != "classification":
         if labels is not None:
             yield "data.labels", f"of data.objective classification, not {data.objective}"
@@ -124,7 +126,7 @@ def _labels(run: Run) -> Problems:
 
 
 def _named_sources(data: Data) -> list[tuple[str, Source]]:
-    """All sources by the names of their settings."""
+    """All sources of the rows by the names of their settings."""
     named = [(f"data.sources.{n}", source) for n, source in enumerate(data.sources)]
     return named + [(f"data.validation.{n}", s) for n, s in enumerate(data.validation or [])]
 
@@ -132,7 +134,7 @@ def _named_sources(data: Data) -> list[tuple[str, Source]]:
 def _questions(run: Run) -> Problems:
     """What does not go with rows of questions, or with others."""
     data, of = run.data, run.data.questions
-    sources = _named_sources(data)
+    sources = [*_named_sources(data), *named_sources(run.evaluation.sets)]
     sources += [(f"data.memory.{n}", source) for n, source in enumerate(data.memory or [])]
     kinds = QuestionSource | SquadSource | ReplayedSource
     asked = [name for name, s in sources if isinstance(s, kinds)]

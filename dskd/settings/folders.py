@@ -10,6 +10,7 @@ A run's folder::
     train/         metrics, checkpoints, summary  export/       a HuggingFace model
     distilled.jsonl  the training questions with the exported model's answers
     scores.json    the exported model's evaluation (confusion.json: of classes, which for which)
+    answers/       what it answers to the questions of named sets, one file a set
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class RunFolder:
         self.distilled = path / "distilled.jsonl"
         self.scores = path / "scores.json"
         self.confusion = path / "confusion.json"  # of an exported classifier
+        self.answers = path / "answers"
         self.report = path / "report.html"  # compares the runs whose settings lie below
 
 

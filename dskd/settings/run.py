@@ -16,6 +16,7 @@ from dskd.settings.base import FREE, Freedom, RunPath, Section
 from dskd.settings.data import Data
 from dskd.settings.model import Model
 from dskd.settings.parsing import either
+from dskd.settings.sets import NamedSet
 from dskd.settings.teachers import TINY, AnyTeacher, LiveTeacher, Precision
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -91,6 +92,9 @@ class Evaluation(Section):
     """Training ends after so many evaluations in a row without a better score; null: it takes all
     its steps."""
     micro_batch: Annotated[int, FREE] = Field(16, ge=1)
+    """Rows of a forward pass on one rank, or answers that are written at a time."""
+    sets: dict[str, NamedSet] = Field(default_factory=dict)
+    """Further rows to evaluate on, by name; none of them selects a checkpoint."""
 
     def freedom(self, name: str) -> Freedom | None:
         """As marked; but where evaluations end the training, how often they come is settled."""

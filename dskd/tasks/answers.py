@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from dskd.errors import ConfigError, DataError
+from dskd.settings.sets import AnswerMetricName
 from dskd.tasks.dialogues import dialogue_scores
 from dskd.tasks.queries import QUERY_KEYS, is_query, same_query
 from dskd.tasks.rouge import rouge_scores
@@ -171,10 +172,6 @@ ANSWER_METRICS: dict[str, AnswerMetric] = {
     "joint_goal_em": AnswerMetric(_dialogues, detail="turn"),
 }
 """By the names that settings and results give them."""
-
-AnswerMetricName = Literal[
-    "em", "nem", "nf1", "corpus_f1", "bleu", "avg_rouge", "lfem", "joint_goal_em"
-]
 
 
 def check_answer_metric(name: AnswerMetricName, details: bool, setting: str) -> None:

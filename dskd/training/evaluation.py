@@ -16,13 +16,16 @@ from dskd.data.loader import evenly_spaced, make_batch
 from dskd.data.prefetch import prefetch
 from dskd.data.prepared import RowSet
 from dskd.data.views import Reader, View
-from dskd.errors import DataError
+from dskd.errors import ConfigError, DataError
 from dskd.methods.metrics import AnyMetric, ValueMetric
 from dskd.models.frozen import evaluating
 from dskd.system import dist
 from dskd.system.device import Fetched
 from dskd.system.doing import next_one, pause
 from dskd.training.objective import Objective
+
+VALIDATION = "eval"
+"""What the set of the validation rows is called."""
 
 Scores = dict[str, dict[str, float]]
 """Results of the metrics by name, for each set by its name."""
@@ -38,6 +41,7 @@ class EvaluationSet:
         view: what the student sees of them; they are seen as in epoch 0.
         limit: use only so many of them, evenly spaced; None: all.
         readers: add columns to the batches, which metrics read.
+        further: metrics of this set alone.
     """
 
     name: str
@@ -45,11 +49,23 @@ class EvaluationSet:
     view: View
     limit: int | None = None
     readers: Sequence[Reader] = ()
+    further: Sequence[AnyMetric] = ()
 
 
 def by_key(scores: Scores) -> dict[str, float]:
-    """The results in one dict, keyed ``<set>_<metric>``."""
-    return {f"{name}_{key}": value for name in scores for key, value in scores[name].items()}
+    """The results in one dict, keyed ``<set>_<metric>``.
+
+    Raises:
+        ConfigError: two of them would have one key.
+    """
+    found: dict[str, float] = {}
+    for name, results in scores.items():
+        for metric, value in results.items():
+            key = f"{name}_{metric}"
+            if key in found:
+                raise ConfigError(f"evaluation.sets.{name}: two results are called {key}")
+            found[key] = value
+    return found
 
 
 @torch.no_grad()
@@ -69,7 +85,8 @@ def evaluate(
     """
     with evaluating(objective):
         return {
-            each.name: _evaluate(objective, each, metrics, micro_batch, device) for each in sets
+            each.name: _evaluate(objective, each, (*metrics, *each.further), micro_batch, device)
+            for each in sets
         }
 
 
@@ -105,7 +122,8 @@ def _evaluate(
     over_all = taken.everywhere()
     if everywhere.sums() == [0]:
         count = len(row_ids)
-        raise DataError(f"no token of the {count} validation rows is predicted; use more rows")
+        of = "validation rows" if each.name == VALIDATION else f"rows of set {each.name}"
+        raise DataError(f"no token of the {count} {of} is predicted; use more rows")
     results: dict[str, float] = {}
     for metric, values in zip(metrics, over_all, strict=True):
         named = metric.results(values)

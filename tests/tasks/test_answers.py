@@ -5,10 +5,10 @@ from typing import Any, get_args
 import pytest
 
 from dskd.errors import ConfigError, DataError
+from dskd.settings.sets import AnswerMetricName
 from dskd.tasks import answers
 from dskd.tasks.answers import (
     ANSWER_METRICS,
-    AnswerMetricName,
     Answers,
     check_answer_metric,
     check_detail,

@@ -1,0 +1,122 @@
+"""What the exported model answers to the questions of named sets, and how that is scored; its
+answers to each set are in ``<out>/answers/<set>.jsonl``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dskd.data.questions import Question
+from dskd.data.text_files import checked_text, json_rows, row_value
+from dskd.data.tokenizers import tokenizer_fingerprint, vocabulary_size
+from dskd.engine.stage import StageContext
+from dskd.errors import StoreError
+from dskd.models.build import model_fingerprint
+from dskd.models.families import longest_row
+from dskd.models.generate import Decoding, continuations
+from dskd.runs.named_sets import AskedSet, answer_sets, asked_questions
+from dskd.runs.rows_file import RowsFile
+from dskd.settings.model import Model
+from dskd.system import dist
+from dskd.system.log import bar, say
+from dskd.tasks.answers import ANSWER_METRICS, Answers
+from dskd.training.evaluation import Scores
+
+_WINDOW = 4  # batches of each rank, of which the answers are written together
+
+
+def answer_scores(context: StageContext, model: PreTrainedModel) -> Scores:
+    """The scores of each set that has a metric of answers, by its name (collective). What is there
+    of a file is gone on with.
+
+    Args:
+        model: the exported one, whole on each rank's device, or sharded by ZeRO-3.
+
+    Raises:
+        StoreError, DataError: a file of answers is of another model or other questions, or damaged.
+        DiskError: it cannot be written.
+        NonFiniteError: the model's logits are not finite.
+    """
+    found: Scores = {}
+    for name, own in answer_sets(context.run).items():
+        asked = dist.on_rank0(lambda own=own: asked_questions(context, own))
+        made_of = dist.on_rank0(lambda asked=asked: _made_of(context, asked))
+        path = context.folder.answers / f"{name}.jsonl"
+        with RowsFile(path, f"the answers to set {name}", made_of, len(asked.questions)) as out:
+            if not out.complete:
+                say(f"{name}: {len(asked.questions)} questions, to be answered in {path}")
+                _answer(context, model, asked, out, name)
+                out.finish()
+        compute = ANSWER_METRICS[own.metric].compute
+        found[name] = dist.on_rank0(
+            lambda asked=asked, path=path, compute=compute: compute(_written(path, asked))
+        )
+    return found
+
+
+def _made_of(context: StageContext, asked: AskedSet) -> dict[str, Any]:
+    """All that the answers depend on."""
+    export = Model(path=str(context.folder.export))
+    return {
+        "export": model_fingerprint(export, seed=0, where="export"),
+        "tokenizer": tokenizer_fingerprint(context.prepared.tokenizer),
+        "questions": asked.fingerprint,
+        "longest": asked.longest,
+    }
+
+
+def _answer(
+    context: StageContext, model: PreTrainedModel, asked: AskedSet, out: RowsFile, name: str
+) -> None:
+    """Write the answers that are missing, window by window, as :mod:`dskd.runs.generate` does."""
+    tokenizer, batch = context.prepared.tokenizer, context.run.evaluation.micro_batch
+    decoding = Decoding(
+        longest=asked.longest,
+        positions=longest_row(model.config),
+        vocabulary=vocabulary_size(tokenizer),
+        ends=(tokenizer.eos_token_id,),
+        pad=tokenizer.pad_token_id,
+    )
+    total, window = len(asked.questions), _WINDOW * batch * dist.world()
+    first = out.keep(window)
+    with bar(f"answering {name}") as report:
+        while first < total:
+            some = range(first, min(first + window, total))
+            new = continuations(
+                model,
+                [asked.prompts[number].tolist() for number in some],
+                decoding,
+                numbers=some,
+                batch=batch,
+                progress=lambda done, _, first=first: report(first + done, total),
+            )
+            pairs = zip(some, new, strict=True)
+            out.append(_row(asked.questions[n], ids, decoding, tokenizer) for n, ids in pairs)
+            first = some.stop
+
+
+def _row(
+    question: Question, ids: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    own = ids[: len(ids) - (ids[-1] in decoding.ends)]
+    return {
+        **({"context": question.context} if question.context else {}),
+        "question": question.text,
+        "answer": tokenizer.decode(own, clean_up_tokenization_spaces=False),
+        "references": list(question.answers),
+    }
+
+
+def _written(path: Path, asked: AskedSet) -> Answers:
+    """What a whole file holds."""
+    predicted_R = [
+        checked_text(row_value(row, "answer", place), place, "under the key 'answer'")
+        for place, row in json_rows(path, int)
+    ]
+    if len(predicted_R) != len(asked.questions):
+        text = f"{len(predicted_R)} answers to {len(asked.questions)} questions"
+        raise StoreError(f"{path}: damaged, {text}")
+    references_R = [question.answers for question in asked.questions]
+    return Answers(predicted_R, references_R, [question.detail for question in asked.questions])

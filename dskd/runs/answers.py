@@ -17,10 +17,10 @@ from dskd.models.build import model_fingerprint
 from dskd.models.families import longest_row
 from dskd.models.generate import Decoding, continuations
 from dskd.runs.named_sets import AskedSet, answer_sets, asked_questions
-from dskd.runs.rows_file import RowsFile
 from dskd.settings.model import Model
 from dskd.system import dist
 from dskd.system.log import bar, say
+from dskd.system.rows_file import RowsFile
 from dskd.tasks.answers import ANSWER_METRICS, Answers
 from dskd.training.evaluation import Scores
 

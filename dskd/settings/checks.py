@@ -153,7 +153,7 @@ def _questions(run: Run) -> Problems:
             near = nearest(source.domain, of.task_tokens)
             text = f"no token for the domain {source.domain!r} of {name}{near}"
             yield "data.questions.task_tokens", text
-    yield from _replayed(data)
+    yield from _replayed(run)
     if of.answer_token in of.tokens[1:] or of.answer_token in of.task_tokens.values():
         yield "data.questions.answer_token", f"{of.answer_token} is the token of a task, too"
     if of.room > data.block_size - 2:
@@ -170,13 +170,14 @@ def _questions(run: Run) -> Problems:
             yield f"{section_name(domain)}.kind", text
 
 
-def _replayed(data: Data) -> Problems:
+def _replayed(run: Run) -> Problems:
     """What does not go with rows of earlier tasks that a model wrote."""
-    for n, source in enumerate(data.validation or []):
-        if isinstance(source, ReplayedSource):
-            text = "replayed, but on rows that a model wrote no other is evaluated"
-            yield f"data.validation.{n}.kind", text
+    data = run.data
     named = {f"data.sources.{n}": source for n, source in enumerate(data.sources)}
+    for name, source in (*_named_sources(data), *named_sources(run.evaluation.sets)):
+        if name not in named and isinstance(source, ReplayedSource):
+            text = "replayed, but on rows that a model wrote no other is evaluated"
+            yield f"{name}.kind", text
     replayed = {n: s for n, s in named.items() if isinstance(s, ReplayedSource)}
     if not replayed:
         return

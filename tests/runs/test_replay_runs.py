@@ -2,6 +2,7 @@
 answers of another."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.data.preparing import training_questions
 from dskd.errors import ConfigError
+from dskd.methods.base import build_method
+from dskd.runs.context import RunContext
 from dskd.settings.recipe import read
+from dskd.settings.run import Run
 from dskd.settings.yaml_tree import merge
+from dskd.system import rows_file
+from tests.faults.runs import die
 from tests.launching import forked, losses
+from tests.ranks import run_ranks
 from tests.runs.test_plan import checked, recipe_of
 from tests.runs.test_question_runs import asked
 
@@ -64,13 +71,9 @@ def test_the_next_task_replays_what_the_model_writes(folder):
     assert told["asked"] == told["written"] == len(rows) == asked_for
     assert told["samples"] < 3 * asked_for  # it has learnt to write them
     assert len(lines(real / "replay" / "up.jsonl")) == asked_for
-    assert len(losses(out)) == -(-(new + asked_for) // 4 // 4) or len(losses(out)) > 0
+    assert len(losses(out)) == -(-(new + asked_for) // 4)
     report = (folder / "runs" / "report.html").read_text()
     assert f"{asked_for / told['samples']:.1%} of {told['samples']}" in report
-    tokenizer = AutoTokenizer.from_pretrained(out / "export")
-    ans = tokenizer.convert_tokens_to_ids("__ans__")
-    written = [tokenizer.decode(row["ids"][: row["ids"].index(ans)]) for row in rows]
-    assert sum("up ?" in text for text in written) > 0.8 * len(written)
 
 
 def test_an_exported_model_answers_its_questions(folder):
@@ -107,15 +110,61 @@ def test_what_is_done_is_not_done_again(folder):
     assert [place.stat().st_mtime_ns for place in places] == before
 
 
-def test_answers_and_samples_are_the_same_on_two_ranks_at_any_stage(folder):
-    forked(2, str(chain(folder)), f"out={folder}/zero3", "deepspeed=zero3",
-           "train.micro_batch=2", "runs.up.train.micro_batch=8", "runs.seq.until=data")  # fmt: skip
-    one, two = folder / "runs", folder / "zero3"
-    same = [a == b for a, b in zip(
-        lines(one / "up" / "distilled.jsonl"), lines(two / "up" / "distilled.jsonl"), strict=True
-    )]  # fmt: skip
-    # the weights differ by rounding, so that near ties may fall otherwise
-    assert sum(same) > 0.9 * len(same)
+def answered(rank: int, folder: Path, name: str, **changes) -> list[dict]:
+    """The answers that the export of ``up`` gives by other settings, in a folder of their own."""
+    run = read(chain(folder)).runs["up"]
+    out = folder / name
+    shutil.copytree(run.out / "export", out / "export", dirs_exist_ok=True)
+    method = build_method(run.method | changes.pop("method", {}))
+    run = Run.model_validate(run.model_dump() | {"out": out, "seed": 8} | changes)
+    distil = method.stages()[-1]
+    assert (distil.name, distil.before, distil.whole) == ("distil", "evaluate", "distilled.jsonl")
+    distil.run(RunContext(run, method, torch.device("cpu")))
+    return lines(out / "distilled.jsonl")
+
+
+@pytest.mark.parametrize("distil", [{}, {"top_k": 20}], ids=["greedy", "drawn"])
+def test_answers_are_the_same_by_any_batch_ranks_and_sharding(folder, distil, request):
+    method = {"method": {"distil": distil}}
+    name = request.node.callspec.id
+    wanted = answered(0, folder, name, **method)
+    greedy = lines(folder / "runs" / "up" / "distilled.jsonl")
+    assert (wanted == greedy) is not distil
+    few = {"evaluation": {"micro_batch": 3}} | method
+    assert answered(0, folder, f"{name}-few", **few) == wanted
+    for stage in ("zero0", "zero3"):
+        changes = {"deepspeed": stage, "train": {**LEARNT["train"], "micro_batch": 8}} | few
+        args = folder, f"{name}-{stage}", changes
+        assert run_ranks(_answered, *args) == [wanted, wanted]
+
+
+def _answered(rank: int, folder: Path, name: str, changes: dict) -> list[dict]:
+    return answered(rank, folder, name, **changes)
+
+
+def _killed(rank: int, folder: Path) -> None:
+    plain, calls = rows_file.write_all, 0
+
+    def half(stream, data):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            plain(stream, data[:-2])
+            die()
+        plain(stream, data)
+
+    rows_file.write_all = half
+    answered(0, folder, "killed", evaluation={"micro_batch": 2})
+
+
+def test_killed_in_the_middle_of_an_answer_it_goes_on(folder):
+    part = folder / "killed" / "distilled.jsonl.part"
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="died with exit status"):
+            run_ranks(_killed, folder, world=1)
+        assert part.exists() and not part.read_bytes().endswith(b"\n")
+    wanted = lines(folder / "runs" / "up" / "distilled.jsonl")
+    assert answered(0, folder, "killed") == wanted
 
 
 def test_other_settings_are_refused(folder):

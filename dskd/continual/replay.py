@@ -171,7 +171,7 @@ def _write_real(run: Run, domain: str, asked: int) -> dict[str, Any]:
             out.append(dist.on_rank0(drawn)[first:])
             out.finish()
     say(f"replay: {asked} rows of {domain} from data.memory")
-    return {"asked": asked, "written": asked, "samples": None}
+    return {"asked": asked, "written": asked, "samples": None, "well_formed": None}
 
 
 def drawn_questions(every: Sequence[Question], count: int, seed: int, task: int) -> list[Question]:
@@ -227,8 +227,10 @@ class _PseudoSamples:
                 f"warning: method.replay.rounds: {self.settings.rounds}: of {most} samples of the "
                 f"task {domain!r} {rows} are well-formed, {self.asked} were asked for"
             )
-        say(f"replay: {rows} rows of {domain}, {rows / samples:.1%} of {samples} well-formed")
-        return {"asked": self.asked, "written": rows, "samples": samples}
+        share = rows / samples
+        say(f"replay: {rows} rows of {domain}, {share:.1%} of {samples} samples well-formed")
+        told = {"asked": self.asked, "written": rows, "samples": samples}
+        return told | {"well_formed": share}
 
     def _write(self, out: RowsFile, task: int, prompt: int, domain: str, most: int) -> None:
         """Samples from the one behind the last that is kept, until there are enough."""
@@ -291,8 +293,8 @@ def replay_section(runs: Mapping[str, RunFolder]) -> str:
         if not path.exists():
             continue
         for domain, told in read_manifest(path, StoreError)["tasks"].items():
-            samples = told["samples"]
-            share = "-" if samples is None else f"{told['written'] / samples:.1%} of {samples}"
+            samples, share = told["samples"], told["well_formed"]
+            share = "-" if samples is None else f"{share:.1%} of {samples}"
             rows.append([name, domain, str(told["asked"]), str(told["written"]), share])
     if not rows:
         return ""

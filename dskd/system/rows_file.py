@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from io import FileIO
@@ -85,7 +86,7 @@ class RowsFile:
         """The last row that is written, of a whole file or one that is begun; None: there is none.
 
         Raises:
-            StoreError: a whole file ends with no row.
+            StoreError: a whole file does not end with a row.
         """
         with dist.agreed():
             row = self._last() if dist.rank() == 0 else None
@@ -180,13 +181,9 @@ class RowsFile:
     def _last(self) -> Any:
         path = self._path if self.complete else self._part
         with path.open("rb") as stream:
-            line = None
-            for line in stream:  # noqa: B007
-                pass
-        if line is None:
-            return None
+            lines = deque(stream, maxlen=1)
         try:
-            return json.loads(line)
+            return json.loads(lines[0]) if lines else None
         except (ValueError, RecursionError) as problem:
             raise StoreError(f"{path}: damaged, its last line is not JSON ({problem})") from problem
 

@@ -18,17 +18,32 @@ from dskd.errors import ConfigError, DataError, StoreError
 from dskd.methods.base import build_method
 from dskd.models.generate import Decoding, Sampling, continuations
 from dskd.runs.context import RunContext
+from dskd.settings.data import Data, PretrainedTokenizer
+from dskd.settings.examples import Questions
 from dskd.settings.folders import RunFolder
 from dskd.settings.run import Run
 from dskd.system import rows_file
-from tests.data.test_questions import TASKS, data_of
-from tests.data.test_written import stored_tokenizer
+from tests.data import test_questions
+from tests.data.test_questions import opened
 from tests.faults.runs import die
 from tests.goldens import golden
 from tests.ranks import run_ranks
 
+TASKS = test_questions.TASKS | {"more": "__more__"}
+OF = Questions(task_tokens=TASKS, room=6, modelling=True)
 SETTINGS = {"share": 0.25, "top_k": None, "rounds": 60}
 """By these a model that has learnt nothing writes some well-formed rows of many."""
+
+
+def data_of(folder: Path, **changes) -> Data:
+    """Questions of two tasks, where three have tokens."""
+    return test_questions.data_of(folder, questions=OF, **changes)
+
+
+def stored_tokenizer(folder: Path) -> PretrainedTokenizer:
+    return PretrainedTokenizer(
+        kind="pretrained", path=str(opened(data_of(folder)).folder / "tokenizer")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +64,6 @@ def folder(tmp_path_factory) -> Path:
 def run_of(folder: Path, name: str, *, memory: bool = False, **changes) -> Run:
     """``up`` is new, ``down`` is replayed."""
     data = data_of(folder, tokenizer=stored_tokenizer(folder)).model_dump(mode="json")
-    data |= {"questions": {"task_tokens": TASKS, "room": 6, "modelling": True}}
     if memory:
         data["memory"] = [data["sources"][1]]
     data["sources"][1] = {"kind": "replayed", "domain": "down"}
@@ -109,7 +123,9 @@ def test_the_first_well_formed_samples_are_taken_in_order(folder, written, capsy
         number += 1
     assert written == wanted
     summary = json.loads((run.out / "replay" / "summary.json").read_text())["tasks"]
-    assert summary == {"down": {"asked": asked, "written": asked, "samples": number}}
+    assert summary == {
+        "down": {"asked": asked, "written": asked, "samples": number, "well_formed": asked / number}
+    }
     new = sum(1 for _ in replay.training_questions(data))
     assert asked == -(-new // 4) and number > 2 * asked
     html = replay_section({"one": RunFolder(run.out), "none": RunFolder(folder / "none")})
@@ -128,10 +144,22 @@ def test_the_run_reads_them(folder, written):
         assert ids[:length].tolist() == row["ids"]
 
 
-@pytest.mark.parametrize("batch", [1, 7])
-def test_any_batch_writes_the_same(folder, written, batch):
-    run = run_of(folder, f"batch-{batch}", evaluation={"micro_batch": batch})
-    assert write(run) == written
+def test_any_batch_writes_the_same(folder, written):
+    assert write(run_of(folder, "batch", evaluation={"micro_batch": 5})) == written
+
+
+def test_each_earlier_task_gets_its_share(folder, written):
+    """Behind its own token, each by draws of its own."""
+    run = run_of(folder, "two")
+    more = run.data.sources[1].model_copy(update={"domain": "more"})
+    data = run.data.model_copy(update={"sources": [*run.data.sources, more]})
+    rows = write(run.model_copy(update={"data": data}))
+    others = rows_in(run.out / "replay" / "more.jsonl")
+    assert rows == written[: len(written) // 2] and len(others) == len(rows)
+    assert others != rows and [row["sample"] for row in others] != [row["sample"] for row in rows]
+    summary = json.loads((run.out / "replay" / "summary.json").read_text())["tasks"]
+    assert list(summary) == ["down", "more"]
+    assert summary["more"]["samples"] == others[-1]["sample"] + 1
 
 
 def _on_a_rank(rank: int, run: Run) -> list[dict]:
@@ -200,7 +228,10 @@ def test_too_few_well_formed_ones_are_said(folder, written, capsys):
         f"warning: method.replay.rounds: 2: of {samples} samples of the task 'down' {len(few)} are "
         f"well-formed, {len(written)} were asked for\n"
     ) in told
-    assert f"replay: {len(few)} rows of down, {len(few) / samples:.1%} of {samples} well" in told
+    assert (
+        f"replay: {len(few)} rows of down, {len(few) / samples:.1%} of {samples} samples well"
+        in told
+    )
 
 
 def test_no_well_formed_sample_is_an_error(folder):
@@ -211,9 +242,8 @@ def test_no_well_formed_sample_is_an_error(folder):
 def test_less_than_a_row_is_an_error(folder):
     with pytest.raises(ConfigError, match=r"share: 0\.01 of \d+ new rows are less than one for ea"):
         run = run_of(folder, "less")
-        sources = [*run.data.sources, run.data.sources[1].model_copy(update={"domain": "x"})]
-        tokens = run.data.questions.model_copy(update={"task_tokens": TASKS | {"x": "__x__"}})
-        data = run.data.model_copy(update={"sources": sources, "questions": tokens})
+        sources = [*run.data.sources, run.data.sources[1].model_copy(update={"domain": "more"})]
+        data = run.data.model_copy(update={"sources": sources})
         write(run.model_copy(update={"data": data}), share=0.01)
 
 

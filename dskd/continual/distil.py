@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from dskd.continual.replay import line_of
-from dskd.continual.writing_model import decoding_of, window_of, writer_of, writing_model
+from dskd.continual.writing_model import decoding_of, writer_of, writing_model
 from dskd.data.layouts import QuestionEncoder
 from dskd.data.preparing import training_questions
 from dskd.data.questions import Question
@@ -23,6 +23,8 @@ from dskd.system import dist
 from dskd.system.files import fingerprint
 from dskd.system.log import bar, say
 from dskd.system.rows_file import RowsFile
+
+_WINDOW = 4  # batches of each rank, of which the answers are written together
 
 
 class Distil(Section):
@@ -76,11 +78,13 @@ def write_answers(settings: Distil, context: StageContext) -> None:
         temperature=settings.temperature,
     )
     with RowsFile(path, "the answers", made_of, len(asked)) as out:
-        first = out.keep(1)
+        # Windows begin where they would without a stop, so that in 16 bits batches are the same.
+        window = _WINDOW * run.evaluation.micro_batch * dist.world()
+        first = out.keep(window)
         model = writing_model(run, exported, tokenizer, context.device, "export")
         with bar("answering") as report:
             while first < len(asked):
-                some = range(first, min(first + window_of(run), len(asked)))
+                some = range(first, min(first + window, len(asked)))
                 new = continuations(
                     model,
                     [prompts[number].tolist() for number in some],

@@ -4,7 +4,8 @@ The model that a run starts as has learnt the earlier tasks, texts and all, and 
 behind their tokens: pseudo samples. Sample j of a task is fixed by the run's seed, the task and j,
 whatever the number of ranks, the batch and the ZeRO stage (in 16 bits as far as their rounding
 leaves the order of the logits), and a task gets its first well-formed ones in the order of j, as
-many as asked. In the original what is not well-formed is left out and not made up for.
+many as asked; a stop changes nothing. In the original what is not well-formed is left out and not
+made up for.
 
 With ``real`` they are rows of ``data.memory`` instead. A row may come again only once all have; the
 original draws with replacement.
@@ -13,6 +14,7 @@ original draws with replacement.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +25,7 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dskd.continual.memories import drawn_rows
-from dskd.continual.writing_model import decoding_of, window_of, writer_of, writing_model
+from dskd.continual.writing_model import decoding_of, writer_of, writing_model
 from dskd.data.layouts import layout_of, task_ids
 from dskd.data.preparing import training_questions
 from dskd.data.questions import Question, questions
@@ -219,9 +221,9 @@ class _PseudoSamples:
         with RowsFile(path, _WHAT, made_of, self.asked) as out:
             if not out.complete:
                 self._write(out, task, prompt, domain, most)
-            last = out.last()
-        rows = dist.on_rank0(lambda: _lines(path))
-        samples = most if rows < self.asked else last["sample"] + 1
+            numbers = dist.on_rank0(lambda: _numbers(out, path, most))
+        rows = len(numbers)
+        samples = most if rows < self.asked else numbers[-1] + 1
         if rows < self.asked:
             say(
                 f"warning: method.replay.rounds: {self.settings.rounds}: of {most} samples of the "
@@ -236,8 +238,13 @@ class _PseudoSamples:
         """Samples from the one behind the last that is kept, until there are enough."""
         run = self.context.given
         layout = layout_of(run.data, self.tokenizer)
-        rows, batch = out.keep(1), run.evaluation.micro_batch
-        first = out.last()["sample"] + 1 if rows else 0
+        window = run.evaluation.micro_batch * dist.world()
+        out.keep(1)
+        numbers = dist.on_rank0(lambda: _numbers(out, replay_file(run, domain), most))
+        # Windows begin where they would without a stop, so that in 16 bits batches are the same.
+        first = numbers[-1] // window * window if numbers else 0
+        rows = bisect_left(numbers, first)
+        out.drop(rows)
         decoding = decoding_of(
             run,
             self.tokenizer,
@@ -247,15 +254,13 @@ class _PseudoSamples:
         )
         with bar(f"replaying {domain}") as report:
             while rows < self.asked and first < most:
-                # Not many more than are missing; which ones are kept does not depend on it.
-                size = min(window_of(run), max(self.asked - rows, batch * dist.world()))
-                some = range(first, min(first + size, most))
+                some = range(first, min(first + window, most))
                 new = continuations(
                     self._loaded(),
                     [[prompt]] * len(some),
                     decoding,
                     numbers=[(task << 32) + number for number in some],
-                    batch=batch,
+                    batch=run.evaluation.micro_batch,
                 )
                 parsed = [
                     {"ids": row, "sample": number}
@@ -280,9 +285,13 @@ class _PseudoSamples:
         return self.model
 
 
-def _lines(path: Path) -> int:
-    with path.open("rb") as stream:
-        return sum(1 for _ in stream)
+def _numbers(out: RowsFile, path: Path, most: int) -> list[int]:
+    """The samples that the rows of a file are."""
+    found = [row.get("sample") if isinstance(row, dict) else None for row in out.rows()]
+    whole = all(type(number) is int and 0 <= number < most for number in found)
+    if not whole or found != sorted(set(found)):
+        raise StoreError(f"{path}: damaged, its rows are no samples in their order; remove it")
+    return found
 
 
 def replay_section(runs: Mapping[str, RunFolder]) -> str:

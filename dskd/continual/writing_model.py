@@ -19,8 +19,6 @@ from dskd.settings.model import Model
 from dskd.settings.run import Run
 from dskd.system import dist
 
-_WINDOW = 4  # batches of each rank, of which the rows are written together
-
 
 def writing_model(
     run: Run, settings: Model, tokenizer: PreTrainedTokenizerBase, device: torch.device, where: str
@@ -86,8 +84,3 @@ def decoding_of(
         pad=tokenizer.pad_token_id,
         sampling=Sampling(run.seed, top_k, heat) if drawn else None,
     )
-
-
-def window_of(run: Run) -> int:
-    """How many rows are made and written together."""
-    return _WINDOW * run.evaluation.micro_batch * dist.world()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from io import FileIO
@@ -76,21 +75,26 @@ class RowsFile:
         rows = len(self._ends)
         if rows < self._total:
             rows -= rows % multiple
+        self.drop(rows)
+        return rows
+
+    def drop(self, rows: int) -> None:
+        """Keep the first so many rows alone."""
+        self._ends = self._ends[:rows]
         with dist.agreed():
             if self._stream is not None:
                 with writing(self._what, self._part):
                     self._stream.truncate(self._ends[rows - 1] if rows else 0)
-        return rows
 
-    def last(self) -> Any:
-        """The last row that is written, of a whole file or one that is begun; None: there is none.
+    def rows(self) -> list[Any]:
+        """The rows that are written, read anew (not collective: for rank 0).
 
         Raises:
-            StoreError: a whole file does not end with a row.
+            StoreError: one is not JSON; names its line.
         """
-        with dist.agreed():
-            row = self._last() if dist.rank() == 0 else None
-        return dist.broadcast_object(row)
+        path = self._path if self.complete else self._part
+        *lines, _ = path.read_bytes().split(b"\n")
+        return _parsed(path, lines)
 
     def append(self, rows: Iterable[Any]) -> None:
         """Write further rows, all of them or none.
@@ -167,27 +171,22 @@ class RowsFile:
     def _whole_rows(self) -> list[int]:
         """Where each row ends; a kill may have cut the last one, nothing else may be cut."""
         *lines, _ = self._part.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line.decode())
-            except (ValueError, RecursionError) as problem:
-                raise StoreError(
-                    f"{self._part}:{number}: damaged, not JSON ({problem})"
-                ) from problem
+        _parsed(self._part, lines)
         if len(lines) > self._total:
             raise StoreError(f"{self._part}: damaged, {len(lines)} rows of {self._total}")
         return list(accumulate(len(line) + 1 for line in lines))
-
-    def _last(self) -> Any:
-        path = self._path if self.complete else self._part
-        with path.open("rb") as stream:
-            lines = deque(stream, maxlen=1)
-        try:
-            return json.loads(lines[0]) if lines else None
-        except (ValueError, RecursionError) as problem:
-            raise StoreError(f"{path}: damaged, its last line is not JSON ({problem})") from problem
 
     def _close(self) -> None:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+def _parsed(path: Path, lines: Iterable[bytes]) -> list[Any]:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line.decode()))
+        except (ValueError, RecursionError) as problem:
+            raise StoreError(f"{path}:{number}: damaged, not JSON ({problem})") from problem
+    return rows

@@ -187,23 +187,29 @@ def _killed(rank: int, run: Run, call: int) -> None:
     write(run)
 
 
-def test_killed_anywhere_it_goes_on_to_the_same(folder, written, monkeypatch):
-    run = run_of(folder, "killed", evaluation={"micro_batch": 4})
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_anywhere_it_goes_on_to_the_same(folder, written, monkeypatch, precision):
+    geometry = {"micro_batch": 4, "batch": 8, "precision": precision}
+    how = {"evaluation": {"micro_batch": 4}, "train": geometry}
+    plain = run_of(folder, f"plain-{precision}", **how)
+    wanted = write(plain)
+    assert (wanted == written) is (precision == "fp32")
+    run = run_of(folder, f"killed-{precision}", **how)
     part = run.out / "replay" / "down.jsonl.part"
     for call in (1, 2, 2):
         with pytest.raises(AssertionError, match="died with exit status"):
             run_ranks(_killed, run, call, world=1)
         assert not part.read_bytes().endswith(b"\n")
     begun = [json.loads(line) for line in part.read_bytes().split(b"\n")[:-1]]
-    assert 0 < len(begun) < len(written) and begun == written[: len(begun)]
+    assert 0 < len(begun) < len(wanted) and begun == wanted[: len(begun)]
     # and between the last row and the summary
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(replay, "write_manifest", _interrupted)
         write(run)
     monkeypatch.setattr(replay, "continuations", _interrupted)  # nothing is written again
-    assert write(run) == written
+    assert write(run) == wanted
     summary = run.out / "replay" / "summary.json"
-    assert summary.read_bytes() == (folder / "one" / "replay" / "summary.json").read_bytes()
+    assert summary.read_bytes() == (plain.out / "replay" / "summary.json").read_bytes()
 
 
 def _interrupted(*parts, **named):
@@ -218,6 +224,10 @@ def test_what_was_made_otherwise_is_refused(folder, written):
         StoreError, match=r"down\.jsonl was made otherwise \(method\.replay: .*; re"
     ):
         write(run, temperature=2.0)
+    path = run.out / "replay" / "down.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(StoreError, match=r"down\.jsonl: damaged, its rows are no samples in their"):
+        write(run)
 
 
 def test_too_few_well_formed_ones_are_said(folder, written, capsys):

@@ -110,39 +110,36 @@ def test_what_is_done_is_not_done_again(folder):
     assert [place.stat().st_mtime_ns for place in places] == before
 
 
-def answered(rank: int, folder: Path, name: str, **changes) -> list[dict]:
-    """The answers that the export of ``up`` gives by other settings, in a folder of their own."""
+def answering(folder: Path, name: str, **changes) -> Run:
+    """A run that has exported what ``up`` has, and answers by other settings."""
     run = read(chain(folder)).runs["up"]
     out = folder / name
-    shutil.copytree(run.out / "export", out / "export", dirs_exist_ok=True)
-    method = build_method(run.method | changes.pop("method", {}))
-    run = Run.model_validate(run.model_dump() | {"out": out, "seed": 8} | changes)
+    shutil.copytree(run.out / "export", out / "export")
+    return Run.model_validate(run.model_dump() | {"out": out, "seed": 8} | changes)
+
+
+def answered(rank: int, run: Run) -> list[dict]:
+    method = build_method(run.method)
     distil = method.stages()[-1]
     assert (distil.name, distil.before, distil.whole) == ("distil", "evaluate", "distilled.jsonl")
     distil.run(RunContext(run, method, torch.device("cpu")))
-    return lines(out / "distilled.jsonl")
+    return lines(run.out / "distilled.jsonl")
 
 
 @pytest.mark.parametrize("distil", [{}, {"top_k": 20}], ids=["greedy", "drawn"])
-def test_answers_are_the_same_by_any_batch_ranks_and_sharding(folder, distil, request):
-    method = {"method": {"distil": distil}}
-    name = request.node.callspec.id
-    wanted = answered(0, folder, name, **method)
+def test_answers_are_the_same_by_any_batch_ranks_and_sharding(folder, distil):
+    name, how = f"answers{len(distil)}", {"method": {"kind": "l2kd", "distil": distil}}
+    wanted = answered(0, answering(folder, name, **how))
     greedy = lines(folder / "runs" / "up" / "distilled.jsonl")
-    assert (wanted == greedy) is not distil
-    few = {"evaluation": {"micro_batch": 3}} | method
-    assert answered(0, folder, f"{name}-few", **few) == wanted
+    assert (wanted == greedy) is not bool(distil)
+    how |= {"evaluation": {"micro_batch": 3}, "train": {**LEARNT["train"], "micro_batch": 8}}
+    assert answered(0, answering(folder, f"{name}-few", **how)) == wanted
     for stage in ("zero0", "zero3"):
-        changes = {"deepspeed": stage, "train": {**LEARNT["train"], "micro_batch": 8}} | few
-        args = folder, f"{name}-{stage}", changes
-        assert run_ranks(_answered, *args) == [wanted, wanted]
+        run = answering(folder, f"{name}-{stage}", deepspeed=stage, **how)
+        assert run_ranks(answered, run) == [wanted, wanted]
 
 
-def _answered(rank: int, folder: Path, name: str, changes: dict) -> list[dict]:
-    return answered(rank, folder, name, **changes)
-
-
-def _killed(rank: int, folder: Path) -> None:
+def _killed(rank: int, run: Run) -> None:
     plain, calls = rows_file.write_all, 0
 
     def half(stream, data):
@@ -154,17 +151,17 @@ def _killed(rank: int, folder: Path) -> None:
         plain(stream, data)
 
     rows_file.write_all = half
-    answered(0, folder, "killed", evaluation={"micro_batch": 2})
+    answered(0, run)
 
 
 def test_killed_in_the_middle_of_an_answer_it_goes_on(folder):
-    part = folder / "killed" / "distilled.jsonl.part"
+    run = answering(folder, "killed", evaluation={"micro_batch": 2})
+    part = run.out / "distilled.jsonl.part"
     for _ in range(2):
         with pytest.raises(AssertionError, match="died with exit status"):
-            run_ranks(_killed, folder, world=1)
+            run_ranks(_killed, run, world=1)
         assert part.exists() and not part.read_bytes().endswith(b"\n")
-    wanted = lines(folder / "runs" / "up" / "distilled.jsonl")
-    assert answered(0, folder, "killed") == wanted
+    assert answered(0, run) == lines(folder / "runs" / "up" / "distilled.jsonl")
 
 
 def test_other_settings_are_refused(folder):

@@ -197,8 +197,7 @@ class LifelongDistillation(Method):
     def _answers(self, context: StageContext) -> RowLoss:
         """The cross entropy of rows as questions alone, whoever teaches the run and whether or not
         it has texts."""
-        own = {"word_kd": False, "text_weight": 0.0, "weighting": "terms"}
-        alone = self.model_copy(update=own)
+        alone = type(self)(text_weight=0.0)
         data, tokenizer = context.run.data, context.prepared.tokenizer
         questions = data.questions.model_copy(update={"modelling": False})
         view = view_for(data.model_copy(update={"questions": questions}), tokenizer, 0)

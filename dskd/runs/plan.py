@@ -24,6 +24,12 @@ from dskd.runs.earlier_stages import refuse_missing_stages
 from dskd.runs.history import read_history
 from dskd.runs.leftovers import remove_leftovers
 from dskd.runs.report import ReportSection, print_table, write_report
+from dskd.runs.sequences import (
+    ScoreMatrix,
+    print_sequences,
+    sequences_of,
+    sequences_section,
+)
 from dskd.runs.shared_stores import refuse_other_stores
 from dskd.runs.stages import STAGES, stages_of
 from dskd.runs.vocabularies import (
@@ -248,7 +254,7 @@ def report(recipe: Recipe, methods: Mapping[str, Method]) -> None:
         return
     control = CONTROL if CONTROL in runs else None
     sections = _sections((recipe.runs[name], methods[name]) for name in runs)
-    path = _show(runs, recipe.out, control, sections)
+    path = _show(runs, recipe.out, control, sections, sequences_of(recipe.runs))
     print(f"report: {path}", flush=True)
 
 
@@ -256,12 +262,12 @@ def report_folders(runs: Mapping[str, Path], folder: Path, control: str | None) 
     """Print the table of the runs in these folders and write ``folder/report.html``, as
     :func:`~dskd.runs.report.write_report` does.
 
-    Who names runs side by side wants them compared, so:
+    Who names runs side by side wants them compared, unless some are of one sequence, so:
 
     Raises:
-        ConfigError: two of them cannot be.
+        ConfigError: two of them cannot be, and none are in sequence.
     """
-    if len(runs) > 1:
+    if len(runs) > 1 and not sequences_of(_read_back(runs)):
         refuse_incomparable(runs)
     return report_recipe(runs, folder, control)
 
@@ -271,17 +277,28 @@ def report_recipe(runs: Mapping[str, Path], folder: Path, control: str | None) -
     :func:`report` does."""
     for path in runs.values():
         read_history(path)  # what is missing or damaged is named before anything is printed
-    read_back = [read(RunFolder(path).config).runs[SINGLE] for path in runs.values()]
-    sections = _sections((run, build_method(run.method)) for run in read_back)
-    return _show(runs, folder, control, sections)
+    read_back = _read_back(runs)
+    sections = _sections((run, build_method(run.method)) for run in read_back.values())
+    return _show(runs, folder, control, sections, sequences_of(read_back))
+
+
+def _read_back(runs: Mapping[str, Path]) -> dict[str, Run]:
+    """The settings of the runs in these folders."""
+    return {name: read(RunFolder(path).config).runs[SINGLE] for name, path in runs.items()}
 
 
 def _show(
-    runs: Mapping[str, Path], folder: Path, control: str | None, sections: list[ReportSection]
+    runs: Mapping[str, Path],
+    folder: Path,
+    control: str | None,
+    sections: list[ReportSection],
+    sequences: list[list[ScoreMatrix]],
 ) -> Path:
     groups = groups_of(runs, control)
     print_table(runs, control, groups)
-    return write_report(runs, folder, control, sections, groups)
+    print_sequences(sequences)
+    first = sequences_section(sequences)
+    return write_report(runs, folder, control, sections, groups, first=first)
 
 
 def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:

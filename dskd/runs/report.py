@@ -48,9 +48,14 @@ def table(runs: Mapping[str, Path], control: str | None) -> Table:
     """The comparison of runs that may be compared as a rich table; ``control`` names the run whose
     final loss is the target."""
     histories, compared = _read(runs, control)
-    first, *others = _header(compared, control)
+    return new_table(_header(compared, control), _rows(histories, compared, control))
+
+
+def new_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A rich table of names in the first column and numbers in the others."""
+    first, *others = header
     made = Table(first, *(Column(name, justify="right") for name in others))
-    for row in _rows(histories, compared, control):
+    for row in rows:
         made.add_row(*row)
     return made
 
@@ -82,6 +87,8 @@ def write_report(
     control: str | None,
     sections: Sequence[ReportSection],
     groups: Sequence[Group] | None = None,
+    *,
+    first: str = "",
 ) -> Path:
     """Write ``folder/report.html``: the table and the curves, with nothing to load beside it.
 
@@ -90,13 +97,14 @@ def write_report(
         control: the run whose final score the others are measured against.
         sections: what stages of the runs show besides, in order.
         groups: those that may be compared, each shown by itself; None: all of them may be.
+        first: HTML of all runs together.
 
     Raises:
         CheckpointError: a run's file is missing or damaged.
         ConfigError: ``control`` is none of the runs.
     """
     _refuse_unknown(control, runs)
-    parts: list[str] = []
+    parts = [first, "<h1>Runs compared</h1>"]
     for group in groups or [Group(list(runs))]:
         parts += [f"<h1>{html.escape(group.why)}</h1>"] if group.why else []
         own = {name: runs[name] for name in group.names}
@@ -113,9 +121,9 @@ def _parts(
     histories, compared = _read(runs, control)
     return [
         html_table(_header(compared, control), _rows(histories, compared, control)),
-        _image("Evaluation", _evaluation_figure(histories, compared, control)),
-        _image("Training loss terms", _terms_figure(histories)),
-        _image("Inheritance rate and learning rate", _rates_figure(histories)),
+        image("Evaluation", _evaluation_figure(histories, compared, control)),
+        image("Training loss terms", _terms_figure(histories)),
+        image("Inheritance rate and learning rate", _rates_figure(histories)),
         *(section({name: RunFolder(run) for name, run in runs.items()}) for section in sections),
     ]
 
@@ -221,7 +229,8 @@ def _figure(panels: Mapping[str, Mapping[str, Points]]) -> Figure:
     return figure
 
 
-def _image(title: str, figure: Figure) -> str:
+def image(title: str, figure: Figure) -> str:
+    """HTML of a figure below its title."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -261,7 +270,6 @@ th:first-child, td:first-child { text-align: left; }
 h2 { font-size: 1.1rem; margin-top: 2rem; }
 img { max-width: 100%; }
 </style>
-<h1>Runs compared</h1>
 @BODY@
 </html>
 """

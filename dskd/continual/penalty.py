@@ -35,11 +35,16 @@ class WeightPenalty:
     def slope(self, shard: Shard) -> Tensor:
         """The penalty's gradient, ``2 strength omega (w - anchor)``, like ``shard.weight``."""
         if shard.name not in self._held:
-            omega, anchor = (file.piece(shard) for file in (self._omega, self._anchor))
-            device = shard.weight.device
-            self._held[shard.name] = omega.to(device), anchor.to(device)
+            self._held[shard.name] = _beside(shard, self._omega), _beside(shard, self._anchor)
         omega, anchor = self._held[shard.name]
         return 2 * self._strength * omega * (shard.weight - anchor)
+
+
+def _beside(shard: Shard, file: WholeTensors) -> Tensor:
+    """What a file holds of a shard's parameter, where the shard is."""
+    piece, device = file.piece(shard), shard.weight.device
+    # Pinned, or the host would wait for each of the copies.
+    return piece.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else piece
 
 
 class DecoupledPenalty(StepHooks):

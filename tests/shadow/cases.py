@@ -11,6 +11,7 @@ from deepspeed.accelerator import real_accelerator
 
 from dskd.fused import backend, gradients, update
 from dskd.settings.yaml_tree import merge
+from tests.data.test_questions import TASKS, data_of
 from tests.equivalence import small
 from tests.equivalence.small import MASKED, OTHER, TEACHER, Runs, cached, causal, routed
 from tests.equivalence.tables import write_table
@@ -64,6 +65,9 @@ CASES: dict[str, dict[str, Any]] = {
     "muki stored": {"method": SOFT, "teacher": PANEL},
     "muki live": {"method": {"kind": "muki"}, "teacher": PANEL | {"scores": "live"}},
     "uhc stored": {"method": {"kind": "uhc"}, "teacher": PANEL | {"passes": 1, "dropout": None}},
+    "l2kd replayed": {"method": {"word_kd": True}, "teacher": causal()["teacher"] | EXACT},
+    "l2kd penalty": {"method": {"penalty": {"kind": "ewc", "strength": 30.0}}},
+    "l2kd memories": {"method": {"memories": {"kind": "gem", "share": 0.5, "per_step": 4}}},
 }
 LABELLED = ("finetune", "muki stored", "muki live", "uhc stored")
 """Cases on rows of classes."""
@@ -83,6 +87,8 @@ def train(
         changes["model"] = STUDENT | {"path": str(weights(runs))}
     if case in LABELLED:
         changes["data"] = table(runs)
+    if case.startswith("l2kd"):
+        changes = second_task(runs, changes)
     size = 4 * ranks_of(stage)
     steps = ("train.steps=2", f"train.batch={size}", "train.micro_batch=2")
     words = (f"deepspeed=zero{stage}", f"train.precision={precision}", *steps, *words)
@@ -100,6 +106,46 @@ def table(runs: Runs) -> dict[str, Any]:
     )
     data = {"objective": "classification", "sources": train, "validation": valid}
     return data | {"masking": {"draws": None}}
+
+
+def second_task(runs: Runs, case: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a case that learns a task after another one."""
+    earlier, method = first_task(runs), {"kind": "l2kd", **case["method"]}
+    one, two = task_data(runs)["sources"]
+    own = {"sources": [two], "tokenizer": {"kind": "pretrained", "path": str(earlier / "export")}}
+    if "penalty" in method:
+        method["penalty"] = {**method["penalty"], "earlier": str(earlier)}
+    if "memories" in method:
+        own["memory"] = [one]
+    if method.get("word_kd"):
+        own["sources"] = [two, {**one, "kind": "replayed"}]
+    model = {"path": str(earlier / "export"), "config": small.CAUSAL}
+    data = task_data(runs) | own
+    still = {"teacher": None, "train": {"clip": 0.0, "eps": 1e-4}}
+    return still | case | {"method": method, "data": data, "model": model}
+
+
+def first_task(runs: Runs) -> Path:
+    """The run of the task before, made once."""
+    out = runs.folder / "first task"
+    if not out.exists():
+        data = task_data(runs)
+        data["sources"] = data["sources"][:1]
+        method = {"kind": "l2kd", "penalty": CASES["l2kd penalty"]["method"]["penalty"]}
+        how = {"method": method, "teacher": None, "model": {"config": small.CAUSAL}}
+        words = ("deepspeed=zero0", "train.steps=2", "evaluation.every=2")
+        with on_cpu():
+            runs.run(out.name, 1, *words, data=data, until="importance", **how)
+    return out
+
+
+def task_data(runs: Runs) -> dict[str, Any]:
+    """The data of two tasks."""
+    kept = {"objective", "sources", "validation_fraction"}
+    data = data_of(runs.folder).model_dump(mode="json", include=kept)
+    questions = {"task_tokens": TASKS, "room": 6, "modelling": True}
+    plain = {"packing": "complete", "masking": {"draws": None}, "validation": None}
+    return data | plain | {"questions": questions, "validation_fraction": 0.3}
 
 
 def weights(runs: Runs) -> Path:

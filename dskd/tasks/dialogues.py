@@ -42,8 +42,9 @@ def dialogue_scores(
     """How many turns are right, in per cent.
 
     Args:
-        names: of the turns; what stands before the last ``_`` is the name of the dialogue, whose
-            turns are in their order.
+        names: of the turns; what stands before the last ``_`` is the name of the dialogue. Its
+            turns count in the order of the numbers behind that, or, if there are others than
+            numbers, as they are given.
         predicted: answers of a model.
         wanted: the right ones.
 
@@ -54,7 +55,10 @@ def dialogue_scores(
     """
     states: dict[str, tuple[dict[str, str], dict[str, str]]] = defaultdict(lambda: ({}, {}))
     joint = asked = told = 0
-    for name, one, other in zip(names, predicted, wanted, strict=True):
+    turns = list(zip(names, predicted, wanted, strict=True))
+    if all(name.rpartition("_")[2].isdecimal() for name in names):
+        turns.sort(key=lambda turn: int(turn[0].rpartition("_")[2]))
+    for name, one, other in turns:
         found, right = turn_of(one), turn_of(other)
         state, right_state = states[name.rpartition("_")[0]]
         state.update(found.told)

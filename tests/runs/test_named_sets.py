@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from dskd.errors import ConfigError
+from dskd.settings.compare import differences
 from dskd.settings.recipe import read
+from dskd.settings.run import Evaluation
 from dskd.settings.yaml_tree import merge
 from dskd.system.log import read_metrics
 from tests.data.test_labelled import lines, write
@@ -142,6 +144,24 @@ def test_paths_are_read_as_elsewhere_and_one_may_move(tmp_path):
     with pytest.raises(ConfigError, match=told):
         source["path"] = "run:no"
         read(recipe_of(tmp_path, {"only": {"model": {"config": BERT}} | a_set(sources=[source])}))
+
+
+def test_which_settings_may_change_between_two_calls(tmp_path):
+    """Where files lie, and nothing that the results depend on."""
+
+    def run(**settings):
+        own = {"model": {"config": BERT}} | a_set(**{"sources": [source]} | settings)
+        return read(recipe_of(tmp_path, {"only": own})).runs["only"]
+
+    source = {"kind": "jsonl", "path": "x"}
+    first, moved = run(), run(sources=[source | {"path": "y"}])
+    assert differences(first, moved) == []
+    assert differences(first, run(rows=3)) == ["evaluation.sets.up.rows: null, now 3"]
+    named = run(sources=[source | {"domain": "a"}])
+    told = "evaluation.sets.up.sources.0.domain: 'jsonl', now 'a'"
+    assert differences(first, named) == [told]
+    none = first.model_copy(update={"evaluation": Evaluation(every=2, rows=8)})
+    assert [line.split(":")[0] for line in differences(none, first)] == ["evaluation.sets.up"]
 
 
 def test_a_method_that_reads_stored_columns_is_refused(tmp_path):

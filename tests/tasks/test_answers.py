@@ -94,6 +94,15 @@ def test_a_dialogue_remembers_what_was_told():
     assert score("joint_goal_em", ["food: thai; a; b"], ["."], details[:1])["turn_goal_em"] == 0
 
 
+def test_turns_count_in_the_order_of_their_numbers():
+    """Wherever a file has them: what turn 10 lacks, turn 2 has said. Other names are in order."""
+    for end, right in (("", 3), ("x", 2)):
+        names = [f"en_3_10{end}", f"en_3_2{end}", f"en_4_0{end}"]
+        details = list(zip(names, ["food: thai;", "food: thai;", "None"], strict=True))
+        found = score("joint_goal_em", ["None", "food: thai;", "None"], ["."] * 3, details)
+        assert found["joint_goal_em"] == pytest.approx(100 * right / 3), end
+
+
 def test_logical_forms_are_those_of_the_original():
     case = CASES["wikisql_lfem"]
     predicted, details = case["inputs"]["pred"], case["inputs"]["answers"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from dskd.batch import IGNORE, Batch, Positions
 from dskd.data.loader import make_batch
 from dskd.data.views import Shown
-from dskd.errors import DataError
+from dskd.errors import ConfigError, DataError
 from dskd.methods.lm import LanguageModelling
 from dskd.methods.metrics import LM_LOSS, Metric, ValueMetric
 from dskd.models.families import positions_of
@@ -128,3 +128,9 @@ def test_rows_without_a_predicted_token_are_refused():
     with pytest.raises(DataError, match="no token of the 5 validation rows is predicted"):
         without = [EvaluationSet("eval", rowset(5, 1), none)]
         evaluate(objective, without, [LM_LOSS], micro_batch=2, device=CPU)
+
+
+def test_results_of_one_name_are_refused():
+    assert by_key({"a": {"em": 1.0}, "a_b": {"em": 2.0}}) == {"a_em": 1.0, "a_b_em": 2.0}
+    with pytest.raises(ConfigError, match=r"^evaluation\.sets\.a_b: two results are called a_b_em"):
+        by_key({"a": {"b_em": 1.0}, "a_b": {"em": 2.0}})

@@ -8,10 +8,11 @@ bit for bit.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dskd.engine.zero import full_shape, gathered, is_sharded
@@ -83,6 +84,31 @@ def load_weights(
                     parameter[list(new_ids)] = new
 
 
+def unrounded_weights(
+    model: PreTrainedModel, folder: Path, where: str
+) -> Iterator[tuple[str, Tensor]]:
+    """What a model in 16 bits has rounded of the folder that it is filled from: parameter by
+    parameter the name and the whole values in fp32, on the CPU; without one that the folder has in
+    another shape (it has fewer tokens) or in 16 bits itself."""
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    sources = open_weights(model, folder, where)
+    stored = {_name_in(model, known, source.key): source for source in sources}
+    for name, names in _names(model).items():
+        found = [alias for alias in names if alias in stored]
+        source = stored[_the_one(model, found, stored, where)] if found else None
+        shape = full_shape(model.get_parameter(name))
+        if source is not None and source.dtype.itemsize > 2 and source.shape == shape:
+            yield name, source.read().float()
+
+
+def _names(model: PreTrainedModel) -> dict[str, list[str]]:
+    """All names of each parameter, by the first of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {aliases[0]: aliases for aliases in names.values()}
+
+
 def rows_of_tokens(model: PreTrainedModel) -> set[str]:
     """Names of the parameters with a row for each token: the embeddings, and the last map if it is
     not tied to them."""
@@ -129,12 +155,10 @@ def _plan(
 ) -> dict[str, Stored]:
     """The source of each parameter, by the first of its names."""
     grown = rows_of_tokens(model) if new_ids else set()
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    names = _names(model)
     plan, missing, wrong = {}, [], []
     for name, parameter in model.named_parameters():
-        found = [alias for alias in names[id(parameter)] if alias in stored]
+        found = [alias for alias in names[name] if alias in stored]
         if not found:
             missing.append(name)
             continue

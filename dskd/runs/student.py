@@ -17,7 +17,9 @@ from dskd.engine.manifests import MANIFEST
 from dskd.engine.zero import full_shape, sharded_construction
 from dskd.errors import CheckpointError, DskdError
 from dskd.models.build import parameter_count
+from dskd.models.configs import stored_folder
 from dskd.models.frozen import model_of
+from dskd.models.reading import unrounded_weights
 from dskd.models.speed import checkpoint_activations, compile_layers
 from dskd.runs.context import RunContext
 from dskd.settings.model import Model
@@ -114,8 +116,25 @@ def _in_engine(
             restore_hooks(hooks, saved)
         hooks.load(saved.folder)
         _load(engine, saved, stage, native=_is_native(context, saved))
+    elif run.checkpoint.export == "fp32" and precision_of(ds) != "fp32":
+        _take_unrounded(engine, student, context.student)
     counts = {"parameters": exported, "trained_parameters": trained}
     return StudentInEngine(engine, objective, hooks, precision_of(ds), counts)
+
+
+def _take_unrounded(engine: Engine, student: PreTrainedModel, settings: Model) -> None:
+    """Have the optimizer begin with the stored weights of the model that the student starts as,
+    which round to what it computes with; else it begins with that."""
+    folder = stored_folder(settings, "model")
+    if folder is None:
+        return
+    weights = engine.weights(gradients=False)
+    with dist.agreed(), torch.no_grad():
+        for name, values in unrounded_weights(student, folder, "model.path"):
+            shard = weights.shard(name)
+            if shard is not None:
+                end = shard.start + len(shard.weight)
+                shard.weight.copy_(values.flatten()[shard.start : end])
 
 
 def _hooks(

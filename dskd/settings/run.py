@@ -110,7 +110,8 @@ class Checkpoint(Section):
     """Most recent checkpoints kept; the best one, if the evaluation selects, besides."""
     export: Literal["trained", "fp32"] = "trained"
     """Number format of the exported weights. ``trained``: the one that the student computes in;
-    ``fp32``: as the optimizer has them, unrounded, for a run that goes on with them."""
+    ``fp32``: as the optimizer has them, unrounded, for a run that goes on with them; and such a run
+    begins with the fp32 weights of ``model.path`` itself, not with what 16 bits keep of them."""
 
 
 class Run(Section):

@@ -12,6 +12,7 @@ from dskd.models.writing import export
 from dskd.settings.model import Model
 from tests.continual.loops import GEOMETRIES, loop_of, steps, whole_weights
 from tests.equivalence.small import Runs, causal
+from tests.launching import forked
 from tests.models.tiny import make, tokenizer
 from tests.ranks import run_ranks
 from tests.runs.test_plan import BERT, WID, checked, recipe_of
@@ -61,6 +62,25 @@ def test_a_run_says_in_which_format_it_exports(tmp_path):
         assert values.dtype == torch.float32
         assert torch.equal(values.bfloat16(), found["trained"][0][name])
     assert found["fp32"][1] == found["trained"][1]
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (2, 2), (3, 2)])
+def test_nothing_is_rounded_from_one_run_to_the_next(tmp_path, stage, ranks):
+    """One that starts as the other's model, and learns nothing, exports the same."""
+    lm = {"method": {"kind": "lm"}, "checkpoint": {"every": 2, "export": "fp32"}}
+    first = {"model": {"config": BERT | {"tie_word_embeddings": False}}, **lm}
+    tokenizer = {"kind": "pretrained", "path": "run:first"}
+    second = {"model": {"path": "run:first"}, "data": {"tokenizer": tokenizer}, **lm}
+    path = recipe_of(tmp_path, {"first": first, "second": {**second, "train": {"lr": 0.0}}})
+    place = (f"deepspeed=zero{stage}", "train.micro_batch=2", "train.precision=bf16")
+    forked(ranks, str(path), "until=export", *place)
+    one, two = (
+        load_file(tmp_path / "runs" / name / "export" / "model.safetensors")
+        for name in ("first", "second")
+    )
+    assert any((values != values.bfloat16()).any() for values in one.values())
+    for name, values in one.items():
+        assert torch.equal(two[name], values), name
 
 
 def test_what_cannot_be_exported_so_is_refused(tmp_path):

@@ -8,6 +8,7 @@ A run's folder::
     replay/        rows of earlier tasks, as the model writes them that the student starts as
     cache/         the teacher's top-k logits, or a panel's scores
     train/         metrics, checkpoints, summary  export/       a HuggingFace model
+    importance/    how much the exported model's task needs each weight
     distilled.jsonl  the training questions with the exported model's answers
     scores.json    the exported model's evaluation (confusion.json: of classes, which for which)
     answers/       what it answers to the questions of named sets, one file a set

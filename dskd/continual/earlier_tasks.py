@@ -181,7 +181,7 @@ def importance_stage(penalty: Penalty, rows_of: Callable[[StageContext], RowLoss
 
 def _measure(penalty: Penalty, context: StageContext, rows: RowLoss) -> None:
     run, folder = context.run, context.folder.path / IMPORTANCE
-    exported = Model(path=str(context.folder.export), attention=run.model.attention)
+    exported = Model(path=str(context.folder.export))
     earlier = _kept_earlier(penalty, context)
     prints = _prints(penalty, exported, context, "export")
     prints |= {"rows": penalty.rows, "data": context.prepared.fingerprint}
@@ -205,11 +205,12 @@ def _measure(penalty: Penalty, context: StageContext, rows: RowLoss) -> None:
 
 def _whole_model(context: StageContext, settings: Model, where: str) -> nn.Module:
     """A model of the run in fp32, whole on every rank: squares of 16-bit gradients would vanish."""
+    run, tokenizer, device = context.run, context.prepared.tokenizer, context.device
+    # The run's own attention may be one for 16 bits only.
+    settings = settings.model_copy(update={"attention": "auto"})
     with dist.agreed():
-        model = model_of(
-            context.run, settings, where, context.prepared.tokenizer, None, "fp32", context.device
-        )
-    return model.to(context.device)
+        model = model_of(run, settings, where, tokenizer, None, "fp32", device)
+    return model.to(device)
 
 
 def _importance(

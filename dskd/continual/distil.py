@@ -5,7 +5,6 @@ of tasks: Chuang et al. 2020, section 3.2)."""
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from pydantic import Field
 
@@ -15,16 +14,14 @@ from dskd.data.layouts import QuestionEncoder
 from dskd.data.preparing import training_questions
 from dskd.data.questions import Question
 from dskd.engine.stage import Stage, StageContext
-from dskd.models.generate import continuations
+from dskd.models.continuation_files import own_tokens, write_continuations
 from dskd.settings.base import Section
 from dskd.settings.folders import data_settings
 from dskd.settings.model import Model
 from dskd.system import dist
 from dskd.system.files import fingerprint
-from dskd.system.log import bar, say
+from dskd.system.log import say
 from dskd.system.rows_file import RowsFile
-
-_WINDOW = 4  # batches of each rank, of which the answers are written together
 
 
 class Distil(Section):
@@ -77,34 +74,23 @@ def write_answers(settings: Distil, context: StageContext) -> None:
         top_k=settings.top_k,
         temperature=settings.temperature,
     )
+
+    def line(number: int, ids: list[int]) -> dict[str, str]:
+        own = own_tokens(ids, decoding)
+        answer = tokenizer.decode(own, clean_up_tokenization_spaces=False)
+        return line_of(asked[number], answer)
+
     with RowsFile(path, "the answers", made_of, len(asked)) as out:
-        # Windows begin where they would without a stop, so that in 16 bits batches are the same.
-        window = _WINDOW * run.evaluation.micro_batch * dist.world()
-        first = out.keep(window)
-        model = writing_model(run, exported, tokenizer, context.device, "export")
-        with bar("answering") as report:
-            while first < len(asked):
-                some = range(first, min(first + window, len(asked)))
-                new = continuations(
-                    model,
-                    [prompts[number].tolist() for number in some],
-                    decoding,
-                    numbers=some,
-                    batch=run.evaluation.micro_batch,
-                )
-                out.append(
-                    line_of(asked[number], _text(ids, tokenizer))
-                    for number, ids in zip(some, new, strict=True)
-                )
-                first = some.stop
-                report(first, len(asked))
-        out.finish()
+        write_continuations(
+            out,
+            lambda: writing_model(run, exported, tokenizer, context.device, "export"),
+            prompts,
+            decoding,
+            line,
+            batch=run.evaluation.micro_batch,
+            doing="distil",
+        )
     say(f"distil: answers to {len(asked)} questions: {path}")
-
-
-def _text(ids: list[int], tokenizer: Any) -> str:
-    own = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-    return tokenizer.decode(own, clean_up_tokenization_spaces=False)
 
 
 def _print(asked: list[Question]) -> str:

@@ -6,25 +6,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from dskd.data.questions import Question
 from dskd.data.text_files import checked_text, json_rows, row_value
 from dskd.data.tokenizers import tokenizer_fingerprint, vocabulary_size
 from dskd.engine.stage import StageContext
 from dskd.errors import StoreError
 from dskd.models.build import model_fingerprint
+from dskd.models.continuation_files import own_tokens, write_continuations
 from dskd.models.families import longest_row
-from dskd.models.generate import Decoding, continuations
+from dskd.models.generate import Decoding
 from dskd.runs.named_sets import AskedSet, answer_sets, asked_questions
 from dskd.settings.model import Model
 from dskd.system import dist
-from dskd.system.log import bar, say
+from dskd.system.log import say
 from dskd.system.rows_file import RowsFile
 from dskd.tasks.answers import ANSWER_METRICS, Answers
 from dskd.training.evaluation import Scores
-
-_WINDOW = 4  # batches of each rank, of which the answers are written together
 
 
 def answer_scores(context: StageContext, model: PreTrainedModel) -> Scores:
@@ -48,7 +46,6 @@ def answer_scores(context: StageContext, model: PreTrainedModel) -> Scores:
             if not out.complete:
                 say(f"{name}: {len(asked.questions)} questions, to be answered in {path}")
                 _answer(context, model, asked, out, name)
-                out.finish()
         compute = ANSWER_METRICS[own.metric].compute
         found[name] = dist.on_rank0(
             lambda asked=asked, path=path, compute=compute: compute(_written(path, asked))
@@ -70,8 +67,8 @@ def _made_of(context: StageContext, asked: AskedSet) -> dict[str, Any]:
 def _answer(
     context: StageContext, model: PreTrainedModel, asked: AskedSet, out: RowsFile, name: str
 ) -> None:
-    """Write the answers that are missing, window by window, as :mod:`dskd.runs.generate` does."""
-    tokenizer, batch = context.prepared.tokenizer, context.run.evaluation.micro_batch
+    """Write the answers that are missing."""
+    tokenizer = context.prepared.tokenizer
     decoding = Decoding(
         longest=asked.longest,
         positions=longest_row(model.config),
@@ -79,34 +76,18 @@ def _answer(
         ends=(tokenizer.eos_token_id,),
         pad=tokenizer.pad_token_id,
     )
-    total, window = len(asked.questions), _WINDOW * batch * dist.world()
-    first = out.keep(window)
-    with bar(f"answering {name}") as report:
-        while first < total:
-            some = range(first, min(first + window, total))
-            new = continuations(
-                model,
-                [asked.prompts[number].tolist() for number in some],
-                decoding,
-                numbers=some,
-                batch=batch,
-                progress=lambda done, _, first=first: report(first + done, total),
-            )
-            pairs = zip(some, new, strict=True)
-            out.append(_row(asked.questions[n], ids, decoding, tokenizer) for n, ids in pairs)
-            first = some.stop
 
+    def line(number: int, ids: list[int]) -> dict[str, Any]:
+        question, own = asked.questions[number], own_tokens(ids, decoding)
+        return {
+            **({"context": question.context} if question.context else {}),
+            "question": question.text,
+            "answer": tokenizer.decode(own, clean_up_tokenization_spaces=False),
+            "references": list(question.answers),
+        }
 
-def _row(
-    question: Question, ids: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    own = ids[: len(ids) - (ids[-1] in decoding.ends)]
-    return {
-        **({"context": question.context} if question.context else {}),
-        "question": question.text,
-        "answer": tokenizer.decode(own, clean_up_tokenization_spaces=False),
-        "references": list(question.answers),
-    }
+    how = {"batch": context.run.evaluation.micro_batch, "doing": f"answering {name}"}
+    write_continuations(out, lambda: model, asked.prompts, decoding, line, **how)
 
 
 def _written(path: Path, asked: AskedSet) -> Answers:

@@ -22,6 +22,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     GenerationConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -39,8 +40,9 @@ from dskd.engine import engine
 from dskd.errors import ConfigError, DataError
 from dskd.models.build import build, model_fingerprint
 from dskd.models.configs import config_of
+from dskd.models.continuation_files import own_tokens, write_continuations
 from dskd.models.families import longest_row
-from dskd.models.generate import Decoding, Sampling, continuations
+from dskd.models.generate import Decoding, Sampling
 from dskd.models.heads import of_objective
 from dskd.runs.finding import model_at
 from dskd.settings.model import Model
@@ -48,11 +50,10 @@ from dskd.system import dist, watch
 from dskd.system.device import DTYPES, on_gpu
 from dskd.system.doing import at_stage
 from dskd.system.files import file_hash
-from dskd.system.log import bar, say
+from dskd.system.log import say
 from dskd.system.rows_file import RowsFile
 
 _ENCODED = 4096  # prompts at a time
-_WINDOW = 4  # batches of each rank, of which the rows are written together
 
 
 def main(words: Sequence[str]) -> int:
@@ -119,7 +120,6 @@ def _run(options: argparse.Namespace) -> int:
     with RowsFile(options.out, "the generated rows", made_of, len(work.prompts)) as out:
         if not out.complete:
             _generate(work, device, out)
-            out.finish()
     say(f"{len(work.prompts)} rows: {options.out}")
     if grouped:
         engine.stop()
@@ -137,47 +137,30 @@ def _work(options: argparse.Namespace) -> _Work:
 
 
 def _generate(work: _Work, device: torch.device, out: RowsFile) -> None:
-    """Write the rows that are missing, window by window. Where a window begins does not depend on
-    where an earlier call was stopped, so that in 16 bits its batches are the same."""
-    batch, total = work.options.batch, len(work.prompts)
-    window = _WINDOW * batch * dist.world()
-    first = out.keep(window)
-    if first == total:
-        return
-    if first:
-        say(f"generate: goes on behind the {first} of {total} rows that are written")
-    with dist.agreed():
-        model = build(
-            Model(path=str(work.folder)),
-            work.tokenizer,
-            objective="causal",
-            block_size=1,
-            seed=0,
-            ds=None,
-            dtype=DTYPES[work.options.precision],
-            where="generate",
-            device=device,
-        ).to(device)
-    with bar("generating") as report:
-        while first < total:
-            some = range(first, min(first + window, total))
-            new = continuations(
-                model,
-                [work.prompts[number].tolist() for number in some],
-                work.decoding,
-                numbers=some,
-                batch=batch,
-                progress=lambda done, _, first=first: report(first + done, total),
-            )
-            out.append(_row(ids, work.decoding, work.tokenizer) for ids in new)
-            first = some.stop
+    """Write the rows that are missing."""
 
+    def model() -> PreTrainedModel:
+        with dist.agreed():
+            return build(
+                Model(path=str(work.folder)),
+                work.tokenizer,
+                objective="causal",
+                block_size=1,
+                seed=0,
+                ds=None,
+                dtype=DTYPES[work.options.precision],
+                where="generate",
+                device=device,
+            ).to(device)
 
-def _row(ids: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    ended = ids[-1] in decoding.ends
-    own = ids[: len(ids) - ended]
-    text = tokenizer.decode(own, clean_up_tokenization_spaces=False)
-    return {"text": text, "ids": own, "ended": ended}
+    def line(number: int, ids: list[int]) -> dict[str, Any]:
+        del number
+        own = own_tokens(ids, work.decoding)
+        text = work.tokenizer.decode(own, clean_up_tokenization_spaces=False)
+        return {"text": text, "ids": own, "ended": len(own) < len(ids)}
+
+    how = {"batch": work.options.batch, "doing": "generate"}
+    write_continuations(out, model, work.prompts, work.decoding, line, **how)
 
 
 def _sampling(options: argparse.Namespace) -> Sampling | None:

@@ -34,18 +34,27 @@ def parameters(model: Model, auto: type, vocabulary: int) -> int:
         return sum(p.numel() for p in auto.from_config(config).parameters())
 
 
+def _with_libraries(path: Path) -> None:
+    """Skip the test where the recipe's scores lack their library."""
+    if path.parent.name == "l2kd" and "rouge" in path.read_text():
+        pytest.importorskip("nltk")
+
+
 @pytest.mark.parametrize("world", [1, 2, 8])
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_accepted_on_any_power_of_two_of_ranks(path, world, tmp_path):
+    _with_libraries(path)
     recipe = read(path, [f"out={tmp_path}", "train.precision=auto"])  # fp16 wants a GPU
     check(recipe, methods(recipe), world=world)
-    controls = {"self_evolution": "random", "muki": "supervised"}
+    controls = {"self_evolution": "random", "muki": "supervised", "l2kd": "multitask"}
     assert controls.get(path.parent.name, CONTROL) in recipe.runs
 
 
 @pytest.mark.parametrize("path", [None, *RECIPES], ids=lambda path: path.stem if path else "toy")
 def test_a_recipe_is_accepted_on_gpus_in_its_own_precision(path, tmp_path, monkeypatch):
     """Which is bf16 where it says nothing."""
+    if path is not None:
+        _with_libraries(path)
     for name in ("on_gpu", "has_bf16"):
         monkeypatch.setattr(run_config, name, lambda: True)
     recipe = read(path, [f"out={tmp_path}"])
@@ -209,3 +218,67 @@ def test_cnews_has_the_original_hyper_parameters():
     assert (muki.temperature, muki.squared, muki.weight) == (1, False, 1)
     assert runs["muki"].teacher.passes == 16 and runs["muki"].teacher.confidence == "passes"
     assert (methods_of["vkd"].squared, methods_of["uhc"].squared) == (True, True)
+
+
+L2KD = LAUNCH / "l2kd"
+
+
+@pytest.mark.parametrize("path", sorted(L2KD.glob("*.yaml")), ids=lambda path: path.stem)
+def test_ways_to_learn_tasks_differ_in_their_method_and_what_it_reads(path):
+    """Of each task; GEM's memories take its own clipping, and are allowed fewer epochs."""
+    runs = read(path).runs
+    tasks = list(runs["multitask"].evaluation.sets)
+    allowed = ("method", "model", "teacher", "data.sources", "data.memory", "data.questions")
+    for name, run in runs.items():
+        task = next((task for task in tasks if name.split("-")[-1] == task), None)
+        if task is None:  # all of them, or a teacher
+            continue
+        changed = {place.split(":")[0] for place in differences(runs[f"finetune-{task}"], run)}
+        own = ("train.epochs", "train.clip") if name.startswith("gem") else ()
+        assert [place for place in changed if not place.startswith((*allowed, *own))] == [], name
+        assert run.evaluation.sets.keys() == set(tasks)
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks", "orders", "metrics"),
+    [
+        ("wcs", ["woz", "cnn", "wikisql"], 6, ["joint_goal_em", "avg_rouge", "lfem"]),
+        ("nlg", ["e2enlg", "rest", "hotel", "tv", "laptop"], 2, ["avg_rouge"] * 5),
+        ("tc", ["amazon", "yelp", "yahoo", "ag", "dbpedia"], 2, ["em"] * 5),
+    ],
+)
+def test_streams_of_the_original(name, tasks, orders, metrics):
+    """Spec, sections 1 to 4: its shapes, orders and the options' defaults."""
+    runs = read(L2KD / f"{name}.yaml").runs
+    sets = runs["multitask"].evaluation.sets
+    assert list(sets) == tasks and [each.metric for each in sets.values()] == metrics
+    assert len({run for run in runs if run.startswith("soft") and run.endswith(tasks[0])}) == orders
+    for run_name, run in runs.items():
+        train, method = run.train, build_method(run.method)
+        assert (train.epochs, train.lr, train.eps, train.warmup) == (9, 6.25e-5, 1e-4, 0.005), run
+        assert (train.betas, train.weight_decay, train.clip) == ((0.9, 0.999), 0.01, 1.0)
+        assert (run.checkpoint.export, method.adamw, method.temperature) == ("fp32", "original", 2)
+        assert method.text_weight in (0.25, 0) and run.data.block_size == 1024
+        first = run.model.path == "gpt2"
+        assert first == run.model.new_tokens
+        assert list(run.data.questions.task_tokens) == tasks
+        if run.data.replayed_domains:
+            assert not first and (method.replay.share, method.replay.top_k) == (0.2, 20), run_name
+    assert runs[f"{tasks[1]}-teacher"].model.path == "gpt2"
+    assert runs[f"word-{tasks[1]}"].teacher.model.path.endswith(f"{tasks[1]}-teacher/export")
+
+
+def test_the_toys_are_the_small_tasks_of_the_study():
+    runs = read(L2KD / "toys.yaml").runs
+    assert len(runs) == 10 * 3 + 3 + 1
+    config = runs["rev"].model.config
+    assert (config["n_layer"], config["n_embd"], runs["rev"].train.lr) == (2, 64, 3e-3)
+    last = {name.removesuffix("-shift"): run for name, run in runs.items() if "shift" in name}
+    shares = {name: build_method(run.method).replay for name, run in last.items()}
+    assert {n: r.share for n, r in shares.items() if r} == {
+        "shift": 0.2, "lll5": 0.05, "word": 0.2, "seq": 0.2, "soft": 0.2, "real": 0.2,
+    }  # fmt: skip
+    penalty = build_method(last["ewc"].method).penalty
+    assert penalty.folder == runs["ewc-maj"].out
+    assert build_method(runs["ewc-rev"].method).penalty.folder is None
+    assert [s.domain for s in last["gem"].data.memory] == ["rev", "maj"]

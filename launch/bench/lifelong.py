@@ -104,11 +104,13 @@ class Study:
     """A recipe and its plan, carried out."""
 
     def __init__(self, recipe: Path, plan: Plan, seeds: Sequence[int], over: Sequence[str]) -> None:
-        self.plan, self.seeds, self._over = plan, list(seeds), list(over)
+        self.plan, self.seeds = plan, list(seeds)
+        self._over = [text for text in over if not text.startswith("out=")]
         self._recipe = recipe
         self._tree = load(recipe)
-        self.out = read(recipe, over).out
-        self.batch = self._tree["base"]["train"]["batch"]
+        runs = read(recipe, over)
+        self.out = runs.out
+        self.train = next(iter(runs.runs.values())).train
         self.tasks = list(self._tree["tasks"])
 
     def result(self, jobs: int) -> dict[str, Any]:
@@ -157,7 +159,7 @@ class Study:
             "plan": self.plan.model_dump(mode="json"),
             "seeds": self.seeds,
             "tasks": self.tasks,
-            "train": self._tree["base"]["train"],
+            "train": self.train.model_dump(mode="json"),
             "rows": rows,
             "tried": tried,
             "best": dict(best),
@@ -242,9 +244,9 @@ class Study:
 
     def _run(self, job: Job) -> int:
         path, log, begun = job.recipe, job.log, time.monotonic()
-        over = [text for text in self._over if not text.startswith("out=")]
         command = [sys.executable, str(ROOT / "dskd/train.py"), str(path)]
-        command += [f"train.micro_batch={self.batch}", *over]  # one rank: the whole batch at once
+        # One rank: the whole batch at once.
+        command += [f"train.micro_batch={self.train.batch}", *self._over]
         print(f"begun: {path}", flush=True)
         with log.open("ab") as stream:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}

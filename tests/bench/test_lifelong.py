@@ -140,6 +140,7 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     assert ewc["earlier"] == [35.0, 40.0] and ewc["last"] == [100.0, 100.0]
     assert result["rows"]["0"]["multitask"]["earlier"] == [None, None]
     page = table(result)
+    assert "seeds 1, 2; 1 epochs a task, 48 rows a step" in page and f"{tmp_path}" not in page
     assert "| ewc | 58.3 [56.7 - 60.0] | 37.5 [35.0 - 40.0] | 15.0 [10.0 - 20.0] |" in page
     assert "- noise 0: multitask - lll, average >= 0: holds on every seed (0.0: 0.0, 0.0)" in page
     assert "- ewc, `method.penalty.strength`: 1 37.0, 60 56.7, 1e+09 diverges" in page

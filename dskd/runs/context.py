@@ -27,7 +27,7 @@ from dskd.methods.checks import score_of, selection_of
 from dskd.methods.metrics import has_labels
 from dskd.models.build import parameter_count
 from dskd.models.configs import config_of, with_classes
-from dskd.runs.named_sets import read_sets
+from dskd.runs.named_sets import read_further
 from dskd.settings.data import Source
 from dskd.settings.folders import RunFolder, data_settings, folder_of, student_settings
 from dskd.settings.length import is_in_steps, with_steps
@@ -92,10 +92,10 @@ class RunContext:
         return {}
 
     @cached_property
-    def set_fingerprints(self) -> dict[str, str]:
-        """Of the named sets, by the names of their settings; collective where it is first used,
-        which finds what is wrong with them."""
-        return read_sets(self)
+    def further_fingerprints(self) -> dict[str, str]:
+        """Of the named sets and of ``data.memory``, by the names of their settings; collective
+        where it is first used, which finds what is wrong with them."""
+        return read_further(self)
 
     @cached_property
     def masks(self) -> RowMasks:

@@ -25,15 +25,19 @@ from dskd.tasks.answers import check_detail
 from dskd.training.evaluation import EvaluationSet
 
 
-def read_sets(context: StageContext) -> dict[str, str]:
-    """The fingerprint of each set, by the name of its setting (collective).
+def read_further(context: StageContext) -> dict[str, str]:
+    """The fingerprint of each set, and of ``data.memory`` if there is one, by the name of its
+    setting (collective).
 
     Raises:
         DataError: a source is missing or unreadable, or its rows are not such as the run's.
     """
     found = {}
+    if context.run.data.memory is not None:
+        with _said_of("data.memory"):
+            found["data.memory"] = context.rows_of(context.run.data.memory).fingerprint
     for name, own in context.run.evaluation.sets.items():
-        with _of_set(name):
+        with _said_of(f"evaluation.sets.{name}"):
             found[f"evaluation.sets.{name}"] = (
                 _rows(context, own).fingerprint
                 if own.metric is None
@@ -100,10 +104,10 @@ def _rows(context: StageContext, own: NamedSet) -> RowSet:
 
 
 @contextmanager
-def _of_set(name: str) -> Iterator[None]:
-    """What is wrong inside is said of this set, and not of the run's own sources."""
+def _said_of(setting: str) -> Iterator[None]:
+    """What is wrong inside is said of this setting, and not of the run's own sources."""
     try:
         yield
     except DskdError as problem:
         text = str(problem).removeprefix("data.sources: ")
-        raise type(problem)(f"evaluation.sets.{name}: {text}") from problem
+        raise type(problem)(f"{setting}: {text}") from problem

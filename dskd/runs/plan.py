@@ -355,7 +355,7 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
     models, which are downloaded for their fingerprints if need be."""
     run, path = context.run, context.folder.inputs
     now = {"data": context.prepared.fingerprint, "masking": context.view.fingerprint}
-    now |= context.set_fingerprints
+    now |= context.further_fingerprints
     for name, model in models_of(run).items():
         now[name] = model_fingerprint(model, seed=run.seed, where=name)
     for name, model in used_models(run, context.method).items():

@@ -49,8 +49,9 @@ from dskd.training.trainer import Trainer
 
 
 def prepare_rows(context: RunContext) -> None:
-    """Prepare all rows, those of named sets, too, and make the view of the training rows."""
-    _ = context.view, context.set_fingerprints
+    """Prepare all rows, those of named sets and of the memory, too, and make the view of the
+    training rows."""
+    _ = context.view, context.further_fingerprints
 
 
 def cache(context: RunContext) -> None:

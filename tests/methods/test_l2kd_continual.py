@@ -202,6 +202,21 @@ def test_importances_of_another_model_are_refused_before_the_training(tmp_path, 
     assert not (tmp_path / "runs" / "down" / "train").exists()
 
 
+def test_a_memory_is_read_with_the_rows_and_may_not_change(tmp_path, capfd):
+    memory = [{"kind": "questions", "path": str(tmp_path / "memory.jsonl"), "domain": "up"}]
+    later = {"data": {"memory": memory}, "method": {"memories": {"kind": "gem"}}}
+    path = str(recipe(tmp_path, down=later))
+    words = ("runs.up.until=export", "runs.down.until=data")
+    forked(1, path, *words, status=2)
+    assert f"error: data.memory: questions: {tmp_path}/memory.jsonl: " in capfd.readouterr().err
+    lines = (tmp_path / "up.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "memory.jsonl").write_text("".join(lines[:9]))
+    forked(1, path, *words)
+    (tmp_path / "memory.jsonl").write_text("".join(lines[:8]))
+    forked(1, path, status=2)
+    assert "down: data.memory changed since the run was started" in capfd.readouterr().err
+
+
 def test_no_gradient_with_a_loss_scale_is_edited():
     data = {"sources": [{**MEMORY[0], "domain": "down"}], "memory": MEMORY, "questions": TEXTS}
     start = {"data": {"objective": "causal", **data}, "model": {"path": "x"}, "teacher": None}

@@ -46,7 +46,8 @@ def distil_stage(settings: Distil) -> Stage:
 
 
 def write_answers(settings: Distil, context: StageContext) -> None:
-    """Answer what is not answered yet, question by question in their order (collective).
+    """Answer what is not answered yet, question by question in their order; answers that are there
+    must be those of this model (collective).
 
     The answer to a question is fixed by the run's seed and the question's place; in 16 bits as far
     as rounding leaves the order of the logits.
@@ -57,12 +58,9 @@ def write_answers(settings: Distil, context: StageContext) -> None:
         NonFiniteError: the model's logits are not finite.
     """
     path, run = context.folder.distilled, context.run
-    if dist.broadcast_object(path.exists()):
-        return
     tokenizer = context.prepared.tokenizer
     with dist.agreed():
         asked = [question for _, question in training_questions(data_settings(run))]
-        prompts = QuestionEncoder(run.data, tokenizer).prompts(asked)
     exported = Model(path=str(context.folder.export), attention=run.model.attention)
     made_of = writer_of(run, exported, tokenizer, "export")
     made_of |= {"method.distil": settings.model_dump(), "questions": _print(asked)}
@@ -81,6 +79,10 @@ def write_answers(settings: Distil, context: StageContext) -> None:
         return line_of(asked[number], answer)
 
     with RowsFile(path, "the answers", made_of, len(asked)) as out:
+        if out.complete:
+            return
+        with dist.agreed():
+            prompts = QuestionEncoder(run.data, tokenizer).prompts(asked)
         write_continuations(
             out,
             lambda: writing_model(run, exported, tokenizer, context.device, "export"),

@@ -124,7 +124,8 @@ def rows_of_each(new: int, share: float, tasks: int) -> int:
 
 
 def write_replayed(settings: Replay, context: StageContext) -> None:
-    """Write what is missing of the rows, and then the summary (collective).
+    """Write what is missing of the rows, and then the summary; what is there must be what would
+    be written now (collective).
 
     Raises:
         ConfigError: there are too few new rows for a replayed one; a model or tokenizer that cannot
@@ -135,7 +136,7 @@ def write_replayed(settings: Replay, context: StageContext) -> None:
     """
     run, folder = context.given, context.folder.replay
     domains = written_domains(run)
-    if not domains or dist.broadcast_object((folder / SUMMARY).exists()):
+    if not domains:
         return
     new = dist.on_rank0(lambda: sum(1 for _ in training_questions(run.data)))
     tasks = len(run.data.replayed_domains)
@@ -150,7 +151,7 @@ def write_replayed(settings: Replay, context: StageContext) -> None:
     else:
         found = _PseudoSamples.of(settings, context, asked).write(domains)
     with dist.agreed():
-        if dist.rank() == 0:
+        if dist.rank() == 0 and not (folder / SUMMARY).exists():
             write_manifest(folder / SUMMARY, {"tasks": found}, _WHAT)
 
 
@@ -172,7 +173,7 @@ def _write_real(run: Run, domain: str, asked: int) -> dict[str, Any]:
             first = out.keep(1)
             out.append(dist.on_rank0(drawn)[first:])
             out.finish()
-    say(f"replay: {asked} rows of {domain} from data.memory")
+            say(f"replay: {asked} rows of {domain} from data.memory")
     return {"asked": asked, "written": asked, "samples": None, "well_formed": None}
 
 
@@ -219,20 +220,23 @@ class _PseudoSamples:
         path, most = replay_file(self.context.given, domain), self.settings.rounds * self.asked
         made_of = {**self.made_of, "task": task, "prompt": prompt}
         with RowsFile(path, _WHAT, made_of, self.asked) as out:
-            if not out.complete:
+            there = out.complete
+            if not there:
                 self._write(out, task, prompt, domain, most)
             numbers = dist.on_rank0(lambda: _numbers(out, path, most))
         rows = len(numbers)
         samples = most if rows < self.asked else numbers[-1] + 1
+        share = rows / samples
+        told = {"asked": self.asked, "written": rows, "samples": samples, "well_formed": share}
+        if there:
+            return told
         if rows < self.asked:
             say(
                 f"warning: method.replay.rounds: {self.settings.rounds}: of {most} samples of the "
                 f"task {domain!r} {rows} are well-formed, {self.asked} were asked for"
             )
-        share = rows / samples
         say(f"replay: {rows} rows of {domain}, {share:.1%} of {samples} samples well-formed")
-        told = {"asked": self.asked, "written": rows, "samples": samples}
-        return told | {"well_formed": share}
+        return told
 
     def _write(self, out: RowsFile, task: int, prompt: int, domain: str, most: int) -> None:
         """Samples from the one behind the last that is kept, until there are enough."""

@@ -2,6 +2,7 @@
 that is stopped."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -219,7 +220,6 @@ def _interrupted(*parts, **named):
 def test_what_was_made_otherwise_is_refused(folder, written):
     run = run_of(folder, "other")
     write(run)
-    (run.out / "replay" / "summary.json").unlink()
     with pytest.raises(
         StoreError, match=r"down\.jsonl was made otherwise \(method\.replay: .*; re"
     ):
@@ -227,6 +227,19 @@ def test_what_was_made_otherwise_is_refused(folder, written):
     path = run.out / "replay" / "down.jsonl"
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     with pytest.raises(StoreError, match=r"down\.jsonl: damaged, its rows are no samples in their"):
+        write(run)
+
+
+def test_a_model_that_is_another_since_is_refused(folder, written):
+    """Before there are rows that could tell it."""
+    shutil.copytree(folder / "model", folder / "model-2")
+    run = run_of(folder, "since", model={"path": str(folder / "model-2")})
+    assert write(run) == written
+    with torch.no_grad():
+        model = GPT2LMHeadModel.from_pretrained(folder / "model-2")
+        model.transformer.ln_f.bias += 1
+    model.save_pretrained(folder / "model-2")
+    with pytest.raises(StoreError, match=r"down\.jsonl was made otherwise \(model: .*; re"):
         write(run)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.data.preparing import training_questions
-from dskd.errors import ConfigError
+from dskd.errors import ConfigError, StoreError
 from dskd.methods.base import build_method
 from dskd.runs.context import RunContext
 from dskd.settings.recipe import read
@@ -162,6 +162,15 @@ def test_killed_in_the_middle_of_an_answer_it_goes_on(folder):
             run_ranks(_killed, run, world=1)
         assert part.exists() and not part.read_bytes().endswith(b"\n")
     assert answered(0, run) == lines(folder / "runs" / "up" / "distilled.jsonl")
+
+
+def test_answers_of_another_export_are_refused(folder):
+    run = answering(folder, "exported-anew")
+    answered(0, run)
+    shutil.rmtree(run.out / "export")
+    shutil.copytree(folder / "runs" / "down" / "export", run.out / "export")
+    with pytest.raises(StoreError, match=r"distilled\.jsonl was made otherwise \(model: .*; rem"):
+        answered(0, run)
 
 
 def test_other_settings_are_refused(folder):

@@ -179,6 +179,14 @@ def test_other_settings_are_refused(folder):
             checked(chain(folder), *words)
 
 
+def test_answers_of_which_no_row_can_be_held_out_are_refused(tmp_path):
+    told = r"^runs\.seq\.data\.validation: missing; run up holds out rows by itself, and its"
+    with pytest.raises(ConfigError, match=told):
+        checked(chain(tmp_path), "runs.seq.data.validation=null")
+    more = "runs.seq.data.validation_fraction=0.5"  # up: 0.3
+    checked(chain(tmp_path), "runs.seq.data.validation=null", more)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -186,10 +194,13 @@ def test_other_settings_are_refused(folder):
         (["runs.up.until=export"], r"run up writes no answers of its model \(distilled\.jsonl\)"),
         ([f"runs.seq.data.sources.0.path={'{out}'}/runs/seq/distilled.jsonl"],
          "is what this run itself writes in its end"),
+        (["runs.seq.data.sources.0.path=x", "runs.seq.evaluation.sets={a: {sources: [{kind: "
+          "questions, path: 'run:down', domain: up}]}}"],
+         "by its settings run down writes no answers of its model"),
     ],
-    ids=["null", "until", "itself"],
+    ids=["null", "until", "itself", "set"],
 )  # fmt: skip
 def test_answers_that_no_run_writes_are_refused(tmp_path, words, told):
     words = [word.replace("{out}", str(tmp_path)) for word in words]
-    with pytest.raises(ConfigError, match=rf"^runs\.seq\.data\.sources\.0\.path: .*{told}"):
+    with pytest.raises(ConfigError, match=rf"^runs\.seq\.\S+\.sources\.0\.path: .*{told}"):
         checked(chain(tmp_path), *words)

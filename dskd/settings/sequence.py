@@ -72,7 +72,8 @@ class _Sequence(Section):
     """What a run has of earlier tasks: nothing; rows of sources of kind ``replayed``; their own
     rows as ``data.memory``; or both, of which the method makes its replayed rows."""
     teacher: bool = False
-    """Whether the run ``TASK-teacher`` is the live teacher of that which learns the task."""
+    """Whether the run ``TASK-teacher`` is the live teacher of that which learns the task; what else
+    the settings say of a live teacher (``precision``, ``deepspeed``) holds for it."""
     distilled: bool = False
     """Learn a task's questions as its teacher answered them."""
     later: dict[str, Any] = Field(default_factory=dict)
@@ -201,8 +202,7 @@ class _Expansion:
             sequence = self._section(_Sequence, place, reads)
             self._refuse_others(place, settings, fields)
             if sequence is not None:
-                after = (*place, "later")
-                self._refuse_others(after, self._settings(after, sequence.later))
+                self._refuse_later((*place, "later"), sequence)
             if name in self._tasks:
                 self._add(place, "a task has this name, too")
             if sequence is not None and self._fits(place, sequence, settings):
@@ -278,7 +278,7 @@ class _Expansion:
             model = tree.get("model", {})
             tree["model"] = {"path": previous} | {n: model[n] for n in _KEPT if n in model}
         if sequence.teacher:
-            tree["teacher"] = {"kind": "live", "model": {"path": f"run:{task}-teacher"}}
+            tree["teacher"] = _taught_by(f"run:{task}-teacher", tree.get("teacher"))
         data = {"sources": _learnt(task, tasks, sequence), "validation": tasks[task].validation}
         if sequence.earlier in ("replayed", "real"):
             data["sources"] += [{"kind": "replayed", "domain": each} for each in earlier]
@@ -383,6 +383,30 @@ class _Expansion:
             self._add((*place, key), f"no such setting{near}")
         self._refuse_given(place, settings, _GIVEN | _OF_ALL)
 
+    def _refuse_later(self, place: SettingName, sequence: _Sequence) -> None:
+        """Refuse what no run of a sequence but the first can have."""
+        later = self._settings(place, sequence.later)
+        self._refuse_others(place, later)
+        self._refuse_model((*place, "model"), later.get("model", {}), "the run before")
+        if not sequence.teacher:
+            return
+        teacher = later.get("teacher", {})
+        if isinstance(teacher, dict) and teacher.get("kind", "live") == "live":
+            model = teacher.get("model", {})
+            self._refuse_model((*place, "teacher", "model"), model, "the run TASK-teacher")
+        else:
+            text = "with `teacher: true` it is live; expected settings (name: value) of that"
+            self._add((*place, "teacher"), text)
+
+    def _refuse_model(self, place: SettingName, own: Any, whose: str) -> None:
+        """Refuse settings of a model that are those of a run's export."""
+        if not isinstance(own, dict):
+            self._add(place, "expected settings (name: value)")
+            return
+        for key in [key for key in own if key not in _KEPT]:
+            text = f"this model is the export of {whose}; only {', '.join(_KEPT)} may be set"
+            self._add((*place, key), text)
+
     def _refuse_given(
         self,
         place: SettingName,
@@ -405,6 +429,14 @@ class _Expansion:
 
 
 _ABSENT = object()
+
+
+def _taught_by(path: str, own: Any) -> Tree:
+    """A live teacher, with what else the settings say of a live one: where and how it runs."""
+    given = own if isinstance(own, dict) and own.get("kind", "live") == "live" else {}
+    model = given.get("model")
+    kept = {n: model[n] for n in _KEPT if n in model} if isinstance(model, dict) else {}
+    return {**given, "kind": "live", "model": {"path": path} | kept}
 
 
 def _learnt(task: str, tasks: dict[str, _Task], sequence: _Sequence) -> list[Tree]:

@@ -166,6 +166,19 @@ def test_settings_of_all_runs_but_the_first():
     assert runs["maj"]["method"] == runs["rev"]["method"] | {"memories": {"kind": "gem"}}
 
 
+def test_what_a_live_teacher_is_besides_a_run():
+    later = "later: {teacher: {precision: bf16, model: {attention: eager}}}"
+    text = with_sequences(f"word: {{teacher: true, {later}}}", teachers=True)
+    base = "teacher: {kind: live, precision: fp32, deepspeed: zero3, model: {path: x}}"
+    runs, _ = expanded(text.replace("teacher: null", base))
+    shared = {"kind": "live", "deepspeed": "zero3"}
+    assert runs["rev"]["teacher"] == {
+        **shared, "precision": "fp32", "model": {"path": "run:rev-teacher"},
+    }  # fmt: skip
+    model = {"path": "run:maj-teacher", "attention": "eager"}
+    assert runs["maj"]["teacher"] == {**shared, "precision": "bf16", "model": model}
+
+
 def test_the_first_run_trains_the_tokenizer():
     trained = "tokenizer: {kind: trained, vocab_size: 400}"
     text = RECIPE.replace("tokenizer: {kind: pretrained, path: gpt2}", trained)
@@ -239,6 +252,15 @@ def test_mistakes_of_its_runs_are_those_of_any_recipe(tmp_path):
          "sequences.lll.earlier: 'replay' is not one of none, replayed, memory, real"),
         (("lll: {method", "lll: {methd"),
          "sequences.lll.methd: no such setting; did you mean 'method'?"),
+        (("lll: {method", "lll: {later: {model: {path: x, attention: sdpa}}, method"),
+         "sequences.lll.later.model.path: this model is the export of the run before; only "
+         "attention, trust_remote_code may be set"),
+        (("lll: {method", "lll: {teacher: true, later: {teacher: {kind: cached}}, method"),
+         "sequences.lll.later.teacher: with `teacher: true` it is live; expected settings (name: "
+         "value) of that"),
+        (("lll: {method", "lll: {teacher: true, later: {teacher: {model: {path: x}}}, method"),
+         "sequences.lll.later.teacher.model.path: this model is the export of the run TASK-teacher;"
+         " only attention, trust_remote_code may be set"),
         (("lll: {method", "lll: {teacher: true, method"),
          "sequences.lll.teacher: true, but the recipe has no `teachers: {...}`, the settings of "
          "their runs"),

@@ -86,13 +86,20 @@ def written_domains(run: Run) -> list[str]:
     return [source.domain for source in found]
 
 
-def check_replay(settings: Replay | None, run: Run) -> None:
+def check_replay(settings: Replay | None, run: Run, *, remembered: bool) -> None:
     """Refuse settings by which no rows can be written, or those that are would not be read.
+
+    Args:
+        remembered: whether something else reads all of ``data.memory``.
 
     Raises:
         ConfigError: names the setting.
     """
     domains = written_domains(run)
+    for number, source in enumerate(run.data.memory or ()):
+        if settings is not None and not remembered and source.domain not in domains:
+            text = f"no rows of {source.domain!r} are written from it (method.replay); leave it out"
+            raise ConfigError(f"data.memory.{number}.domain: {text}")
     if settings is None or not run.data.replayed_domains:  # or the first task
         return
     if not domains:

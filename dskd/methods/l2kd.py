@@ -165,7 +165,7 @@ class LifelongDistillation(Method):
                 "method.weighting: counts is of what method.word_kd teaches beside replayed rows; "
                 "without it all rows have one count"
             )
-        check_replay(self.replay, run)
+        check_replay(self.replay, run, remembered=self.memories is not None)
         if self.word_kd and not isinstance(run.teacher, LiveTeacher):
             kind = "none" if run.teacher is None else run.teacher.kind
             raise ConfigError(f"teacher.kind: method.word_kd needs a live one, not {kind}")

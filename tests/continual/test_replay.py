@@ -310,6 +310,16 @@ def test_what_cannot_be_replayed_is_refused(folder, change, replay_settings, tol
         method.check(run, None)
 
 
+@pytest.mark.parametrize("domain", ["more", "up"])
+def test_a_memory_that_nothing_is_taken_from_is_refused(folder, domain):
+    run = run_of(folder, "idle", memory=True)
+    memory = [*run.data.memory, run.data.memory[0].model_copy(update={"domain": domain})]
+    run = run.model_copy(update={"data": run.data.model_copy(update={"memory": memory})})
+    real = build_method({"kind": "l2kd", "replay": {"real": True}})
+    with pytest.raises(ConfigError, match=rf"^data\.memory\.1\.domain: no rows of '{domain}' are"):
+        real.check(run, None)
+
+
 def test_a_first_task_replays_nothing(folder):
     run = run_of(folder, "first")
     run = run.model_copy(update={"data": data_of(folder)})

@@ -29,8 +29,8 @@ from dskd.settings.data import (
     Source,
     TrainedTokenizer,
 )
-from dskd.settings.examples import ReplayedSource
-from dskd.settings.folders import folder_of
+from dskd.settings.examples import QuestionSource, ReplayedSource
+from dskd.settings.folders import RunFolder, folder_of
 from dskd.settings.model import Model
 from dskd.settings.recipe import Recipe
 from dskd.settings.run import Run
@@ -256,13 +256,21 @@ def _same_source(a: Source, b: Source) -> bool:
     """Whether two sources hold the same text; where it lies does not matter."""
     if a == b:
         return True
-    if isinstance(a, ReplayedSource) and None in (a.path, b.path):
+    if _is_to_come(a) or _is_to_come(b):
         return False
     if isinstance(a, HubSource) or isinstance(b, HubSource) or a.kind != b.kind:
         return False
     if a.model_dump(exclude={"path", "domain"}) != b.model_dump(exclude={"path", "domain"}):
         return False
     return sources.content_hash(a) == sources.content_hash(b)
+
+
+def _is_to_come(source: Source) -> bool:
+    """Whether a run has yet to write a source: replayed rows of its own, or answers."""
+    if isinstance(source, ReplayedSource):
+        return source.path is None
+    path = Path(source.path) if isinstance(source, QuestionSource) else None
+    return path is not None and path == RunFolder(path.parent).distilled and not path.exists()
 
 
 def _refuse_folder(

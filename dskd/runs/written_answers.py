@@ -20,7 +20,7 @@ def refuse_missing_answers(
     recipe: Recipe, stages: Mapping[str, Sequence[Stage]], name: str
 ) -> None:
     """Refuse questions of a run that are another's with its model's answers, if by its settings
-    that one writes none before, or if of those alone no row could be held out.
+    that one writes none before and none are there, or if of those alone no row could be held out.
 
     Args:
         stages: what each run of the recipe carries out.
@@ -45,7 +45,7 @@ def refuse_missing_answers(
         if runs.index(maker) >= runs.index(name):
             which = "this run itself" if maker == name else f"the later run {maker}"
             raise ConfigError(f"{where}: {file} is what {which} writes in its end")
-        if not any(stage.whole == file.name for stage in stages[maker]):
+        if not file.exists() and not any(s.whole == file.name for s in stages[maker]):
             text = f"by its settings run {maker} writes no answers of its model"
             raise ConfigError(f"{where}: {text} ({file.name})")
     if data.validation is None:

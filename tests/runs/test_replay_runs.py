@@ -179,6 +179,16 @@ def test_other_settings_are_refused(folder):
             checked(chain(folder), *words)
 
 
+def test_a_tokenizer_trained_on_answers_to_come_is_another(tmp_path):
+    told = r"seq\.model\.path: run up has another tokenizer than this run \(.*data\.sources"
+    with pytest.raises(ConfigError, match=told):
+        checked(chain(tmp_path), "runs.seq.data.tokenizer={kind: trained}")
+
+
+def test_answers_that_are_there_are_read(folder):
+    checked(chain(folder), "until=train")
+
+
 def test_answers_of_which_no_row_can_be_held_out_are_refused(tmp_path):
     told = r"^runs\.seq\.data\.validation: missing; run up holds out rows by itself, and its"
     with pytest.raises(ConfigError, match=told):

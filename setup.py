@@ -27,6 +27,7 @@ setup(
         "deepspeed>=0.19",
         "transformers>=5",
         "datasets",
+        "pyarrow",  # as datasets; unpacks .zst
         "tokenizers",
         "safetensors",
         "numpy",

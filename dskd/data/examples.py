@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dskd.data.json_files import checked_text, json_rows, json_type, row_value
 from dskd.data.library import library_rows
 from dskd.data.sources import files, limited, source_name
 from dskd.data.tables import table_rows
-from dskd.data.text_files import Advance, checked_text, json_rows, json_type, row_value, text_lines
+from dskd.data.text_files import Advance, text_lines
 from dskd.errors import DataError
 from dskd.settings.data import BuiltinSource, HubSource, JsonlSource
 from dskd.settings.labels import Columns, CsvSource, TsvSource
@@ -80,7 +81,7 @@ def _rows(source: Columns, advance: Advance) -> Iterator[tuple[str, dict[str, An
             yield f"{where}: row {number}", dict(zip(names, values, strict=True))
     elif isinstance(source, JsonlSource):
         for path in files(source):
-            for place, row in json_rows(path, advance, _WholeNumber, unpack=True):
+            for place, row in json_rows(path, advance, _WholeNumber):
                 yield place, {name: row_value(row, name, place, "value") for name in names}
     else:
         assert isinstance(source, CsvSource | TsvSource), source
@@ -91,26 +92,33 @@ def _rows(source: Columns, advance: Advance) -> Iterator[tuple[str, dict[str, An
 def _table(
     path: Path, source: CsvSource | TsvSource, names: list[str], advance: Advance
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file of cells, whose first line names the columns."""
+    """The rows of a file of cells, whose first line names the columns unless the source does."""
     quoted = isinstance(source, CsvSource) or source.quoting
-    lines = text_lines(path, advance, unpack=True)
+    lines = text_lines(path, advance)
     delimiter = "," if isinstance(source, CsvSource) else "\t"
     cells = _cells(path, lines, delimiter) if quoted else _plain_cells(lines)
-    head = next(cells, None)
-    if head is None:
-        raise DataError(f"{path}: empty; its first line names its columns")
-    header = head[1]
-    for name in names:
-        if header.count(name) != 1:
-            what = "no column" if name not in header else "more than one column"
-            raise DataError(f"{path}:{head[0]}: {what} {name!r}; its columns are {header}")
+    header = source.columns if source.columns is not None else _header(path, cells, names)
     for number, row in cells:
+        if row == source.columns:
+            raise DataError(f"{path}:{number}: names its columns; leave `columns` out")
         if len(row) != len(header):
             raise DataError(
                 f"{path}:{number}: {len(row)} cells, but there are {len(header)} columns"
             )
         values = dict(zip(header, row, strict=True))
         yield f"{path}:{number}", {name: values[name] for name in names}
+
+
+def _header(path: Path, cells: Iterator[tuple[int, list[str]]], names: list[str]) -> list[str]:
+    """The names of the columns in the first line of a file."""
+    number, header = next(cells, (0, None))
+    if header is None:
+        raise DataError(f"{path}: empty; its first line names its columns")
+    for name in names:
+        if header.count(name) != 1:
+            what = "no column" if name not in header else "more than one column"
+            raise DataError(f"{path}:{number}: {what} {name!r}; its columns are {header}")
+    return header
 
 
 def _plain_cells(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:

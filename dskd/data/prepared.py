@@ -44,12 +44,16 @@ from dskd.batch import UNLABELLED
 from dskd.data import sources
 from dskd.data.preparing import FORMAT, FURTHER, MANIFEST, SPLITS, build_further, build_rows
 from dskd.data.stored_tokenizer import stored_tokenizer
-from dskd.data.text_files import readable
 from dskd.data.tokenizers import load_tokenizer, template_fingerprint, tokenizer_fingerprint
+from dskd.data.unpacking import readable
 from dskd.errors import DataError, DiskError
 from dskd.settings.data import Data, HubSource, PretrainedTokenizer, Source
 from dskd.settings.labels import Columns
 from dskd.system.files import file_hash, fingerprint, read_manifest, sync_to_disk
+
+_LATER = frozenset({"per", "columns", "on_bad_rows"})
+"""Settings of sources that are younger than :data:`FORMAT`: at their defaults they are no part of a
+key, so that rows of before are found."""
 
 
 class RowBatch(NamedTuple):
@@ -382,6 +386,10 @@ def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
         left_out = set() if isinstance(source, HubSource) else {"path", "answers"}
         if not labelled:
             left_out |= Columns.model_fields.keys() - {"field"}
+        fields = type(source).model_fields
+        for name in _LATER & fields.keys():
+            if getattr(source, name) == fields[name].default:
+                left_out = left_out | {name}
         settings = source.model_dump(mode="json", exclude=left_out)
         return {**settings, "content": sources.content_hash(source)}
 

@@ -388,7 +388,7 @@ def _single_documents(data: Data) -> str:
     """What to add to a message about too few documents: which text files are one each, as those
     that were meant to hold one a line."""
     for source in data.sources:
-        if not isinstance(source, TextSource) or source.documents is not None:
+        if not isinstance(source, TextSource) or source.per != "paragraph" or source.documents:
             continue
         paths = sources.files(source)
         documents = len(list(islice(sources.documents(source), len(paths) + 1)))
@@ -396,7 +396,8 @@ def _single_documents(data: Data) -> str:
             each = "it is" if len(paths) == 1 else f"each of its {len(paths)} files is"
             return (
                 f"\n  {sources.source_name(source)}: {each} ONE document: in text files, documents "
-                "are separated by blank lines; JSON lines (kind: jsonl) hold one document a line"
+                "are separated by blank lines; `per: line` takes each line as one, and JSON lines "
+                "(kind: jsonl) hold one a line"
             )
     return ""
 

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dskd.data.json_files import checked_text, json_rows, json_type, row_value
 from dskd.data.sources import files, limited, source_name
-from dskd.data.text_files import Advance, checked_text, json_rows, json_type, readable, row_value
+from dskd.data.text_files import Advance
+from dskd.data.unpacking import unpacked
 from dskd.errors import ConfigError, DataError
 from dskd.settings.examples import QuestionSource, SquadSource
 
@@ -59,7 +61,7 @@ def questions(source: AnyQuestionSource, advance: Advance = int) -> Iterator[Que
 
 
 def _of_lines(path: Path, advance: Advance) -> Iterator[Question]:
-    for place, row in json_rows(path, advance, unpack=True):
+    for place, row in json_rows(path, advance):
         yield question_of_row(row, place)
 
 
@@ -154,8 +156,8 @@ def _details(path: Path, entries: list[tuple[str, str, dict[str, Any]]], of: Pat
 
 def _json(path: Path) -> Any:
     """The one value of a JSON file."""
-    with readable("data.sources"):
-        content = path.read_bytes()
+    with unpacked(path) as stream:
+        content = stream.read()
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as problem:  # UnicodeDecodeError is one, too

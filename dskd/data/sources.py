@@ -1,4 +1,4 @@
-"""Where text comes from: the built-in corpus, text files, JSON lines, anything `datasets` reads.
+"""Where text comes from: the built-in corpus, text files, JSON, anything `datasets` reads.
 
 A document is a string whose lines are its sentences. Every source yields its documents in a fixed
 order; nothing is ever skipped but documents without any text.
@@ -13,9 +13,18 @@ from typing import TypeVar
 
 import xxhash
 
+from dskd.data.json_files import json_texts
 from dskd.data.library import library_files, library_texts, module_files
 from dskd.data.tables import table_files, table_texts
-from dskd.data.text_files import Advance, json_texts, matching_files, paragraphs, readable
+from dskd.data.text_files import (
+    Advance,
+    hidden_files,
+    matching_files,
+    paragraphs,
+    single_lines,
+    whole_file,
+)
+from dskd.data.unpacking import PACKED_ENDINGS, readable
 from dskd.errors import DataError
 from dskd.settings.data import BuiltinSource, HubSource, JsonlSource, Source, TextSource
 from dskd.system.files import file_hash
@@ -34,6 +43,10 @@ _PATTERNS = {
 """Names of the files below a folder, by the kind of source."""
 
 
+_PER = {"paragraph": paragraphs, "line": single_lines, "file": whole_file}
+"""What makes documents of a text file, by ``per``."""
+
+
 def documents(source: Source, advance: Advance = int) -> Iterator[str]:
     """The documents of a source, in its order.
 
@@ -45,7 +58,7 @@ def documents(source: Source, advance: Advance = int) -> Iterator[str]:
     if isinstance(source, BuiltinSource):
         found = library_texts(advance)
     elif isinstance(source, TextSource):
-        found = (text for path in files(source) for text in paragraphs(path, advance))
+        found = (text for path in files(source) for text in _PER[source.per](path, advance))
     elif isinstance(source, JsonlSource):
         found = (text for path in files(source) for text in json_texts(path, source.field, advance))
     else:
@@ -83,6 +96,13 @@ def files(source: Source) -> list[Path]:
     return matching_files(source.path, _PATTERNS[source.kind], source_name(source))
 
 
+def hidden(source: Source) -> int:
+    """How many hidden files and folders below its folder a source leaves out."""
+    if isinstance(source, BuiltinSource | HubSource):
+        return 0
+    return hidden_files(source.path, _PATTERNS[source.kind], source_name(source))
+
+
 def content_hash(source: Source) -> str | None:
     """Hash of the bytes of the source's files; None where only reading tells (remote sources)."""
     paths = files(source)
@@ -98,7 +118,8 @@ def content_hash(source: Source) -> str | None:
 def size(source: Source) -> int | None:
     """Bytes that reading the source will report to ``advance``; None if unknown."""
     paths = files(source)
-    if isinstance(source, HubSource) or not paths:
+    packed = any(path.suffix in PACKED_ENDINGS for path in paths)
+    if isinstance(source, HubSource) or packed or not paths:
         return None
     with readable(source_name(source)):
         return sum(path.stat().st_size for path in paths)

@@ -9,24 +9,16 @@ import glob
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dskd.data.foreign import raised_as
-from dskd.data.text_files import (
-    Advance,
-    checked_text,
-    expanded,
-    files_below,
-    json_value,
-    linked_folder,
-    packing,
-    readable,
-    text_lines,
-)
+from dskd.data.json_files import checked_text, json_value, row_value
+from dskd.data.text_files import Advance, expanded, files_below, linked_folder, text_lines
+from dskd.data.unpacking import packing, readable
 from dskd.errors import ConfigError, DataError, DskdError
 from dskd.settings.data import HubSource
 
@@ -109,13 +101,13 @@ def table_rows(
         ConfigError: the table cannot be loaded as the settings say.
     """
     table = _open_table(source, where)
-    if table.column_names is not None:  # a stream may not know its columns
+    known = table.column_names
+    if known is not None:  # a stream may not know its columns
         for column in columns:
-            if column not in table.column_names:
-                known = sorted(table.column_names)
-                raise DataError(f"{where}: no column {column!r}; its columns are {known}")
-        table = table.select_columns(list(columns))
-    names = getattr((table.features or {}).get(named), "names", None)
+            if _top(column, known) not in known:
+                raise DataError(f"{where}: no column {column!r}; its columns are {sorted(known)}")
+        table = table.select_columns(list(dict.fromkeys(_top(c, known) for c in columns)))
+    names = getattr(_feature(table.features or {}, named), "names", None)
     batches = table.iter(_BATCH)
     number = 0
     while True:
@@ -123,10 +115,7 @@ def table_rows(
             batch = next(batches, None)
         if batch is None:
             return
-        for column in columns:
-            if column not in batch:
-                raise DataError(f"{where}: row {number}: no column {column!r}")
-        lists = [batch[column] for column in columns]
+        lists = [_values(batch, column, f"{where}: row", number) for column in columns]
         if names is not None:
             place = columns.index(named)
             lists[place] = [None if n in (None, -1) else names[n] for n in lists[place]]
@@ -134,6 +123,30 @@ def table_rows(
             number += 1
             advance(1)
             yield values
+
+
+def _top(column: str, known: Collection[str]) -> str:
+    """The column of a table that ``column`` is, or is a key within."""
+    return column if column in known else column.split(".", maxsplit=1)[0]
+
+
+def _feature(features: Mapping[str, Any], column: str | None) -> Any:
+    """What ``datasets`` knows of a column, or of a key within one; None if nothing."""
+    found: Any = features
+    for name in [column] if column is None or column in features else column.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _values(batch: Mapping[str, Any], column: str, where: str, number: int) -> list[Any]:
+    """A column of rows, or what is under a key within it; ``number`` is that of the first row."""
+    top = _top(column, batch)
+    if top not in batch:
+        raise DataError(f"{where} {number}: no column {column!r}")
+    if top == column:
+        return batch[column]
+    rows = enumerate(batch[top], number)
+    return [row_value({top: value}, column, f"{where} {n}", "value") for n, value in rows]
 
 
 def _is_saved(folder: Path) -> bool:

@@ -1,52 +1,36 @@
-"""Text and JSON-lines files: found below folders and patterns, and read line by line.
+"""Text files: found below folders and patterns, and read line by line.
 
-Nothing is left out without a word: symbolic links are followed, and what cannot be read is refused
-by name.
+Nothing is left out without a word: symbolic links are followed, hidden files are counted, and what
+cannot be read is refused by name.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import glob
-import gzip
-import json
 import os
 import stat
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
 
+from dskd.data.unpacking import PACKED_ENDINGS, readable, unpacked
 from dskd.errors import DataError
 
 Advance = Callable[[int], object]
 """Called with how many bytes (rows, of a ``datasets`` source) were read since the last call."""
-
-_GZIP = b"\x1f\x8b"
-_PACKED = {
-    _GZIP: "gzip",
-    b"BZh91AY&SY": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-    b"\x04\x22\x4d\x18": "LZ4",
-    b"7z\xbc\xaf\x27\x1c": "7-Zip",
-    b"PK\x03\x04": "zip",
-}
-"""How compressed files begin."""
-_SHOWN_KEYS = 10
 
 
 def matching_files(path: str, pattern: str, where: str) -> list[Path]:
     """The file ``path``, those of that folder or those that match it, in the order of their names.
 
     Args:
-        pattern: which names count below a folder.
+        pattern: which names count below a folder, also with an ending of a packed file; hidden
+            files and folders do not.
         where: the source, for messages.
 
     Raises:
-        DataError: there is none, or a folder cannot be read.
+        DataError: there is none, a folder cannot be read, or a folder has a file packed and not.
     """
     root = Path(path).expanduser()
     with readable(where):
@@ -54,7 +38,8 @@ def matching_files(path: str, pattern: str, where: str) -> list[Path]:
         if mode is not None and stat.S_ISREG(mode):
             return [root]
         if mode is not None and stat.S_ISDIR(mode):
-            paths = sorted(files_below(root, where, pattern))
+            paths = sorted(files_below(root, where, pattern, hidden=False))
+            _refuse_twins(paths, where)
             missing = f"no {pattern} in this folder"
         else:
             paths = expanded(root, where) if glob.has_magic(path) else []
@@ -83,13 +68,41 @@ def linked_folder(path: Path, top: Path) -> Path | None:
     return next((folder for folder in between if folder.is_symlink()), None)
 
 
-def files_below(root: Path, where: str, pattern: str = "*") -> Iterator[Path]:
+def hidden_files(path: str, pattern: str, where: str) -> int:
+    """How many files that match and folders :func:`matching_files` leaves out of a folder because
+    they are hidden (their names begin with a dot); what is in such folders is not looked at."""
+    root = Path(path).expanduser()
+    count = 0
+    with readable(where):
+        if root.is_dir():
+            for folder, _ in _folders(root, where, hidden=False):
+                below = [folder / name for name in os.listdir(folder) if name.startswith(".")]
+                count += sum(each.is_dir() or _matches(each.name, pattern) for each in below)
+    return count
+
+
+def files_below(root: Path, where: str, pattern: str = "*", hidden: bool = True) -> Iterator[Path]:
     """The files below a folder whose names match, in no order; see :func:`_folders`."""
     with readable(where):
-        for _, paths in _folders(root, where):
+        for _, paths in _folders(root, where, hidden):
             for path in paths:
-                if fnmatch.fnmatchcase(path.name, pattern):
+                if _matches(path.name, pattern):
                     yield _plain_file(path, where)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern + ending) for ending in ("", *PACKED_ENDINGS))
+
+
+def _refuse_twins(paths: list[Path], where: str) -> None:
+    """Refuse to guess whether a packed file beside one of its name holds the same text."""
+    for path in paths:
+        plain = path.with_suffix("")
+        if path.suffix in PACKED_ENDINGS and plain in paths:
+            raise DataError(
+                f"{where}: {path}: beside {plain.name}; is it the same text? move one of them, or "
+                "name the files by a pattern"
+            )
 
 
 def _folders(root: Path, where: str, hidden: bool = True) -> Iterator[tuple[Path, list[Path]]]:
@@ -159,29 +172,18 @@ def _plain_file(path: Path, where: str) -> Path:
     return path
 
 
-@contextmanager
-def readable(where: str) -> Iterator[None]:
-    """What cannot be read is refused, by its name."""
-    try:
-        yield
-    except OSError as problem:
-        path = "" if problem.filename is None else f"{problem.filename}: "
-        raise DataError(f"{where}: {path}cannot be read ({problem.strerror})") from problem
-
-
-def text_lines(path: Path, advance: Advance, *, unpack: bool = False) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path, advance: Advance) -> Iterator[tuple[int, str]]:
     """Number (from 1) and text of every line, without its end.
 
     Args:
-        path: the file.
+        path: the file, as it is or compressed (see :func:`~dskd.data.unpacking.unpacked`).
         advance: told of the bytes of each line.
-        unpack: whether the file may be compressed by gzip.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8.
     """
     offset = 0
-    with _opened(path, unpack) as stream:
+    with unpacked(path) as stream:
         for number, raw in enumerate(stream, 1):
             try:
                 text = raw.decode("utf-8")
@@ -195,122 +197,24 @@ def text_lines(path: Path, advance: Advance, *, unpack: bool = False) -> Iterato
             yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
 
 
-@contextmanager
-def _opened(path: Path, unpack: bool) -> Iterator[IO[bytes]]:
-    with readable("data.sources"), path.open("rb") as stream:
-        head = stream.peek(16)
-        if unpack and head.startswith(_GZIP):
-            try:
-                with gzip.GzipFile(fileobj=stream) as unpacked:
-                    yield unpacked
-            except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
-                raise DataError(
-                    f"{path}: cannot be unpacked, it is damaged ({problem})"
-                ) from problem
-            return
-        if (packed := packing(head)) is not None:
-            raise DataError(f"{path}: not text but {packed}")
-        yield stream
-
-
-def packing(head: bytes) -> str | None:
-    """What a file is that begins with ``head`` and is no UTF-8 text, and what to do about it."""
-    for begin, name in _PACKED.items():
-        if head.startswith(begin):
-            return f"compressed ({name}); unpack it first"
-    return "UTF-16; convert it to UTF-8" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else None
-
-
 def paragraphs(path: Path, advance: Advance) -> Iterator[str]:
     """Documents of a text file: stretches of lines between blank ones."""
-    lines = (line for _, line in text_lines(path, advance))
-    for blank, stretch in groupby(lines, key=lambda line: not line.strip()):
+    for blank, stretch in groupby(_lines(path, advance), key=lambda line: not line.strip()):
         if not blank:
             yield "\n".join(stretch)
 
 
-def json_texts(path: Path, field: str, advance: Advance) -> Iterator[str]:
-    """Documents of a JSON-lines file: the text under the key ``field`` of each line.
-
-    Raises:
-        DataError: a line is not JSON or has no text there; the message names file and line.
-    """
-    for place, row in json_rows(path, advance):
-        yield checked_text(row_value(row, field, place), place, f"under the key {field!r}")
+def single_lines(path: Path, advance: Advance) -> Iterator[str]:
+    """Documents of a text file: its lines, but blank ones."""
+    return (line for line in _lines(path, advance) if line.strip())
 
 
-def json_rows(
-    path: Path,
-    advance: Advance,
-    whole: Callable[[str], Any] = float,
-    *,
-    unpack: bool = False,
-) -> Iterator[tuple[str, Any]]:
-    """File and line of each JSON value of a file, and the value; see :func:`json_value`."""
-    for number, line in text_lines(path, advance, unpack=unpack):
-        if line.strip():
-            place = f"{path}:{number}"
-            yield place, json_value(line, place, whole)
+def whole_file(path: Path, advance: Advance) -> Iterator[str]:
+    """The one document that a text file is, its blank lines included; none if it has no others."""
+    text = "\n".join(_lines(path, advance))
+    if text.strip():
+        yield text
 
 
-def row_value(row: Any, key: str, place: str, what: str = "text") -> Any:
-    """What stands under a key of a JSON object.
-
-    Raises:
-        DataError: it is no object, or has no such key; names ``place``, where it stands.
-    """
-    if not isinstance(row, dict):
-        found = f"it is no object but {json_type(row)}"
-        raise DataError(f"{place}: no {what} under the key {key!r}; {found}")
-    if key not in row:
-        more = ", ..." if len(row) > _SHOWN_KEYS else ""
-        keys = f"[{', '.join(map(repr, sorted(row)[:_SHOWN_KEYS]))}{more}]"
-        raise DataError(f"{place}: no {what} under the key {key!r}; its keys are {keys}")
-    return row[key]
-
-
-def json_value(line: str, place: str, whole: Callable[[str], Any] = float) -> Any:
-    """What a line of JSON says; ``whole`` makes its whole numbers.
-
-    Raises:
-        DataError: it is none; ``place`` is where it stands.
-    """
-    try:
-        return json.loads(line, parse_int=whole)  # int() refuses long numbers, which are JSON
-    except (ValueError, RecursionError) as problem:
-        deep = isinstance(problem, RecursionError)
-        why = "nested too deep" if deep else f"not JSON: {problem}"
-        raise DataError(f"{place}: {why}") from problem
-
-
-def checked_text(value: Any, row: str, place: str) -> str:
-    """``value``, if it is text.
-
-    Args:
-        row: the file and line or the source and row that it is of.
-        place: the key or column in that.
-
-    Raises:
-        DataError: it is of another type, or no Unicode.
-    """
-    if not isinstance(value, str):
-        raise DataError(f"{row}: no text {place} but {json_type(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as problem:  # "\ud800" is JSON, but no text
-        raise DataError(f"{row}: not Unicode text {place}: {problem.reason}") from problem
-    return value
-
-
-def json_type(value: Any) -> str:
-    """What a value is that is no text, in the words of JSON."""
-    if value is None:
-        return "null"
-    names = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), f"a value of type {type(value).__name__}")
+def _lines(path: Path, advance: Advance) -> Iterator[str]:
+    return (line for _, line in text_lines(path, advance))

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dskd.data.json_files import checked_text, json_rows, json_type
 from dskd.data.questions import Question, question_of_row
 from dskd.data.sources import files, limited
-from dskd.data.text_files import Advance, checked_text, json_rows, json_type
+from dskd.data.text_files import Advance
 from dskd.errors import DataError
 from dskd.settings.examples import ReplayedSource
 
@@ -42,7 +43,7 @@ def written_rows(source: ReplayedSource, advance: Advance = int) -> Iterator[Que
 
 
 def _of_lines(path: Path, advance: Advance) -> Iterator[Question | Written]:
-    for place, row in json_rows(path, advance, int, unpack=True):
+    for place, row in json_rows(path, advance, int):
         given = [key for key in ("ids", "text", "question") if isinstance(row, dict) and key in row]
         if len(given) != 1:
             what = json_type(row) if not isinstance(row, dict) else f"{given or 'none of them'}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dskd.data.text_files import checked_text, json_rows, row_value
+from dskd.data.json_files import checked_text, json_rows, row_value
 from dskd.data.tokenizers import tokenizer_fingerprint, vocabulary_size
 from dskd.engine.stage import StageContext
 from dskd.errors import StoreError

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from dskd.data.foreign import raised_as
+from dskd.data.json_files import checked_text, json_rows, json_type, row_value
 from dskd.data.stored_tokenizer import stored_tokenizer
-from dskd.data.text_files import checked_text, json_rows, json_type, row_value
 from dskd.data.tokenizers import (
     encoder,
     first_of,
@@ -221,7 +221,7 @@ def _prompts(
     begin = [] if start is None else [start]
     positions = longest_row(config)
     found: list[NDArray[np.int32]] = []
-    lines = json_rows(options.file, int, int, unpack=True)
+    lines = json_rows(options.file, int, int)
     while some := list(islice(lines, _ENCODED)):
         values = [row_value(row, options.text, place, "prompt") for place, row in some]
         texts = [

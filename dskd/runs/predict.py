@@ -22,6 +22,7 @@ from dskd.batch import IGNORE, UNLABELLED, Batch
 from dskd.data.examples import examples
 from dskd.data.labelled import EncodedExamples, ExampleEncoder
 from dskd.data.stored_tokenizer import stored_tokenizer
+from dskd.data.unpacking import PACKED_ENDINGS
 from dskd.errors import ConfigError
 from dskd.models.build import build
 from dskd.models.families import positions_of
@@ -60,7 +61,9 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "path", type=Path, metavar="RUN_OR_FOLDER", help="a run's folder, or a model's"
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl, maybe .gz")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl, maybe .gz or .zst"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="JSON lines to write, one a row")
     parser.add_argument("--text", metavar="COLUMN", help="of the text (as the run has it, or text)")
     parser.add_argument("--pair", metavar="COLUMN", help="of a second text (as the run has it)")
@@ -154,13 +157,12 @@ def _line(said_C: NDArray[np.float64], names: Sequence[str]) -> dict[str, Any]:
 
 def _source(file: Path, data: Data | None, given: dict[str, str]) -> Columns:
     """What reads a file, by its columns as given, or as the run's first source has them."""
-    ending = next(
-        (kind for kind in _SOURCES if file.name.endswith((f".{kind}", f".{kind}.gz"))), None
-    )
+    name = file.stem if file.suffix in PACKED_ENDINGS else file.name
+    ending = next((kind for kind in _SOURCES if name.endswith(f".{kind}")), None)
     if ending is None:
         endings = ", ".join(f".{kind}" for kind in _SOURCES)
-        raise ConfigError(f"predict: {file} is none of {endings} (or one of them with .gz)")
+        raise ConfigError(f"predict: {file} is none of {endings} (or one of them with .gz or .zst)")
     own = data.sources[0] if data is not None else None
-    taken = {"field", "pair", "quoting"} & _SOURCES[ending].model_fields.keys()
+    taken = {"field", "pair", "quoting", "columns"} & _SOURCES[ending].model_fields.keys()
     values = own.model_dump(include=taken) if isinstance(own, Columns) else {}
     return _SOURCES[ending](kind=ending, path=str(file), **(values | given))

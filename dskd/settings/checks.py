@@ -225,6 +225,11 @@ def _columns(name: str, source: Source, data: Data) -> Problems:
     columns = [column for column in given if column is not None]
     for column in {c for c in columns if columns.count(c) > 1}:
         yield name, f"the column {column!r} is named for two things"
+    if isinstance(source, CsvSource | TsvSource) and source.columns is not None:
+        for column in columns:
+            if source.columns.count(column) != 1:
+                what = "missing" if column not in source.columns else "there more than once"
+                yield f"{name}.columns", f"{column!r} is {what}, but a row has it once"
 
 
 def model_problems(name: str, model: Model) -> Problems:

@@ -34,22 +34,25 @@ class BuiltinSource(Section):
 
 
 class TextSource(Section):
-    """Text files; documents are separated by blank lines, sentences by line ends."""
+    """Text files; sentences are separated by line ends."""
 
     kind: Literal["text"]
     path: SourcePath
-    """A file, a folder (every ``*.txt`` below it, links followed) or a glob pattern."""
+    """A file, a folder (every ``*.txt`` below it, links followed, hidden ones left out) or a glob
+    pattern. Files may be compressed (``*.txt.gz``, ``*.txt.zst``)."""
+    per: Literal["paragraph", "line", "file"] = "paragraph"
+    """What one document is: the lines between blank ones, a line, or all of a file."""
     domain: str = "text"
     documents: int | None = Field(None, ge=1)
 
 
 class JsonlSource(Columns):
-    """JSON-lines files; one document or example a line."""
+    """JSON files; one document or example a line, or an element of the file's one array."""
 
     kind: Literal["jsonl"]
     path: SourcePath
-    """A file, a folder (every ``*.jsonl`` below it, links followed) or a glob pattern. Files of
-    examples may be compressed (``*.jsonl.gz``)."""
+    """A file, a folder (every ``*.jsonl`` below it, links followed, hidden ones left out) or a glob
+    pattern. Files may be compressed (``*.jsonl.gz``, ``*.jsonl.zst``)."""
     domain: str = "jsonl"
     documents: int | None = Field(None, ge=1)
 

@@ -19,8 +19,9 @@ class QuestionSource(Section):
     kind: Literal["questions"]
     path: Annotated[str, RunPath("distilled"), FREE]
     """A file, a folder (every ``*.jsonl`` below it, links followed) or a glob pattern; files may be
-    compressed (``*.jsonl.gz``). ``run:NAME``: the training questions of an earlier run with the
-    answers of its model, as its method had them written (sequence-level distillation)."""
+    compressed (``*.jsonl.gz``, ``*.jsonl.zst``). ``run:NAME``: the training questions of an earlier
+    run with the answers of its model, as its method had them written (sequence-level
+    distillation)."""
     domain: str = "questions"
     documents: int | None = Field(None, ge=1)
     """Use only the first so many questions."""

@@ -17,7 +17,8 @@ class Columns(Section):
     classification, where a row is one example."""
 
     field: str = "text"
-    """The column or key that holds the text."""
+    """The column or key that holds the text; ``doc.text``, unless there is one of that name, is
+    the key ``text`` of what lies under ``doc`` (so for the others)."""
     pair: str | None = None
     """That of a second text, which the tokenizer puts behind the first."""
     label: str | None = None
@@ -41,23 +42,28 @@ class Columns(Section):
 
 
 class CsvSource(Columns):
-    """Comma-separated files with a line of column names; cells may be quoted (RFC 4180)."""
+    """Comma-separated files; cells may be quoted (RFC 4180)."""
 
     kind: Literal["csv"]
     path: SourcePath
-    """A file, a folder (every ``*.csv`` below it, links followed) or a glob pattern. Files may be
-    compressed (``*.csv.gz``)."""
+    """A file, a folder (every ``*.csv`` below it, links followed, hidden ones left out) or a glob
+    pattern. Files may be compressed (``*.csv.gz``, ``*.csv.zst``)."""
+    columns: list[str] | None = Field(None, min_length=1)
+    """The names of all columns in their order, of files without a line that names them; null: the
+    first line of each file does."""
     domain: str = "csv"
     documents: int | None = Field(None, ge=1)
     """Use only the first so many rows."""
 
 
 class TsvSource(Columns):
-    """Tab-separated files with a line of column names, as :class:`CsvSource`."""
+    """Tab-separated files, as :class:`CsvSource`."""
 
     kind: Literal["tsv"]
     path: SourcePath
     """A file, a folder (every ``*.tsv`` below it) or a glob pattern; maybe compressed."""
+    columns: list[str] | None = Field(None, min_length=1)
+    """As of :class:`CsvSource`."""
     quoting: bool = False
     """Whether cells may be quoted, as in CSV; else a quotation mark is text as any other."""
     domain: str = "tsv"

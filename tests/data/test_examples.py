@@ -58,6 +58,46 @@ def test_the_same_examples_from_every_kind_of_file(tmp_path, kind, lines, packed
         assert found(kind(kind=name, path=str(tmp_path), **COLUMNS)) == WANT  # as a folder
 
 
+@pytest.mark.parametrize(
+    ("kind", "lines", "columns"),
+    [
+        (CsvSource, CSV, ["id", "text", "label"]),
+        (TsvSource, TSV, ["label", "id", "text"]),
+    ],
+)
+def test_files_without_a_header(tmp_path, kind, lines, columns):
+    name = kind.model_fields["kind"].annotation.__args__[0]
+    path = write(tmp_path / f"a.{name}", lines[1:])
+    source = kind(kind=name, path=path, columns=columns, **COLUMNS)
+    assert found(source) == WANT
+    assert next(examples(source)).place == f"{path}:1"
+    with pytest.raises(DataError, match=rf"a\.{name}:1: 3 cells, but there are 4 columns"):
+        found(source.model_copy(update={"columns": [*columns, "more"]}))
+    write(tmp_path / f"a.{name}", lines)
+    with pytest.raises(DataError, match=rf"a\.{name}:1: names its columns; leave `columns` out"):
+        found(source)
+
+
+def test_arrays_and_nested_keys(tmp_path):
+    rows = [{"doc": {"text": text}, "is": {"a": {"label": label}}} for text, label in WANT]
+    path = write(tmp_path / "a.json", [json.dumps(rows, indent=1)])
+    source = JsonlSource(kind="jsonl", path=path, field="doc.text", label="is.a.label")
+    assert found(source) == WANT
+    assert next(examples(source)).place == f"{path}: element 0"
+
+
+def test_nested_classes_of_a_table_have_their_names(tmp_path, table_cache):
+    import datasets
+
+    names = datasets.ClassLabel(names=["talk", "pets"])
+    features = datasets.Features({"doc": {"text": datasets.Value("string"), "label": names}})
+    rows = {"doc": [{"text": "a", "label": 1}, {"text": "b", "label": 0}]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "saved")
+    columns = {"field": "doc.text", "label": "doc.label"}
+    saved = HubSource(kind="datasets", path=str(tmp_path / "saved"), **columns)
+    assert found(saved) == [("a", "pets"), ("b", "talk")]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tables_name_their_classes(tmp_path, table_cache, streaming):
     import datasets

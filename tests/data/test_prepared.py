@@ -15,7 +15,14 @@ import pytest
 from dskd.data import prepared, preparing
 from dskd.data.prepared import Prepared, open_prepared, prepare
 from dskd.errors import ConfigError, DataError, DiskError, DskdError
-from dskd.settings.data import Masking, PretrainedTokenizer, TextSource, TrainedTokenizer
+from dskd.settings.data import (
+    JsonlSource,
+    Masking,
+    PretrainedTokenizer,
+    TextSource,
+    TrainedTokenizer,
+)
+from dskd.settings.labels import CsvSource
 from dskd.system.files import file_hash, read_manifest, write_manifest
 from tests.data.conftest import all_rows, make_corpus, settings, without_rights
 from tests.stores.caches import flip
@@ -60,11 +67,32 @@ def test_every_setting_of_the_rows_names_another_folder(corpus: Path, tmp_path: 
         {"sources": [TextSource(kind="text", path=str(corpus / "corpus.txt"), documents=100)]},
         {"sources": [TextSource(kind="text", path=str(corpus / "corpus.txt"), domain="x")]},
         {"validation": [TextSource(kind="text", path=str(corpus / "corpus.txt"), documents=5)]},
+        {"sources": [TextSource(kind="text", path=str(corpus / "corpus.txt"), per="line")]},
     ]  # fmt: skip
     folders = [prepare(settings(corpus, folder=tmp_path, **change)) for change in changes]
     assert len(set(folders)) == len(changes)
     opened = [open_prepared(folder) for folder in folders]
     assert len({p.fingerprint for p in opened}) == len(changes)
+
+
+def test_keys_of_rows_of_before_are_kept(tmp_path: Path) -> None:
+    """Settings that sources got later change the key only where they are given."""
+    make_corpus(tmp_path / "corpus.txt")
+    (tmp_path / "a.jsonl").write_text('{"text":"x","label":"a"}\n')
+    (tmp_path / "a.csv").write_text("text,label\nx,a\n")
+    text = TextSource(kind="text", path=str(tmp_path / "corpus.txt"))
+    lines = JsonlSource(kind="jsonl", path=str(tmp_path / "a.jsonl"))
+    cells = CsvSource(kind="csv", path=str(tmp_path / "a.csv"), label="label")
+    kept = [
+        (text, "masked", "bb2c4c4fd5422e02581d9f1a3b778d11", {"per": "line"}),
+        (lines, "masked", "02ea74aaa9a648e6116ee534290c974a", {"field": "a"}),
+        (cells, "classification", "f632222a4b31343501f173cf7dd94e24", {"columns": ["text"]}),
+    ]
+    for source, objective, want, change in kept:
+        of = {"objective": objective}
+        assert prepared._key(settings(tmp_path, sources=[source], **of), None) == want
+        other = source.model_copy(update=change)
+        assert prepared._key(settings(tmp_path, sources=[other], **of), None) != want
 
 
 def test_moved_corpus_is_the_same_and_changed_one_another(corpus: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_questions_of_json_lines(tmp_path):
     assert found(source) == want
     assert [q.place for q in questions(source)][-1] == f"{source.path}:3"
     assert found(source.model_copy(update={"documents": 2})) == want[:2]
-    packed = tmp_path / "packed" / "a.jsonl.gz"
+    packed = tmp_path / ".packed" / "a.jsonl.gz"
     packed.parent.mkdir()
     packed.write_bytes(gzip.compress(Path(source.path).read_bytes()))
     assert found(source.model_copy(update={"path": str(packed)})) == want

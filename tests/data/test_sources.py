@@ -82,6 +82,78 @@ def test_bad_json_line_is_named(tmp_path: Path, line: str, problem: str) -> None
         list(documents(jsonl(path)))
 
 
+def test_lines_and_whole_files_as_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n two\r\n\r\n \r\nthree\r\n")
+    (tmp_path / "b.txt").write_text(" \n")
+    (tmp_path / "c.txt").write_text("last")
+    assert list(documents(text(tmp_path))) == ["one\n two", "three", "last"]
+    assert list(documents(text(tmp_path, per="line"))) == ["one", " two", "three", "last"]
+    assert list(documents(text(tmp_path, per="line", documents=2))) == ["one", " two"]
+    assert list(documents(text(tmp_path, per="file"))) == ["one\n two\n\n \nthree", "last"]
+    for per in ("line", "file"):
+        with pytest.raises(DataError, match=r"b\.txt: no text in it"):
+            list(documents(text(tmp_path / "b.txt", per=per)))
+
+
+ROWS = [
+    {"text": "one\ntwo", "n": 10**400},
+    {"text": "drei \u00fc"},
+    {"text": " "},
+    {"text": "four"},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("\n \n" + json.dumps(ROWS, indent=indent) + "\n")
+    assert list(documents(jsonl(path))) == ["one\ntwo", "drei \u00fc", "four"]
+    assert list(documents(jsonl(path, documents=1))) == ["one\ntwo"]
+    path.write_text("[]")
+    with pytest.raises(DataError, match=r"a\.json: no text in it"):
+        list(documents(jsonl(path)))
+
+
+@pytest.mark.parametrize(
+    ("array", "problem"),
+    [
+        ('[{"text": "a"}, {"body": "b"}]', r": element 1: no text under the key 'text'; its keys"),
+        ('[{"text": "a"}, ["b"]]', r": element 1: no text .*; it is no object but a list"),
+        ('[{"text": "a"},\n\n {"text": }]', r": element 1: not JSON: .*line 3 column 11"),
+        ('[{"text": "a"},]', r": element 1: not JSON"),
+        ('[{"text": "a"}', r": not JSON: its array does not end behind element 0"),
+        ('[{"text": "a"} {"text": "b"}]', r": not JSON: its array does not end behind element 0"),
+        ('[{"text": "a"}]\n{"text": "b"}', r": more text behind the end of its array"),
+        ('[{"text": ' + "[" * 50_000 + "]" * 50_000 + "}]", r": element 0: nested too deep"),
+    ],
+)
+def test_bad_json_array_is_named(tmp_path: Path, array: str, problem: str) -> None:
+    (tmp_path / "a.jsonl").write_text(array)
+    with pytest.raises(DataError, match=r"a\.jsonl" + problem):
+        list(documents(jsonl(tmp_path)))
+
+
+def test_nested_keys(tmp_path: Path) -> None:
+    rows = [{"doc": {"text": "one", "of": {"x": 1}}}, {"doc.text": "two", "doc": 3}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert list(documents(jsonl(path, field="doc.text"))) == ["one", "two"]
+    for field, problem in (
+        (
+            "doc.body",
+            r":1: no text under the key 'doc.body'; the keys of 'doc' are \['of', 'text'\]",
+        ),
+        ("doc.text.a", r":1: .*'doc.text.a'; 'doc.text' is no object but a value of type str"),
+        ("doc.of.x", r":1: no text under the key 'doc.of.x' but a number"),
+        ("dog.text", r":1: .*'dog.text'; its keys are \['doc'\]"),
+    ):
+        with pytest.raises(DataError, match=problem):
+            list(documents(jsonl(path, field=field)))
+    path.write_text('{"doc": null}')
+    with pytest.raises(DataError, match=r":1: no text under the key 'doc.text' but null"):
+        list(documents(jsonl(path, field="doc.text")))
+
+
 def test_content_hash_is_of_content(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
@@ -108,6 +180,20 @@ def test_builder_of_datasets(tmp_path: Path, table_cache: None, streaming: bool)
     before = content_hash(source)
     path.write_text("id,body\n1,first\n2,second\n3,fourth\n")
     assert before is not None and content_hash(source) != before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_nested_columns_of_a_table(tmp_path: Path, table_cache: None, streaming: bool) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"n": {n}, "doc": {{"text": "t{n}"}}}}\n' for n in range(250)))
+    about = {"data_files": [str(path)], "streaming": streaming}
+    assert list(documents(table("json", field="doc.text", **about))) == [
+        f"t{n}" for n in range(250)
+    ]
+    with pytest.raises(DataError, match=r"no column 'dog.text'|row 0: no column 'dog.text'"):
+        list(documents(table("json", field="dog.text", **about)))
+    with pytest.raises(DataError, match=r"row 0: no value under the key 'doc.body'; the keys of"):
+        list(documents(table("json", field="doc.body", **about)))
 
 
 def test_saved_dataset(tmp_path: Path, table_cache: None) -> None:

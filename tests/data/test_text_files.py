@@ -10,9 +10,10 @@ from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 
+import pyarrow
 import pytest
 
-from dskd.data.sources import content_hash, documents, files
+from dskd.data.sources import content_hash, documents, files, hidden, size
 from dskd.errors import DataError
 from dskd.settings.data import JsonlSource, TextSource
 from tests.data.conftest import without_rights
@@ -124,12 +125,15 @@ def test_patterns_match_as_those_of_glob(tmp_path: Path) -> None:
         assert files(TextSource(kind="text", path=str(tmp_path / pattern))) == want, pattern
 
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {
-    "gzip": gzip.compress,
-    "bzip2": bz2.compress,
-    "xz": lzma.compress,
-    "zstandard": lambda raw: b"\x28\xb5\x2f\xfd\x04" + raw,
-}
+def zstandard(raw: bytes) -> bytes:
+    packed = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(raw)
+    return packed.getvalue().to_pybytes()
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"bzip2": bz2.compress, "xz": lzma.compress}
+UNPACKED: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard}
 
 
 @pytest.mark.parametrize("kind", PACKERS)
@@ -137,6 +141,55 @@ def test_a_compressed_file_is_called_so(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.txt").write_bytes(PACKERS[kind](b"some text\n" * 50))
     with pytest.raises(DataError, match=rf"a\.txt: not text but compressed \({kind}\); unpack it"):
         read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("ending", UNPACKED)
+def test_packed_text_is_read_as_it_is_unpacked(tmp_path: Path, ending: str) -> None:
+    pack = UNPACKED[ending]
+    text = "".join(f"line {n}\n\n" for n in range(20_000)).encode()
+    (tmp_path / f"a.txt{ending}").write_bytes(pack(text) + pack("last \u00fc\n".encode()))
+    (tmp_path / f"a.jsonl{ending}").write_bytes(pack(b'{"text": "one"}\n{"text": "two"}\n'))
+    want = [f"line {n}" for n in range(20_000)] + ["last \u00fc"]
+    for path in (tmp_path, tmp_path / f"a.txt{ending}", tmp_path / "*.txt.*"):
+        assert read(path) == want
+    assert read_json(tmp_path) == ["one", "two"]
+    assert size(TextSource(kind="text", path=str(tmp_path))) is None  # until it is unpacked
+    (tmp_path / f"a.txt{ending}").rename(tmp_path / "misnamed.txt")
+    assert read(tmp_path / "misnamed.txt") == want
+
+
+@pytest.mark.parametrize("ending", UNPACKED)
+def test_a_damaged_packed_file_is_named(tmp_path: Path, ending: str) -> None:
+    packed = UNPACKED[ending]("".join(f"line {n}\n" for n in range(20_000)).encode())
+    path = tmp_path / f"a.txt{ending}"
+    middle = len(packed) // 2
+    turned = bytes(255 - byte for byte in packed[middle : middle + 40])
+    for damaged in (packed[:-9], packed[:middle] + turned + packed[middle + 40 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"a\.txt{ending}: .*(damaged|not UTF-8)"):
+            read(path)
+
+
+def test_the_same_file_packed_and_not_is_refused_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one"))
+    with pytest.raises(DataError, match=r"a\.txt\.gz: beside a\.txt; is it the same text\? move"):
+        read(tmp_path)
+    assert read(tmp_path / "*.txt") == ["one"]
+
+
+def test_hidden_files_of_a_folder_are_left_out_and_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", ".a.txt", ".b.txt.gz", ".c.md", ".git/d.txt", "sub/.e.txt", "sub/f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    source = TextSource(kind="text", path=str(tmp_path))
+    assert read(tmp_path) == ["a.txt", "sub/f.txt"]
+    assert hidden(source) == 4  # .a.txt, .b.txt.gz, .git and sub/.e.txt; .c.md is no text
+    before = content_hash(source)
+    (tmp_path / ".a.txt").write_text("changed")
+    assert content_hash(source) == before
+    assert read(tmp_path / ".a.txt") == ["changed"] and read(tmp_path / ".git") == [".git/d.txt"]
+    assert hidden(TextSource(kind="text", path=str(tmp_path / ".a.txt"))) == 0
 
 
 def test_zip_and_utf16_are_called_so(tmp_path: Path) -> None:

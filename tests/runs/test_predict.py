@@ -79,7 +79,7 @@ def test_numbers(tables, tmp_path):
 @pytest.mark.parametrize(
     ("path", "file", "told"),
     [
-        ("RUN", "a.parquet", "a.parquet is none of .csv, .tsv, .jsonl (or one of them with .gz)"),
+        ("RUN", "a.parquet", "a.parquet is none of .csv, .tsv, .jsonl (or one of them with "),
         ("RUN", "nowhere.csv", "nowhere.csv"),
         ("RUN", "other.csv", "no column 'text'; its columns are ['words']"),
         ("RUN/train", "other.csv", "is the folder of no run (config.yaml) and no model"),

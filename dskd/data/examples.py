@@ -1,14 +1,14 @@
 """Labelled rows: the examples that tables and JSON lines hold, each a text with what it is.
 
-An example is taken as it stands in its row; nothing is left out, and whatever makes no example is
-refused by file and row.
+An example is taken as it stands in its row; nothing is left out but what the settings say, and
+whatever makes no example is refused by file and row.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,8 +43,15 @@ class Example(NamedTuple):
         return (self.text,) if self.pair is None else (self.text, self.pair)
 
 
-def examples(source: Columns | BuiltinSource, advance: Advance = int) -> Iterator[Example]:
+def examples(
+    source: Columns | BuiltinSource, advance: Advance = int, skipped: Callable[[], object] = int
+) -> Iterator[Example]:
     """The examples of a source, in its order.
+
+    Args:
+        source: the settings.
+        advance: told what was read.
+        skipped: called for each row that is left out, as ``on_bad_rows`` says.
 
     Raises:
         DataError: a path is missing or matches nothing; a file is not UTF-8, or no CSV, TSV or
@@ -57,8 +64,20 @@ def examples(source: Columns | BuiltinSource, advance: Advance = int) -> Iterato
         where = source_name(source)
         found = (Example(text, None, module, where) for text, module in library_rows(advance))
     else:
-        found = (_example(source, values, place) for place, values in _rows(source, advance))
+        found = _taken(source, _rows(source, advance), skipped)
     yield from limited(found, source, "row")
+
+
+def _taken(
+    source: Columns, rows: Iterator[tuple[str, dict[str, Any]]], skipped: Callable[[], object]
+) -> Iterator[Example]:
+    """The examples of rows, those with a missing text left out if the source says so."""
+    texts = [name for name in (source.field, source.pair) if name is not None]
+    for place, values in rows:
+        if source.on_bad_rows == "skip" and any(_is_missing(values[name]) for name in texts):
+            skipped()
+        else:
+            yield _example(source, values, place)
 
 
 class _WholeNumber(str):

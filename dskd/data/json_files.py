@@ -19,14 +19,18 @@ _ARRAY = re.compile(r"\s*\[\s*([{\]]|$)")
 """How an array of objects begins."""
 
 
-def json_texts(path: Path, field: str, advance: Advance) -> Iterator[str]:
-    """Documents of a JSON-lines file: the text under the key ``field`` of each line.
+def json_texts(path: Path, field: str, advance: Advance, skip: bool = False) -> Iterator[str]:
+    """Documents of a JSON file: the text under the key ``field`` of each value.
+
+    Args:
+        skip: whether null is an empty text.
 
     Raises:
-        DataError: a line is not JSON or has no text there; the message names file and line.
+        DataError: a value is not JSON or has no text there; the message names its place.
     """
     for place, row in json_rows(path, advance):
-        yield checked_text(row_value(row, field, place), place, f"under the key {field!r}")
+        value = row_value(row, field, place)
+        yield document(value, place, f"under the key {field!r}", skip)
 
 
 def json_rows(
@@ -146,6 +150,11 @@ def checked_text(value: Any, row: str, place: str) -> str:
     except UnicodeEncodeError as problem:  # "\ud800" is JSON, but no text
         raise DataError(f"{row}: not Unicode text {place}: {problem.reason}") from problem
     return value
+
+
+def document(value: Any, row: str, place: str, skip: bool) -> str:
+    """As :func:`checked_text`; with ``skip``, null is an empty text."""
+    return "" if skip and value is None else checked_text(value, row, place)
 
 
 def json_type(value: Any) -> str:

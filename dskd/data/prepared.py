@@ -385,7 +385,7 @@ def _key(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
         # Where local text lies does not matter; a HubSource's path may name a builder or a hub id.
         left_out = set() if isinstance(source, HubSource) else {"path", "answers"}
         if not labelled:
-            left_out |= Columns.model_fields.keys() - {"field"}
+            left_out |= Columns.model_fields.keys() - {"field", "on_bad_rows"}
         fields = type(source).model_fields
         for name in _LATER & fields.keys():
             if getattr(source, name) == fields[name].default:

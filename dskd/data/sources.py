@@ -1,13 +1,13 @@
 """Where text comes from: the built-in corpus, text files, JSON, anything `datasets` reads.
 
 A document is a string whose lines are its sentences. Every source yields its documents in a fixed
-order; nothing is ever skipped but documents without any text.
+order; nothing is ever skipped but documents without any text, which are counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,8 +47,15 @@ _PER = {"paragraph": paragraphs, "line": single_lines, "file": whole_file}
 """What makes documents of a text file, by ``per``."""
 
 
-def documents(source: Source, advance: Advance = int) -> Iterator[str]:
-    """The documents of a source, in its order.
+def documents(
+    source: Source, advance: Advance = int, skipped: Callable[[], object] = int
+) -> Iterator[str]:
+    """The documents of a source, in its order; those without any text are left out.
+
+    Args:
+        source: the settings.
+        advance: told what was read.
+        skipped: called for each row that is left out.
 
     Raises:
         DataError: a path is missing or matches nothing, a file is not UTF-8 (byte offset named) or
@@ -60,10 +67,20 @@ def documents(source: Source, advance: Advance = int) -> Iterator[str]:
     elif isinstance(source, TextSource):
         found = (text for path in files(source) for text in _PER[source.per](path, advance))
     elif isinstance(source, JsonlSource):
-        found = (text for path in files(source) for text in json_texts(path, source.field, advance))
+        skip = source.on_bad_rows == "skip"
+        each = (json_texts(path, source.field, advance, skip) for path in files(source))
+        found = chain.from_iterable(each)
     else:
         found = table_texts(source, source_name(source), advance)
-    yield from limited((text for text in found if text.strip()), source, "text")
+    yield from limited(_with_text(found, skipped), source, "text")
+
+
+def _with_text(found: Iterator[str], skipped: Callable[[], object]) -> Iterator[str]:
+    for text in found:
+        if text.strip():
+            yield text
+        else:
+            skipped()
 
 
 def limited(found: Iterator[Found], source: Source, what: str) -> Iterator[Found]:

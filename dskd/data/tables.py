@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.data.foreign import raised_as
-from dskd.data.json_files import checked_text, json_value, row_value
+from dskd.data.json_files import document, json_value, row_value
 from dskd.data.text_files import Advance, expanded, files_below, linked_folder, text_lines
 from dskd.data.unpacking import packing, readable
 from dskd.errors import ConfigError, DataError, DskdError
@@ -73,15 +73,16 @@ def _refuse_links(paths: Iterable[Path], top: Path, where: str) -> None:
 
 
 def table_texts(source: HubSource, where: str, advance: Advance) -> Iterator[str]:
-    """The texts of the column ``field``, row by row.
+    """The texts of the column ``field``, row by row; empty for null, if such rows are skipped.
 
     Raises:
         DataError: there is no such column, a row holds no text in it, or cannot be read.
         ConfigError: the table cannot be loaded as the settings say.
     """
     rows = table_rows(source, [source.field], where, advance)
+    skip = source.on_bad_rows == "skip"
     for number, (value,) in enumerate(rows):
-        yield checked_text(value, f"{where}: row {number}", f"in column {source.field!r}")
+        yield document(value, f"{where}: row {number}", f"in column {source.field!r}", skip)
 
 
 def table_rows(

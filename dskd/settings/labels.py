@@ -19,6 +19,10 @@ class Columns(Section):
     field: str = "text"
     """The column or key that holds the text; ``doc.text``, unless there is one of that name, is
     the key ``text`` of what lies under ``doc`` (so for the others)."""
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """What becomes of a row whose text is null or, of an example, empty (also its second text):
+    ``error``: it is refused by file and line; ``skip``: it is left out and counted, as documents
+    of nothing but space are anyway. Any other row without a text is refused."""
     pair: str | None = None
     """That of a second text, which the tokenizer puts behind the first."""
     label: str | None = None

@@ -78,6 +78,27 @@ def test_files_without_a_header(tmp_path, kind, lines, columns):
         found(source)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "datasets"])
+def test_empty_texts_are_refused_or_skipped_and_counted(tmp_path, table_cache, kind):
+    rows = [("a", "b", "x"), ("", "b", "x"), ("c", None, "y"), ("d", " ", "y"), ("e", "f", "y")]
+    named = [dict(zip(("one", "two", "label"), row, strict=True)) for row in rows]
+    lines = [json.dumps(row) for row in named]
+    if kind != "jsonl":
+        lines = ["one,two,label", *(",".join(cell or "" for cell in row) for row in rows)]
+    path = write(tmp_path / f"a.{kind}", lines)
+    columns = {"kind": kind, "field": "one", "pair": "two", "label": "label"}
+    where = {"path": "csv", "data_files": [path]} if kind == "datasets" else {"path": path}
+    source = {"jsonl": JsonlSource, "csv": CsvSource, "datasets": HubSource}[kind](
+        **columns, **where
+    )
+    with pytest.raises(DataError, match=r"empty text in column 'one'|no text in column 'one' but"):
+        found(source)
+    skipping = source.model_copy(update={"on_bad_rows": "skip"})
+    skipped = []
+    taken = list(examples(skipping, skipped=lambda: skipped.append(1)))
+    assert [example.texts for example in taken] == [("a", "b"), ("e", "f")] and len(skipped) == 3
+
+
 def test_arrays_and_nested_keys(tmp_path):
     rows = [{"doc": {"text": text}, "is": {"a": {"label": label}}} for text, label in WANT]
     path = write(tmp_path / "a.json", [json.dumps(rows, indent=1)])

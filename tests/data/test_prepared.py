@@ -86,7 +86,9 @@ def test_keys_of_rows_of_before_are_kept(tmp_path: Path) -> None:
     kept = [
         (text, "masked", "bb2c4c4fd5422e02581d9f1a3b778d11", {"per": "line"}),
         (lines, "masked", "02ea74aaa9a648e6116ee534290c974a", {"field": "a"}),
+        (lines, "masked", "02ea74aaa9a648e6116ee534290c974a", {"on_bad_rows": "skip"}),
         (cells, "classification", "f632222a4b31343501f173cf7dd94e24", {"columns": ["text"]}),
+        (cells, "classification", "f632222a4b31343501f173cf7dd94e24", {"on_bad_rows": "skip"}),
     ]
     for source, objective, want, change in kept:
         of = {"objective": objective}

@@ -1,6 +1,7 @@
 """Sources: what they read, in which order, and what they refuse."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,30 @@ def test_nested_keys(tmp_path: Path) -> None:
     path.write_text('{"doc": null}')
     with pytest.raises(DataError, match=r":1: no text under the key 'doc.text' but null"):
         list(documents(jsonl(path, field="doc.text")))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "array", "datasets"])
+def test_null_texts_are_refused_or_skipped_and_counted(
+    tmp_path: Path, table_cache: None, kind: str
+) -> None:
+    rows = [{"of": {"text": text}} for text in ("one", None, " ", "", "two")]
+    rows.insert(2, {"of": None})
+    path = tmp_path / "a.jsonl"
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(json.dumps(rows) if kind == "array" else lines)
+    source = jsonl(path, field="of.text")
+    if kind == "datasets":
+        source = table("json", data_files=[str(path)], field="of.text")
+    with pytest.raises(DataError, match=r"(:2|element 1|row 1): no text .*'of.text' but null$"):
+        list(documents(source))
+    skipping = source.model_copy(update={"on_bad_rows": "skip"})
+    skipped: list[None] = []
+    count = partial(skipped.append, None)
+    assert list(documents(skipping, skipped=count)) == ["one", "two"] and len(skipped) == 4
+    assert list(documents(skipping.model_copy(update={"documents": 2}))) == ["one", "two"]
+    path.write_text('{"of": {"text": 5}}\n')
+    with pytest.raises(DataError, match=r"no text .*'of.text' but a "):
+        list(documents(skipping))
 
 
 def test_content_hash_is_of_content(tmp_path: Path) -> None:

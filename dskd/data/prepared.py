@@ -46,6 +46,7 @@ from dskd.data.preparing import FORMAT, FURTHER, MANIFEST, SPLITS, build_further
 from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.data.tokenizers import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dskd.data.unpacking import readable
+from dskd.data.what_was_read import DomainRead, read_lines
 from dskd.errors import DataError, DiskError
 from dskd.settings.data import Data, HubSource, PretrainedTokenizer, Source
 from dskd.settings.labels import Columns
@@ -192,6 +193,7 @@ class _Manifest(BaseModel):
     domains: list[str]
     classes: list[str] | None = None
     questions: list[str] | None = None
+    read: dict[str, DomainRead] = {}
     splits: dict[str, _Split]
     files: dict[str, _File]
 
@@ -325,6 +327,19 @@ def open_further(folder: Path, verify: bool = True) -> RowSet:
         DataError: a file is missing or changed; the message names it.
     """
     return RowSet(folder, FURTHER, _opened(folder, (FURTHER,), verify))
+
+
+def what_was_read(folder: Path) -> list[str]:
+    """What is in a folder of :func:`prepare` or :func:`prepare_further`, in a few lines.
+
+    Raises:
+        DataError: its manifest is missing or changed.
+    """
+    path = folder / MANIFEST
+    with readable("data.folder"):
+        manifest = read_manifest(path, DataError)
+    _check_manifest(manifest, path, manifest.get("splits", SPLITS))
+    return read_lines(manifest)
 
 
 def _opened(folder: Path, splits: Sequence[str], verify: bool) -> dict[str, Any]:

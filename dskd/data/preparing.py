@@ -6,8 +6,8 @@ not grow with the corpus. ``prepared.py`` says what the files are and gives the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dskd.data.packing import Encoder, Packer
 from dskd.data.questions import AnyQuestionSource, Question, questions
 from dskd.data.text_files import Advance
 from dskd.data.tokenizers import load_tokenizer, start_id, tokenizer_fingerprint, vocabulary_size
+from dskd.data.what_was_read import DomainRead
 from dskd.data.written import Written, written_rows
 from dskd.errors import DataError
 from dskd.settings.data import BuiltinSource, Data, Source, TextSource
@@ -57,6 +58,7 @@ class _RowBuild:
         parts: every source with the split it belongs to; None: decided for each document.
         splits: all of them.
         labels: None unless rows are labelled.
+        read: by domain, what has been read.
     """
 
     data: Data
@@ -67,6 +69,7 @@ class _RowBuild:
     labels: LabelSet | None
     parts: list[tuple[Source, str | None]]
     splits: tuple[str, ...] = SPLITS
+    read: dict[str, DomainRead] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
@@ -292,7 +295,7 @@ def _training_documents(source: Source, data: Data) -> Iterator[str]:
 
 
 def _documents(
-    source: Source, data: Data, advance: Advance = int
+    source: Source, data: Data, advance: Advance = int, skipped: Callable[[], object] = int
 ) -> Iterator[str] | Iterator[Example] | Iterator[Question | Written]:
     """What a source holds, in its order: documents, examples or questions."""
     if isinstance(source, ReplayedSource):
@@ -302,8 +305,8 @@ def _documents(
         return questions(source, advance)
     if data.objective == "classification":
         assert isinstance(source, Columns | BuiltinSource), source  # as settings.checks says
-        return examples(source, advance)
-    return sources.documents(source, advance)
+        return examples(source, advance, skipped)
+    return sources.documents(source, advance, skipped)
 
 
 def _key_text(found: str | Example | Question) -> str:
@@ -347,19 +350,23 @@ def _chunks(
     data = made.data
     shown = bar.add_task(f"Tokenizing {source.domain}", total=sources.size(source))
     chunk: dict[str, list[Any]] = {name: [] for name in made.splits}
-    held = read = 0
+    held = done = 0
+    read = made.read.setdefault(source.domain, DomainRead())
+    read.hidden += sources.hidden(source)
 
     def advance(amount: int) -> None:
-        nonlocal read
-        read += amount
+        nonlocal done
+        done += amount
 
-    for found in _documents(source, data, advance):
+    for found in _documents(source, data, advance, read.skip):
         name = split or made.splits[_held_out(_key_text(found), data.validation_fraction)]
         chunk[name].append(found)
-        held += len(_whole_text(found))
+        text = _whole_text(found)
+        read.take(name, text)
+        held += len(text)
         if held >= _CHUNK_CHARACTERS:
             yield chunk
-            bar.update(shown, completed=read)
+            bar.update(shown, completed=done)
             chunk = {name: [] for name in made.splits}
             held = 0
     yield chunk
@@ -436,6 +443,7 @@ def _write_manifest(made: _RowBuild, writers: dict[str, _SplitWriter]) -> None:
         "key": made.key,
         "fingerprint": fingerprint(splits),
         "settings": made.data.model_dump(mode="json", exclude=_NOT_OF_ROWS),
+        "read": {domain: read.model_dump() for domain, read in made.read.items()},
         "pad": made.tokenizer.pad_token_id,
         **written_in,
         "splits": splits,

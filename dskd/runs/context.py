@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from dskd.data.prepared import (
     open_prepared,
     prepare,
     prepare_further,
+    what_was_read,
 )
 from dskd.data.views import Reader, View, at_random, view_for
 from dskd.engine.checkpoints import Checkpoints, Selection
@@ -35,14 +37,23 @@ from dskd.settings.model import Model
 from dskd.settings.run import Run
 from dskd.system import dist
 from dskd.system.files import fingerprint
+from dskd.system.log import say
 
 EVALUATION_SEED = 0  # of the validation masks: the same for every run and seed
 
 
 def _verified(folder: Path) -> Path:
-    """A folder of further rows, all bytes of which are looked at."""
+    """A folder of further rows, once all its bytes are looked at and what it holds is said."""
     open_further(folder)
+    say_read(folder)
     return folder
+
+
+def say_read(folder: Path) -> None:
+    """Print what a folder of rows holds; letters that the terminal has not as question marks."""
+    letters = sys.stdout.encoding or "utf-8"
+    for line in what_was_read(folder):
+        say(line.encode(letters, "replace").decode(letters))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dskd.ops import implementation
 from dskd.runs import comparable
 from dskd.runs.answers import answer_scores
 from dskd.runs.confusion import Confusion, confusion_section
-from dskd.runs.context import RunContext
+from dskd.runs.context import RunContext, say_read
 from dskd.runs.named_sets import evaluation_sets
 from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
@@ -49,8 +49,10 @@ from dskd.training.trainer import Trainer
 
 
 def prepare_rows(context: RunContext) -> None:
-    """Prepare all rows, those of named sets and of the memory, too, and make the view of the
-    training rows."""
+    """Prepare all rows, those of named sets and of the memory, too, say what was read for them, and
+    make the view of the training rows."""
+    folder = context.prepared.folder
+    dist.on_rank0(lambda: say_read(folder))
     _ = context.view, context.further_fingerprints
 
 

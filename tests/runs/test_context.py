@@ -1,5 +1,7 @@
 """What a run's stages share: which checkpoint is exported."""
 
+import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 import torch
 
 from dskd.methods.base import build_method
-from dskd.runs.context import RunContext
-from dskd.settings.data import BuiltinSource, Data, HardTokens, Masking
+from dskd.runs.context import RunContext, say_read
+from dskd.runs.stages import prepare_rows
+from dskd.settings.data import BuiltinSource, Data, HardTokens, Masking, TextSource
 from dskd.settings.run import Run
 from tests.engine.test_checkpoints import save
 from tests.ranks import run_ranks
@@ -50,3 +53,21 @@ def test_rows_of_other_sources_are_prepared_once_for_all_ranks(tmp_path: Path) -
     run = Run(out=tmp_path / "run", data=Data(sources=sources, folder=tmp_path / "data"))
     one, other = run_ranks(_further, run)
     assert one == other and set(one[1]) == {1} and len(one[2]) == 2
+
+
+def test_the_data_stage_says_what_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(f"na\u00efve dogs ran round {n}" for n in range(200)))
+    source = TextSource(kind="text", path=str(tmp_path / "a.txt"), per="line", domain="dogs")
+    run = Run(out=tmp_path / "run", data=Data(sources=[source], folder=tmp_path / "data"))
+    for _ in range(2):  # the second one finds the rows
+        context = RunContext(run, build_method({"kind": "lm"}), torch.device("cpu"))
+        prepare_rows(context)
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith("data: ") and " tokens to train on, " in first
+        assert second.startswith("  dogs: 200 documents, ")
+        assert second.endswith("the longest 24 characters; the first: na\u00efve dogs ran round 0")
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(BytesIO(), "ascii"))
+    say_read(context.prepared.folder)
+    assert sys.stdout.buffer.getvalue().endswith(b"the first: na?ve dogs ran round 0\n")

@@ -96,9 +96,10 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _refuse_twins(paths: list[Path], where: str) -> None:
     """Refuse to guess whether a packed file beside one of its name holds the same text."""
+    known = set(paths)
     for path in paths:
         plain = path.with_suffix("")
-        if path.suffix in PACKED_ENDINGS and plain in paths:
+        if path.suffix in PACKED_ENDINGS and plain in known:
             raise DataError(
                 f"{where}: {path}: beside {plain.name}; is it the same text? move one of them, or "
                 "name the files by a pattern"

@@ -13,8 +13,8 @@ SourcePath = Annotated[str, RunPath(), FREE]
 
 
 class Columns(Section):
-    """The columns of a table, or keys of its rows. All but the text is for data.objective
-    classification, where a row is one example."""
+    """The columns of a table, or keys of its rows. All but ``field`` and ``on_bad_rows`` is for
+    data.objective classification, where a row is one example."""
 
     field: str = "text"
     """The column or key that holds the text; ``doc.text``, unless there is one of that name, is

@@ -106,6 +106,10 @@ def test_questions_of_the_originals_files(tmp_path):
     place = [q.place for q in questions(source)][-1]
     assert place == f"{source.path}: data 0, paragraph 1, question 1"
     assert found(source.model_copy(update={"path": str(tmp_path)})) == found(source)
+    want, path = found(source), Path(source.path)
+    path.with_name("b.json.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    assert found(source.model_copy(update={"path": str(tmp_path)})) == want
 
 
 @pytest.mark.parametrize(("keys", "order"), [(["b", "c", "a"], [1, 2, 0]), ([2, 10, 1], [1, 2, 0])])

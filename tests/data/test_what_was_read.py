@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from dskd.data import preparing
 from dskd.data.prepared import open_prepared, prepare, prepare_further, what_was_read
+from dskd.errors import DataError
 from dskd.settings.data import JsonlSource, TextSource
 from dskd.settings.labels import TsvSource
 from dskd.system.files import read_manifest, write_manifest
@@ -95,3 +97,6 @@ def test_rows_of_before_have_one_line_and_the_same_fingerprint(tmp_path: Path) -
     same = np.arange(3)
     rows = [each.train.rows(same, same).tokens_BT for each in (older, opened)]
     assert (rows[0] == rows[1]).all()
+    write_manifest(folder / "manifest.json", manifest | {"read": {"text": {"skipped": -1}}})
+    with pytest.raises(DataError, match=r"not as this dskd writes it: read\.text\.skipped"):
+        what_was_read(folder)

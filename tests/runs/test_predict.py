@@ -9,6 +9,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dskd.cli import main
+from dskd.runs.predict import _source
+from dskd.settings.data import Data
+from dskd.settings.labels import CsvSource
 from tests.equivalence.tables import Tables
 
 TEXTS = ["oak ash elm", "apple", "owl kite rook wren owl kite", "pear plum", "fir"]
@@ -97,3 +100,12 @@ def test_a_run_that_has_not_exported_yet_is_refused(run, tmp_path, capsys):
     (tmp_path / "run" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     assert main(["predict", str(tmp_path / "run"), "a.csv", str(tmp_path / "out")]) == 2
     assert "has no export/ yet; train it with until=export" in capsys.readouterr().err
+
+
+def test_a_file_is_read_as_the_source_of_the_run(tmp_path):
+    own = CsvSource(kind="csv", path="x", field="a", pair="b", label="c", columns=["c", "a", "b"])
+    data = Data(objective="classification", sources=[own])
+    path = tmp_path / "more.csv.zst"
+    want = {"kind": "csv", "path": str(path), "field": "a", "pair": "b", "columns": own.columns}
+    assert _source(path, data, {}) == CsvSource(**want)
+    assert _source(path, data, {"field": "c"}) == CsvSource(**want | {"field": "c"})

@@ -27,6 +27,7 @@ from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
 from dskd.runs import comparable
 from dskd.runs.answers import answer_scores
+from dskd.runs.card import card_of
 from dskd.runs.confusion import Confusion, confusion_section
 from dskd.runs.context import RunContext, say_read
 from dskd.runs.named_sets import evaluation_sets
@@ -144,13 +145,6 @@ def train(context: RunContext) -> None:
     engine.destroy()
 
 
-_TOKENIZER = (
-    "It reads the names of special tokens in a text as text, as it did in training; where they are "
-    "meant (`the <mask> mill`), call it with `split_special_tokens=False`."
-)
-"""Of the model card."""
-
-
 def export_best(context: RunContext) -> None:
     """Write the best checkpoint as a HuggingFace folder, ``export/``."""
     folder = context.folder.export
@@ -166,16 +160,7 @@ def export_best(context: RunContext) -> None:
     masters = None
     if context.run.checkpoint.export == "fp32" and student.precision != "fp32":
         masters = engine.weights(gradients=False).whole
-    classifier = context.prepared.classes is not None
-    card = {
-        "title": f"A {'classifier' if classifier else 'language model'} trained with dskd",
-        "method": dict(context.run.method),
-        "step": best.step,
-        context.scored.metric: _value(best),
-        "tokenizer": _TOKENIZER,
-        "run": context.run.model_dump(mode="json"),
-    }
-    export(model, context.prepared.tokenizer, folder, card=card, masters=masters)
+    export(model, context.prepared.tokenizer, folder, card=card_of(context, best), masters=masters)
     say(f"exported step {best.step} to {folder}")
     engine.destroy()
 

@@ -58,6 +58,8 @@ def test_a_run_says_in_which_format_it_exports(tmp_path):
         weights = load_file(out / "export" / "model.safetensors")
         found[name] = weights, json.loads((out / "scores.json").read_text())
         assert f"export: {name}" in (out / "export" / "README.md").read_text()
+        for file in (out / "export").iterdir():  # they are for others, too
+            assert str(tmp_path).encode() not in file.read_bytes(), file
     for name, values in found["fp32"][0].items():
         assert values.dtype == torch.float32
         assert torch.equal(values.bfloat16(), found["trained"][0][name])

@@ -214,7 +214,8 @@ class Engine:
     def log(self, values: dict[str, float], step: int) -> None:
         """Send values to the monitors of the DeepSpeed config (TensorBoard, W&B, CSV, Comet)."""
         if self._monitor.enabled and dist.rank() == 0:
-            self._monitor.write_events([(name, value, step) for name, value in values.items()])
+            events = [(name, float(value), step) for name, value in values.items()]
+            self._monitor.write_events(events)
 
     def save(self, folder: Path, tag: str) -> None:
         """Write this rank's part of ``folder/tag`` (collective).

@@ -89,10 +89,10 @@ def _problems(run: Run, method: Method, world: int) -> Problems:
             f"(evaluation.select {run.evaluation.select}, method {method.kind}, "
             f"data.masking.kind {run.data.masking.kind}), so none ends the training",
         )
-    if selects and not _is_multiple(run.checkpoint.every, run.evaluation.every):
+    if selects and not _is_multiple(run.saves_every, run.evaluation.every):
         yield (
             "checkpoint.every",
-            f"{run.checkpoint.every} is not a multiple of evaluation.every {run.evaluation.every};"
+            f"{run.saves_every} is not a multiple of evaluation.every {run.evaluation.every};"
             " the best checkpoint is chosen by its evaluation",
         )
     yield from _earlier_tasks(run, method)

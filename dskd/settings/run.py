@@ -104,8 +104,9 @@ class Evaluation(Section):
 class Checkpoint(Section):
     """When to save and how many to keep."""
 
-    every: Annotated[Every, FREE] = 10
-    """Steps between checkpoints, or ``epoch`` (the last step is always saved)."""
+    every: Annotated[Every | None, FREE] = None
+    """Steps between checkpoints, or ``epoch`` (the last step is always saved); null: a checkpoint
+    comes with every evaluation."""
     keep: Annotated[int, FREE] = Field(2, ge=1)
     """Most recent checkpoints kept; the best one, if the evaluation selects, besides."""
     export: Literal["trained", "fp32"] = "trained"
@@ -134,9 +135,15 @@ class Run(Section):
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
-    log_every: Annotated[int, FREE] = Field(1, ge=1)
-    """Steps between progress lines and metrics."""
+    log_every: Annotated[int | None, FREE] = Field(None, ge=1)
+    """Steps between lines of ``metrics.jsonl``, each of which is a progress line, too; null: every
+    step has its line there, and every few seconds one is shown."""
     ranks_timeout: Annotated[float, FREE] = Field(10.0, ge=0.05, le=100_000)
     """Minutes after which a rank is lost that does not start, does not answer, or keeps the others
     waiting; three times as long where one piece of work may be long (loading, compiling, saving).
     Longer than a step takes. Of several runs the longest counts."""
+
+    @property
+    def saves_every(self) -> Every:
+        """Steps between checkpoints, or ``epoch``."""
+        return self.evaluation.every if self.checkpoint.every is None else self.checkpoint.every

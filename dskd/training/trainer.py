@@ -34,6 +34,8 @@ from dskd.training.learning_rate import learning_rate
 from dskd.training.passes import GradientProbe, Passes, count
 from dskd.training.step_numbers import Numbers, Queued, refuse_non_finite
 
+SHOWN_EVERY = 5.0
+"""Seconds between two progress lines, unless ``log_every`` counts steps."""
 MOST_SKIPPED = 100
 """fp16 overflows in a row that stop a run: no loss scale from 2^32 down helps."""
 
@@ -92,6 +94,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self._passes = Passes(self.engine, self.hooks, self.run.seed)
         self._since = (self.progress.tokens, self.progress.train_seconds)
+        """Tokens and seconds when a step was last logged."""
+        self._shown_since, self._shown = self._since, None
+        """The same when one was last shown, and when that was on the clock."""
         self._unread: _Unread | None = None
         self._saved = self.progress.step
         """The step of the newest checkpoint (0: as the student begins)."""
@@ -201,7 +206,14 @@ class Trainer:
         return Queued(number, shares, norm, weights, rates, **about)
 
     def _is_logged(self, step: int) -> bool:
-        return step % self.run.log_every == 0 or step == self.run.train.steps
+        return step % (self.run.log_every or 1) == 0 or step == self.run.train.steps
+
+    def _is_shown(self, step: int) -> bool:
+        """Whether a logged step is shown as well. This is the one thing that a clock decides, on
+        rank 0 alone: no number and no line of the metrics hangs on it."""
+        if self.run.log_every is not None or step == self.run.train.steps:
+            return True
+        return self._shown is None or time.monotonic() - self._shown >= SHOWN_EVERY
 
     def _update(self, lr: float) -> tuple[bool, Tensor | None]:
         """The optimiser's step and the hooks around it; whether it was taken, and the norm of the
@@ -231,19 +243,20 @@ class Trainer:
     def _log(self, unread: _Unread, numbers: Numbers) -> None:
         step, steps = unread.queued.number, self.run.train.steps
         loss, means, norm, rates = numbers.loss, numbers.means, numbers.grad_norm, numbers.rates
-        tokens, seconds = self._since
-        speed = (unread.tokens - tokens) / (unread.seconds - seconds)
+        if self._is_shown(step):
+            speed, left = _speed(unread, self._shown_since), (steps - step) * unread.seconds / step
+            shown = {"loss": loss, **means, **rates, "|g|": norm}
+            say(progress_line(step, steps, shown, tokens_per_second=speed, left=left))
+            self._shown_since = (unread.tokens, unread.seconds)
+            self._shown = time.monotonic()
+        used = {"tokens_per_second": _speed(unread, self._since), **used_memory()}
         self._since = (unread.tokens, unread.seconds)
-        left = (steps - step) * unread.seconds / step
-        shown = {"loss": loss, **means, **rates, "|g|": norm}
-        say(progress_line(step, steps, shown, tokens_per_second=speed, left=left))
-        used = {"tokens_per_second": speed, **used_memory()}
-        line = {"loss": loss, "terms": means, **rates, "grad_norm": norm, **used}
+        rest = {**rates, "grad_norm": norm, **used, "seconds": unread.seconds}
         terms = {f"terms/{name}": mean for name, mean in means.items()}
-        flat = {"loss": loss, **terms, **rates, **used}
+        flat = {"loss": loss, **terms, **rest}
         with self._later():
-            self.metrics.write(step=step, **line, seconds=unread.seconds)
-            self.engine.log({f"train/{k}": float(v) for k, v in flat.items()}, step)
+            self.metrics.write(step=step, loss=loss, terms=means, **rest)
+            self.engine.log({f"train/{k}": v for k, v in flat.items() if v is not None}, step)
 
     @contextmanager
     def _later(self) -> Iterator[None]:
@@ -259,7 +272,7 @@ class Trainer:
         """Evaluate and save where they are due."""
         step, run = self.progress.step, self.run
         last = step == run.train.steps
-        due = last or self._is_due(run.checkpoint.every)
+        due = last or self._is_due(run.saves_every)
         evaluates = last or self._is_due(run.evaluation.every)
         if due or evaluates or stop:
             self._catch_up()
@@ -290,7 +303,7 @@ class Trainer:
             shown = {k: value for k, value in found.items() if isinstance(value, float)}
             say(f"{name} at {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
             with self._later():
-                self.engine.log({f"{name}/{k}": value for k, value in shown.items()}, step)
+                self.engine.log({f"{name}/{k}": value for k, value in found.items()}, step)
         assert key in results, f"the method selects by {key}, which is none of {sorted(results)}"
         refuse_non_finite(step, f"the evaluation's {key}", results[key])
         return results[key]
@@ -320,6 +333,12 @@ class Trainer:
             "state": {"progress": asdict(self.progress), "hooks": self.hooks.state()},
         }
         self.checkpoints.commit(step, about)
+
+
+def _speed(unread: _Unread, since: tuple[int, float]) -> float:
+    """Tokens a second until the end of a step since so many tokens and seconds."""
+    tokens, seconds = since
+    return (unread.tokens - tokens) / (unread.seconds - seconds)
 
 
 @contextmanager

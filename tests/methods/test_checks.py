@@ -152,6 +152,14 @@ def test_where_nothing_selects_nothing_ends_the_training():
     validate(_run("evaluation.every=4", "evaluation.select=last"), _Method(), world=1)
 
 
+@pytest.mark.parametrize("every", [4, "epoch"])
+def test_checkpoints_come_with_evaluations_unless_said(every):
+    run = _run(f"evaluation.every={every}")
+    assert (run.checkpoint.every, run.saves_every) == (None, every)
+    validate(run, _Method(), world=1)
+    assert _run(f"evaluation.every={every}", "checkpoint.every=8").saves_every == 8
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "evaluation", "sound"),
     [("epoch", "epoch", True), ("epoch", 1, True), ("epoch", 5, False), (10, "epoch", False)],

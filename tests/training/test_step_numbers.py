@@ -1,5 +1,6 @@
 """A step's numbers are read when the next one is queued, and before anything that rests on them."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from dskd.methods.base import Method
 from dskd.ops import positions_ce
 from dskd.settings.run import Run, Train
 from dskd.system.log import Metrics
+from dskd.training import trainer as loop
 from dskd.training.step_numbers import Queued
 from dskd.training.trainer import Trainer
 from tests.ranks import run_ranks
@@ -63,14 +65,14 @@ class Case:
 
     Attributes:
         bad: the step with a NaN.
-        every: steps between checkpoints, and between evaluations.
+        every: steps between evaluations, with which checkpoints come.
         missing: the step whose batch cannot be made.
     """
 
     bad: int = 0
     every: int = 3
     missing: int = 0
-    log_every: int = 1
+    log_every: int | None = 1
 
 
 def events_of(rank: int, case: Case) -> tuple[list[str], str]:
@@ -93,7 +95,6 @@ def _trainer(events: list[str], case: Case) -> Trainer:
         train=Train(steps=5, lr=0.01),
         log_every=case.log_every,
         evaluation={"every": case.every},
-        checkpoint={"every": case.every},
     )
     trainer.scored = Selection("eval_nll", higher_is_better=False)
     trainer.metrics = Told(events)
@@ -154,3 +155,27 @@ def test_an_error_of_the_next_step_is_not_told_in_the_place_of_its_cause():
     """A spoilt student can make all sorts of errors."""
     (events, problem) = ran(bad=2, missing=3)
     assert events == [*FIRST[:4], "read 2"] and problem.startswith("step 2: the loss is nan")
+
+
+def shown_of(rank: int, seconds: float, log_every: int | None) -> tuple[list[str], list[str]]:
+    """Which steps are logged, and which are shown."""
+    del rank
+    events: list[str] = []
+    lines: list[str] = []
+    loop.SHOWN_EVERY, loop.say = seconds, lines.append
+    _trainer(events, Case(log_every=log_every)).train()
+    logged = [event.removeprefix("log ") for event in events if event.startswith("log ")]
+    return logged, [line.split()[1].removesuffix("/5") for line in lines if "/5" in line]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "log_every", "logged", "shown"),
+    [
+        (math.inf, None, "12345", "15"),
+        (0.0, None, "12345", "12345"),
+        (math.inf, 2, "245", "245"),
+    ],
+)
+def test_a_clock_decides_what_is_shown_and_nothing_else(seconds, log_every, logged, shown):
+    found = run_ranks(shown_of, seconds, log_every, world=1)[0]
+    assert found == (list(logged), list(shown))

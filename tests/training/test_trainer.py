@@ -61,6 +61,8 @@ def test_the_monitor_gets_the_same_numbers(run):
     kl = [[n, line["terms"]["kl"]] for n, line in enumerate(lines[:6], 1)]
     assert column("train_terms_kl") == kl
     assert column("train_lr") == [[line["step"], line["lr"]] for line in lines]
+    for name in ("grad_norm", "seconds", "alpha", "tokens_per_second", "peak_memory_bytes"):
+        assert column(f"train_{name}") == [[x["step"], x[name]] for x in lines if name in x], name
     assert column("eval_nll") == [[2 * n, nll] for n, nll in enumerate(evaluations(run / "run"), 1)]
 
 

@@ -1,7 +1,8 @@
 """Train a recipe: ``deepspeed --num_gpus 8 dskd/train.py [FILE.yaml] [a.b=value ...]``.
 
 Without arguments, a 20-step toy run. The same command goes on after an interruption, skips what is
-done, and refuses to go on if a setting that matters has changed.
+done, and refuses to go on if a setting that matters has changed; but a run may get more steps, also
+a finished one, and for those to come another rate.
 
 Exit status: 0 done; 2 something the user can mend, in one message; 69 a rank has died, hangs or
 never came, named in one message by one of the others; 75 stopped by SIGTERM, SIGINT or the death

@@ -142,6 +142,11 @@ class Checkpoints:
         no score selects or none has one."""
         return self._open(dist.on_rank0(self._best_name))
 
+    def steps(self) -> list[int]:
+        """Of which steps there are checkpoints, as this rank alone sees it, unchecked."""
+        numbers = [name.removeprefix("step-") for name in self._listed()]
+        return [int(number) for number in numbers if number.isdecimal()]
+
     def manifests(self) -> dict[int, dict[str, Any]]:
         """What the manifest of each checkpoint says, by step; a damaged one is left out, and no
         other file is looked at."""

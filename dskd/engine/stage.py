@@ -80,7 +80,8 @@ class Stage:
         name: what ``until`` and messages call it.
         run: does it, on all ranks, unless it is done (collective).
         before: the stage of the core that it comes before; None: a stage of the core itself.
-        leaves: patterns, in the run's folder, of all that it makes and that depends on settings.
+        leaves: patterns, in the run's folder, of all that it makes and that depends on settings; if
+            it comes after ``train``, that goes when a finished run is lengthened.
         whole: what is there when all of it is, below the run's folder; None: nothing says so (a
             store's manifest does not: it comes first).
         wanted: whether a run of these settings has to leave anything here.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 from dskd.engine.checkpoints import Checkpoints
 from dskd.models.writing import remove_half_written
 from dskd.settings.folders import folder_of
@@ -29,5 +31,7 @@ def remove_leftovers(recipe: Recipe) -> None:
             if dist.rank() == 0:
                 for place in (folder.path, folder.train):
                     remove_temporaries(place)
+                for doomed in folder.path.glob(".*.gone"):  # of ``runs/changes.py``
+                    shutil.rmtree(doomed)
                 for place in (folder.sliced, folder.export):
                     remove_half_written(place)

@@ -18,6 +18,7 @@ from dskd.methods.checks import check_export, validate
 from dskd.models.build import check_model, check_random, check_tokenizer, model_fingerprint
 from dskd.models.configs import config_at_hand, stored_folder, with_fields
 from dskd.narrowing.slice_stage import sliced_config
+from dskd.runs.changes import go_on, is_changed, left, refuse_changes, write_settings
 from dskd.runs.comparable import groups_of, refuse_incomparable
 from dskd.runs.context import RunContext
 from dskd.runs.earlier_stages import refuse_missing_stages
@@ -40,17 +41,16 @@ from dskd.runs.vocabularies import (
     used_models,
 )
 from dskd.runs.written_answers import refuse_missing_answers
-from dskd.settings.compare import differences
 from dskd.settings.folders import RunFolder, folder_of, source_settings
 from dskd.settings.model import Model
 from dskd.settings.parsing import line, nearest
-from dskd.settings.recipe import SINGLE, Recipe, dump_run, read
+from dskd.settings.recipe import SINGLE, Recipe, read
 from dskd.settings.run import Run
 from dskd.settings.teachers import SelfTeacher, each_teacher
 from dskd.system import dist
 from dskd.system.device import free_memory
 from dskd.system.doing import at_run, at_stage
-from dskd.system.files import read_manifest, write_atomic, write_manifest
+from dskd.system.files import read_manifest, write_manifest
 from dskd.system.locks import alone
 from dskd.system.log import say
 from dskd.teachers.setup import check_average
@@ -87,7 +87,7 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         slow = slow_step(configs[0][1])
         if slow is not None:  # on one GPU, or it is refused
             say(f"warning: {run.deepspeed}: {slow}")
-    _refuse_changes(recipe, methods)
+    refuse_changes(recipe, methods)
 
 
 def refuse_unknown_stage(recipe: Recipe, methods: Mapping[str, Method]) -> None:
@@ -181,6 +181,8 @@ def is_done(recipe: Recipe, methods: Mapping[str, Method]) -> bool:
     """Whether every run has left what its stages leave, as far as the last one says so."""
     for name, stages in _stages(recipe, methods).items():
         run = recipe.runs[name]
+        if is_changed(run):
+            return False
         wholes = [run.out / s.whole for s in stages if s.whole is not None and s.wanted(run)]
         if stages[-1].whole is None or not all(whole.exists() for whole in wholes):
             return False
@@ -222,8 +224,8 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     with alone(recipe.out):
         remove_leftovers(recipe)
         # Another job may have worked here while this one waited.
-        dist.on_rank0(lambda: _refuse_changes(recipe, methods))
-        dist.on_rank0(lambda: _write_settings(recipe))
+        dist.on_rank0(lambda: refuse_changes(recipe, methods))
+        dist.on_rank0(lambda: write_settings(recipe))
         counted: dict[str, Run] = {}  # with their lengths in steps
         for name, run in recipe.runs.items():
             say(f"== {name}: {run.method['kind']}, {run.out}")
@@ -238,6 +240,8 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
                     known_runs = Recipe(recipe.out, recipe.runs | counted)
                     # As soon as the rows are there, before hours go into what may not fit them.
                     dist.on_rank0(lambda r=known_runs, c=context: _check_inputs(r, methods, c))
+                    rows = len(context.prepared.train)
+                    dist.on_rank0(lambda n=name, r=rows: go_on(recipe, methods, n, r))
         dist.on_rank0(lambda: report(recipe, methods))
     engine.stop()
 
@@ -309,46 +313,6 @@ def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:
     return [stage.report for stage in stages.values() if stage.report is not None]
 
 
-def _write_settings(recipe: Recipe) -> None:
-    for run in recipe.runs.values():
-        write_atomic(folder_of(run).config, dump_run(run, here=True).encode(), "the settings")
-
-
-def _refuse_changes(recipe: Recipe, methods: Mapping[str, Method]) -> None:
-    """Refuse settings other than those by which what lies in the runs' folders was made."""
-    for name, run in recipe.runs.items():
-        _refuse_other_settings(run, stages_of(masks_of(run), methods[name]))
-
-
-def _refuse_other_settings(run: Run, stages: Sequence[Stage]) -> None:
-    path = folder_of(run).config
-    if not path.is_file():
-        # A store says itself what it belongs to, so one may have been copied here.
-        if _left(run, [stage for stage in stages if stage.whole is not None]):
-            raise ConfigError(
-                f"{run.out} holds results, but no {path.name} that says by which settings they "
-                f"were made; choose another `out`, or delete the folder"
-            )
-        return
-    before = read(path).runs[SINGLE]
-    # With other masks, or by another method, it had stages whose files these know nothing of.
-    stages = (*stages, *stages_of(masks_of(before), build_method(before.method)))
-    if not _left(run, stages):
-        return  # nothing was made with the other settings yet
-    changed = differences(before, run, chosen=_left(run, [s for s in stages if s.chosen]))
-    if changed:
-        listed = "\n  ".join(changed)
-        raise ConfigError(
-            f"{run.out} was started with other settings:\n  {listed}\n"
-            f"Set them back, or choose another `out`, or delete the folder"
-        )
-
-
-def _left(run: Run, stages: Sequence[Stage]) -> bool:
-    """Whether the run's folder has something that one of the stages leaves."""
-    return any(found for s in stages for pattern in s.leaves for found in run.out.glob(pattern))
-
-
 def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunContext) -> None:
     """Refuse, before hours go into it, what shows only when a run's rows and models are here: other
     inputs than it was started with, and sizes of every run's student that starts as one of the
@@ -372,7 +336,7 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
     before = read_manifest(path, ConfigError)
     stages = [stage for stage in stages_of(context.masks, context.method) if stage.chosen]
     # Masks with a stage of their own choose from what it makes, until something depends on them.
-    if context.masks.stages() and not _left(run, stages):
+    if context.masks.stages() and not left(run, stages):
         before["masking"] = now["masking"]  # a store made for them has fingerprints of its own
         write_manifest(path, before)
     for name, print_now in now.items():

@@ -28,6 +28,7 @@ from dskd.ops import implementation
 from dskd.runs import comparable
 from dskd.runs.answers import answer_scores
 from dskd.runs.card import card_of
+from dskd.runs.change_log import changes_section
 from dskd.runs.confusion import Confusion, confusion_section
 from dskd.runs.context import RunContext, say_read
 from dskd.runs.named_sets import evaluation_sets
@@ -248,10 +249,14 @@ STAGES = (
     Stage("data", prepare_rows),
     Stage("slice", slice_student, None, ("sliced",), "sliced", _sliced, chosen=False),
     Stage("cache", cache, leaves=("cache",)),
-    Stage("train", train, leaves=("train",), whole="train/summary.json"),
+    Stage("train", train, leaves=("train",), whole="train/summary.json", report=changes_section),
     Stage("export", export_best, leaves=("export",), whole="export"),
     Stage(
-        "evaluate", evaluate_export, None, ("answers",), "scores.json", report=_evaluation_section
+        "evaluate",
+        evaluate_export,
+        leaves=("answers", "confusion.json"),
+        whole="scores.json",
+        report=_evaluation_section,
     ),
 )
 """The core's, in order."""

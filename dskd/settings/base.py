@@ -13,14 +13,16 @@ class Freedom:
     """Until when a setting may change between two calls that carry out one run.
 
     ``always``: it says where, how fast or how far, but not what comes out. ``chosen``: until
-    something is made that depends on which of the scored tokens are chosen. A setting without one
-    is settled by the first call.
+    something is made that depends on which of the scored tokens are chosen. ``taken``: as far as
+    steps are still to come; the change is written down (``runs/changes.py``). A setting without
+    one is settled by the first call.
     """
 
-    until: Literal["always", "chosen"]
+    until: Literal["always", "chosen", "taken"]
 
 
 FREE = Freedom("always")
+OF_STEPS_TO_COME = Freedom("taken")
 CHOSEN_LATER = Freedom("chosen")
 
 

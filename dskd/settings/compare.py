@@ -7,20 +7,38 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from dskd.settings.base import CHOSEN_LATER, FREE, Freedom, Section
+from dskd.settings.base import CHOSEN_LATER, FREE, OF_STEPS_TO_COME, Freedom, Section
 from dskd.settings.parsing import show
-from dskd.settings.run import Run
+from dskd.settings.run import Run, Train
+
+OF_STEPS = [f"train.{n}" for n in Train.model_fields if Train().freedom(n) is OF_STEPS_TO_COME]
+"""Names of the settings by which the steps of a run are taken that are still to come."""
+OF_LOOKS = ["evaluation.every", "checkpoint.every", "checkpoint.keep", "log_every"]
+"""Names of those that say how often it is looked at on the way."""
 
 
 def differences(a: Run, b: Run, *, chosen: bool = True) -> list[str]:
     """Settings in which two runs differ so that their results differ: ``name: a's value, now b's``.
 
     What is marked ``FREE`` at its field may differ: folders, geometry, the last stage, the cadence
-    of logs, checkpoints and evaluations. So may what is marked ``CHOSEN_LATER``, unless something
-    depends on the choice of tokens yet (``chosen``).
+    of logs, checkpoints and evaluations; and what is of steps to come, for which see
+    :func:`on_the_way`. So may what is marked ``CHOSEN_LATER``, unless something depends on the
+    choice of tokens yet (``chosen``).
     """
-    free = {FREE} if chosen else {FREE, CHOSEN_LATER}
+    free = {FREE, OF_STEPS_TO_COME} if chosen else {FREE, OF_STEPS_TO_COME, CHOSEN_LATER}
     return list(_changes(a, b, "", free))
+
+
+def on_the_way(run: Run) -> dict[str, Any]:
+    """By name the settings that may become others while a run is trained, and are written down
+    then."""
+    found: dict[str, Any] = {}
+    for name in (*OF_STEPS, *OF_LOOKS):
+        value: Any = run
+        for part in name.split("."):
+            value = getattr(value, part)
+        found[name] = value
+    return found
 
 
 def _changes(old: Any, new: Any, name: str, free: set[Freedom]) -> Iterator[str]:

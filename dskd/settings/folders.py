@@ -3,6 +3,7 @@
 A run's folder::
 
     config.yaml    the resolved settings          inputs.json   fingerprints of data and models
+    history.jsonl  what was changed on the way: rates, the length (if anything was)
     sliced/        the model that a sliced student starts as
     questions/     how hard each token was (questions-epoch-N/: for the student, later)
     replay/        rows of earlier tasks, as the model writes them that the student starts as
@@ -32,6 +33,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.inputs = path / "inputs.json"
+        self.history = path / "history.jsonl"
         self.sliced = path / "sliced"
         self.replay = path / "replay"  # in it a file of each earlier task
         self.cache = path / "cache"  # below it by domain or name of several teachers

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dskd.settings.base import FREE, Freedom, RunPath, Section
+from dskd.settings.base import FREE, OF_STEPS_TO_COME, Freedom, RunPath, Section
 from dskd.settings.data import Data
 from dskd.settings.model import Model
 from dskd.settings.parsing import either
@@ -21,7 +21,7 @@ from dskd.settings.teachers import TINY, AnyTeacher, LiveTeacher, Precision
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Factor of a running average."""
-
+Schedule = Literal["linear", "cosine", "constant", "polynomial"]
 
 Warmup = Annotated[
     Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)],
@@ -36,23 +36,23 @@ Every = Annotated[
 class Train(Section):
     """The optimisation; batch sizes count rows."""
 
-    steps: int | None = Field(20, ge=1)
+    steps: Annotated[int | None, OF_STEPS_TO_COME] = Field(20, ge=1)
     """Optimiser steps; null where ``epochs`` says how long."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: Annotated[float | None, OF_STEPS_TO_COME] = Field(None, gt=0)
     """Passes over the training rows, in place of ``steps``: so many steps that no fewer rows are
     taken."""
     batch: int = Field(16, ge=1)
     """Rows of one optimiser step, over all ranks and accumulation steps."""
     micro_batch: Annotated[int, FREE] = Field(8, ge=1)
     """Rows of one forward pass on one rank."""
-    lr: float = Field(1e-3, ge=0)
+    lr: Annotated[float, OF_STEPS_TO_COME] = Field(1e-3, ge=0)
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant", "polynomial"] = "linear"
+    schedule: Annotated[Schedule, OF_STEPS_TO_COME] = "linear"
     """Decay after the warm-up."""
-    warmup: Warmup = 2
+    warmup: Annotated[Warmup, OF_STEPS_TO_COME] = 2
     """Steps of linear warm-up from 0; below 1: a share of all steps, rounded up."""
-    end_lr: float = Field(0.0, ge=0)
-    power: float = Field(1.0, gt=0)
+    end_lr: Annotated[float, OF_STEPS_TO_COME] = Field(0.0, ge=0)
+    power: Annotated[float, OF_STEPS_TO_COME] = Field(1.0, gt=0)
     """Exponent of the polynomial decay."""
     weight_decay: float = Field(0.01, ge=0)
     decay_all: bool = False

@@ -12,7 +12,7 @@ import pytest
 
 from dskd.settings.yaml_tree import merge
 from tests.equivalence.small import LIVE, MASKED, Runs, cached, same, step_lines
-from tests.launching import cut_back, evaluations, exported_nll, losses
+from tests.launching import cut_back, evaluations, exported_nll, forked, losses
 
 STEPS = 6
 STUDENT = {"config": MASKED | {"num_hidden_layers": 1}}
@@ -257,3 +257,14 @@ def test_inherits_a_distribution_as_well(runs):
     lines = step_lines(live)
     assert [line["alpha"] for line in lines] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
     assert ["kl" in line["terms"] for line in lines] == [True] * 3 + [False] * 3
+
+
+def test_a_lengthened_run_is_the_unbroken_one(runs):
+    """Its units go on from where they are, and what was exported is merged anew."""
+    constant = {"steps": STEPS, "schedule": "constant", "clip": 0.0}
+    out = train(runs, "half", 1, train=constant, until="evaluate")
+    forked(1, str(out / "config.yaml"), f"train.steps={STEPS + 4}")
+    whole = train(runs, "whole", 1, train=constant | {"steps": STEPS + 4}, until="evaluate")
+    assert losses(out) == losses(whole) and len(losses(out)) == STEPS + 4
+    for name in ("scores.json", "export/model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name

@@ -138,7 +138,7 @@ def test_a_missing_or_truncated_file(stopped, pattern):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.lr=0.02", "train.lr: 0.01, now 0.02"),
+        ("train.batch=4", "train.batch: 8, now 4"),
         ("seed=4", "seed: 3, now 4"),
         ("method.temperature=1.0", "method.temperature"),
         ("teacher.k=4", "teacher.k: 8, now 4"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dskd.data.prepared import open_prepared, prepare
+from dskd.runs.change_log import read_changes
 from dskd.settings.recipe import SINGLE, read
 from dskd.system.log import read_metrics
 from tests.equivalence.small import Runs, step_lines
@@ -57,9 +58,25 @@ def test_a_killed_run_goes_on_to_the_same_end(runs, epochs):
     assert (train.steps, train.epochs, train.warmup) == (None, 1.5, 0.3)
 
 
-def test_another_length_is_another_run(epochs, capfd):
-    forked(1, str(epochs / "config.yaml"), "train.epochs=2", status=2)
-    assert "train.epochs: 1.5, now 2" in capfd.readouterr().err
+def test_more_epochs_are_more_steps(runs, epochs):
+    """How long a run is in steps, and so whether it goes on, is known once its rows are counted."""
+    out, steps = runs.copied(epochs, "longer"), ceil(2.5 * rows_of(epochs) / 48)
+    forked(1, str(out / "config.yaml"), "train.epochs=2.5")
+    assert len(losses(out)) == steps and losses(out)[: len(losses(epochs))] == losses(epochs)
+    (line,) = read_changes(out / "history.jsonl")
+    assert line["step"] == len(losses(epochs)) and line["changed"] == {"train.epochs": [1.5, 2.5]}
+
+
+def test_the_same_length_in_steps_is_no_other_one(runs, epochs):
+    out = runs.copied(epochs, "in-steps")
+    words = [f"train.steps={len(losses(epochs))}", "train.epochs=null"]
+    forked(1, str(out / "config.yaml"), *words)
+    assert losses(out) == losses(epochs) and not (out / "history.jsonl").exists()
+
+
+def test_fewer_epochs_than_are_taken_are_refused(epochs, capfd):
+    forked(1, str(epochs / "config.yaml"), "train.epochs=1", status=2)
+    assert f"has taken {len(losses(epochs))} steps, which train.epochs" in capfd.readouterr().err
 
 
 def test_what_does_not_fit_the_counted_steps_is_refused_after_the_data(runs, epochs, capfd):

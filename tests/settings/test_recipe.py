@@ -519,15 +519,15 @@ FREE = ["out=elsewhere", "until=data", "deepspeed=zero3", "teacher.deepspeed=zer
 FREE += ["train.micro_batch=2", "train.compile=true", "train.activation_checkpointing=true"]
 FREE += ["checkpoint.every=3", "checkpoint.keep=9", "evaluation.every=3", "data.folder=x"]
 FREE += ["evaluation.micro_batch=3", "ranks_timeout=0.5", "evaluation.every=epoch"]
+FREE += ["train.lr=2e-3", "train.epochs=2", "train.steps=40", "train.warmup=0.1"]
+FREE += ["train.schedule=constant", "train.end_lr=1e-5", "train.power=2"]
 
 
 @pytest.mark.parametrize(
     ("override", "lines"),
     [
-        ("train.lr=2e-3", ["train.lr: 0.001, now 0.002"]),
         ("train.batch=32", ["train.batch: 16, now 32"]),
-        ("train.epochs=2", ["train.steps: 20, now null", "train.epochs: null, now 2.0"]),
-        ("train.warmup=0.1", ["train.warmup: 2, now 0.1"]),
+        ("train.weight_decay=0.1", ["train.weight_decay: 0.01, now 0.1"]),
         ("seed=2", ["seed: 1, now 2"]),
         ("teacher=null", ["teacher: 'live', now null"]),
         ("teacher.kind=cached", ["teacher: 'live', now 'cached'"]),

@@ -93,6 +93,13 @@ def test_a_run_that_gets_no_better_ends(stopped):
     assert (stopped / "train" / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_it_is_not_lengthened(stopped, capfd):
+    """More steps would not be taken."""
+    forked(1, str(stopped / "config.yaml"), "train.steps=50", status=2)
+    told = "training ended by itself after step 6, before train.steps 40; it takes no more"
+    assert told in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_killed_run_ends_where_it_would_have(runs, stopped, step):
     out = runs.copied(stopped, f"from{step}", step)

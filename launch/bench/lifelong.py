@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import argparse
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -282,7 +283,7 @@ def _diverged(job: Job) -> bool:
     lines = job.log.read_text().splitlines() if job.log.exists() else []
     last = next((text for text in reversed(lines) if text.startswith("error: ")), "")
     done = lines and lines[-1].startswith("report: ")
-    return not done and any(word in last for word in (" nan", "inf", "finite"))
+    return not done and re.search(r"\b(nan|inf|infinite|finite)\b", last, re.I) is not None
 
 
 def _moved(tree: Any, old: str, new: str) -> Any:

@@ -94,6 +94,24 @@ def test_a_claim_is_judged_by_every_seed(claim, verdict):
     assert judged(Claim(noise=0.0, **claim), rows)["verdict"] == verdict
 
 
+@pytest.mark.parametrize(
+    ("lines", "diverged"),
+    [
+        (["error: step 3: the loss is NaN"], True),
+        (["error: step 3: the gradient of a memory is NaN or infinite"], True),
+        (
+            ["error: logits are not finite in sample 2", "error: data.sources: no information"],
+            False,
+        ),
+        (["error: step 3: the loss is nan", "report: x/report.html"], False),
+    ],
+)
+def test_only_numbers_that_are_not_finite_diverge(tmp_path, lines, diverged):
+    job = lifelong.Job(tmp_path / "job", 0.0, 1, {})
+    job.log.write_text("\n".join(lines))
+    assert lifelong._diverged(job) is diverged
+
+
 def test_a_whole_comparison(tmp_path, monkeypatch):
     """Which recipes are carried out, and that each way's score is that of its last run."""
     done = []

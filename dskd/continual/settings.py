@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field
 from dskd.engine.ds_edits import check_edits, check_unscaled
 from dskd.errors import ConfigError
 from dskd.settings.base import Section
+from dskd.settings.folders import RunFolder
 from dskd.settings.run import Run
 
 
@@ -52,6 +54,7 @@ class Penalty(Section):
                 f"method.penalty.earlier: {self.earlier} has importances of its export, but "
                 f"model.path is null; start from that export"
             )
+        self._refuse_other_export(Path(run.model.path))
         if run.model.slice is not None:
             text = "method.penalty.earlier has importances of the whole model; leave it out"
             raise ConfigError(f"model.slice: {text}")
@@ -59,6 +62,17 @@ class Penalty(Section):
         if self.update == "gradient":
             check_unscaled(run, f"{who}.update gradient")
         check_edits(run, who, gradients=self.update == "gradient")
+
+    def _refuse_other_export(self, start: Path) -> None:
+        """Refuse a start as the export of another run, though not a copy of the right one, of which
+        the files themselves tell."""
+        assert self.folder is not None
+        export = RunFolder(self.folder).export
+        if start.name == export.name and os.path.abspath(start) != os.path.abspath(export):
+            raise ConfigError(
+                f"method.penalty.earlier: {self.earlier} has importances of its own export, but "
+                f"model.path is {start}"
+            )
 
 
 class Memories(Section):

@@ -142,6 +142,10 @@ def test_what_another_run_must_have_left(tmp_path):
     checked(recipe(tmp_path, up={"method": {"penalty": EWC}}, down=down))
     told = rf"penalty\.earlier: {tmp_path}/x: there is no importance/omega\.safetensors in it"
     refused(tmp_path, told, f"runs.down.method.penalty.earlier={tmp_path}/x", down=down)
+    (tmp_path / "x" / "importance").mkdir(parents=True)
+    (tmp_path / "x" / "importance" / "omega.safetensors").touch()
+    told = rf"{tmp_path}/x has importances of its own export, but model\.path is .*/runs/up/export"
+    refused(tmp_path, told, f"runs.down.method.penalty.earlier={tmp_path}/x", down=down)
     told = r"method\.penalty\.earlier: .*/runs/down is of no earlier run of the recipe but down"
     own = f"runs.up.method.penalty.earlier={tmp_path}/runs/down"
     refused(tmp_path, told, own, up={"method": {"penalty": EWC}}, down=down)

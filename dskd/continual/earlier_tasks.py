@@ -176,7 +176,8 @@ def importance_stage(penalty: Penalty, rows_of: Callable[[StageContext], RowLoss
         _measure(penalty, context, rows_of(context))
 
     whole = f"{IMPORTANCE}/{OMEGA_FILE}"
-    return Stage(IMPORTANCE, measure, "evaluate", (IMPORTANCE,), whole)
+    kind = f"{penalty.kind}, anchor {penalty.anchor}"
+    return Stage(IMPORTANCE, measure, "evaluate", (IMPORTANCE,), whole, kind=kind)
 
 
 def _measure(penalty: Penalty, context: StageContext, rows: RowLoss) -> None:

@@ -88,6 +88,7 @@ class Stage:
         chosen: whether what it leaves depends on settings that are marked ``CHOSEN_LATER``.
         report: HTML for ``report.html``, of the folders of a recipe's finished runs by name; empty
             where it has nothing to show.
+        kind: of what it leaves; a later run reads only what is of the kind that it makes itself.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Stage:
     wanted: Callable[[Run], bool] = lambda run: True
     chosen: bool = True
     report: Callable[[Mapping[str, RunFolder]], str] | None = None
+    kind: str = ""
 
 
 def in_order(core: Sequence[Stage], brought: Sequence[Stage]) -> tuple[Stage, ...]:

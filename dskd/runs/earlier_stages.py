@@ -14,8 +14,8 @@ from dskd.settings.recipe import Recipe
 
 
 def refuse_missing_stages(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:
-    """Refuse folders in which no stage of an earlier run leaves what the run's method reads, and
-    other folders in which it is not.
+    """Refuse folders in which no stage of an earlier run leaves what the run's method reads, or
+    leaves another kind of it, and other folders in which it is not.
 
     Raises:
         ConfigError: names the setting and the run, or the folder.
@@ -32,9 +32,13 @@ def refuse_missing_stages(recipe: Recipe, methods: Mapping[str, Method], name: s
             raise ConfigError(f"{where}: {folder} is of no earlier run of the recipe but {maker}")
         else:
             run = recipe.runs[maker]
-            made = [s for s in stages_of(masks_of(run), methods[maker]) if s.wanted(run)]
-            if stage.name not in [each.name for each in made]:
+            stages = stages_of(masks_of(run), methods[maker])
+            made = {each.name: each.kind for each in stages if each.wanted(run)}
+            if stage.name not in made:
                 raise ConfigError(
                     f"{where}: run {maker} has no stage {stage.name}, which its method "
                     f"{methods[maker].kind} does not bring by these settings"
                 )
+            if made[stage.name] != stage.kind:
+                text = f"run {maker} leaves another kind ({made[stage.name]}) than this run's"
+                raise ConfigError(f"{where}: {text} ({stage.kind})")

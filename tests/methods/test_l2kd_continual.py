@@ -140,6 +140,8 @@ def test_what_another_run_must_have_left(tmp_path):
     told = r"runs\.down\.method\.penalty\.earlier: run up has no stage importance, .* method l2kd"
     refused(tmp_path, told, down=down)
     checked(recipe(tmp_path, up={"method": {"penalty": EWC}}, down=down))
+    told = r"run up leaves another kind \(mas, anchor latest\) than this run's \(ewc, anchor latest"
+    refused(tmp_path, told, up={"method": {"penalty": {**EWC, "kind": "mas"}}}, down=down)
     told = rf"penalty\.earlier: {tmp_path}/x: there is no importance/omega\.safetensors in it"
     refused(tmp_path, told, f"runs.down.method.penalty.earlier={tmp_path}/x", down=down)
     (tmp_path / "x" / "importance").mkdir(parents=True)

@@ -9,7 +9,7 @@ from dskd.engine.row_masks import masks_of
 from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.runs.stages import stages_of
-from dskd.runs.vocabularies import named
+from dskd.runs.vocabularies import exporter, named
 from dskd.settings.recipe import Recipe
 
 
@@ -42,3 +42,26 @@ def refuse_missing_stages(recipe: Recipe, methods: Mapping[str, Method], name: s
             if made[stage.name] != stage.kind:
                 text = f"run {maker} leaves another kind ({made[stage.name]}) than this run's"
                 raise ConfigError(f"{where}: {text} ({stage.kind})")
+
+
+def refuse_unread(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:
+    """Refuse a run that makes what is for the sake of earlier tasks, starts as the export of a run
+    that makes it, too, and has nothing of that: it would only seem to go on from it.
+
+    Raises:
+        ConfigError: names the setting and the other run.
+    """
+    run, method = recipe.runs[name], methods[name]
+    maker = exporter(recipe, run.model.path)
+    if maker is None:
+        return
+    start = f"run {maker}, as whose export this one starts"
+    if method.writes_replayed and methods[maker].writes_replayed and not run.data.replayed_domains:
+        text = f"none is replayed, but {start}, has a task, and by method rows of it are written"
+        raise ConfigError(f"{named(recipe, name, 'data.sources')}: {text}")
+    theirs = {s.name for s in stages_of(masks_of(recipe.runs[maker]), methods[maker])}
+    read = {stage.name for _, stage in method.earlier_stages().values()}
+    for stage in method.stages():
+        if stage.kind and stage.name in theirs - read:
+            text = f"{start}, leaves {stage.name}, of which nothing is read here"
+            raise ConfigError(f"{named(recipe, name, 'method')}: {text}")

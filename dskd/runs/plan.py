@@ -21,7 +21,7 @@ from dskd.narrowing.slice_stage import sliced_config
 from dskd.runs.changes import go_on, is_changed, left, refuse_changes, write_settings
 from dskd.runs.comparable import groups_of, refuse_incomparable
 from dskd.runs.context import RunContext
-from dskd.runs.earlier_stages import refuse_missing_stages
+from dskd.runs.earlier_stages import refuse_missing_stages, refuse_unread
 from dskd.runs.history import read_history
 from dskd.runs.leftovers import remove_leftovers
 from dskd.runs.report import ReportSection, print_table, write_report
@@ -79,6 +79,7 @@ def check(recipe: Recipe, methods: Mapping[str, Method], *, world: int) -> None:
         refuse_vocabularies(recipe, methods[name], name)
         refuse_other_stores(recipe, methods, name)
         refuse_missing_stages(recipe, methods, name)
+        refuse_unread(recipe, methods, name)
         _check_others(recipe, methods, name)
         configs = _deepspeed_configs(run, world)
         _check_student(recipe, methods, name)

@@ -153,6 +153,18 @@ def test_what_another_run_must_have_left(tmp_path):
     refused(tmp_path, told, own, up={"method": {"penalty": EWC}}, down=down)
 
 
+def test_an_earlier_task_of_which_nothing_is_had(tmp_path):
+    """The settings of a first task in a later one: nothing would be pulled or replayed."""
+    both = {"method": {"penalty": EWC}}
+    told = (
+        r"runs\.down\.method: run up, as whose export this one starts, leaves importance, of which"
+    )
+    refused(tmp_path, told, up=both, down=both)
+    both = {"method": {"replay": {}}}
+    told = r"runs\.down\.data\.sources: none is replayed, but run up, as whose export this one sta"
+    refused(tmp_path, told, up=both, down=both)
+
+
 MEMORY = [{"kind": "questions", "path": "up.jsonl", "domain": "up"}]
 GEM = {"method": {"memories": {"kind": "gem"}}, "data": {"memory": MEMORY}}
 

@@ -10,6 +10,7 @@ from dskd.errors import ConfigError
 from dskd.methods.base import Method
 from dskd.runs.stages import stages_of
 from dskd.runs.vocabularies import exporter, named
+from dskd.settings.examples import ReplayedSource
 from dskd.settings.recipe import Recipe
 
 
@@ -46,7 +47,8 @@ def refuse_missing_stages(recipe: Recipe, methods: Mapping[str, Method], name: s
 
 def refuse_unread(recipe: Recipe, methods: Mapping[str, Method], name: str) -> None:
     """Refuse a run that makes what is for the sake of earlier tasks, starts as the export of a run
-    that makes it, too, and has nothing of that: it would only seem to go on from it.
+    that makes it, too, and has nothing of that: it would only seem to go on from it. Or one whose
+    rows of earlier tasks such a run is to write, which has not learnt to.
 
     Raises:
         ConfigError: names the setting and the other run.
@@ -58,6 +60,11 @@ def refuse_unread(recipe: Recipe, methods: Mapping[str, Method], name: str) -> N
     start = f"run {maker}, as whose export this one starts"
     if method.writes_replayed and methods[maker].writes_replayed and not run.data.replayed_domains:
         text = f"none is replayed, but {start}, has a task, and by method rows of it are written"
+        raise ConfigError(f"{named(recipe, name, 'data.sources')}: {text}")
+    made = recipe.runs[maker].data.questions
+    written = any(isinstance(s, ReplayedSource) and s.path is None for s in run.data.sources)
+    if written and run.data.memory is None and made is not None and not made.modelling:
+        text = f"{start}, is to write rows to replay, but learns none (data.questions.modelling)"
         raise ConfigError(f"{named(recipe, name, 'data.sources')}: {text}")
     theirs = {s.name for s in stages_of(masks_of(recipe.runs[maker]), methods[maker])}
     read = {stage.name for _, stage in method.earlier_stages().values()}

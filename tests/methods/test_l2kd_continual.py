@@ -160,6 +160,12 @@ def test_an_earlier_task_of_which_nothing_is_had(tmp_path):
         r"runs\.down\.method: run up, as whose export this one starts, leaves importance, of which"
     )
     refused(tmp_path, told, up=both, down=both)
+    replayed = {"data": {"sources": written(tmp_path)}, "method": {"replay": {}}}
+    replayed["data"]["sources"][1]["path"] = None
+    checked(recipe(tmp_path, down=replayed))
+    answers = {"method": {"text_weight": 0}, "data": {"questions": {"modelling": False}}}
+    told = r"one starts, is to write rows to replay, but learns none \(data\.questions\.modelling\)"
+    refused(tmp_path, told, up=answers, down=replayed)
     both = {"method": {"replay": {}}}
     told = r"runs\.down\.data\.sources: none is replayed, but run up, as whose export this one sta"
     refused(tmp_path, told, up=both, down=both)

@@ -2,7 +2,8 @@
 
 A run that is trained to its end, or stopped before, may get more steps, another rate or schedule.
 The steps that are taken stay as they are; the others are taken by the new settings. What was made
-of a finished run's last step is made anew.
+of a finished run's last step is made anew; that it was evaluated there, and may have been best,
+stays.
 
 ``config.yaml`` holds the settings by which what lies in the folder was made. So it is written last:
 whenever a job is killed, the next call finds either the old settings with a run that they lead to,

@@ -344,6 +344,18 @@ def test_a_signal_while_the_student_scores(runs, references, monkeypatch):
     same(out, references["refreshed"])
 
 
+def test_a_lengthened_run_is_the_unbroken_one(runs):
+    """It asks its student again where the unbroken one does, also after the end that it had."""
+    short, longer = ({"steps": steps, "schedule": "constant"} for steps in (12, 18))
+    out = train(runs, "half", 1, of="refreshed", train=short)
+    forked(1, str(out / "config.yaml"), "train.steps=18")
+    whole = train(runs, "whole", 1, of="refreshed", train=longer)
+    assert losses(out) == losses(whole) and len(losses(out)) == 18
+    assert stores(out) == stores(whole) == [*STORES, "questions-epoch-00003"]
+    for name in stores(whole):
+        assert shards(out / name) == shards(whole / name), name
+
+
 # ---- before training -----------------------------------------------------------------------------
 
 

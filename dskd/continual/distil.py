@@ -47,7 +47,7 @@ def distil_stage(settings: Distil) -> Stage:
 
 def write_answers(settings: Distil, context: StageContext) -> None:
     """Answer what is not answered yet, question by question in their order; answers that are there
-    must be those of this model (collective).
+    must be those of this model, until it has scores (collective).
 
     The answer to a question is fixed by the run's seed and the question's place; in 16 bits as far
     as rounding leaves the order of the logits.
@@ -58,6 +58,8 @@ def write_answers(settings: Distil, context: StageContext) -> None:
         NonFiniteError: the model's logits are not finite.
     """
     path, run = context.folder.distilled, context.run
+    if dist.broadcast_object(path.exists() and context.folder.scores.exists()):
+        return
     tokenizer = context.prepared.tokenizer
     with dist.agreed():
         asked = [question for _, question in training_questions(data_settings(run))]

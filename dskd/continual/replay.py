@@ -132,7 +132,7 @@ def rows_of_each(new: int, share: float, tasks: int) -> int:
 
 def write_replayed(settings: Replay, context: StageContext) -> None:
     """Write what is missing of the rows, and then the summary; what is there must be what would
-    be written now (collective).
+    be written now, until the run's inputs are noted, which tell of the rows (collective).
 
     Raises:
         ConfigError: there are too few new rows for a replayed one; a model or tokenizer that cannot
@@ -143,7 +143,8 @@ def write_replayed(settings: Replay, context: StageContext) -> None:
     """
     run, folder = context.given, context.folder.replay
     domains = written_domains(run)
-    if not domains:
+    done = (folder / SUMMARY).exists() and context.folder.inputs.exists()
+    if not domains or dist.broadcast_object(done):
         return
     new = dist.on_rank0(lambda: sum(1 for _ in training_questions(run.data)))
     tasks = len(run.data.replayed_domains)

@@ -1,4 +1,5 @@
-"""Whether what a method reads of other runs is made there, as far as it is known beforehand."""
+"""Whether what a method reads of other runs is made there, and read where it is made, as far as it
+is known beforehand."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The named sets of a run, ``evaluation.sets``: rows for the method's metrics, or questions that
-the exported model answers."""
+the exported model answers. What tells that these rows, or those of ``data.memory``, changed."""
 
 from __future__ import annotations
 

@@ -270,13 +270,14 @@ def test_streams_of_the_original(name, tasks, orders, metrics):
 
 def test_the_toys_are_the_small_tasks_of_the_study():
     runs = read(L2KD / "toys.yaml").runs
-    assert len(runs) == 10 * 3 + 3 + 1
+    assert len(runs) == 11 * 3 + 3 + 1
     config = runs["rev"].model.config
     assert (config["n_layer"], config["n_embd"], runs["rev"].train.lr) == (2, 64, 3e-3)
     last = {name.removesuffix("-shift"): run for name, run in runs.items() if "shift" in name}
     shares = {name: build_method(run.method).replay for name, run in last.items()}
     assert {n: r.share for n, r in shares.items() if r} == {
-        "shift": 0.2, "lll5": 0.05, "word": 0.2, "seq": 0.2, "soft": 0.2, "real": 0.2,
+        "shift": 0.2, "lll5": 0.05, "word": 0.2, "counts": 0.2, "seq": 0.2, "soft": 0.2,
+        "real": 0.2,
     }  # fmt: skip
     penalty = build_method(last["ewc"].method).penalty
     assert penalty.folder == runs["ewc-maj"].out

@@ -262,9 +262,9 @@ def test_inherits_a_distribution_as_well(runs):
 def test_a_lengthened_run_is_the_unbroken_one(runs):
     """Its units go on from where they are, and what was exported is merged anew."""
     constant = {"steps": STEPS, "schedule": "constant", "clip": 0.0}
-    out = train(runs, "half", 1, train=constant, until="evaluate")
+    out = train(runs, "lengthened", 1, train=constant, until="evaluate")
     forked(1, str(out / "config.yaml"), f"train.steps={STEPS + 4}")
-    whole = train(runs, "whole", 1, train=constant | {"steps": STEPS + 4}, until="evaluate")
+    whole = train(runs, "unbroken", 1, train=constant | {"steps": STEPS + 4}, until="evaluate")
     assert losses(out) == losses(whole) and len(losses(out)) == STEPS + 4
     for name in ("scores.json", "export/model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name

@@ -72,7 +72,7 @@ def test_a_call_that_waited_for_another_compares_its_settings_again(tmp_path):
     out.mkdir()
     with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        words = ["-m", "dskd.train", str(path), "train.lr=0.02"]
+        words = ["-m", "dskd.train", str(path), "train.weight_decay=0.02"]
         options = {"env": environment() | {"PYTHONPATH": str(ROOT)}, "text": True}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         call = subprocess.Popen([sys.executable, *words], **pipes, **options)
@@ -87,5 +87,5 @@ def test_a_call_that_waited_for_another_compares_its_settings_again(tmp_path):
         assert call.poll() is None
     output, _ = call.communicate(timeout=60)
     assert call.returncode == 2, output
-    assert "was started with other settings" in output and "train.lr" in output
+    assert "was started with other settings" in output and "train.weight_decay" in output
     assert (out / "a" / "config.yaml").read_text() == settings

@@ -38,9 +38,12 @@ def answer_scores(context: StageContext, model: PreTrainedModel) -> Scores:
         NonFiniteError: the model's logits are not finite.
     """
     found: Scores = {}
-    for name, own in answer_sets(context.run).items():
+    sets = answer_sets(context.run)
+    # Once for all sets: the weights are hashed for it.
+    writer = dist.on_rank0(lambda: _writer(context)) if sets else {}
+    for name, own in sets.items():
         asked = dist.on_rank0(lambda own=own: asked_questions(context, own))
-        made_of = dist.on_rank0(lambda asked=asked: _made_of(context, asked))
+        made_of = writer | {"questions": asked.fingerprint, "longest": asked.longest}
         path = context.folder.answers / f"{name}.jsonl"
         with RowsFile(path, f"the answers to set {name}", made_of, len(asked.questions)) as out:
             if not out.complete:
@@ -53,14 +56,12 @@ def answer_scores(context: StageContext, model: PreTrainedModel) -> Scores:
     return found
 
 
-def _made_of(context: StageContext, asked: AskedSet) -> dict[str, Any]:
-    """All that the answers depend on."""
+def _writer(context: StageContext) -> dict[str, Any]:
+    """All that the answers to any questions depend on."""
     export = Model(path=str(context.folder.export))
     return {
         "export": model_fingerprint(export, seed=0, where="export"),
         "tokenizer": tokenizer_fingerprint(context.prepared.tokenizer),
-        "questions": asked.fingerprint,
-        "longest": asked.longest,
     }
 
 

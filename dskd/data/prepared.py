@@ -42,6 +42,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dskd.batch import UNLABELLED
 from dskd.data import sources
+from dskd.data.bytes_of_text import SplitText
 from dskd.data.preparing import FORMAT, FURTHER, MANIFEST, SPLITS, build_further, build_rows
 from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.data.tokenizers import load_tokenizer, template_fingerprint, tokenizer_fingerprint
@@ -107,6 +108,8 @@ class RowSet:
         labelled: whether each row is an example of a class, or has a number.
         by_length: whether rows are as long as their texts, each one example or question: those of a
             step are then sorted by length.
+        text: what text all rows stand for; None where that is not known: they are no plain text of
+            a causal LM, a part of it is hidden, or they were prepared before it was counted.
     """
 
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
@@ -119,6 +122,9 @@ class RowSet:
         self.content = fingerprint(content)
         self.block_size: int = manifest["block_size"]
         self.tokens: int = entry["tokens"]
+        counted = manifest.get("texts", {}).get(split)
+        text = None if counted is None else SplitText.model_validate(counted)
+        self.text = None if text is None or text.hidden else text
         self._pad: int = manifest["pad"]
         self._ids = _mapped(folder / f"{split}.ids", manifest["dtype"])
         self._offsets = _mapped(folder / f"{split}.offsets", "int64")
@@ -194,6 +200,7 @@ class _Manifest(BaseModel):
     classes: list[str] | None = None
     questions: list[str] | None = None
     read: dict[str, DomainRead] = {}
+    texts: dict[str, SplitText] = {}
     splits: dict[str, _Split]
     files: dict[str, _File]
 

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from dskd.data import sources
+from dskd.data.bytes_of_text import SplitText, TextCounter
 from dskd.data.examples import Example, examples
 from dskd.data.foreign import raised_as
 from dskd.data.labelled import ExampleEncoder, LabelSet, label_set
@@ -59,6 +60,7 @@ class _RowBuild:
         splits: all of them.
         labels: None unless rows are labelled.
         read: by domain, what has been read.
+        texts: by split, what text the rows to evaluate on stand for, of causal LMs.
     """
 
     data: Data
@@ -70,6 +72,7 @@ class _RowBuild:
     parts: list[tuple[Source, str | None]]
     splits: tuple[str, ...] = SPLITS
     read: dict[str, DomainRead] = field(default_factory=dict)
+    texts: dict[str, SplitText] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
@@ -206,16 +209,25 @@ def _write_rows(made: _RowBuild, bar: Progress) -> dict[str, _SplitWriter]:
     encode = Encoder(data, made.tokenizer)
     start = start_id(made.tokenizer, data.objective)
     writers = {split: _SplitWriter(made, split, start) for split in made.splits}
+    evaluated = [split for split in made.splits if split != "train" and data.objective == "causal"]
+    counters = {split: TextCounter(made.tokenizer) for split in evaluated}
     for source, split in made.parts:
         packers = {name: Packer(data.packing, encode.block) for name in made.splits}
         domain = made.domains.index(source.domain)
         for chunk in _chunks(made, source, split, bar):
             for name, texts in chunk.items():
-                writers[name].write(packers[name].add(encode(texts)), domain)
+                items = encode(texts)
+                if name in counters:
+                    counters[name].take(source.domain, texts, items)
+                writers[name].write(packers[name].add(items), domain)
         for name, packer in packers.items():
             writers[name].write(packer.finish(), domain)
     for writer in writers.values():
         writer.close()
+    for name, counter in counters.items():
+        starts = 0 if start is None else writers[name].rows
+        if (counted := counter.counted(writers[name].tokens - starts)) is not None:
+            made.texts[name] = counted
     return writers
 
 
@@ -444,6 +456,7 @@ def _write_manifest(made: _RowBuild, writers: dict[str, _SplitWriter]) -> None:
         "fingerprint": fingerprint(splits),
         "settings": made.data.model_dump(mode="json", exclude=_NOT_OF_ROWS),
         "read": {domain: read.model_dump() for domain, read in made.read.items()},
+        "texts": {split: text.model_dump() for split, text in made.texts.items()},
         "pad": made.tokenizer.pad_token_id,
         **written_in,
         "splits": splits,

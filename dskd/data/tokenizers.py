@@ -281,7 +281,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, where: str = "data.tokenizer") -
     cut = _copy(tokenizer)
     before = [] if cut.pre_tokenizer is None else [cut.pre_tokenizer]
     cut.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
-    unknown, needed = _unknown_id(plain), False
+    unknown, needed = unknown_id(plain), False
     for name, made in found.items():
         left = made_by(cut, texts[name])
         if left - {unknown}:
@@ -300,7 +300,7 @@ def _copy(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return backend
 
 
-def _unknown_id(backend: Tokenizer) -> int | None:
+def unknown_id(backend: Tokenizer) -> int | None:
     """The id that stands for text that the model has no piece for."""
     model = json.loads(backend.to_str())["model"]
     name = model.get("unk_token")

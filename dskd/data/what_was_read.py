@@ -61,7 +61,25 @@ def read_lines(manifest: dict[str, Any]) -> list[str]:
     what = "examples" if "classes" in manifest else "documents"
     what = "questions" if "questions" in manifest else what
     read = {name: DomainRead.model_validate(of) for name, of in manifest.get("read", {}).items()}
-    return [f"data: {rows}", *(_domain_line(name, what, of) for name, of in read.items())]
+    lines = [f"data: {rows}", *(_domain_line(name, what, of) for name, of in read.items())]
+    return [*lines, *_text_lines(manifest)]
+
+
+def _text_lines(manifest: dict[str, Any]) -> list[str]:
+    """How many bytes the rows to evaluate on stand for, or why that is not known; nothing of rows
+    that are no plain text of a causal LM."""
+    settings = manifest.get("settings", {})
+    if settings.get("objective") != "causal" or settings.get("questions") is not None:
+        return []
+    if "texts" not in manifest:
+        text = "these rows were prepared before bytes were counted; without their folder they are"
+        return [f"  no bits per byte: {text} prepared again, the same"]
+    return [
+        f"  no bits per byte: {text['hidden']}"
+        if text["hidden"]
+        else f"  {sum(of['bytes'] for of in text['domains'].values()):,} bytes to evaluate on"
+        for text in manifest["texts"].values()
+    ]
 
 
 def _domain_line(name: str, what: str, read: DomainRead) -> str:

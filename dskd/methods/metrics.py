@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dskd.batch import TARGETS, UNLABELLED, Batch, Positions
+from dskd.data.bytes_of_text import Text
 from dskd.data.loader import evenly_spaced
 from dskd.data.prepared import Prepared
 from dskd.engine.checkpoints import Selection
@@ -51,10 +52,13 @@ class ValueMetric:
         values: of the positions of one batch, float64 [N, S] with S the same for every batch.
         results: what the values [P, S] of all positions come to, by name; P >= 1, in the order of
             the rows.
+        of_part: the same of a part of the rows, a domain's, where what all rows need may be
+            missing; None: as ``results``.
     """
 
     values: Callable[[Positions, Batch], Tensor]
     results: Callable[[NDArray[np.float64]], dict[str, float]]
+    of_part: Callable[[NDArray[np.float64]], dict[str, float]] | None = None
 
 
 AnyMetric = Metric | ValueMetric
@@ -76,6 +80,20 @@ def _lm_results(sums: Sequence[float]) -> dict[str, float]:
 LM_LOSS = Metric(_lm_sums, _lm_results)
 """The plain LM loss of a supervised position: ``nll`` (nats), ``bits``, ``ppl``, and ``tokens``,
 the number of positions."""
+
+BITS_PER_BYTE = "bits_per_byte"
+"""The LM loss of a causal model in bits, per byte of the text as UTF-8, whatever its tokens are."""
+
+
+def bits_per_byte(results: Mapping[str, float], text: Text) -> dict[str, float]:
+    """What :data:`LM_LOSS` comes to per byte of a text, of all whose rows the results are.
+
+    A token's mean bits, times the tokens, divided by the bytes (Gao et al. 2020, "The Pile",
+    section 3.1): all bytes of the documents count, and all tokens, those that end documents among
+    them. The first token of a row without a start token, which nothing predicts, so counts as the
+    mean of the others do; with one, this is the sum over all positions.
+    """
+    return {BITS_PER_BYTE: results["bits"] * text.tokens / text.bytes}
 
 
 TEACHER_KL = "teacher_kl"
@@ -139,9 +157,13 @@ def _row_metric(
     """These metrics of labelled rows, those without a label left out."""
 
     def results(values_P4: NDArray[np.float64]) -> dict[str, float]:
-        labelled_R4 = values_P4[~np.isnan(values_P4[:, 0])]
-        if not len(labelled_R4) and required:
+        found = of_part(values_P4)
+        if required and not found:
             raise DataError("data.validation: none of the validation rows has a label")
+        return found
+
+    def of_part(values_P4: NDArray[np.float64]) -> dict[str, float]:
+        labelled_R4 = values_P4[~np.isnan(values_P4[:, 0])]
         if not len(labelled_R4):
             return {}
         predictions = Predictions(*labelled_R4.T)
@@ -153,7 +175,7 @@ def _row_metric(
                 found[f"accuracy.{name}"] = float(right_R[own_R].mean())
         return found
 
-    return ValueMetric(_row_values, results)
+    return ValueMetric(_row_values, results, of_part)
 
 
 def _row_values(positions: Positions, batch: Batch) -> Tensor:

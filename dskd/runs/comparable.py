@@ -3,18 +3,22 @@
 A mean loss a token is a number of its vocabulary, of the rows that it was taken on, and of what was
 hidden in them. ``train/summary.json`` keeps all of that, so runs can be compared that were made by
 other recipes, and folders can be moved.
+
+Bits per byte are a number of the text alone. By them all causal LMs are compared whose validation
+rows stand for the same documents, each to its last byte, whatever their tokens and blocks are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dskd.engine.checkpoints import Selection
 from dskd.errors import CheckpointError, ConfigError
 from dskd.methods.metrics import BY_TEACHERS
 from dskd.runs.context import RunContext
-from dskd.runs.history import read_summary
-from dskd.runs.report import Group
+from dskd.runs.history import read_history, read_summary
+from dskd.runs.report import BY_BYTES, Group
 from dskd.settings.folders import RunFolder
 from dskd.settings.teachers import PanelTeacher, each_teacher, section_name
 from dskd.stores.fingerprints import expected
@@ -35,6 +39,11 @@ _WHAT = {
 }
 _TARGET = "target"
 """Which a summary lacks where students are compared with tokens or labels."""
+_TEXT = "text"
+"""The documents that the rows stand for, all of them; a summary has it where that is known."""
+
+BY_BITS = Selection(BY_BYTES)
+"""What runs on the same text are compared by whose rows differ."""
 
 
 def basis(context: RunContext) -> Basis:
@@ -50,6 +59,8 @@ def basis(context: RunContext) -> Basis:
     }
     if context.scored == BY_TEACHERS:
         found[_TARGET] = _target(context)
+    if rows.text is not None and taken == len(rows):
+        found[_TEXT] = rows.text.fingerprint
     return found
 
 
@@ -74,9 +85,11 @@ def groups_of(runs: Mapping[str, Path], control: str | None) -> list[Group]:
     those of the ``control``, or else of the first run.
 
     A run that does not say what it was evaluated on (its summary is of an earlier dskd) is alone.
+    Behind these come groups of those on the same text that are not all in one: each of them is then
+    in two.
 
     Raises:
-        CheckpointError: a summary is missing or damaged.
+        CheckpointError: a summary is missing or damaged, or the metrics of a run on text are.
     """
     first = control if control in runs else next(iter(runs))
     found: list[tuple[Basis | None, list[str]]] = []
@@ -93,11 +106,29 @@ def groups_of(runs: Mapping[str, Path], control: str | None) -> list[Group]:
         why = _why_apart(runs[first], runs[group.names[0]])
         text = f"{', '.join(group.names)}: not to be compared with {first}, {why}"
         groups[at] = Group(group.names, text)
-    return groups
+    return [*groups, *_groups_of_texts(runs, groups)]
+
+
+def _groups_of_texts(runs: Mapping[str, Path], groups: Sequence[Group]) -> list[Group]:
+    """Those of the same text that are not all in one of the groups, in the order of the runs."""
+    of_text: dict[str, list[str]] = {}
+    for name, folder in runs.items():
+        if (text := _text(folder)) is not None:
+            of_text.setdefault(text, []).append(name)
+    return [
+        Group(
+            names,
+            f"{', '.join(names)}: compared by bits per byte, as their validation text is the same",
+            BY_BITS,
+        )
+        for names in of_text.values()
+        if not any(set(names) <= set(group.names) for group in groups)
+    ]
 
 
 def refuse_incomparable(runs: Mapping[str, Path]) -> None:
-    """Refuse to compare trained runs whose scores are about different things.
+    """Refuse to compare trained runs whose scores are about different things, and which bits per
+    byte do not compare either.
 
     Raises:
         ConfigError: names the first two such runs, and what differs.
@@ -106,8 +137,23 @@ def refuse_incomparable(runs: Mapping[str, Path]) -> None:
     first, *others = runs.values()
     for other in others:
         why = _why_apart(first, other)
-        if why:
-            raise ConfigError(f"report: {first} and {other} cannot be compared, {why}")
+        texts = _text(first), _text(other)
+        if why and (None in texts or texts[0] != texts[1]):
+            more = _why_not_by_bits(first, other)
+            raise ConfigError(f"report: {first} and {other} cannot be compared, {why}{more}")
+
+
+def _why_not_by_bits(a: Path, b: Path) -> str:
+    """What to add of two runs that cannot be compared by bits per byte; nothing unless both are
+    causal LMs."""
+    bases = [_read(folder) or {} for folder in (a, b)]
+    if any(own.get("objective") != "causal" for own in bases):
+        return ""
+    lacking = [str(folder) for folder in (a, b) if _text(folder) is None]
+    if not lacking:
+        return "; nor by bits per byte, since their validation text differs"
+    why = "evaluation.rows leaves rows out, or its data stage says why"
+    return f"; nor by bits per byte, which {lacking[0]} does not have ({why})"
 
 
 def _why_apart(a: Path, b: Path) -> str:
@@ -134,3 +180,18 @@ def _read(folder: Path) -> Basis | None:
         path = RunFolder(folder).summary
         raise CheckpointError(f"{path}: damaged, '{KEY}' is of the wrong type")
     return {name: found[name] for name in _WHAT}
+
+
+def _text(folder: Path) -> str | None:
+    """Fingerprint of the text that a trained run's bits per byte are of; None if it has none.
+
+    Raises:
+        CheckpointError: its summary or metrics are missing or damaged.
+    """
+    found = read_summary(folder).get(KEY)
+    text = found.get(_TEXT) if isinstance(found, dict) else None
+    if text is not None and not isinstance(text, str):
+        path = RunFolder(folder).summary
+        raise CheckpointError(f"{path}: damaged, '{KEY}' is of the wrong type")
+    # A method may have other metrics than the loss.
+    return text if text and read_history(folder).evaluated(BY_BITS.metric) else None

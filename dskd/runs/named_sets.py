@@ -86,12 +86,12 @@ def answer_sets(run: Run) -> dict[str, NamedSet]:
 
 def evaluation_sets(context: StageContext) -> list[EvaluationSet]:
     """Those that the method's metrics are of."""
-    view = context.validation_view
-    return [
-        EvaluationSet(name, context.rows_of(own.sources), view, own.rows)
-        for name, own in context.run.evaluation.sets.items()
-        if own.metric is None
-    ]
+    view, found = context.validation_view, []
+    for name, own in context.run.evaluation.sets.items():
+        if own.metric is None:
+            rows = context.rows_of(own.sources)
+            found.append(EvaluationSet(name, rows, view, own.rows, text=rows.text))
+    return found
 
 
 def _rows(context: StageContext, own: NamedSet) -> RowSet:

@@ -22,33 +22,43 @@ from rich.table import Column, Table
 
 from dskd.engine.checkpoints import Selection
 from dskd.errors import ConfigError
+from dskd.methods.metrics import BITS_PER_BYTE
 from dskd.runs.history import History, Points, read_history, read_object, steps_to
 from dskd.settings.folders import RunFolder
 from dskd.system.files import write_atomic
 from dskd.system.log import clock, memory_text
 from dskd.system.markup import html_table
+from dskd.training.evaluation import VALIDATION
 
+BY_BYTES = f"{VALIDATION}_{BITS_PER_BYTE}"
+"""The score of which runs on the same text may be compared whose tokens differ."""
 _MARKED = 60
 """A line of at most so many points shows each of them."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs by name whose scores may be compared; ``why`` they are apart from others, if so."""
+    """Runs by name whose scores may be compared; ``why`` they are apart from others, if so.
+
+    ``compared``: by what; None: by what selects the control's checkpoints, or the first run's.
+    """
 
     names: Sequence[str]
     why: str = ""
+    compared: Selection | None = None
 
     def control(self, name: str | None) -> str | None:
         """The control run, if it is one of these."""
         return name if name in self.names else None
 
 
-def table(runs: Mapping[str, Path], control: str | None) -> Table:
+def table(
+    runs: Mapping[str, Path], control: str | None, compared: Selection | None = None
+) -> Table:
     """The comparison of runs that may be compared as a rich table; ``control`` names the run whose
-    final loss is the target."""
-    histories, compared = _read(runs, control)
-    return new_table(_header(compared, control), _rows(histories, compared, control))
+    final loss is the target, or what else they are ``compared`` by (see :class:`Group`)."""
+    histories, compared = _read(runs, control, compared)
+    return new_table(*_table(histories, compared, control))
 
 
 def new_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -74,7 +84,8 @@ def print_table(
     for group in groups or [Group(list(runs))]:
         if group.why:
             console.print(group.why, markup=False, highlight=False)
-        console.print(table({n: runs[n] for n in group.names}, group.control(control)))
+        own = {name: runs[name] for name in group.names}
+        console.print(table(own, group.control(control), group.compared))
 
 
 ReportSection = Callable[[Mapping[str, RunFolder]], str]
@@ -108,20 +119,29 @@ def write_report(
     for group in groups or [Group(list(runs))]:
         parts += [f"<h1>{html.escape(group.why)}</h1>"] if group.why else []
         own = {name: runs[name] for name in group.names}
-        parts += _parts(own, group.control(control), sections)
+        parts += _parts(own, group.control(control), sections, group.compared)
     path = RunFolder(folder).report
     write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode(), "the report")
     return path
 
 
 def _parts(
-    runs: Mapping[str, Path], control: str | None, sections: Sequence[ReportSection]
+    runs: Mapping[str, Path],
+    control: str | None,
+    sections: Sequence[ReportSection],
+    by: Selection | None,
 ) -> list[str]:
-    """The HTML of runs that may be compared."""
-    histories, compared = _read(runs, control)
-    return [
-        html_table(_header(compared, control), _rows(histories, compared, control)),
+    """The HTML of runs that may be compared; where that is ``by`` another score than their own, the
+    rest of it is in other groups."""
+    histories, compared = _read(runs, control, by)
+    parts = [
+        html_table(*_table(histories, compared, control)),
         image("Evaluation", _evaluation_figure(histories, compared, control)),
+    ]
+    if by is not None:
+        return parts
+    return [
+        *parts,
         image("Training loss terms", _terms_figure(histories)),
         image("Inheritance rate and learning rate", _rates_figure(histories)),
         *(section({name: RunFolder(run) for name, run in runs.items()}) for section in sections),
@@ -133,13 +153,31 @@ def _refuse_unknown(control: str | None, runs: Mapping[str, Path]) -> None:
         raise ConfigError(f"control run '{control}' is none of: {', '.join(runs)}")
 
 
-def _read(runs: Mapping[str, Path], control: str | None) -> tuple[dict[str, History], Selection]:
-    """The runs, and what they are compared by: what selects the control's checkpoints, or the first
-    run's."""
+def _read(
+    runs: Mapping[str, Path], control: str | None, compared: Selection | None
+) -> tuple[dict[str, History], Selection]:
+    """The runs, and what they are compared by; None: what selects the control's checkpoints, or the
+    first run's."""
     _refuse_unknown(control, runs)
     histories = {name: read_history(folder) for name, folder in runs.items()}
+    if compared is not None:
+        return histories, compared
     summary = histories[control or next(iter(runs))].summary
     return histories, Selection(summary["metric"], summary["higher_is_better"])
+
+
+def _table(
+    histories: Mapping[str, History], compared: Selection, control: str | None
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, with the bits per byte of runs that have them."""
+    header, rows = _header(compared, control), _rows(histories, compared, control)
+    found = [history.evaluations[-1].get(BY_BYTES) for history in histories.values()]
+    if compared.metric != BY_BYTES and any(bits is not None for bits in found):
+        at = header.index("eval ppl") + 1
+        header.insert(at, "bits per byte")
+        for row, bits in zip(rows, found, strict=True):
+            row.insert(at, _number(bits, ".4f"))
+    return header, rows
 
 
 def _header(compared: Selection, control: str | None) -> list[str]:
@@ -148,6 +186,7 @@ def _header(compared: Selection, control: str | None) -> list[str]:
     if control is None:
         return names
     goal = "score" if compared.higher_is_better else "loss"
+    goal = "bits per byte" if compared.metric == BY_BYTES else goal
     return [*names, f"steps to {control}'s final {goal}", "fewer by"]
 
 
@@ -243,7 +282,8 @@ def scores_section(runs: Mapping[str, RunFolder]) -> str:
         name: read_object(run.scores, ()) for name, run in runs.items() if run.scores.exists()
     }
     numbers = [k for scores in scored.values() for k, v in scores.items() if _is_number(v)]
-    names = list(dict.fromkeys(numbers))
+    # Those of single domains have a table of their own (by_domain.py).
+    names = [name for name in dict.fromkeys(numbers) if not name.startswith(f"{VALIDATION}.")]
     rows = [
         [name, *(f"{scores[k]:.6g}" if _is_number(scores.get(k)) else "-" for k in names)]
         for name, scores in scored.items()

@@ -200,7 +200,8 @@ def _evaluator(context: RunContext, *more: AnyMetric) -> Callable[[Objective], S
     there also ``more``, and on named sets (collective, as its calls are)."""
     settings, rows = context.run.evaluation, context.prepared.validation
     view, readers = context.validation_view, context.method.evaluation_readers(context)
-    sets = [EvaluationSet(VALIDATION, rows, view, settings.rows, readers, more)]
+    by_domain = {"domains": context.prepared.domains, "text": rows.text}
+    sets = [EvaluationSet(VALIDATION, rows, view, settings.rows, readers, more, **by_domain)]
     sets += evaluation_sets(context)
     how = {"micro_batch": settings.micro_batch, "device": context.device}
     metrics = context.method.metrics(context)

@@ -49,8 +49,9 @@ def set_problems(sets: dict[str, NamedSet], data: Data) -> Iterator[tuple[str, s
         where = f"evaluation.sets.{name}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             yield where, "the name of a set is made of letters, digits, . _ and -, at most 100"
-        if name == "eval" or name.startswith("eval_"):
-            yield where, "results of the validation rows are called eval_METRIC; choose another"
+        if name == "eval" or name.startswith(("eval_", "eval.")):
+            text = "results of the validation rows are called eval_METRIC and eval.DOMAIN_METRIC"
+            yield where, f"{text}; choose another"
         if own.metric is not None and data.questions is None:
             text = f"{own.metric} scores answers to questions, but the rows are none"
             yield f"{where}.metric", f"{text} (data.questions)"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dskd.data.loader import make_batch
 from dskd.data.views import Shown
 from dskd.errors import ConfigError, DataError
 from dskd.methods.lm import LanguageModelling
-from dskd.methods.metrics import LM_LOSS, Metric, ValueMetric
+from dskd.methods.metrics import LM_LOSS, Metric, RowScores, ValueMetric
 from dskd.models.families import positions_of
 from dskd.training.evaluation import EvaluationSet, by_key, evaluate
 from dskd.training.objective import Objective
@@ -134,3 +135,97 @@ def test_results_of_one_name_are_refused():
     assert by_key({"a": {"em": 1.0}, "a_b": {"em": 2.0}}) == {"a_em": 1.0, "a_b_em": 2.0}
     with pytest.raises(ConfigError, match=r"^evaluation\.sets\.a_b: two results are called a_b_em"):
         by_key({"a": {"b_em": 1.0}, "a_b": {"em": 2.0}})
+
+
+# ---- by domain -----------------------------------------------------------------------------------
+
+
+def of_domains() -> EvaluationSet:
+    """13 rows, each of another domain than the next; one of the four names has no row."""
+    random, shape = np.random.default_rng(3), (13, BLOCK)
+    rows = PlainRows(random.integers(5, 43, shape), random.integers(4, BLOCK, 13), domains=3)
+    return EvaluationSet("eval", rows, third, domains=["a", "b", "c", "d"])
+
+
+def _by_domain(rank: int, micro_batch: int) -> tuple[dict[str, dict[str, float]], list]:
+    objective, given = Objective(make("bert"), METHOD, None), []
+    keeps = ValueMetric(kept, lambda values: given.append(values[:, 0].tolist()) or {})
+    metrics = [LM_LOSS, keeps, ACCURACY]
+    found = evaluate(objective, [of_domains()], metrics, micro_batch=micro_batch, device=CPU)
+    return found, given
+
+
+@pytest.mark.parametrize(("world", "micro_batch"), [(1, 3), (1, 16), (2, 2), (3, 4)])
+def test_results_of_each_domain_are_those_of_its_rows(world, micro_batch):
+    """In one pass, for any number of ranks and micro-batch; all domains' sums are the total's."""
+    each = of_domains()
+    for found, given in run_ranks(_by_domain, micro_batch, world=world):
+        assert list(found) == ["eval", "eval.a", "eval.b", "eval.c"]
+        assert [row for n, row in enumerate(given[0]) if row != given[0][n - 1]] == [*range(13)]
+        for domain, name in enumerate("abc"):
+            own, rows = found[f"eval.{name}"], list(range(domain, 13, 3))
+            nll, right, tokens = plain(each, rows)
+            assert own["nll"] == pytest.approx(nll, rel=1e-6)
+            assert own["ppl"] == pytest.approx(math.exp(nll), rel=1e-5)
+            assert own["accuracy"] == pytest.approx(right, rel=1e-12)
+            assert (own["tokens"], own["rows"]) == (tokens, len(rows))
+            assert sorted(set(given[domain + 1])) == rows and len(given[domain + 1]) == tokens
+        whole, parts = found["eval"], [found[f"eval.{name}"] for name in "abc"]
+        assert whole["tokens"] == sum(part["tokens"] for part in parts)
+        for name in ("nll", "accuracy"):
+            weighed = math.fsum(part[name] * part["tokens"] for part in parts)
+            assert weighed / whole["tokens"] == pytest.approx(whole[name], rel=1e-12)
+
+
+def test_a_domain_of_which_nothing_is_predicted_has_no_results():
+    def but_b(rows):
+        shown = third(rows)
+        shown.labels_BT[rows.domains_B == 1] = IGNORE
+        return shown
+
+    objective, each = Objective(make("bert"), METHOD, None), replace(of_domains(), view=but_b)
+    found = evaluate(objective, [each], [LM_LOSS], micro_batch=4, device=CPU)
+    assert list(found) == ["eval", "eval.a", "eval.c"]
+    first = evaluate(objective, [replace(each, limit=1)], [LM_LOSS], micro_batch=4, device=CPU)
+    assert list(first) == ["eval"]  # all rows that are used are of one domain
+
+
+def test_further_metrics_of_a_set_see_all_rows_once():
+    seen = []
+    count = ValueMetric(kept, lambda values: seen.append(len(values)) or {})
+    objective, each = Objective(make("bert"), METHOD, None), replace(of_domains(), further=[count])
+    found = evaluate(objective, [each], [LM_LOSS], micro_batch=4, device=CPU)
+    assert seen == [found["eval"]["tokens"]] and len(found) == 4
+
+
+def _labelled(values: list[list[float]]) -> dict[str, dict[str, float]]:
+    """What rows with these labels and so on come to, row r of domain r % 2."""
+    rows = RowScores(metric="accuracy").row_metric({})
+
+    def numbers(positions: Positions, batch: Batch) -> Tensor:
+        return torch.tensor(values).double()[batch.row_ids_B.repeat_interleave(batch.counts_B)]
+
+    def first(rows):
+        labels_BT = np.full_like(rows.tokens_BT, IGNORE)
+        labels_BT[:, 0] = 5
+        return Shown(rows.tokens_BT, labels_BT)
+
+    random, shape = np.random.default_rng(3), (len(values), BLOCK)
+    data = PlainRows(random.integers(5, 43, shape), np.full(len(values), 9), domains=2)
+    each = EvaluationSet("eval", data, first, domains=["a", "b"])
+    objective = Objective(make("bert"), METHOD, None)
+    metrics = [replace(rows, values=numbers)]
+    return evaluate(objective, [each], metrics, micro_batch=3, device=CPU)
+
+
+def test_scores_of_labelled_rows_by_domain():
+    """Label, prediction, confidence and loss of each row; a domain without labels has none."""
+    right, wrong, unlabelled = [1, 1, 0.9, 0.1], [1, 0, 0.6, 0.8], [math.nan, 1, 0.5, math.nan]
+    found = _labelled([right, wrong, right, right, wrong])
+    assert found["eval"] == {"loss": pytest.approx(0.38), "accuracy": 0.6}
+    assert found["eval.a"] == pytest.approx({"loss": 1 / 3, "accuracy": 2 / 3, "rows": 3})
+    assert found["eval.b"] == pytest.approx({"loss": 0.45, "accuracy": 0.5, "rows": 2})
+    found = _labelled([right, unlabelled, wrong, unlabelled])
+    assert found["eval.a"]["accuracy"] == 0.5 and found["eval.b"] == {"rows": 2}
+    with pytest.raises(DataError, match="none of the validation rows has a label"):
+        _labelled([unlabelled, unlabelled])

@@ -27,13 +27,13 @@ def by_domain_section(runs: Mapping[str, RunFolder]) -> str:
     if not domains:
         return ""
     rows = [
-        [domain, name, *(_cell(metric, own[domain].get(metric)) for metric in metrics)]
+        [domain, name, *(_cell(own[domain].get(metric)) for metric in metrics)]
         for domain in domains
         for name, (_, own) in found.items()
         if domain in own
     ]
     rows += [
-        ["all", name, *(_cell(metric, scores.get(_WHOLE + metric)) for metric in metrics)]
+        ["all", name, *(_cell(scores.get(_WHOLE + metric)) for metric in metrics)]
         for name, (scores, _) in found.items()
     ]
     header = ["domain", "run", *(metric.replace("_", " ") for metric in metrics)]
@@ -56,7 +56,7 @@ def _domains(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _cell(metric: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else "-"

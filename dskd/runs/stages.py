@@ -27,10 +27,12 @@ from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
 from dskd.runs import comparable
 from dskd.runs.answers import answer_scores
+from dskd.runs.by_domain import by_domain_section
 from dskd.runs.card import card_of
 from dskd.runs.change_log import changes_section
 from dskd.runs.confusion import Confusion, confusion_section
 from dskd.runs.context import RunContext, say_read
+from dskd.runs.examples import examples_section, write_examples
 from dskd.runs.named_sets import evaluation_sets
 from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
@@ -187,8 +189,10 @@ def evaluate_export(context: RunContext) -> None:
     model = model.to(context.device) if ds is None else shard_teacher(model, ds)
     confusion = Confusion(context.prepared.classes) if context.prepared.classes else None
     more = () if confusion is None else (confusion.metric,)
-    scores = _evaluator(context, *more)(Objective(model, context.method, None))
+    objective = Objective(model, context.method, None)
+    scores = _evaluator(context, *more)(objective)
     scores |= answer_scores(context, model)
+    write_examples(context, model, objective)
     with dist.agreed():
         if confusion is not None and dist.rank() == 0:
             confusion.write(context.folder.confusion)
@@ -210,7 +214,8 @@ def _evaluator(context: RunContext, *more: AnyMetric) -> Callable[[Objective], S
 
 def _evaluation_section(runs: Mapping[str, RunFolder]) -> str:
     """What the evaluations of the exported models say."""
-    return "\n".join(filter(None, (scores_section(runs), confusion_section(runs))))
+    sections = (scores_section, by_domain_section, confusion_section, examples_section)
+    return "\n".join(filter(None, (section(runs) for section in sections)))
 
 
 def _value(saved: Saved) -> float | None:
@@ -255,7 +260,7 @@ STAGES = (
     Stage(
         "evaluate",
         evaluate_export,
-        leaves=("answers", "confusion.json"),
+        leaves=("answers", "confusion.json", "examples.json"),
         whole="scores.json",
         report=_evaluation_section,
     ),

@@ -12,6 +12,7 @@ A run's folder::
     importance/    how much the exported model's task needs each weight
     distilled.jsonl  the training questions with the exported model's answers
     scores.json    the exported model's evaluation (confusion.json: of classes, which for which)
+    examples.json  how it goes on with some validation rows, or what it fills in there
     answers/       what it answers to the questions of named sets, one file a set
 """
 
@@ -45,6 +46,7 @@ class RunFolder:
         self.distilled = path / "distilled.jsonl"
         self.scores = path / "scores.json"
         self.confusion = path / "confusion.json"  # of an exported classifier
+        self.examples = path / "examples.json"
         self.answers = path / "answers"
         self.report = path / "report.html"  # compares the runs whose settings lie below
 

@@ -83,7 +83,7 @@ class Evaluation(Section):
     every: Annotated[Every, FREE] = 10
     """Steps between evaluations, or ``epoch`` (the last step is always evaluated)."""
     rows: int | None = Field(None, ge=1)
-    """Use only so many validation rows; null: all."""
+    """Use only so many validation rows; null: all. Bits per byte are of all of them only."""
     select: Literal["metric", "last", "teacher_kl"] = "metric"
     """Which checkpoint is exported: the best by the method's metric; the last one; or, by methods
     of panels and without labels, ``teacher_kl``: the one nearest to what the method makes of its
@@ -95,6 +95,10 @@ class Evaluation(Section):
     """Rows of a forward pass on one rank, or answers that are written at a time."""
     sets: dict[str, NamedSet] = Field(default_factory=dict)
     """Further rows to evaluate on, by name; none of them selects a checkpoint."""
+    examples: Annotated[int, FREE] = Field(3, ge=0, le=100)
+    """So many validation rows of which the report shows how the exported model goes on with them,
+    or what it fills in where tokens are masked; of labelled rows none. They are made when it is
+    evaluated, and stay."""
 
     def freedom(self, name: str) -> Freedom | None:
         """As marked; but where evaluations end the training, how often they come is settled."""

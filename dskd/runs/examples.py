@@ -10,7 +10,7 @@ Shape letters: B rows, T tokens, N supervised positions, V vocabulary.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -124,9 +124,11 @@ def write_examples(context: StageContext, model: PreTrainedModel, objective: Obj
             write_manifest(context.folder.examples, made.model_dump(), "the examples")
 
 
-def _spread(rows: RowSet, ids_R: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Some of these rows, spread over each of their domains, of which all have equally many as far
-    as there are as many; the first domains have one more."""
+def _spread(rows: RowSet, count: int) -> NDArray[np.int64]:
+    """Some rows that are long enough to show something, spread over each of their domains, of which
+    all have equally many as far as there are as many; the first domains have one more."""
+    lengths_R = rows.lengths_B(np.arange(len(rows)))
+    ids_R = np.flatnonzero(lengths_R >= min(int(lengths_R.max()), 2 * _PROMPT))
     domains_R = rows.domains_B(ids_R)
     own = [ids_R[domains_R == domain] for domain in np.unique(domains_R)]
     shares = [0] * len(own)
@@ -176,11 +178,9 @@ def _continued(context: StageContext, model: PreTrainedModel, count: int) -> lis
 
 
 def _prompts(rows: RowSet, view: View, count: int) -> list[_Prompt]:
-    """Of rows spread over all that are long enough; behind a question its answer."""
-    lengths_R = rows.lengths_B(np.arange(len(rows)))
-    long_enough = np.flatnonzero(lengths_R >= min(int(lengths_R.max()), 2 * _PROMPT))
+    """Of rows that are spread over all; behind a question its answer."""
     found = []
-    for row in _spread(rows, long_enough, count).tolist():
+    for row in _spread(rows, count).tolist():
         one = np.array([row])
         given = rows.rows(one, np.zeros_like(one))
         tokens_T = given.tokens_BT[0, : int(given.lengths_B[0])]
@@ -211,7 +211,7 @@ class _FirstPlaces:
 
 def _filled(context: StageContext, objective: Objective, count: int) -> list[Filled]:
     prepared, tokenizer = context.prepared, context.prepared.tokenizer
-    ids_B = _spread(prepared.validation, np.arange(len(prepared.validation)), count)
+    ids_B = _spread(prepared.validation, count)
     view = _FirstPlaces(context.validation_view)
     batch = make_batch(prepared.validation, view, ids_B, np.zeros_like(ids_B))
     guess = ValueMetric(_guesses(vocabulary_size(tokenizer)), lambda values_N3: {})
@@ -276,48 +276,55 @@ def examples_section(runs: Mapping[str, RunFolder]) -> str:
         for name, run in runs.items()
         if run.examples.exists()
     }
-    continued: dict[tuple[str, str, str], list[list[str]]] = {}
+    continued: dict[tuple[str, str, str], dict[str, str]] = {}
     filled: dict[tuple[str, str, tuple[str, ...]], dict[str, list[Place]]] = {}
     for name, made in found.items():
         for one in made.continued:
-            written = f"{one.written} (end)" if one.ended else one.written
-            continued.setdefault((one.domain, one.prompt, one.text), []).append([name, written])
+            written = f'"{one.written}"' + (" and ends" if one.ended else "")
+            continued.setdefault((one.domain, one.prompt, one.text), {})[name] = written
         for row in made.filled:
             tokens = tuple(place.token for place in row.places)
             filled.setdefault((row.domain, row.seen, tokens), {})[name] = row.places
-    parts = [
-        _example(domain, prompt, ["", "how it goes on"], [["the text", text], *written])
-        for (domain, prompt, text), written in continued.items()
+    parts = [f"<p>{about}</p>" for about, some in ((_GOES_ON, continued), (_FILLS, filled)) if some]
+    parts += [
+        _example(domain, prompt, ["", "goes on"], [["the text", f'"{text}"'], *by_run.items()])
+        for (domain, prompt, text), by_run in continued.items()
     ]
     parts += [
-        _example(domain, seen, ["hidden", *by_run], _guess_rows(tokens, by_run))
+        _example(domain, seen, ["the text", *by_run], _guess_rows(tokens, by_run))
         for (domain, seen, tokens), by_run in filled.items()
     ]
-    if not parts:
-        return ""
-    return "\n".join(["<h2>Examples of validation rows</h2>", _STYLE, *parts])
+    return "\n".join(["<h2>Examples of validation rows</h2>", _STYLE, *parts]) if parts else ""
 
 
-def _guess_rows(tokens: Iterable[str], by_run: Mapping[str, list[Place]]) -> list[list[str]]:
-    """A line for each hidden token: what each run fills in, how likely it finds that, and how
-    likely the hidden one."""
+def _guess_rows(tokens: Sequence[str], by_run: Mapping[str, list[Place]]) -> list[list[str]]:
+    """A line for each token that is asked about, and what each run says."""
     return [
-        [token, *(_guess(places[n]) for places in by_run.values())]
+        [_visible(token), *(_guess(places[n]) for places in by_run.values())]
         for n, token in enumerate(tokens)
     ]
 
 
 def _guess(place: Place) -> str:
-    right = place.filled == place.token
-    more = "" if right else f"; {place.token} {place.of_token:.1%}"
-    return f"{place.filled} {place.probability:.1%}{more}"
+    own = "" if place.filled == place.token else f" ({place.of_token:.1%})"
+    return f"{_visible(place.filled)} {place.probability:.1%}{own}"
 
 
-def _example(domain: str, text: str, header: list[str], rows: list[list[str]]) -> str:
+def _visible(token: str) -> str:
+    """A token with signs for its spaces and line ends."""
+    return token.replace(" ", "\u2423").replace("\n", "\u23ce")
+
+
+def _example(domain: str, text: str, header: list[str], rows: Sequence[Sequence[str]]) -> str:
     about = f"<p><b>{html.escape(domain)}</b>: <q>{html.escape(text)}</q></p>"
     return f'<div class="example">{about}\n{html_table(header, rows)}</div>'
 
 
+_GOES_ON = "How the text goes on, and how each run does, by the most likely token each time."
+_FILLS = (
+    "At each place that is predicted: the token of the text, and the one that each run finds most "
+    "likely, with its probability and, where it is another one, that of the token of the text."
+)
 _STYLE = """<style>
 .example { margin: 1rem 0 1.5rem; }
 .example q, .example td { white-space: pre-wrap; overflow-wrap: anywhere; }

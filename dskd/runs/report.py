@@ -169,14 +169,18 @@ def _read(
 def _table(
     histories: Mapping[str, History], compared: Selection, control: str | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, with the bits per byte of runs that have them."""
+    """Header and rows, with the bits per byte of runs that have them; where they are compared by
+    these, without perplexities, which are not comparable."""
     header, rows = _header(compared, control), _rows(histories, compared, control)
     found = [history.evaluations[-1].get(BY_BYTES) for history in histories.values()]
-    if compared.metric != BY_BYTES and any(bits is not None for bits in found):
-        at = header.index("eval ppl") + 1
-        header.insert(at, "bits per byte")
+    at = header.index("eval ppl")
+    if compared.metric == BY_BYTES:
+        for line in (header, *rows):
+            del line[at]
+    elif any(bits is not None for bits in found):
+        header.insert(at + 1, "bits per byte")
         for row, bits in zip(rows, found, strict=True):
-            row.insert(at, _number(bits, ".4f"))
+            row.insert(at + 1, _number(bits, ".4f"))
     return header, rows
 
 

@@ -80,7 +80,11 @@ def a_set(**settings) -> dict:
         ({"evaluation": {"sets": {"a/b": {"sources": [{"kind": "builtin"}]}}}},
          "a/b: the name of a set is made of letters, digits, . _ and -, at most 100"),
         ({"evaluation": {"sets": {"eval": {"sources": [{"kind": "builtin"}]}}}},
-         "eval: results of the validation rows are called eval_METRIC; choose another"),
+         "eval: results of the validation rows are called eval_METRIC and eval.DOMAIN_METRIC; "
+         "choose another"),
+        ({"evaluation": {"sets": {"eval.x": {"sources": [{"kind": "builtin"}]}}}},
+         "eval.x: results of the validation rows are called eval_METRIC and eval.DOMAIN_METRIC; "
+         "choose another"),
         (a_set(metric="em"),
          "up.metric: em scores answers to questions, but the rows are none (data.questions)"),
         (a_set(longest=3),

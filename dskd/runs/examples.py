@@ -125,10 +125,12 @@ def write_examples(context: StageContext, model: PreTrainedModel, objective: Obj
 
 
 def _spread(rows: RowSet, count: int) -> NDArray[np.int64]:
-    """Some rows that are long enough to show something, spread over each of their domains, of which
-    all have equally many as far as there are as many; the first domains have one more."""
+    """Some rows, spread over each of their domains, of which all have equally many as far as there
+    are as many; the first domains have one more. The rest that a document's end may leave is none,
+    unless rows are as long as their texts."""
     lengths_R = rows.lengths_B(np.arange(len(rows)))
-    ids_R = np.flatnonzero(lengths_R >= min(int(lengths_R.max()), 2 * _PROMPT))
+    least = 0 if rows.by_length else min(int(lengths_R.max()) // 2, 2 * _PROMPT)
+    ids_R = np.flatnonzero(lengths_R >= least)
     domains_R = rows.domains_B(ids_R)
     own = [ids_R[domains_R == domain] for domain in np.unique(domains_R)]
     shares = [0] * len(own)

@@ -32,6 +32,11 @@ from dskd.training.evaluation import VALIDATION
 
 BY_BYTES = f"{VALIDATION}_{BITS_PER_BYTE}"
 """The score of which runs on the same text may be compared whose tokens differ."""
+_OF_BYTES = (
+    "Bits per byte are the mean bits of a token, times the tokens of the validation text (with "
+    "those that end documents), divided by its bytes as UTF-8. Where rows have no start token, the "
+    "first token of each, which nothing predicts, so counts as the others do."
+)
 _MARKED = 60
 """A line of at most so many points shows each of them."""
 
@@ -139,7 +144,7 @@ def _parts(
         image("Evaluation", _evaluation_figure(histories, compared, control)),
     ]
     if by is not None:
-        return parts
+        return [f"<p>{_OF_BYTES}</p>", *parts] if by.metric == BY_BYTES else parts
     return [
         *parts,
         image("Training loss terms", _terms_figure(histories)),

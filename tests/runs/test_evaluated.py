@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dskd.cli import main
-from dskd.data.prepared import open_prepared
+from dskd.data.prepared import Prepared, open_prepared
 from dskd.errors import CheckpointError
 from dskd.runs.by_domain import by_domain_section
 from dskd.runs.examples import Examples, examples_section
@@ -18,9 +18,11 @@ from dskd.settings.folders import RunFolder
 from dskd.settings.yaml_tree import merge
 from dskd.system.files import read_record, write_manifest
 from dskd.system.log import read_metrics
-from tests.data.conftest import make_corpus
+from tests.data.conftest import all_rows, make_corpus
 from tests.launching import forked
+from tests.runs.test_labelled_runs import labelled
 from tests.runs.test_plan import BERT, recipe_of
+from tests.runs.test_question_runs import asked
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4}
 CAUSAL = {
@@ -52,7 +54,10 @@ def runs_of(folder: Path) -> dict:
         "masked": {"model": {"config": BERT}, "evaluation": {"rows": None}},
         "again": {"model": {"config": BERT}, "evaluation": {"rows": None}, "train": {"lr": 1e-4}},
     }
-    return {name: merge(both, run) for name, run in runs.items()}
+    runs = {name: merge(both, run) for name, run in runs.items()}
+    questions = asked(folder, modelling=True) | {"method": {"kind": "l2kd"}}
+    classes = labelled(folder) | {"method": {"kind": "finetune"}}
+    return runs | {"questions": questions, "classes": classes}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def evaluations(run: Path) -> list[dict]:
     return [line for line in read_metrics(run / "train" / "metrics.jsonl") if "loss" not in line]
 
 
-def prepared(run: Path):
+def prepared(run: Path) -> Prepared:
     (folder,) = {
         path.parent
         for path in (run.parents[1] / "data").glob("*/manifest.json")
@@ -217,15 +222,18 @@ def examples(run: Path) -> Examples:
     return read_record(run / "examples.json", Examples, AssertionError)
 
 
+def texts(of_run: Prepared) -> list[str]:
+    """The validation rows as text."""
+    return [of_run.tokenizer.decode(row) for row in all_rows(of_run.validation)]
+
+
 def test_a_causal_model_goes_on_with_validation_rows(made):
     found = examples(made / "small")
     assert len(found.continued) == 3 and not found.filled
-    rows = prepared(made / "small").validation
-    tokenizer = prepared(made / "small").tokenizer
-    whole = tokenizer.decode(rows._ids.tolist())
+    whole = texts(prepared(made / "small"))
     for one in found.continued:
         assert one.prompt and one.text and one.written
-        assert one.prompt + one.text in whole
+        assert any(f"<s>{one.prompt}{one.text}" == text for text in whole)
         assert one.ended or len(one.written) >= 8
     assert {one.domain for one in found.continued} == {"builtin", "few"}
 
@@ -239,6 +247,25 @@ def test_a_masked_model_fills_in_what_is_hidden(made):
         for place in row.places:
             assert 0 < place.of_token <= place.probability < 1
             assert (place.filled == place.token) == (place.of_token == place.probability)
+
+
+def test_a_question_is_answered(made):
+    """The prompt ends where the answer begins, whatever the method's rows are besides; it is no
+    text of which bits per byte are known."""
+    found, of_run = examples(made / "questions"), prepared(made / "questions")
+    assert len(found.continued) == 3 and not found.filled
+    pairs = [text.removeprefix("<s>").partition("__ans__") for text in texts(of_run)]
+    wanted = {(question + mark, own.removesuffix("</s>")) for question, mark, own in pairs}
+    for one in found.continued:
+        assert (one.prompt, one.text.removesuffix("</s>")) in wanted
+    assert of_run.validation.text is None
+    own = scores(made / "questions")
+    assert "eval.up_nll" in own and not any("per_byte" in key for key in own)
+
+
+def test_labelled_rows_have_no_examples(made):
+    assert not (made / "classes" / "examples.json").exists()
+    assert not any(key.startswith("eval.") for key in scores(made / "classes"))  # of one domain
 
 
 def test_no_examples_are_made_where_none_are_asked_for(made):

@@ -48,7 +48,7 @@ class SplitText(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     fingerprint: str
-    domains: dict[str, Text]
+    domains: dict[str, Text] = Field(min_length=1)
     hidden: str = ""
 
     @property

@@ -375,6 +375,9 @@ def _check_manifest(manifest: dict[str, Any], path: Path, splits: Sequence[str])
     if sorted(read.splits) != sorted(splits):
         found, wanted = ", ".join(read.splits) or "none", ", ".join(splits)
         raise DataError(f"{path}: not as this dskd writes it: splits: {found}, not {wanted}")
+    for split, text in read.texts.items():
+        if split not in read.splits or not text.domains.keys() <= {*read.domains}:
+            raise DataError(f"{path}: not as this dskd writes it: texts.{split}")
     width = np.dtype(read.dtype).itemsize
     for split, of in read.splits.items():
         sizes = {"ids": of.tokens * width, "offsets": 8 * (of.rows + 1), "domains": 2 * of.rows}

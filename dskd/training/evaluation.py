@@ -129,10 +129,10 @@ def _evaluate(
 
     with closing(prefetch(map(made, range(passes)), device)) as batches:
         for n, sent in enumerate(batches):
-            found = objective.forward_evaluation(sent.on_device(), every)
+            values = objective.forward_evaluation(sent.on_device(), every)
             counted = n < len(own)
             domain = int(domains_R[own[n].start]) if counted else 0
-            taken.add(found, domain, sent.batch.supervised, counted=counted)
+            taken.add(values, domain, sent.batch.supervised, counted=counted)
             next_one()
     pause()
     whole = taken.everywhere()
@@ -140,16 +140,25 @@ def _evaluate(
         count = len(row_ids)
         of = "validation rows" if each.name == VALIDATION else f"rows of set {each.name}"
         raise DataError(f"no token of the {count} {of} is predicted; use more rows")
-    text = each.text if len(row_ids) == len(each.rows) else None
+    return _scores(each, metrics, whole, domains_R)
+
+
+def _scores(
+    each: EvaluationSet, metrics: Sequence[AnyMetric], whole: _Whole, domains_R: NDArray[np.int64]
+) -> Scores:
+    """The results of a set, and of each domain where there are several."""
+    text = each.text if len(domains_R) == len(each.rows) else None
+    every = (*metrics, *each.further)
     found = {each.name: _results(every, whole.values, None if text is None else text.whole)}
-    present = np.unique(domains_R).tolist()
-    for domain in present if len(present) > 1 else ():
+    domains = np.unique(domains_R).tolist()
+    for domain in domains if len(domains) > 1 else ():
         part, name = whole.of_domain(domain), each.domains[domain]
         if part.supervised:
-            own_text = None if text is None else text.domains.get(name)
+            own = None if text is None else text.domains.get(name)
             # Without the further ones, which may keep what they are given.
-            results = _results(metrics, part.values[: len(metrics)], own_text, part=True)
-            found[f"{each.name}.{name}"] = {**results, ROWS: int((domains_R == domain).sum())}
+            results = _results(metrics, part.values[: len(metrics)], own, part=True)
+            rows = int((domains_R == domain).sum())
+            found[f"{each.name}.{name}"] = {**results, ROWS: rows}
     return found
 
 

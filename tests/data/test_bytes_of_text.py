@@ -13,6 +13,7 @@ from dskd.data.prepared import Prepared, open_prepared, prepare, prepare_further
 from dskd.data.preparing import _held_out
 from dskd.data.tokenizers import start_id, vocabulary_size
 from dskd.data.views import CausalView
+from dskd.errors import DataError
 from dskd.methods.lm import LanguageModelling
 from dskd.methods.metrics import LM_LOSS
 from dskd.settings.data import Data, PretrainedTokenizer, TextSource, TrainedTokenizer
@@ -217,9 +218,15 @@ def test_rows_of_before_are_the_same_rows(tmp_path):
     folder = prepare(data)
     opened = open_prepared(folder)
     manifest = read_manifest(folder / "manifest.json", AssertionError)
-    del manifest["texts"]
+    texts = manifest.pop("texts")
     write_manifest(folder / "manifest.json", manifest)
     assert prepare(data) == folder
     older = open_prepared(folder)
     assert older.fingerprint == opened.fingerprint
     assert told(data, older).startswith("  no bits per byte: these rows were prepared before")
+    text, other = texts["validation"], {"bytes": 1, "tokens": 1}
+    for domains in ({}, {"x": {}}, {"x": other}):
+        edited = {"texts": {"validation": text | {"domains": domains}}}
+        write_manifest(folder / "manifest.json", manifest | edited)
+        with pytest.raises(DataError, match=r"not as this dskd writes it: texts\.validation"):
+            open_prepared(folder)

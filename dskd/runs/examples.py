@@ -246,7 +246,7 @@ def _guesses(vocabulary: int) -> Callable[[Positions, Batch], Tensor]:
 
     def values(positions: Positions, batch: Batch) -> Tensor:
         del batch
-        probabilities_NV = positions.logits_NV.float().softmax(1)
+        probabilities_NV = positions.logits_NV.float().softmax(1).clamp(max=1)
         best_N, filled_N = probabilities_NV[:, :vocabulary].max(1)
         own_N = probabilities_NV.gather(1, positions.labels_N[:, None])[:, 0]
         return torch.stack([filled_N.double(), best_N.double(), own_N.double()], dim=1)

@@ -95,7 +95,7 @@ class Evaluation(Section):
     """Rows of a forward pass on one rank, or answers that are written at a time."""
     sets: dict[str, NamedSet] = Field(default_factory=dict)
     """Further rows to evaluate on, by name; none of them selects a checkpoint."""
-    examples: Annotated[int, FREE] = Field(3, ge=0, le=100)
+    examples: Annotated[int, FREE] = Field(3, ge=0, le=20)
     """So many validation rows of which the report shows how the exported model goes on with them,
     or what it fills in where tokens are masked; of labelled rows none. They are made when it is
     evaluated, and stay."""

@@ -190,6 +190,21 @@ def test_other_text_is_refused(made, capsys, names, why):
     assert told.endswith(end)
 
 
+def test_a_run_whose_text_or_bits_are_not_there(made, tmp_path, capsys):
+    """As by a method that is not evaluated by the loss; or damaged."""
+    old = tmp_path / "old"
+    shutil.copytree(made / "large", old)
+    metrics, summary = old / "train" / "metrics.jsonl", old / "train" / "summary.json"
+    metrics.write_text(metrics.read_text().replace("eval_bits_per_byte", "eval_other"))
+    assert main(["report", str(made / "small"), str(old)]) == 2
+    assert f"; nor by bits per byte, which {old} does not have (" in capsys.readouterr().err
+    content = json.loads(summary.read_text())
+    content["evaluated_on"]["text"] = 3
+    summary.write_text(json.dumps(content))
+    assert main(["report", str(made / "small"), str(old)]) == 2
+    assert f"{summary}: damaged, 'evaluated_on'" in capsys.readouterr().err
+
+
 def test_without_all_rows_there_are_no_bits_per_byte(made):
     assert not any("bits_per_byte" in key for key in scores(made / "rows"))
 

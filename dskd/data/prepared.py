@@ -43,6 +43,7 @@ from transformers import PreTrainedTokenizerBase
 from dskd.batch import UNLABELLED
 from dskd.data import sources
 from dskd.data.bytes_of_text import SplitText
+from dskd.data.padding import padded_widths
 from dskd.data.preparing import FORMAT, FURTHER, MANIFEST, SPLITS, build_further, build_rows
 from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.data.tokenizers import load_tokenizer, template_fingerprint, tokenizer_fingerprint
@@ -145,7 +146,7 @@ class RowSet:
         T is the longest row's length rounded up to a multiple of 8, but at most ``block_size``.
         """
         begins_B, lengths_B = self._offsets[row_ids_B], self.lengths_B(row_ids_B)
-        width = min(-(-int(lengths_B.max()) // 8) * 8, self.block_size)
+        width = int(padded_widths(lengths_B.max(), self.block_size))
         tokens_BT = np.full((len(row_ids_B), width), self._pad, dtype=np.int64)
         spans = zip(begins_B.tolist(), lengths_B.tolist(), strict=True)
         for b, (begin, length) in enumerate(spans):

@@ -387,10 +387,9 @@ def _chunks(
 
 def _refuse_small(data: Data, writers: dict[str, _SplitWriter]) -> None:
     tokens = writers["train"].tokens
-    packed = data.objective != "classification" and data.questions is None
-    if not packed and not writers["train"].rows:
+    if not data.packed and not writers["train"].rows:
         raise DataError("data.sources: no row to train on; is data.validation_fraction too large?")
-    if packed and tokens < data.block_size:
+    if data.packed and tokens < data.block_size:
         raise DataError(
             f"data.sources: {tokens} tokens to train on are shorter than one row "
             f"(data.block_size: {data.block_size}){_single_documents(data)}"

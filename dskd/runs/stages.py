@@ -12,6 +12,7 @@ import numpy as np
 
 from dskd.batch import Batch
 from dskd.data.loader import Loader, make_batch
+from dskd.data.padding import padding_lines
 from dskd.engine.checkpoints import Saved
 from dskd.engine.ds_config import precision_of
 from dskd.engine.engine import shard_teacher, stage_of
@@ -54,10 +55,19 @@ from dskd.training.trainer import Trainer
 
 def prepare_rows(context: RunContext) -> None:
     """Prepare all rows, those of named sets and of the memory, too, say what was read for them, and
-    make the view of the training rows."""
+    make the view of the training rows. Of packed rows it is said how much padding they need."""
     folder = context.prepared.folder
     dist.on_rank0(lambda: say_read(folder))
+    dist.on_rank0(lambda: _say_padding(context))
     _ = context.view, context.further_fingerprints
+
+
+def _say_padding(context: RunContext) -> None:
+    run, rows = context.given, context.prepared.train
+    if run.data.packed:
+        lengths_R = rows.lengths_B(np.arange(len(rows)))
+        for line in padding_lines(lengths_R, run.data, run.train.micro_batch):
+            say(line)
 
 
 def cache(context: RunContext) -> None:

@@ -118,8 +118,7 @@ def _labels(run: Run) -> Problems:
     if not data.labelled_sources and not isinstance(labels, list):
         yield "data.labels", "missing; no source has labels (label: COLUMN), so name the classes"
     for name, idle in (("masking", "no token is masked"), ("packing", "a row is one example")):
-        value = getattr(data, name)
-        if value != Data.model_fields[name].default:
+        if getattr(data, name) != getattr(Data(objective=data.objective), name):
             yield f"data.{name}", f"{idle} with data.objective classification; leave it out"
     if run.model.slice is not None:
         yield "model.slice", "cuts language models; data.objective is classification"
@@ -162,7 +161,7 @@ def _questions(run: Run) -> Problems:
     if data.masking.kind != "random":
         text = f"{data.masking.kind}, but of a question only the answer is learnt"
         yield "data.masking.kind", text
-    if data.packing != Data.model_fields["packing"].default:
+    if data.packing != Data(objective=data.objective, questions=of).packing:
         yield "data.packing", "a row is one question (data.questions); leave it out"
     for domain, teacher in each_teacher(run.teacher).items() if of.modelling else ():
         if isinstance(teacher, CachedTeacher):

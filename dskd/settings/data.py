@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from dskd.settings.base import CHOSEN_LATER, FREE, Freedom, RunPath, Section
 from dskd.settings.examples import Questions, QuestionSource, ReplayedSource, SquadSource
@@ -219,12 +219,28 @@ class Data(Section):
     tokenizer: TokenizerSource = TrainedTokenizer()
     block_size: int = Field(64, ge=8)
     """Most tokens of a row, special tokens included."""
-    packing: Literal["complete", "complete_doc", "contiguous"] = "complete"
+    packing: Literal["complete", "complete_doc", "contiguous"] = Field(None, validate_default=True)
     """``complete``: whole sentences, greedily; ``complete_doc``: also cut at documents;
-    ``contiguous``: one stream cut every ``block_size`` tokens."""
+    ``contiguous``: one stream cut every ``block_size`` tokens. null: ``contiguous`` for causal LMs,
+    whose sentences may begin anywhere in a row, else ``complete``. Of rows that are not packed,
+    examples and questions, it says nothing."""
     masking: AnyMasking = Masking()
     folder: Annotated[Path, RunPath(), FREE] = Path("runs/data")
     """Prepared rows live here, in a folder named by their fingerprint, and are reused."""
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _of_objective(cls, value: object, info: ValidationInfo) -> object:
+        """A packing that is not given is that of the objective; what is dumped names it."""
+        if value is not None:
+            return value
+        packed = info.data.get("objective") == "causal" and info.data.get("questions") is None
+        return "contiguous" if packed else "complete"
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows are cut from documents, and none is one example or question."""
+        return self.objective != "classification" and self.questions is None
 
     @property
     def labelled_sources(self) -> list[Columns | BuiltinSource]:

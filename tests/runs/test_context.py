@@ -64,10 +64,22 @@ def test_the_data_stage_says_what_was_read(
     for _ in range(2):  # the second one finds the rows
         context = RunContext(run, build_method({"kind": "lm"}), torch.device("cpu"))
         prepare_rows(context)
-        first, second = capsys.readouterr().out.splitlines()
+        first, second, third = capsys.readouterr().out.splitlines()
         assert first.startswith("data: ") and " tokens to train on, " in first
         assert second.startswith("  dogs: 200 documents, ")
         assert second.endswith("the longest 24 characters; the first: na\u00efve dogs ran round 0")
+        assert third.startswith("  padding: ") and " micro-batches of 8 training rows" in third
     monkeypatch.setattr(sys, "stdout", TextIOWrapper(BytesIO(), "ascii"))
     say_read(context.prepared.folder)
     assert sys.stdout.buffer.getvalue().endswith(b"the first: na?ve dogs ran round 0\n")
+
+
+def test_nothing_is_said_of_the_padding_of_rows_that_are_not_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sources = [BuiltinSource(label="module", documents=120)]
+    data = Data(objective="classification", sources=sources, folder=tmp_path / "data")
+    run = Run(out=tmp_path / "run", data=data)
+    prepare_rows(RunContext(run, build_method({"kind": "lm"}), torch.device("cpu")))
+    said = capsys.readouterr().out
+    assert said.startswith("data.block_size: ") and "data: " in said and "padding" not in said

@@ -4,7 +4,8 @@
 ``update.py``). All else is a loss, which takes weights per token (or one number) for the divergence
 and the label's cross entropy, into which the caller folds whatever its method needs: mask, rate,
 T^2, re-weighting. It returns :class:`Losses`, whose ``total`` is a weighted SUM with a gradient,
-computed together with the loss; nothing is divided by a count here.
+computed together with the loss; nothing is divided by a count here. Tokens lie along one axis,
+logits [N, V] and labels [N], or several, [B, T, V] and [B, T], and so do the losses of each.
 
 The same in plain differentiable torch, for any dtype, is in ``dskd/fused/reference.py``.
 """

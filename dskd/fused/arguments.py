@@ -1,4 +1,5 @@
-"""Checks of the fused losses' arguments: a wrong one is a ValueError that names it.
+"""Checks of the fused losses' arguments: a wrong one is a ValueError that names it, one of a wrong
+kind (no tensor, or of no such numbers) a TypeError.
 
 Checks of what there is for each token, weights and labels, are in ``per_token.py``.
 """
@@ -30,7 +31,7 @@ INFINITE = ("reverse_kl", "mixed")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 TokenWeight = float | Tensor
-"""A weight of every token, or fp32 [N]."""
+"""A weight of every token, or one for each, [N]: numbers, or a mask."""
 
 
 class LogitMap(NamedTuple):
@@ -83,6 +84,28 @@ def refuse(problem: bool, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
+def refuse_kind(problem: bool, message: Callable[[], str]) -> None:
+    """Raise a TypeError if there is a problem, with a message that is written then only."""
+    if problem:
+        raise TypeError(message())
+
+
+def tensor(name: str, value: object) -> None:
+    """Check that an argument is a tensor."""
+    refuse_kind(
+        not isinstance(value, Tensor),
+        lambda: f"{name}: must be a tensor, not {type(value).__name__}",
+    )
+
+
+def number(name: str, value: object) -> None:
+    """Check that an argument is a number."""
+    refuse_kind(
+        not isinstance(value, float | int),
+        lambda: f"{name}: must be a number, not {type(value).__name__}",
+    )
+
+
 def beside(name: str, value: Tensor, logits: Tensor) -> None:
     """Check that a tensor is on the logits' device."""
     refuse(value.device != logits.device, lambda: f"{name}: is on {value.device}, not the logits'")
@@ -113,8 +136,9 @@ def floating_matrix(
     name: str, value: Tensor, *, rows: int | None = None, like: Tensor | None = None
 ) -> None:
     """Check a floating-point matrix: its number of rows, and the device of another argument."""
+    tensor(name, value)
     refuse(value.dim() != 2, lambda: f"{name}: must have two axes, not shape {tuple(value.shape)}")
-    refuse(
+    refuse_kind(
         value.dtype not in FLOATING, lambda: f"{name}: must be floating-point, not {value.dtype}"
     )
     if rows is not None:
@@ -158,6 +182,7 @@ def gradient_room(out: Tensor, student_NV: Tensor) -> None:
 
 def temperature_of(temperature: float, name: str = "temperature") -> float:
     """The temperature as a float; refused unless it is a positive, finite number."""
+    number(name, temperature)
     # not math.isfinite, which torch.compile cannot trace for a number that changes
     good = 0 < temperature < torch.inf
     refuse(not good, lambda: f"{name}: must be positive and finite, not {temperature}")
@@ -166,7 +191,7 @@ def temperature_of(temperature: float, name: str = "temperature") -> float:
 
 def map_of(name: str, value: LogitMap) -> LogitMap:
     """The logit map as a tuple of floats; refused unless scale and cap are usable numbers."""
-    refuse(
+    refuse_kind(
         not isinstance(value, LogitMap),
         lambda: f"{name}: must be a LogitMap, not {type(value).__name__}",
     )
@@ -198,6 +223,7 @@ def kind_of(kind: str, beta: float, reverse: TokenWeight | None, narrower: bool)
 
 def beta_of(kind: str, beta: float) -> None:
     """Check the beta of a kind that has one."""
+    number("beta", beta)
     ends = "0 and 1 are not limits of it: use forward_kl or reverse_kl"
     refuse(
         kind in MIXING and not 0 < beta < 1,

@@ -21,6 +21,7 @@ from dskd.fused.arguments import (
 )
 from dskd.fused.logit_loss import LossForm, logit_loss
 from dskd.fused.per_token import weights_of
+from dskd.fused.tokens import Tokens
 
 
 def dense_kd(
@@ -33,7 +34,7 @@ def dense_kd(
     temperature: float = 1.0,
     weight: TokenWeight = 1.0,
     reverse_weight: TokenWeight | None = None,
-    label_weight: TokenWeight = 0.0,
+    label_weight: TokenWeight | None = None,
     ignore_index: int = -100,
     student_map: LogitMap = SAME,
     teacher_map: LogitMap = SAME,
@@ -54,13 +55,18 @@ def dense_kd(
 
     There is no factor T^2: it goes into the weight, like a mask, 1/N, a rate or a schedule.
 
+    Tokens may lie along several axes: for logits [B, T, V], all that is written [N] here is
+    [B, T], and so are the losses that come back (see ``tokens.py``).
+
     Args:
         student_NV: logits of any floating type and strides; may hold -inf.
         teacher_NW: likewise, without gradient. W <= V: it gives the columns beyond no probability.
-        labels_N: int64; the cross entropy is at temperature 1, over all V columns.
-        weight: of the divergence: a number or [N], like the two that follow; no gradient.
+        labels_N: int64 or int32; the cross entropy is at temperature 1, over all V columns.
+        weight: of the divergence: a number or [N], numbers or a mask, like the two that follow; no
+            gradient.
         reverse_weight: of the reverse part of ``mixed``.
-        label_weight: of the cross entropy.
+        label_weight: of the cross entropy; to be given with labels. 0: they only say which tokens
+            are ignored.
         ignore_index: a token with this label counts for nothing.
         student_map: scale and softcap the model applies to its logits; the gradient is that of
             the logits before them.
@@ -71,18 +77,27 @@ def dense_kd(
             gradient waits in fp32 (float64 for float64 logits) for the upstream one.
 
     Raises:
-        ValueError: an argument of a wrong shape, type, device or range, named.
+        ValueError: an argument of a wrong shape, device or range, named.
+        TypeError: one that is no tensor, or of no such numbers, named.
     """
+    tokens = Tokens.of("student", student_NV)
+    student_NV, teacher_NW = tokens.rows("student", student_NV), tokens.rows("teacher", teacher_NW)
     matrix("student", student_NV)
     matrix("teacher", teacher_NW, rows=len(student_NV), like=student_NV)
     columns = student_NV.shape[1]
     shared = teacher_columns(teacher_NW.shape[1], columns, vocabulary)
     kind_of(kind, beta, reverse_weight, shared < columns)
     weights = weights_of(
-        student_NV, labels_N, ignore_index, columns, weight, reverse_weight, label_weight
+        student_NV,
+        tokens.each("labels", labels_N),
+        ignore_index,
+        columns,
+        tokens.each("weight", weight),
+        tokens.each("reverse_weight", reverse_weight),
+        tokens.each("label_weight", label_weight),
     )
     teacher_NW = unit_columns(teacher_NW.detach()[:, :shared])
     maps = [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)]
     heat = temperature_of(temperature)
     loss = LossForm("dense", [teacher_NW], weights, kind, float(beta), heat, maps)
-    return logit_loss(student_NV, loss, out)
+    return tokens.losses(logit_loss(student_NV, loss, tokens.room("out", out)))

@@ -10,6 +10,7 @@ from torch import Tensor
 from dskd.fused.arguments import SAME, LogitMap, Losses, TokenWeight, map_of, matrix, refuse
 from dskd.fused.logit_loss import NO_BETA, LossForm, logit_loss
 from dskd.fused.per_token import weights_of
+from dskd.fused.tokens import Tokens
 
 
 def label_ce(
@@ -23,16 +24,22 @@ def label_ce(
 ) -> Losses:
     """Cross entropy with the labels, at temperature 1.
 
-    The arguments are those of :func:`~dskd.fused.dense.dense_kd`; ``divergence_N`` comes back 0.
+    The arguments are those of :func:`~dskd.fused.dense.dense_kd`, tokens along any axes, too;
+    ``divergence_N`` comes back 0.
 
     Raises:
-        ValueError: an argument of a wrong shape, type, device or range, named.
+        ValueError: an argument of a wrong shape, device or range, named.
+        TypeError: one that is no tensor, or of no such numbers, named.
     """
+    tokens = Tokens.of("student", student_NV)
+    student_NV, labels_N = tokens.rows("student", student_NV), tokens.each("labels", labels_N)
+    label_weight = tokens.each("label_weight", label_weight)
     matrix("student", student_NV)
     refuse(labels_N is None, lambda: "labels: there are none")
     columns = student_NV.shape[1]
     weights = weights_of(student_NV, labels_N, ignore_index, columns, 0.0, None, label_weight)
     if weights.label_N is None:  # a label_weight of 0
-        weights = weights._replace(labels_N=labels_N, label_N=weights.divergence_N)
+        weights = weights._replace(labels_N=labels_N.long(), label_N=weights.divergence_N)
     maps = [*map_of("student_map", student_map)]
-    return logit_loss(student_NV, LossForm("label", [], weights, "", NO_BETA, 1.0, maps), out)
+    loss = LossForm("label", [], weights, "", NO_BETA, 1.0, maps)
+    return tokens.losses(logit_loss(student_NV, loss, tokens.room("out", out)))

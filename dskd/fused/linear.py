@@ -38,6 +38,7 @@ from dskd.fused.linear_teacher import (
 from dskd.fused.linear_visit import visit
 from dskd.fused.logit_loss import LossForm
 from dskd.fused.per_token import TokenWeights, weights_of
+from dskd.fused.tokens import Tokens
 
 
 def linear_kd(
@@ -53,7 +54,7 @@ def linear_kd(
     temperature: float = 1.0,
     weight: TokenWeight = 1.0,
     reverse_weight: TokenWeight | None = None,
-    label_weight: TokenWeight = 0.0,
+    label_weight: TokenWeight | None = None,
     ignore_index: int = -100,
     student_map: LogitMap = SAME,
     teacher_map: LogitMap = SAME,
@@ -67,7 +68,9 @@ def linear_kd(
     Under ZeRO-3 call it inside the forward of the module that owns the weight.
 
     Args:
-        hidden_ND: fp32, bf16, fp16 or float64; inside autocast it is cast as a linear layer's.
+        hidden_ND: fp32, bf16, fp16 or float64; inside autocast it is cast as a linear layer's. Of
+            tokens along several axes, [B, T, D], the teacher's are [B, T, ...], too (of those with
+            a share of the tokens each: [M, E], and places count through all axes).
         weight_VD: of the same type.
         bias_V: likewise.
         teacher: whose divergence (classes of ``dskd/batch.py``); several linear ones have a share
@@ -84,12 +87,17 @@ def linear_kd(
             teacher apart by 0.5, 0.1, 0.03, 0.01): 2, 6, 18, 66 %; with fp32 0.2 % throughout.
         chunk: tokens per chunk; by default what a fixed budget of memory holds.
 
+        label_weight: by default 1 without a teacher.
+
     The other arguments are those of :func:`~dskd.fused.dense.dense_kd`.
 
     Raises:
-        ValueError: an argument of a wrong shape, type, device or range, named.
+        ValueError: an argument of a wrong shape, device or range, named.
+        TypeError: one that is no tensor, or of no such numbers, named.
     """
-    hidden_ND, weight_VD, bias_V = autocast(hidden_ND, weight_VD, bias_V)
+    tokens = Tokens.of("hidden", hidden_ND)
+    hidden_ND, teacher = tokens.rows("hidden", hidden_ND), tokens.teacher(teacher)
+    hidden_ND, weight_VD, bias_V = autocast("", hidden_ND, weight_VD, bias_V)
     check_head("", hidden_ND, weight_VD, bias_V)
     columns, dtype = len(weight_VD), logits_dtype or wide(hidden_ND.dtype)
     dtypes = dict.fromkeys((hidden_ND.dtype, wide(hidden_ND.dtype)))
@@ -108,9 +116,17 @@ def linear_kd(
         found.form == "mixed" and dtype != wide(dtype),
         lambda: f"logits_dtype: a mixture is made in fp32, not in {dtype}",
     )
-    weight = 0.0 if teacher is None else weight
+    if teacher is None:
+        weight = 0.0
+        label_weight = 1.0 if label_weight is None and labels_N is not None else label_weight
     weights = weights_of(
-        logits_NV, labels_N, ignore_index, columns, weight, reverse_weight, label_weight
+        logits_NV,
+        tokens.each("labels", labels_N),
+        ignore_index,
+        columns,
+        tokens.each("weight", weight),
+        tokens.each("reverse_weight", reverse_weight),
+        tokens.each("label_weight", label_weight),
     )
     refuse(
         teacher is None and weights.label_N is None, lambda: "teacher: neither a teacher nor labels"
@@ -127,7 +143,7 @@ def linear_kd(
     how = (found.form, kind, float(beta), temperature, maps, found.mixture)
     loss = (found.tensors, *weights, *how)
     losses = detached(_linear(*inputs, *loss, dtype, chunk or 0, needs))
-    return losses if places_N is None else _out_of_order(losses, places_N)
+    return tokens.losses(losses if places_N is None else _out_of_order(losses, places_N))
 
 
 def _in_order(values: TokenWeights, places_N: Tensor) -> TokenWeights:

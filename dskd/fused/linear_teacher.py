@@ -29,6 +29,7 @@ from dskd.fused.arguments import (
     matrix,
     refuse,
     teacher_columns,
+    tensor,
     unit_columns,
 )
 from dskd.fused.mixed_topk import Kept, mixed_topk, topk_confidence
@@ -85,7 +86,7 @@ def form_of(
         return TeacherForm("dense", tensors, shared < columns)
     if isinstance(teacher, LinearTeacher | LinearTeachers | LinearMixture):
         return _linear(teacher, logits_NV, columns, vocabulary)
-    raise ValueError(
+    raise TypeError(
         f"teacher: must be a DenseTeacher, LinearTeacher, LinearTeachers, LinearMixture, "
         f"TopKTeacher, MixedTopK or None, not {type(teacher).__name__}"
     )
@@ -136,9 +137,15 @@ def tail_of(teacher: TopKTeacher, mode: str, temperature: float) -> Tensor | Non
     return stored[temperature]
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The operands of a linear layer as autocast would cast them."""
-    device = tensors[0].device.type
+def autocast(
+    owner: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> list[Tensor | None]:
+    """The operands of a linear layer as autocast would cast them; ``owner`` begins their names."""
+    named = (("hidden", hidden), ("weight", weight), ("bias", bias))
+    tensors = (hidden, weight, bias)
+    for name, value in named if bias is not None else named[:2]:
+        tensor(f"{owner}{name}", value)
+    device = hidden.device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
@@ -229,7 +236,7 @@ def _heads(
     for k, teacher in enumerate(teachers):
         name = f"teachers[{k}]'s " if len(teachers) > 1 else "teacher's "
         hidden_ME, weight_WE, bias_W = autocast(
-            teacher.hidden_NE, teacher.weight_VE, teacher.bias_V
+            name, teacher.hidden_NE, teacher.weight_VE, teacher.bias_V
         )
         check_head(name, hidden_ME, weight_WE, bias_W)
         matrix(f"{name}hidden", hidden_ME, rows=rows, like=logits_NV)

@@ -18,6 +18,7 @@ from dskd.fused.arguments import (
     map_of,
     matrix,
     refuse,
+    refuse_kind,
     temperature_of,
     unit_columns,
     wide,
@@ -26,6 +27,7 @@ from dskd.fused.backend import row_functions
 from dskd.fused.chunking import chunk_of, chunks
 from dskd.fused.gradients import operator, total_of
 from dskd.fused.per_token import mixture_weights
+from dskd.fused.tokens import Tokens
 
 
 def mixture_kd(
@@ -50,15 +52,24 @@ def mixture_kd(
             of the same columns, or of disjoint classes (MUKI), or any mix. Where one has another
             type than the student, all are read in fp32 (float64 for a float64 student), of which
             a chunk of tokens is made at a time.
-        weights_Nn: at least 0, without gradient; a row of zeros is a token that does not count.
+            Tokens of all may lie along several axes, [B, T, V] and weights [B, T, n], as those of
+            :func:`~dskd.fused.dense.dense_kd`.
+        weights_Nn: at least 0, numbers or a mask, without gradient; a row of zeros is a token that
+            does not count.
         firsts: by default all 0.
         out: takes the gradient, for a caller without autograd; it may be ``student_NV``.
 
     Raises:
-        ValueError: an argument of a wrong shape, type, device or range, named.
+        ValueError: an argument of a wrong shape, device or range, named.
+        TypeError: one that is no tensor, or of no such numbers, named.
     """
+    refuse_kind(
+        not isinstance(teachers, Sequence), lambda: "teachers: must be a list, of logits of each"
+    )
+    tokens = Tokens.of("student", student_NV)
+    student_NV, weights_Nn = tokens.rows("student", student_NV), tokens.rows("weights", weights_Nn)
+    teachers = [tokens.rows(f"teachers[{k}]", logits) for k, logits in enumerate(teachers)]
     matrix("student", student_NV)
-    refuse(isinstance(teachers, Tensor), lambda: "teachers: must be a list of matrices")
     refuse(not teachers, lambda: "teachers: there are none")
     firsts = [0] * len(teachers) if firsts is None else [int(first) for first in firsts]
     refuse(
@@ -75,7 +86,7 @@ def mixture_kd(
         temperature_of(temperature),
         [*map_of("student_map", student_map)],
     )
-    return _operator(student_NV, arguments, out)
+    return tokens.losses(_operator(student_NV, arguments, tokens.room("out", out)))
 
 
 def _check_teacher(name: str, logits: Tensor, first: int, student_NV: Tensor) -> None:

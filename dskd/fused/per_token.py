@@ -19,13 +19,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dskd.fused.arguments import FLOATING, TokenWeight, beside, refuse, wide
+from dskd.fused.arguments import (
+    FLOATING,
+    TokenWeight,
+    beside,
+    refuse,
+    refuse_kind,
+    tensor,
+    wide,
+)
 
 DEBUG = os.environ.get("DSKD_DEBUG", "0") not in ("", "0")
 """Whether values on a GPU are looked at too, which waits for the device."""
 
 Named = tuple[str, Tensor]
 """An argument's name, and the weights that it gives each token."""
+
+_WHOLE = (torch.int32, torch.int64)
+_MASKS = (torch.bool, torch.uint8, *_WHOLE)
+"""What a mask is kept in, of bools or, as an attention mask, of numbers."""
 
 _KEPT: ContextVar[list[Named] | None] = ContextVar("kept_weights", default=None)
 
@@ -46,31 +58,45 @@ def weights_of(
     columns: int,
     weight: TokenWeight,
     reverse_weight: TokenWeight | None,
-    label_weight: TokenWeight,
+    label_weight: TokenWeight | None,
 ) -> TokenWeights:
     """Fold scalars, vectors and ``ignore_index`` into weight vectors.
 
     A token labelled ``ignore_index`` counts for nothing, neither its label nor its divergence, and
-    its weights may be anything.
+    its weights may be anything. A ``label_weight`` of None is 0 without labels, and else refused.
     """
-    counted_N = None if labels_N is None else labels_of(labels_N, logits_NV) != ignore_index
+    labels_N = None if labels_N is None else labels_of(labels_N, logits_NV)
+    counted_N = None if labels_N is None else labels_N != ignore_index
     divergence_N = _weight("weight", weight, logits_NV, counted_N)
     reverse_N = None
     if reverse_weight is not None:
         reverse_N = _weight("reverse_weight", reverse_weight, logits_NV, counted_N)
-    unlabelled = isinstance(label_weight, float | int) and label_weight == 0
+    unlabelled = label_weight is None or _is_zero(label_weight)
     if labels_N is None:
         refuse(not unlabelled, lambda: "label_weight: is not 0, and there are no labels")
         return TokenWeights(divergence_N, reverse_N, None, None)
     in_range("labels", labels_N, columns, counted_N)
+    refuse(
+        label_weight is None,
+        lambda: (
+            "label_weight: missing; how much do the labels count beside the teacher? (0: they only "
+            "say which tokens are ignored)"
+        ),
+    )
     if unlabelled:
         return TokenWeights(divergence_N, reverse_N, None, None)
     label_N = _weight("label_weight", label_weight, logits_NV, counted_N)
     return TokenWeights(divergence_N, reverse_N, labels_N, label_N)
 
 
+def _is_zero(weight: TokenWeight) -> bool:
+    return isinstance(weight, float | int) and weight == 0
+
+
 def _weight(name: str, value: TokenWeight, logits_NV: Tensor, counted_N: Tensor | None) -> Tensor:
     """A weight of every token [N], 0 for those that do not count."""
+    if isinstance(value, Tensor) and value.dtype in _MASKS:
+        value = value.to(wide(logits_NV.dtype))
     weight_N = vector(name, value, logits_NV)
     if counted_N is not None:
         weight_N = weight_N.where(counted_N, 0.0)
@@ -81,11 +107,13 @@ def _weight(name: str, value: TokenWeight, logits_NV: Tensor, counted_N: Tensor 
 
 def mixture_weights(weights_Nn: Tensor, student_NV: Tensor, teachers: int) -> None:
     """Check the weights of a mixture of so many teachers."""
-    shape, wanted_shape = tuple(weights_Nn.shape), (student_NV.shape[0], teachers)
-    refuse(
-        shape != wanted_shape or weights_Nn.dtype not in FLOATING,
-        lambda: f"weights: must be floating-point {list(wanted_shape)}, not {shape}",
+    tensor("weights", weights_Nn)
+    refuse_kind(
+        weights_Nn.dtype not in (*FLOATING, *_MASKS),
+        lambda: f"weights: must be floating-point, or a mask, not {weights_Nn.dtype}",
     )
+    shape, wanted_shape = tuple(weights_Nn.shape), (student_NV.shape[0], teachers)
+    refuse(shape != wanted_shape, lambda: f"weights: must be {list(wanted_shape)}, not {shape}")
     beside("weights", weights_Nn, student_NV)
     finite_weights("weights", weights_Nn.detach())
     if looks(weights_Nn):
@@ -96,6 +124,10 @@ def vector(name: str, value: TokenWeight, logits_NV: Tensor) -> Tensor:
     """A number or [N] as a contiguous [N] in the wide dtype."""
     dtype, count = wide(logits_NV.dtype), len(logits_NV)
     if not isinstance(value, Tensor):
+        refuse_kind(
+            not isinstance(value, float | int),
+            lambda: f"{name}: must be a number, or a tensor, not {type(value).__name__}",
+        )
         refuse(not -torch.inf < value < torch.inf, lambda: f"{name}: must be finite, not {value}")
         # not torch.full: torch.compile would write the number into its code, as one of many
         return torch.ones(count, dtype=dtype, device=logits_NV.device) * value
@@ -105,23 +137,31 @@ def vector(name: str, value: TokenWeight, logits_NV: Tensor) -> Tensor:
 
 def each_token(name: str, value: Tensor, logits_NV: Tensor) -> None:
     """Check floating-point numbers [N] on the logits' device."""
+    tensor(name, value)
     _check_vector(name, value, logits_NV)
-    refuse(
+    refuse_kind(
         value.dtype not in FLOATING, lambda: f"{name}: must be floating-point, not {value.dtype}"
     )
 
 
 def labels_of(labels_N: Tensor, logits_NV: Tensor) -> Tensor:
-    """The labels, of the right shape and type."""
+    """The labels in int64, of the right shape."""
+    tensor("labels", labels_N)
     _check_vector("labels", labels_N, logits_NV)
-    refuse(labels_N.dtype != torch.int64, lambda: f"labels: must be int64, not {labels_N.dtype}")
-    return labels_N
+    refuse_kind(
+        labels_N.dtype not in _WHOLE,
+        lambda: f"labels: must be int64 or int32, not {labels_N.dtype}",
+    )
+    return labels_N.long()
 
 
 def places_of(places_N: Tensor, logits_NV: Tensor) -> Tensor:
     """Places of the right shape and type; where one looks, of every token once."""
+    tensor("places", places_N)
     _check_vector("places", places_N, logits_NV)
-    refuse(places_N.dtype != torch.int64, lambda: f"places: must be int64, not {places_N.dtype}")
+    refuse_kind(
+        places_N.dtype != torch.int64, lambda: f"places: must be int64, not {places_N.dtype}"
+    )
     if looks(places_N):
         count = len(places_N)
         once = torch.equal(places_N.sort().values, torch.arange(count, device=places_N.device))

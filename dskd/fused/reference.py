@@ -34,6 +34,7 @@ from dskd.fused.arguments import (
     floating_matrix,
     map_of,
     refuse,
+    refuse_kind,
     temperature_of,
 )
 from dskd.fused.per_token import each_token, in_range, labels_of, mixture_weights
@@ -44,7 +45,7 @@ def mapped(logits: Tensor, scale: float = 1.0, softcap: float = 0.0) -> Tensor:
 
     A masked logit stays masked: ``-inf`` is mapped to ``-inf``.
     """
-    refuse(
+    refuse_kind(
         logits.dtype not in FLOATING, lambda: f"logits: must be floating-point, not {logits.dtype}"
     )
     map_of("map", LogitMap(scale, softcap))
@@ -57,7 +58,7 @@ def mapped(logits: Tensor, scale: float = 1.0, softcap: float = 0.0) -> Tensor:
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """``-log softmax(logits_n)[label_n]`` [N], labels int64; 0 where a label is negative."""
     floating_matrix("logits", logits_NV)
-    labels_of(labels_N, logits_NV)
+    labels_N = labels_of(labels_N, logits_NV)
     labelled_N = labels_N >= 0
     in_range("labels", labels_N, logits_NV.shape[1], labelled_N)
     index_N1 = torch.where(labelled_N, labels_N, 0)[:, None]
@@ -253,7 +254,9 @@ def _check_kept(
         lambda: f"ids: must be [{count}, K], not {shape}",
     )
     integers = (torch.int32, torch.int64)
-    refuse(ids_NK.dtype not in integers, lambda: f"ids: must be int32 or int64, not {ids_NK.dtype}")
+    refuse_kind(
+        ids_NK.dtype not in integers, lambda: f"ids: must be int32 or int64, not {ids_NK.dtype}"
+    )
     in_range("ids", ids_NK, columns, ids_NK >= 0)
     floating_matrix("logprobs", logprobs_NK, like=student_NV)
     refuse(

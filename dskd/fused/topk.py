@@ -10,6 +10,7 @@ from torch import Tensor
 from dskd.fused.arguments import SAME, LogitMap, Losses, TokenWeight, map_of, matrix, temperature_of
 from dskd.fused.logit_loss import NO_BETA, LossForm, logit_loss
 from dskd.fused.per_token import weights_of
+from dskd.fused.tokens import Tokens
 from dskd.fused.topk_teacher import check_masses, topk_of
 
 
@@ -23,7 +24,7 @@ def topk_kd(
     mode: str = "tail",
     temperature: float = 1.0,
     weight: TokenWeight = 1.0,
-    label_weight: TokenWeight = 0.0,
+    label_weight: TokenWeight | None = None,
     ignore_index: int = -100,
     student_map: LogitMap = SAME,
     out: Tensor | None = None,
@@ -47,8 +48,14 @@ def topk_kd(
     The other arguments are those of :func:`~dskd.fused.dense.dense_kd`.
 
     Raises:
-        ValueError: an argument of a wrong shape, type, device or range, named.
+        ValueError: an argument of a wrong shape, device or range, named.
+        TypeError: one that is no tensor, or of no such numbers, named.
     """
+    tokens = Tokens.of("student", student_NV)
+    student_NV, ids_NK = tokens.rows("student", student_NV), tokens.rows("ids", ids_NK)
+    logprobs_NK, tail_N = tokens.rows("logprobs", logprobs_NK), tokens.each("tail", tail_N)
+    labels_N, weight = tokens.each("labels", labels_N), tokens.each("weight", weight)
+    label_weight = tokens.each("label_weight", label_weight)
     matrix("student", student_NV)
     columns = student_NV.shape[1]
     kept = topk_of(ids_NK, logprobs_NK, tail_N, mode, student_NV, columns)
@@ -59,4 +66,4 @@ def topk_kd(
     teacher = [part for part in kept if part is not None]
     heat, maps = temperature_of(temperature), [*map_of("student_map", student_map)]
     loss = LossForm("topk", teacher, weights, mode, NO_BETA, heat, maps)
-    return logit_loss(student_NV, loss, out)
+    return tokens.losses(logit_loss(student_NV, loss, tokens.room("out", out)))

@@ -19,11 +19,21 @@ import torch
 from torch import Tensor
 
 from dskd.batch import ProjectedTeacher, TopKTeacher
-from dskd.fused.arguments import MODES, beside, matrix, refuse, temperature_of, wide
+from dskd.fused.arguments import (
+    MODES,
+    beside,
+    matrix,
+    refuse,
+    refuse_kind,
+    temperature_of,
+    tensor,
+    wide,
+)
 from dskd.fused.backend import on_triton
 from dskd.fused.chunking import chunk_of
 from dskd.fused.per_token import in_range, looks, vector
 from dskd.fused.through_head import through_head
+from dskd.fused.tokens import Tokens
 
 MOST_KEPT = 4096
 """Kept tokens of a row that the kernels hold in the registers of 1024 threads."""
@@ -40,7 +50,8 @@ def topk_teacher(logits_NV: Tensor, k: int, temperatures: float | Sequence[float
 
     Args:
         logits_NV: of any floating type, V exactly the real vocabulary (no padding columns); may
-            hold -inf. No gradient.
+            hold -inf; of tokens along any axes, [B, T, V], which what is made of them has, too. No
+            gradient.
         k: tokens to keep, from 1 to V.
         temperatures: one or several, at which losses will be taken.
 
@@ -52,6 +63,8 @@ def topk_teacher(logits_NV: Tensor, k: int, temperatures: float | Sequence[float
         ValueError: an argument of a wrong shape, type or range, named; a row is NaN, infinite, or
             -inf throughout (looked at on a CPU, and in debug mode).
     """
+    tokens = Tokens.of("logits", logits_NV)
+    logits_NV = tokens.rows("logits", logits_NV)
     matrix("logits", logits_NV)
     columns = logits_NV.shape[1]
     refuse(
@@ -69,7 +82,7 @@ def topk_teacher(logits_NV: Tensor, k: int, temperatures: float | Sequence[float
                 f"logits: row {int(wrong_N.nonzero()[0, 0])} is NaN, infinite, or -inf throughout"
             ),
         )
-    return teacher
+    return tokens.back(teacher)
 
 
 @torch.no_grad()
@@ -125,6 +138,8 @@ def topk_of(
 
     What the numbers are is left to :func:`check_masses`, which needs to know what counts.
     """
+    tensor("ids", ids_NK)
+    tensor("logprobs", logprobs_NK)
     refuse(mode not in MODES, lambda: f"mode: {mode!r} is not one of {', '.join(MODES)}")
     count, dtype = len(student_NV), wide(student_NV.dtype)
     kept = ids_NK.shape[1] if ids_NK.dim() == 2 else 0
@@ -134,7 +149,9 @@ def topk_of(
     )
     refuse_many(ids_NK, student_NV)
     integers = (torch.int32, torch.int64)
-    refuse(ids_NK.dtype not in integers, lambda: f"ids: must be int32 or int64, not {ids_NK.dtype}")
+    refuse_kind(
+        ids_NK.dtype not in integers, lambda: f"ids: must be int32 or int64, not {ids_NK.dtype}"
+    )
     beside("ids", ids_NK, student_NV)
     check_ids(ids_NK, columns)
     matrix("logprobs", logprobs_NK, rows=count, like=student_NV)

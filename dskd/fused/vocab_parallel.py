@@ -40,6 +40,7 @@ from dskd.fused.arguments import (
 from dskd.fused.backend import row_functions
 from dskd.fused.gradients import detached, refuse_second_order, room, scaled, total_of, wanted
 from dskd.fused.per_token import TokenWeights, in_range, weights_of
+from dskd.fused.tokens import Tokens
 
 _SUMMED = ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 """Kinds whose slope has to be averaged over the whole vocabulary."""
@@ -56,7 +57,7 @@ def vocab_parallel_kd(
     temperature: float = 1.0,
     weight: TokenWeight = 1.0,
     reverse_weight: TokenWeight | None = None,
-    label_weight: TokenWeight = 0.0,
+    label_weight: TokenWeight | None = None,
     ignore_index: int = -100,
 ) -> Losses:
     """:func:`dskd.fused.dense.dense_kd` of logits whose columns are spread over a group.
@@ -70,7 +71,7 @@ def vocab_parallel_kd(
             widths may differ, and be 0.
         teacher_NS: the same columns of the teacher. S < R where its vocabulary ends earlier: the
             columns beyond have no probability. No gradient.
-        labels_N: int64, ids in the whole vocabulary.
+        labels_N: int64 or int32, ids in the whole vocabulary.
         group: the ranks that share the vocabulary.
         kind, beta, temperature, weight, reverse_weight, label_weight, ignore_index: see there.
 
@@ -78,20 +79,29 @@ def vocab_parallel_kd(
     rank has is a ValueError on a CPU and in debug mode; on a GPU its loss is infinite.
 
     Raises:
-        ValueError: an argument of a wrong shape, type, device or range, named. If it is wrong on
-            some ranks only, the others wait for them until the group's time is up.
+        ValueError: an argument of a wrong shape, device or range, named. If it is wrong on some
+            ranks only, the others wait for them until the group's time is up.
+        TypeError: one that is no tensor, or of no such numbers, named; likewise.
     """
+    tokens = Tokens.of("student", student_NR)
+    student_NR, teacher_NS = tokens.rows("student", student_NR), tokens.rows("teacher", teacher_NS)
     _check(student_NR, teacher_NS)
     kind_of(kind, beta, reverse_weight, teacher_NS.shape[1] < student_NR.shape[1])
     columns = sys.maxsize  # not yet known
     weights = weights_of(
-        student_NR, labels_N, ignore_index, columns, weight, reverse_weight, label_weight
+        student_NR,
+        tokens.each("labels", labels_N),
+        ignore_index,
+        columns,
+        tokens.each("weight", weight),
+        tokens.each("reverse_weight", reverse_weight),
+        tokens.each("label_weight", label_weight),
     )
     settings = {"beta": float(beta), "temperature": temperature_of(temperature)}
     case = _Case(unit_columns(teacher_NS.detach()), weights, group, kind, settings)
     if wanted(student_NR):
-        return detached(_VocabParallel.apply(student_NR, case))
-    return Losses(*_losses(student_NR, case, None))
+        return tokens.losses(detached(_VocabParallel.apply(student_NR, case)))
+    return tokens.losses(Losses(*_losses(student_NR, case, None)))
 
 
 class _Case(NamedTuple):

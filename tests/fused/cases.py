@@ -1,5 +1,7 @@
 """Logits, teachers, weights and heads for the tests of the public losses."""
 
+import re
+
 import torch
 
 from dskd import ops
@@ -19,6 +21,12 @@ KINDS = [kind for kind in ops.KINDS if kind != "mixed"]
 WEIGHT = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.5], dtype=torch.float64)
 REVERSE = torch.tensor([1.0, 0.0, 0.0, 0.5, 2.0], dtype=torch.float64)
 LABELS = torch.tensor([3, 0, 10, -100, 7])
+
+
+def error_of(message):
+    """The class of an error with this message: what is of a wrong kind is a TypeError."""
+    kind = re.search(r"must be (a [A-Z]|a list|a tensor|a number|floating|int)", message)
+    return TypeError if kind else ValueError
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

@@ -41,6 +41,22 @@ def test_torch_compile_takes_the_whole_function(form):
     )
 
 
+def test_torch_compile_takes_tokens_along_two_axes():
+    """In one graph, whatever their number is, with a mask and labels of 32 bits."""
+    weight_VD, calls = normal(V, D), []
+    for T in (2, 3, 5):
+        labels_BT = torch.arange(2 * T, dtype=torch.int32).view(2, T)
+        calls.append((normal(2, T, D, seed=T).requires_grad_(), normal(2, T, V), labels_BT))
+
+    def total(hidden_BTD, teacher_BTV, labels_BT):
+        how = {"teacher": DenseTeacher(teacher_BTV), "labels_N": labels_BT}
+        return ops.linear_kd(
+            hidden_BTD, weight_VD, weight=labels_BT > 1, label_weight=1.0, **how
+        ).total
+
+    assert compilations(total, calls) <= 2
+
+
 def compilations(function, calls):
     """How often a function is compiled for several calls, each as good as without."""
     torch._dynamo.reset()

@@ -74,6 +74,11 @@ class WeightInheritance(Method):
     ranking: Ranking | None = None
     """What is removed first: what has the smallest norms in all compactors of the ``group``, or in
     the ``original``'s one; null: the original's with rule original, else the group's."""
+    norms: Literal["huggingface", "uer"] = "huggingface"
+    """LayerNorm while training (rule original). ``huggingface``: the family's own, ``(x - mean) /
+    sqrt(variance + eps)``; ``uer``: of the paper's code, ``(x - mean) / (deviation + 1e-6)`` with
+    n - 1 in the deviation, for its very trajectory: a BERT of n = 768 then starts off its teacher
+    by 0.07 % in every norm. The export has HuggingFace's, its weights times sqrt((n - 1) / n)."""
     lr: float = Field(5e-5, gt=0)
     """Peak learning rate of the compactors; it follows the schedule of ``train.lr``."""
     compact: bool = True
@@ -120,6 +125,11 @@ class WeightInheritance(Method):
         if train.compile:
             raise ConfigError("train.compile: layers that method wid changes cannot be compiled")
         self._check_rule()
+        if self.norms == "uer" and config is not None and hasattr(config, "rms_norm_eps"):
+            raise ConfigError(
+                f"method.norms: uer is a LayerNorm, and a model of type {config.model_type} has "
+                f"RMSNorm; leave it out"
+            )
         if self.inherit is not None:
             self.inherit.check_teacher(run, "method.inherit")
         itself = isinstance(run.teacher, SelfTeacher) and run.teacher.weights == "current"
@@ -143,7 +153,7 @@ class WeightInheritance(Method):
     def _check_rule(self) -> None:
         """Refuse settings of the other rule only, unless at their defaults, as ``dskd settings``
         prints them."""
-        others = {"annealed": ("penalty",), "original": ("ramp", "anneal", "compact")}
+        others = {"annealed": ("penalty", "norms"), "original": ("ramp", "anneal", "compact")}
         for name in others[self.rule]:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError(f"method.{name}: of no use to rule {self.rule}; leave it out")
@@ -164,7 +174,7 @@ class WeightInheritance(Method):
     def hooks(self, student: PreTrainedModel, context: StageContext) -> StepHooks:
         """Put compactors into the student."""
         goals = self._cuts(student.config)
-        surgery = insert(student)
+        surgery = insert(student, "unbiased" if self.norms == "uer" else "biased")
         units = {
             name: Units(goals[name[0]], group.members, group.ranking, group.part, group.vectors)
             for name, group in surgery.groups.items()

@@ -29,7 +29,7 @@ from dskd.narrowing.layouts import (
     projected,
     widths_of,
 )
-from dskd.narrowing.masked_norm import MaskedLayerNorm, MaskedRMSNorm
+from dskd.narrowing.masked_norm import MaskedLayerNorm, MaskedRMSNorm, Statistics
 from dskd.narrowing.units import Whole, spread
 from dskd.narrowing.widths import Widths
 
@@ -40,11 +40,12 @@ entries."""
 
 @dataclass
 class Surgery:
-    """A student with compactors."""
+    """A student with compactors; ``statistics`` are those of its LayerNorms."""
 
     model: PreTrainedModel
     groups: dict[str, Group]
     merging: Merging
+    statistics: Statistics = "biased"
 
     def mask(self, keep: Keep) -> None:
         """Have the norms count the kept units only. All else stays as it is ("soft")."""
@@ -88,8 +89,9 @@ class Surgery:
         self.merging.forget()
 
 
-def insert(model: PreTrainedModel) -> Surgery:
-    """Give a model its compactors, in place.
+def insert(model: PreTrainedModel, statistics: Statistics = "biased") -> Surgery:
+    """Give a model its compactors, in place, and its LayerNorms these statistics (other than
+    "biased", they change its logits a little).
 
     Under ZeRO-3 within ``zero.sharded_construction``, so that the compactors are sharded at once.
 
@@ -104,8 +106,9 @@ def insert(model: PreTrainedModel) -> Surgery:
         model.set_submodule(own.path, compacted(layer, own.path, own.parts, merging))
     for path, _ in norms_of(config):
         norm = model.get_submodule(path)
-        masked = MaskedLayerNorm if isinstance(norm, nn.LayerNorm) else MaskedRMSNorm
-        model.set_submodule(path, masked(norm))
+        layer_norm = isinstance(norm, nn.LayerNorm)
+        masked = MaskedLayerNorm(norm, statistics) if layer_norm else MaskedRMSNorm(norm)
+        model.set_submodule(path, masked)
     summed = model.get_submodule(layout.summed)
     table = model.get_submodule(layout.tables[0]).weight
     embedded = CompactedEmbeddings(full_shape(table)[1], table)
@@ -114,7 +117,7 @@ def insert(model: PreTrainedModel) -> Surgery:
     projection = lm_head(config.model_type).projection
     model.set_submodule(projection, CompactedProjection(model.get_submodule(projection)))
     model.train(model.training)
-    return Surgery(model, groups_of(model), merging)
+    return Surgery(model, groups_of(model), merging, statistics)
 
 
 def replica(surgery: Surgery, whole: Whole) -> Surgery:
@@ -129,7 +132,7 @@ def replica(surgery: Surgery, whole: Whole) -> Surgery:
     # Flash attention is not for CPUs.
     model = construct(config, "eager", None, torch.float32, "the student's config")
     tie_head_bias(model)
-    twin = insert(model)
+    twin = insert(model, surgery.statistics)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(whole(name))

@@ -8,6 +8,7 @@ Shape letters: H units of the norm, h kept ones.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn.functional import layer_norm
 from dskd.fused.arguments import wide
 
 Statistics = Literal["biased", "unbiased"]
+UER_EPS = 1e-6
+"""Of the unbiased norm, which adds it to the deviation; HuggingFace's adds one to the variance."""
 
 
 class MaskedNorm(nn.Module):
@@ -49,18 +52,21 @@ class MaskedNorm(nn.Module):
 
 
 class MaskedLayerNorm(MaskedNorm):
-    """Takes over the weight, bias and eps of an ``nn.LayerNorm`` over the last axis.
+    """Takes over the weight and bias of an ``nn.LayerNorm`` over the last axis.
 
     Attributes:
-        statistics: "biased" is ``(x - mean) / sqrt(variance + eps)`` (HuggingFace), "unbiased"
-            ``(x - mean) / (deviation + eps)`` with n - 1 in the deviation's denominator (UER, which
-            WID was written in).
+        statistics: "biased" is ``(x - mean) / sqrt(variance + eps)`` (HuggingFace), with the eps of
+            the ``nn.LayerNorm``; "unbiased" ``(x - mean) / (deviation + eps)`` with n - 1 in the
+            deviation's denominator and ``UER_EPS`` (UER, which WID was written in).
     """
 
     def __init__(self, norm: nn.LayerNorm, statistics: Statistics = "biased") -> None:
         super().__init__(norm.weight, norm.eps)
         self.bias = norm.bias
         self.statistics = statistics
+        self._plain_eps = norm.eps
+        if statistics == "unbiased":
+            self.eps = UER_EPS
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] (or h) normalised; without a mask exactly as ``nn.LayerNorm`` does."""
@@ -77,6 +83,17 @@ class MaskedLayerNorm(MaskedNorm):
             count = x.shape[-1] if self.keep is None else self.keep.sum(dtype=wide_x.dtype)
             normal = centred / ((variance * (count / (count - 1))).sqrt() + self.eps)
         return (normal * weight + bias).to(x.dtype)
+
+    @torch.no_grad()
+    def become_biased(self, count: int) -> None:
+        """From now on be HuggingFace's norm of ``count`` units, of the same values but for eps."""
+        self.weight.mul_(biased_scale(count))
+        self.statistics, self.eps = "biased", self._plain_eps
+
+
+def biased_scale(count: int) -> float:
+    """What the weight of an unbiased norm of ``count`` units is multiplied by in a biased one."""
+    return math.sqrt((count - 1) / count)
 
 
 class MaskedRMSNorm(MaskedNorm):

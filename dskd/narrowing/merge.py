@@ -5,8 +5,9 @@ For a linear map from group ``in`` to group ``out``, with the kept units' indice
     W_small = CR[o, :] W CL[:, i],   b_small = (CR b)[o],
 
 for embeddings E CR[o, :]^T, for the vocabulary projection W CL[:, i]; norms' weights are selected.
-Nothing is rescaled but the queries (``narrow.py``). It is the student's function exactly where
-removed units' compactor entries are 0, and :func:`check_exact` measures how far it is from that.
+Nothing is rescaled but the queries (``narrow.py``) and the weights of UER's norms. It is the
+student's function exactly where removed units' compactor entries are 0, and :func:`check_exact`
+measures how far it is from that.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from dskd.models.build import construct
 from dskd.models.families import tie_head_bias
 from dskd.narrowing.compactors import MergedLayer
 from dskd.narrowing.insert import Keep, Surgery, kept_widths, replica
-from dskd.narrowing.layouts import Map, kept_entries, layout_of
+from dskd.narrowing.layouts import Map, kept_entries, layout_of, norms_of
+from dskd.narrowing.masked_norm import biased_scale
 from dskd.narrowing.narrow import narrow, narrowed_config
 from dskd.narrowing.units import Whole, spread
 from dskd.system import dist
@@ -53,7 +55,13 @@ def merged_student(surgery: Surgery, keep: Keep, whole: Whole | None = None) -> 
     Raises:
         DskdError: the kept units are not those of a model of the family.
     """
-    return narrow(_Compacted(surgery, whole), keep)
+    small = narrow(_Compacted(surgery, whole), keep)
+    if surgery.statistics == "unbiased":
+        with torch.no_grad():
+            for path, _ in norms_of(small.config):
+                weight = small.get_submodule(path).weight
+                weight.mul_(biased_scale(len(weight)))
+    return small
 
 
 class _Compacted:
@@ -118,7 +126,8 @@ class Exactness(NamedTuple):
 
     Attributes:
         soft: largest difference of logits between the student as it is and the merged one.
-        hard: the same with removed units' compactor entries set to 0.
+        hard: the same with removed units' compactor entries set to 0, and UER's norms as they are
+            exported: HuggingFace's, which differ by their eps.
         removed: largest norm of a removed unit in a compactor.
         where: that compactor's name.
     """
@@ -198,6 +207,8 @@ def check_exact(
     merged_logits = _logits(merged, batch)
     as_is = _logits(student.model, batch) - merged_logits
     zero_removed(student, keep)
+    if student.statistics == "unbiased":
+        _plain_norms(student, keep)
     hard = _logits(student.model, batch) - merged_logits
     found = Exactness(float(as_is.abs().max()), float(hard.abs().max()), removed, where)
     largest = float(merged_logits.abs().max())
@@ -219,6 +230,14 @@ def check_exact(
             f"method.rule annealed, which makes them exactly 0"
         )
     return found
+
+
+def _plain_norms(student: Surgery, keep: Keep) -> None:
+    for name, group in student.groups.items():
+        for path in group.norms:
+            norm = student.model.get_submodule(path)
+            norm.become_biased(int(spread(keep[name], len(norm.weight)).sum()))
+    student.statistics = "biased"
 
 
 def largest_removed(student: Surgery, keep: Keep) -> tuple[float, str]:

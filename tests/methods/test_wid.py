@@ -15,11 +15,13 @@ from dskd.engine.shards import ParameterShards
 from dskd.methods.base import build_method
 from dskd.methods.wid import Narrowing
 from dskd.narrowing.insert import Surgery
+from dskd.narrowing.masked_norm import MaskedNorm
 from dskd.narrowing.merge import Exactness
 from dskd.runs.context import RunContext
 from dskd.settings.run import Run, Train
 from dskd.training.learning_rate import learning_rate
 from tests.batches import batch_of
+from tests.models.tiny import make
 from tests.narrowing.wid_golden import (
     GOLDEN,
     assert_matches,
@@ -68,7 +70,12 @@ def narrowing(
     train: dict[str, Any], deepspeed: str = "zero0",
 ) -> tuple[Narrowing, Train]:  # fmt: skip
     """The hooks of a student that has its compactors already."""
-    monkeypatch.setattr(dskd.methods.wid, "insert", lambda model: surgery)
+
+    def inserted(model: torch.nn.Module, statistics: str) -> Surgery:
+        assert (model, statistics) == (surgery.model, surgery.statistics)
+        return surgery
+
+    monkeypatch.setattr(dskd.methods.wid, "insert", inserted)
     run = Run(model={"path": "teacher"}, method=method, train=Train(**train), deepspeed=deepspeed)
     built = build_method(method)
     built.check(run, surgery.model.config)
@@ -105,7 +112,7 @@ def test_the_originals_trajectory(monkeypatch, case):
     method = {
         "kind": "wid", "rule": "original", "strategy": case["strategy"],
         "hidden_size": config["target"], "every": options["w_step"], "penalty": options["lam"],
-        "lr": options["clr"],
+        "lr": options["clr"], "norms": TRAJECTORY["ln"],
     }  # fmt: skip
     train = {
         "steps": options["total"], "warmup": round(options["warmup"] * options["total"]),
@@ -125,6 +132,21 @@ def test_the_originals_trajectory(monkeypatch, case):
         if golden.endswith(("CL", "CR")):
             found = found + torch.eye(len(found))
         assert_matches(found, numbers, 1e-6)
+
+
+def test_norms_are_the_family_s_or_those_of_the_originals_code():
+    """UER's have n - 1 in the deviation and an eps of their own, in all places of a BERT."""
+    kinds = set()
+    for norms in ("huggingface", "uer"):
+        method = build_method(ORIGINAL | {"norms": norms})
+        run = Run(model={"path": "teacher"}, train=Train(steps=16, clip=0.0))
+        model = make("bert")
+        context = RunContext(run, method, torch.device("cpu"))
+        method.hooks(model, context)
+        found = [x for x in model.modules() if isinstance(x, MaskedNorm)]
+        kinds |= {(norms, x.statistics, x.eps) for x in found}
+        assert len(found) == 2 * model.config.num_hidden_layers + 2
+    assert kinds == {("huggingface", "biased", 1e-12), ("uer", "unbiased", 1e-6)}
 
 
 TEACHER = BertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=64)

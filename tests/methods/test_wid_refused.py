@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from dskd.errors import ConfigError
 from dskd.methods.base import build_method
@@ -38,6 +38,7 @@ REFUSED = [
     (ORIGINAL, {"precision": "fp16"}, "zero1", r"train\.precision: rule original"),
     (ORIGINAL, {"steps": 15}, "zero0", r"method\.every: 1 .* removed after step 16, .* is 15"),
     ({"penalty": 10.0}, {}, "zero0", r"method\.penalty: of no use to rule annealed"),
+    ({"norms": "uer"}, {}, "zero0", r"method\.norms: of no use to rule annealed; leave it out"),
     (ORIGINAL | {"penalty": 0}, {}, "zero0", r"method\.penalty: .*greater than 0"),
     (ORIGINAL | {"ramp": 8}, {}, "zero0", r"method\.ramp: of no use to rule original"),
     (ORIGINAL | {"anneal": 400}, {}, "zero0", r"method\.anneal: of no use to rule original"),
@@ -67,6 +68,18 @@ def test_what_can_be_is_not(tmp_path):
     check({}, {"steps": None, "epochs": 0.1})  # so many steps as its rows will make
     check({}, {}, "zero2_offload")
     check(ORIGINAL, {"steps": 16})
+
+
+def test_a_layer_norm_is_refused_where_there_is_none():
+    """A Llama has RMSNorm; where its config is not known yet, it is asked again."""
+    uer = ORIGINAL | {"norms": "uer"}
+    check(uer, {"steps": 16})
+    llama = LlamaConfig(hidden_size=32, num_attention_heads=4, intermediate_size=64)
+    with pytest.raises(
+        ConfigError, match=r"^method\.norms: uer is a LayerNorm, and .* llama has R"
+    ):
+        check(uer, {"steps": 16}, config=llama)
+    check(uer, {"steps": 16}, config=None)
 
 
 def test_a_random_student_is_refused():

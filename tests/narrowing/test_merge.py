@@ -21,13 +21,13 @@ from dskd.narrowing.merge import (
 from dskd.narrowing.narrow import narrowed_config
 from dskd.narrowing.widths import Widths
 from dskd.system.dist import sum_over_ranks
+from tests.batches import batch_of
 from tests.models.tiny import auto_of, batch, tokenizer, zero3
 from tests.narrowing.test_insert import golden_keep, golden_logits
 from tests.narrowing.wid_golden import (
     GOLDEN,
     assert_matches,
     parameter_name,
-    set_statistics,
     student,
 )
 from tests.narrowing.wid_students import SHAPES, logits_of, small_student
@@ -82,11 +82,38 @@ def test_logits_of_the_originals_export(strategy):
 
 
 @pytest.mark.parametrize("strategy", ["dim", "head"])
+def test_norms_of_the_originals_code_are_exported_as_huggingfaces(strategy):
+    """Of the same logits but for the eps, which the comparison of both tells apart from a mistake;
+    the weights of the others are what they are by HuggingFace's norms."""
+    surgery, keep = (
+        student(MODEL["config"], identity=False, statistics="uer"),
+        golden_keep(strategy),
+    )
+    zero_removed(surgery, keep)
+    merged = merged_student(surgery, keep).eval()
+    ids_BT = torch.tensor(MODEL["src"])
+    rows = batch_of(ids_BT, ids_BT=ids_BT)
+    found = check_exact(surgery, merged, keep, rows, soft=False)
+    assert found.hard < 1e-12 < found.soft < 1e-4
+    assert surgery.statistics == "biased"  # as it was exported
+    plain = student(MODEL["config"], identity=False, statistics="hf")
+    zero_removed(plain, keep)
+    same = merged_student(plain, keep)
+    for name, parameter in merged.named_parameters():
+        ratio = (7 / 8) ** 0.5 if name.endswith("LayerNorm.weight") else 1.0
+        torch.testing.assert_close(parameter, ratio * same.get_parameter(name), rtol=1e-12, atol=0)
+    wrong = student(MODEL["config"], identity=False, statistics="uer")
+    zero_removed(wrong, keep)
+    with pytest.raises(DskdError, match="export: the merged model is not the trained one"):
+        check_exact(wrong, same.eval(), keep, rows, soft=False)
+
+
+@pytest.mark.parametrize("strategy", ["dim", "head"])
 def test_the_attention_scale_is_folded_where_heads_narrow(strategy):
     """Undone, logits differ by what the original's own convert.py is off."""
     surgery = student(MODEL["config"], identity=False, statistics="hf")
-    merged = insert(merged_student(surgery, golden_keep(strategy)).eval()).model
-    set_statistics(merged, "uer")  # of which the number is
+    small = merged_student(surgery, golden_keep(strategy)).eval()
+    merged = insert(small, "unbiased").model  # of which the number is
     logits = golden_logits(merged).detach()
     for layer in merged.bert.encoder.layer:
         attention = layer.attention.self

@@ -7,12 +7,11 @@ Golden names: ``emb``, ``L<layer>.{q,k,v,o,f1,f2}``, ``mlm1``, ``mlm2`` with ``W
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
 from dskd.models.families import tie_head_bias
 from dskd.narrowing.insert import Surgery, insert
-from dskd.narrowing.masked_norm import MaskedNorm
 from tests import goldens
 
 GOLDEN = goldens.golden("wid")
@@ -88,7 +87,7 @@ def student(config: dict[str, int], *, identity: bool, statistics: str) -> Surge
     hf = BertConfig(**sizes, **still, type_vocab_size=3, tie_word_embeddings=False)
     model = BertForMaskedLM(hf).double().train()
     tie_head_bias(model)
-    surgery = insert(model)
+    surgery = insert(model, {"uer": "unbiased", "hf": "biased"}[statistics])
     filled = set()
     for golden, _, index, scale, shift in GOLDEN["model"]["params"]:
         parameter = model.get_parameter(parameter_name(golden))
@@ -101,16 +100,7 @@ def student(config: dict[str, int], *, identity: bool, statistics: str) -> Surge
             elif not identity:
                 parameter.copy_(real(index, parameter.shape, scale))
     assert filled == {id(p) for p in model.parameters()}
-    set_statistics(model, statistics)
     return surgery
-
-
-def set_statistics(model: nn.Module, statistics: str) -> None:
-    """Norms of UER (``uer``) or HuggingFace (``hf``)."""
-    if statistics == "uer":
-        for module in model.modules():
-            if isinstance(module, MaskedNorm):
-                module.statistics, module.eps = "unbiased", 1e-6
 
 
 def assert_matches(found: Tensor, golden: dict, tolerance: float) -> None:

@@ -20,6 +20,7 @@ _SETTINGS = "settings file and overrides: [FILE.yaml] [a.b=value ...]; none: the
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "convert": ("write a fairseq, UER or LAMOL model as a folder", "dskd.convert.command:main"),
     "hard-tokens": ("say which tokens are hard for a run's model", "dskd.hardness.report:main"),
     "generate": ("write how a causal model goes on with prompts", "dskd.runs.generate:main"),
     "predict": ("write a classifier's label and probabilities of rows", "dskd.runs.predict:main"),

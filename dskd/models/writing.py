@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dskd.engine.zero import full_shape, gathered
 from dskd.errors import DiskError
@@ -28,7 +28,7 @@ SHARD_BYTES = 4_000_000_000
 
 def export(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     *,
     card: Mapping[str, Any],
@@ -42,7 +42,7 @@ def export(
     Args:
         model: the HuggingFace model, in the dtype it is to be stored in, unless there are
             ``masters``.
-        tokenizer: the data's.
+        tokenizer: the data's; None: there is none to lie beside the weights.
         folder: replaced if it exists.
         card: what the model card tells, value by heading; ``title`` is its first line.
         masters: the fp32 values of a trained parameter, in its shape, by its name (collective),
@@ -156,7 +156,7 @@ def _make_empty(folder: Path) -> None:
 
 def _describe(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     files: Mapping[str, Mapping[str, Tensor]],
     stored: _Stored,
     card: Mapping[str, Any],
@@ -169,14 +169,8 @@ def _describe(
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = longest_row(model.config)
-    names = tokenizer.model_input_names
-    if "token_type_ids" in names and not has_types(model.config):
-        # Its forward pass may not even take them, and no training gave it any.
-        names = [name for name in names if name != "token_type_ids"]
-        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        _save_tokenizer(tokenizer, model.config, folder)
     (folder / "README.md").write_text(_card(card), encoding="utf-8")
     if len(files) > 1:
         tensors = [tensor for part in files.values() for tensor in part.values()]
@@ -184,6 +178,20 @@ def _describe(
         places = {key: name for name, part in files.items() for key in part}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path
+) -> None:
+    """Write a tokenizer that hands the model what it takes, and cuts where its positions end."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = longest_row(config)
+    names = tokenizer.model_input_names
+    if "token_type_ids" in names and not has_types(config):
+        # Its forward pass may not even take them, and no training gave it any.
+        names = [name for name in names if name != "token_type_ids"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    tokenizer.save_pretrained(folder)
 
 
 def _card(card: Mapping[str, Any]) -> str:

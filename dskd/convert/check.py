@@ -40,6 +40,8 @@ _GROUPS = 7
 """One token in so many is masked at a time, and every token once: 1/7 is nearly 15 %."""
 _MOST = 8192
 """Most tokens that are scored."""
+_CHARACTERS = 1 << 17
+"""Most characters that are read of a file."""
 
 
 def reloaded(
@@ -60,16 +62,38 @@ def reloaded(
     return model
 
 
-def report(folder: Path, objective: ObjectiveName, text: Path | None, written: bool) -> list[str]:
+def text_of(path: Path | None) -> str:
+    """The text that is scored, in one line: the first part of a file, or a paragraph of English.
+
+    Raises:
+        DataError: the file cannot be read, or there is nothing in it.
+    """
+    text = PARAGRAPH
+    if path is not None:
+        with (
+            raised_as(DataError, f"--text: cannot read {path}"),
+            path.open(encoding="utf-8") as file,
+        ):
+            text = file.read(_CHARACTERS)
+    line = " ".join(text.split())
+    if not line:
+        raise DataError(f"--text: {path} has no words to score")
+    return line
+
+
+def report(
+    folder: Path, objective: ObjectiveName, text: str, source: Path | None, written: bool
+) -> list[str]:
     """Lines on a converted folder for its user.
 
     Args:
-        text: plain text to score; None: a paragraph of English.
+        text: of :func:`text_of`.
+        source: the file that it is from; None: the paragraph.
         written: whether a tokenizer lies in the folder.
 
     Raises:
         ConfigError: it cannot be read again.
-        DataError: the text cannot be read, or is empty.
+        DataError: the text is of a single token.
     """
     tokenizer = stored_tokenizer(str(folder), str(folder)) if written else None
     model = reloaded(folder, objective, tokenizer)
@@ -81,16 +105,16 @@ def report(folder: Path, objective: ObjectiveName, text: Path | None, written: b
     if tokenizer is None:
         what = "without a tokenizer there is no loss on text"
         return [first, f"NOT checked end to end: {what}"]
-    nats, count, unknown = loss_on(model, tokenizer, objective, _text(text))
+    nats, count, unknown = loss_on(model, tokenizer, objective, text)
     name = "masked LM loss (one token in seven masked)" if objective == "masked" else "LM loss"
-    source = "the built-in English paragraph" if text is None else str(text)
+    name_of_text = "the built-in English paragraph" if source is None else str(source)
     missed = f", {unknown} of them unknown" if unknown else ""
-    if text is None and 10 * unknown > count:
+    if source is None and 10 * unknown > count:
         missed += " (it is not the language of this vocabulary: give --text FILE)"
     guessing = math.log(model.config.vocab_size)
     lines = [
         first,
-        f"{name}: {nats:.3f} nats a token, over {count} tokens of {source}{missed}; "
+        f"{name}: {nats:.3f} nats a token, over {count} tokens of {name_of_text}{missed}; "
         f"guessing has {guessing:.2f}",
     ]
     judge = "a sound model is far below guessing, a wrong vocabulary or a swapped tensor near it"
@@ -114,12 +138,10 @@ def loss_on(
     every call; a causal LM every token but the first of each row.
 
     Raises:
-        DataError: the text has no tokens.
+        DataError: the text has a single token, or none.
     """
     backend = encoder(tokenizer, "--text")
     ids = backend.encode(text.strip(), add_special_tokens=False).ids[:_MOST]
-    if not ids:
-        raise DataError("--text: no tokens to score")
     total, count = 0.0, 0
     with evaluating(model), torch.no_grad():
         for ids_BT, labels_BT in _rows(ids, model, tokenizer, objective):
@@ -129,7 +151,7 @@ def loss_on(
             )
             total, count = total + float(losses_N.sum()), count + len(losses_N)
     if not count:
-        raise DataError("--text: a single token cannot be scored")
+        raise DataError("--text: too few tokens to score")
     return total / count, count, ids.count(tokenizer.unk_token_id)
 
 
@@ -171,10 +193,3 @@ def _batch(ids_BT: Tensor, labels_BT: Tensor) -> Batch:
         mask_BT=torch.ones_like(ids_BT),
         labels_BT=labels_BT,
     )
-
-
-def _text(path: Path | None) -> str:
-    if path is None:
-        return " ".join(PARAGRAPH.split())
-    with raised_as(DataError, f"--text: cannot read {path}"):
-        return path.read_bytes().decode("utf-8")

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dskd.convert import fairseq, gpt2, uer
-from dskd.convert.check import report
+from dskd.convert.check import report, text_of
 from dskd.convert.converted import Converted, refuse_existing, write
-from dskd.errors import ConfigError
 from dskd.system.device import DTYPES
 
 
@@ -18,20 +17,19 @@ def main(words: Sequence[str]) -> int:
 
     Raises:
         ConfigError: the file or an option is refused, or OUT exists; nothing is written.
-        DataError: ``--text`` cannot be scored; OUT is whole.
+        DataError: ``--text`` cannot be read or scored.
         DiskError: OUT cannot be written.
     """
     options = _parser().parse_args(words)
     refuse_existing(options.out)
-    if options.text is not None and not options.text.is_file():
-        raise ConfigError(f"--text: {options.text}: no such file")
+    text = text_of(options.text)
     source, converted = options.convert(options)
     write(converted, options.kind, source, options.out)
     print(f"{options.out}: converted from {source}")
     objective, written = converted.objective, converted.tokenizer is not None
     notes = converted.notes
     del converted  # or a large model would be in memory twice
-    for line in [*notes, *report(options.out, objective, options.text, written)]:
+    for line in [*notes, *report(options.out, objective, text, options.text, written)]:
         print(f"  {line}")
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +12,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dskd.convert.loading import sha256
 from dskd.convert.names import NameTable, fill
+from dskd.data.foreign import raised_as
 from dskd.errors import ConfigError
 from dskd.models.build import construct
 from dskd.models.families import tie_head_bias
 from dskd.models.heads import ObjectiveName
 from dskd.models.writing import export
+
+AnyConfig = TypeVar("AnyConfig", bound=PreTrainedConfig)
 
 _TERMS = (
     "Released weights have terms of their own, which a conversion does not change: see where the "
@@ -41,6 +44,16 @@ class Converted:
     objective: ObjectiveName
     source: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+
+
+def config_with(cls: type[AnyConfig], where: str, **fields: Any) -> AnyConfig:
+    """A config of HuggingFace's.
+
+    Raises:
+        ConfigError: it refuses a value, which the file's own settings have.
+    """
+    with raised_as(ConfigError, f"{where}: its settings make no {cls.__name__}"):
+        return cls(**fields)
 
 
 def model_with(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import RobertaConfig
 
-from dskd.convert.converted import Converted, heads_of, model_with
+from dskd.convert.converted import Converted, config_with, heads_of, model_with
 from dskd.convert.fairseq_vocabulary import (
     checked_tokenizer,
     is_robertas_own,
@@ -179,7 +179,9 @@ def _refuse_others(state: Mapping[str, Tensor], where: str) -> None:
 def _settings(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The model's settings as its trainer wrote them."""
     args, cfg = content.get("args"), content.get("cfg")
-    found = args if args is not None else (cfg or {}).get("model", {})
+    found = args
+    if args is None:
+        found = cfg.get("model", {}) if isinstance(cfg, dict) else {}
     if isinstance(found, argparse.Namespace):
         return vars(found)
     if isinstance(found, dict):
@@ -241,7 +243,9 @@ def _config(
     if function not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise ConfigError(f"{where}: its activation_fn is {function!r}, not one of {known}")
-    config = RobertaConfig(
+    config = config_with(
+        RobertaConfig,
+        where,
         vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=layers,

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, RobertaTokenizer
 
 from dskd.data.foreign import raised_as
@@ -118,7 +119,9 @@ def tokenizer_of(symbols: Sequence[str], merges: Merges, where: str) -> RobertaT
             f"{where} lacks {len(lacking)} tokens of its BPE, the first is {number} ({token!r}): "
             "fairseq makes <unk> of them after merging, which no HuggingFace tokenizer does"
         )
-    return RobertaTokenizer(vocab=ids, merges=list(merges))
+    # As fairseq fills masks: the space before one is part of it.
+    mask = AddedToken(_MASK, lstrip=True, normalized=False, special=True)
+    return RobertaTokenizer(vocab=ids, merges=list(merges), mask_token=mask)
 
 
 def checked_tokenizer(

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import GPT2Config, GPT2Tokenizer
 
-from dskd.convert.converted import Converted, heads_of, model_with
+from dskd.convert.converted import Converted, config_with, heads_of, model_with
 from dskd.convert.fairseq_vocabulary import read_merges
 from dskd.convert.loading import opened, tensors_of
 from dskd.convert.names import NameTable, Row, layers_of, renamed, shape_of
@@ -37,6 +37,15 @@ TABLE = NameTable(Row(name, name) for name in _SAME)
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 _PREFIX = "module."
+_ROLES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
 _FILES = ("vocab.json", "merges.txt")
 
 
@@ -75,7 +84,8 @@ def convert(folder: Path) -> Converted:
     if settings.get("vocab_size", rows) != rows:
         notes.append(f"config.json says vocab_size {settings['vocab_size']}, the tensor {rows}")
     model = model_with(config, "causal", renamed(state, TABLE, where), TABLE, where)
-    return Converted(model, tokenizer, "causal", {"updates": "not said"}, notes)
+    source = {"folder": folder.resolve().name, "updates": "not said"}
+    return Converted(model, tokenizer, "causal", source, notes)
 
 
 def _normalised(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,7 +108,9 @@ def _config(state: Mapping[str, Tensor], settings: Mapping[str, Any], where: str
     if settings.get("pruned_heads"):
         raise ConfigError("config.json: pruned_heads: a model with heads removed is not converted")
     shape_of(state, "lm_head.weight", 2, where)
-    return GPT2Config(
+    return config_with(
+        GPT2Config,
+        where,
         vocab_size=rows,  # tokens were added after config.json was written
         n_embd=hidden,
         n_layer=layers,
@@ -130,15 +142,21 @@ def _tokenizer(folder: Path) -> GPT2Tokenizer | None:
     vocab, merges = _object(folder / _FILES[0]), read_merges(folder / _FILES[1])
     special, added = folder / "special_tokens_map.json", folder / "added_tokens.json"
     roles = {
-        name: token
+        name: token["content"] if isinstance(token, dict) else token
         for name, token in (_object(special) if special.is_file() else {}).items()
-        if name in ("bos_token", "eos_token", "unk_token", "pad_token") and isinstance(token, str)
+        if name != "additional_special_tokens"  # they are among the added ones
     }
+    for name, token in roles.items():
+        if name not in _ROLES or not isinstance(token, str):
+            raise ConfigError(f"{special}: {name}: {token!r} is not one of {', '.join(_ROLES)}")
     new = _object(added) if added.is_file() else {}
     tokens = sorted(new, key=new.__getitem__)
     for index, token in enumerate(tokens, len(vocab)):
         if new[token] != index or token in vocab:
             raise ConfigError(f"{added}: {token!r} has the id {new[token]}, expected {index}")
+    for name, token in roles.items():
+        if token not in vocab and token not in new:
+            raise ConfigError(f"{special}: {name}: {token!r} is not in the vocabulary")
     with raised_as(ConfigError, f"{folder}: its tokenizer cannot be made"):
         # The added ones first: a role (`pad_token`) may be one of them, and must keep its id.
         tokenizer = GPT2Tokenizer(vocab={**vocab, **new}, merges=merges, **roles)

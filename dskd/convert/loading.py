@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from dskd.data.foreign import raised_as
 from dskd.errors import ConfigError
 
 _CHUNK = 1 << 22
+_ZIP = b"PK\x03\x04"
 _GLOBAL = re.compile(r"GLOBAL ([\w.<>]+)")
 _REASON = re.compile(r"WeightsUnpickler error: (.*)")
 
@@ -83,13 +83,18 @@ def opened(path: Path, allowed: tuple[Any, ...] = ()) -> dict[str, Any]:
         torch.serialization.safe_globals(list(allowed)),
     ):
         try:
-            mapped = zipfile.is_zipfile(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except pickle.UnpicklingError as problem:
             raise ConfigError(f"{path}: {_refusal(str(problem))}") from problem
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return content
+
+
+def _is_zip(path: Path) -> bool:
+    """As torch tells: not by what a zip file ends with, which raw numbers may be, too."""
+    with path.open("rb") as stream:
+        return stream.read(len(_ZIP)) == _ZIP
 
 
 def _refusal(message: str) -> str:
@@ -111,7 +116,7 @@ def _refusal(message: str) -> str:
 
 
 def tensors_of(content: Any, what: str) -> dict[str, Tensor]:
-    """A state dict whose entries are all tensors by name, of floating point.
+    """A state dict whose entries are all tensors by name.
 
     Raises:
         ConfigError: something else is among them; it is named.

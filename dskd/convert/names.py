@@ -85,8 +85,8 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], table: NameTable, wher
     """Put all tensors into a model, each parameter once, rounded to the parameter's dtype.
 
     Raises:
-        ConfigError: one is missing, has another shape than the model, or no place in it; the
-            message names it as the file does, with both shapes.
+        ConfigError: one is missing, has another shape than the model, no place in it, or numbers
+            beyond its dtype; the message names it as the file does, with both shapes.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -102,11 +102,14 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], table: NameTable, wher
         if here != there:
             theirs = table.of_ours(given[0])
             wrong.append(f"{theirs} is {list(here)}, the other tensors ask for {list(there)}")
-        state |= dict.fromkeys(aliases, tensors[given[0]])
+        tensor, dtype = tensors[given[0]], model.get_parameter(given[0]).dtype
+        if dtype.itemsize < tensor.dtype.itemsize and not bool(tensor.to(dtype).isfinite().all()):
+            wrong.append(f"{table.of_ours(given[0])} has numbers beyond {dtype}")
+        state |= dict.fromkeys(aliases, tensor)
     if missing:
         raise ConfigError(f"{where}: tensors are missing: {some(missing)}")
     if wrong:
-        raise ConfigError(f"{where}: tensors do not fit together: {some(wrong)}")
+        raise ConfigError(f"{where}: tensors do not fit: {some(wrong)}")
     beyond = [f"{table.of_ours(n)} {list(tensors[n].shape)}" for n in tensors.keys() - state.keys()]
     if beyond:
         raise ConfigError(

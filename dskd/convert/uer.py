@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertTokenizer
 
-from dskd.convert.converted import Converted, heads_of, model_with
+from dskd.convert.converted import Converted, config_with, heads_of, model_with
 from dskd.convert.loading import opened, tensors_of
 from dskd.convert.names import NameTable, Row, layers_of, renamed, shape_of
 from dskd.data.foreign import raised_as
@@ -194,7 +194,9 @@ def _config(
         if settings.get(name, size) != size:
             raise ConfigError(f"--config: {name} is {settings[name]}, {where} has {size}")
     tied = torch.equal(state[str(table.of_ours(words))], state[str(table.of_ours(last))])
-    return BertConfig(
+    return config_with(
+        BertConfig,
+        where,
         vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=layers,

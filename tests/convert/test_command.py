@@ -97,9 +97,19 @@ def test_the_users_own_text(tmp_path, source, capsys):
     words = ["--dict", DICT, "--bpe", BPE, "--text", text]
     convert("fairseq", source, tmp_path / "out", *words)
     assert f"over 3 tokens of {text}" in capsys.readouterr().out
-    convert("fairseq", source, tmp_path / "2", *words[:4], "--text", tmp_path / "no", status=2)
-    assert "--text" in capsys.readouterr().err
-    assert not (tmp_path / "2").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read"), (b"\xff", "cannot read"), (b" \n", "has no words")],
+)
+def test_a_text_that_cannot_be_scored_comes_before_any_work(tmp_path, capsys, content, message):
+    text = tmp_path / "a.txt"
+    if content is not None:
+        text.write_bytes(content)
+    convert("fairseq", LAST, tmp_path / "out", "--text", text, status=2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_tokenizer_nothing_is_claimed(tmp_path, capsys):
@@ -126,7 +136,9 @@ def test_the_other_kinds(tmp_path, capsys):
     vocab.write_text("\n".join(tokens))
     words = ["--vocab", vocab, "--heads", 4, "--trained-in", "elsewhere", "--cased"]
     convert("uer", GOLDEN / "uer/model_2022.bin", tmp_path / "uer", *words)
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "uer")
+    path = tmp_path / "uer"
+    model, report = AutoModelForMaskedLM.from_pretrained(path, output_loading_info=True)
+    assert not any(report.values()), report
     direct = uer.convert(
         GOLDEN / "uer/model_2022.bin", vocab, heads=4, trained_in="elsewhere"
     ).model
@@ -135,7 +147,9 @@ def test_the_other_kinds(tmp_path, capsys):
     assert "of them unknown (it is not the language of this vocabulary" in capsys.readouterr().out
     convert("gpt2", GOLDEN / "gpt2_2019", tmp_path / "gpt2")
     assert json.loads((tmp_path / "gpt2/config.json").read_text())["vocab_size"] == 43
-    assert "file: model-finish" in (tmp_path / "gpt2/README.md").read_text()
+    card = (tmp_path / "gpt2/README.md").read_text()
+    assert "file: model-finish\n" in card
+    assert "folder: gpt2_2019\n" in card
 
 
 def test_dtype(tmp_path):

@@ -188,6 +188,15 @@ def test_the_dtype_is_kept_if_asked_for():
     assert off(half) < 2e-6  # its tensors are fp16 in the file
 
 
+def test_numbers_beyond_the_dtype(tmp_path):
+    content = golden()
+    content["model"]["encoder.lm_head.bias"][3] = 1e5
+    path = save(tmp_path / "a.pt", content)
+    with pytest.raises(ConfigError, match=r"lm_head.bias has numbers beyond torch.float16"):
+        convert(path, dtype=torch.float16)
+    convert(path, dtype=torch.bfloat16)
+
+
 NAMES = {"a": "lm_head.bias", "x": f"{BODY}.layers.1.fc2.weight"}
 
 
@@ -224,6 +233,7 @@ REFUSED = {
     "data2vec average": (_with("encoder._ema", 2), "encoder._ema is of data2vec"),
     "twice": (_with("decoder.lm_head.bias", 46), "encoder.lm_head.bias is there twice"),
     "activation": (_set(activation_fn="swish"), "activation_fn is 'swish', not one of gelu, "),
+    "dropout": (_set(dropout="much"), "its settings make no RobertaConfig"),
     "heads": (_set(encoder_attention_heads="x"), "is 'x', no number of heads"),
     "sharded": (lambda c: c.update(fsdp_metadata={}), "a shard of a model of several"),
     "no model": (lambda c: c.pop("model"), "is no checkpoint of fairseq: no model among args"),

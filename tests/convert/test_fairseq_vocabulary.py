@@ -58,6 +58,8 @@ def test_texts_become_fairseqs_ids(tmp_path):
         pair = found("a", "b")["input_ids"]
         a, b = found.convert_tokens_to_ids(["a", "b"])
         assert pair == [0, a, 2, 2, b, 2]
+        the, s = found.convert_tokens_to_ids(["\u0120the", "\u0120s"])
+        assert found(" the <mask> s")["input_ids"] == [0, the, 272, s, 2]
 
 
 def test_a_tokenizer_in_place_of_merges(tmp_path, checkpoint):

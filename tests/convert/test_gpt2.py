@@ -131,6 +131,29 @@ def configured(task, **changes):
     (task / "config.json").write_text(json.dumps(own | changes))
 
 
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"pad_token": "[PAD]"}, r"pad_token: '\[PAD\]' is not in the vocabulary"),
+        ({"ans_token": "__ans__"}, "ans_token: '__ans__' is not one of bos_token, "),
+        ({"pad_token": 3}, "pad_token: 3 is not one of"),
+    ],
+)
+def test_a_role_of_no_token(task, roles, message):
+    write_tokenizer(task)
+    (task / "special_tokens_map.json").write_text(json.dumps(roles))
+    with pytest.raises(ConfigError, match=message):
+        convert(change(task, widen(280)))
+
+
+def test_roles_as_later_versions_write_them(task):
+    write_tokenizer(task)
+    roles = {"pad_token": {"content": "__pad__", "lstrip": False}}
+    roles["additional_special_tokens"] = ["__gen__"]
+    (task / "special_tokens_map.json").write_text(json.dumps(roles))
+    assert convert(change(task, widen(280))).tokenizer.pad_token_id == 268
+
+
 def test_an_added_token_out_of_order(task):
     write_tokenizer(task)
     (task / "added_tokens.json").write_text('{"__ans__": 269}')

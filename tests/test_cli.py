@@ -23,7 +23,16 @@ def test_help_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("train", "data", "export", "settings", "cache", "hard-tokens", "report"):
+    for command in (
+        "train",
+        "data",
+        "export",
+        "settings",
+        "cache",
+        "hard-tokens",
+        "report",
+        "convert",
+    ):
         assert f"    {command} " in done.stdout.replace("\n", " ")
 
 

@@ -107,6 +107,8 @@ def _config(state: Mapping[str, Tensor], settings: Mapping[str, Any], where: str
             raise ConfigError(f"config.json: {name} is {settings[name]}, {where} has {size}")
     if settings.get("pruned_heads"):
         raise ConfigError("config.json: pruned_heads: a model with heads removed is not converted")
+    if settings.get("n_head") is None:
+        raise ConfigError("config.json: no n_head; no tensor tells the number of attention heads")
     shape_of(state, "lm_head.weight", 2, where)
     return config_with(
         GPT2Config,
@@ -114,7 +116,7 @@ def _config(state: Mapping[str, Tensor], settings: Mapping[str, Any], where: str
         vocab_size=rows,  # tokens were added after config.json was written
         n_embd=hidden,
         n_layer=layers,
-        n_head=heads_of(None, settings.get("n_head"), hidden, where, "n_head in config.json"),
+        n_head=heads_of(None, settings["n_head"], hidden, where, "n_head in config.json"),
         n_positions=positions,
         n_inner=None if forward == 4 * hidden else forward,
         activation_function="gelu_new",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy._core.multiarray import scalar
-from torch import Tensor
+from torch import Tensor, nn
 
 from dskd.data.foreign import raised_as
 from dskd.errors import ConfigError
@@ -124,7 +124,7 @@ def tensors_of(content: Any, what: str) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"{what} holds no tensors by name")
     for name, value in content.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
+        if not isinstance(name, str) or type(value) not in (Tensor, nn.Parameter):
             raise ConfigError(f"{what}: {name!r} is a {type(value).__name__}, not a tensor")
     return dict(content)
 

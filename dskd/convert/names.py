@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dskd.errors import ConfigError
@@ -63,8 +64,8 @@ def renamed(state: Mapping[str, Tensor], table: NameTable, where: str) -> dict[s
     """The tensors of a file by HuggingFace's names, changed as the table says.
 
     Raises:
-        ConfigError: a tensor has no place in the table, or holds a number that is not finite; it is
-            named with its shape.
+        ConfigError: a tensor has no place in the table (it is named with its shape), or holds a
+            number that is not finite, or none.
     """
     found, unused = {}, []
     for name, tensor in state.items():
@@ -72,6 +73,9 @@ def renamed(state: Mapping[str, Tensor], table: NameTable, where: str) -> dict[s
         if place is None:
             unused.append(f"{name} {list(tensor.shape)}")
             continue
+        if tensor.layout is not torch.strided or not tensor.is_floating_point():
+            what = f"{tensor.dtype}, {tensor.layout}"
+            raise ConfigError(f"{where}: {name} is {what}: codes for numbers, or no weight")
         if not bool(tensor.isfinite().all()):
             raise ConfigError(f"{where}: {name} holds numbers that are not finite")
         ours, row = place

@@ -109,7 +109,7 @@ def test_added_tokens_keep_their_ids(task, tmp_path):
         (lambda t: (t / "config.json").unlink(), "config.json: no such file"),
         (lambda t: (t / "config.json").write_text("{"), "config.json is damaged"),
         (lambda t: configured(t, n_head=3), "3 heads do not divide its width of 16"),
-        (lambda t: configured(t, n_head=None), "no tensor tells the number of attention heads"),
+        (lambda t: configured(t, n_head=None), "no n_head; no tensor tells the number"),
         (lambda t: configured(t, n_layer=3), "config.json: n_layer is 3, .* has 2"),
         (lambda t: configured(t, n_positions=9), "config.json: n_positions is 9, .* has 10"),
         (lambda t: configured(t, pruned_heads={"0": [1]}), "pruned_heads: a model with heads rem"),

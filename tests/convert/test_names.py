@@ -65,6 +65,8 @@ def test_all_tensors_are_changed_and_put_in():
         ({"a.1.bias": None}, r"f: tensors are missing: a.1.bias \(HuggingFace's 1.bias\)"),
         ({"a.1.bias": torch.ones(4)}, r"a.1.bias is \[4\], the other tensors ask for \[3\]"),
         ({"a.1.bias": torch.tensor([1, torch.nan, 1])}, "a.1.bias holds numbers that are not fin"),
+        ({"a.1.bias": torch.ones(3, dtype=torch.int8)}, "a.1.bias is torch.int8, torch.strided: c"),
+        ({"a.1.weight": torch.ones(3, 3).to_sparse()}, "a.1.weight is torch.float32, torch.sparse"),
         ({"a.01.bias": torch.ones(3)}, "no place in the model: a.01.bias"),
     ],
 )

@@ -18,16 +18,17 @@ from torch import Tensor
 from transformers import RobertaConfig
 
 from dskd.convert.converted import Converted, config_with, heads_of, model_with
-from dskd.convert.fairseq_vocabulary import (
-    checked_tokenizer,
+from dskd.convert.loading import FAIRSEQ, opened, tensors_of
+from dskd.convert.names import NameTable, Row, layers_of, renamed, shape_of
+from dskd.data.fairseq_vocabulary import (
+    check_tokenizer,
     is_robertas_own,
     read_dictionary,
     read_merges,
     tokenizer_of,
     tokens_in_order,
 )
-from dskd.convert.loading import FAIRSEQ, opened, tensors_of
-from dskd.convert.names import NameTable, Row, layers_of, renamed, shape_of
+from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.data.tokenizers import vocabulary_size
 from dskd.errors import ConfigError
 from dskd.models.heads import ObjectiveName
@@ -294,7 +295,8 @@ def _tokenizer(
     symbols = read_dictionary(dictionary)
     found, extra, tokens = None, 0, None
     if tokenizer is not None:
-        found, tokens = checked_tokenizer(symbols, tokenizer, str(dictionary))
+        found = stored_tokenizer(tokenizer, "--tokenizer")
+        tokens = check_tokenizer(found, symbols, f"--tokenizer {tokenizer}", str(dictionary))
         extra = vocabulary_size(found) - len(tokens)
     size = 4 + len(symbols) + 1 + extra
     if rows != size:

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2Tokenizer
 
 from dskd.convert.converted import Converted, config_with, heads_of, model_with
-from dskd.convert.fairseq_vocabulary import read_merges
 from dskd.convert.loading import opened, tensors_of
 from dskd.convert.names import NameTable, Row, layers_of, renamed, shape_of
+from dskd.data.fairseq_vocabulary import read_merges
 from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import vocabulary_size
 from dskd.errors import ConfigError

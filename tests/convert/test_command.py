@@ -19,7 +19,7 @@ from transformers import (
 from dskd.cli import main
 from dskd.convert import fairseq, uer
 from dskd.convert.check import PARAGRAPH, _rows, loss_on, reloaded
-from dskd.convert.fairseq_vocabulary import read_dictionary, read_merges, tokenizer_of
+from dskd.data.fairseq_vocabulary import read_dictionary, read_merges, tokenizer_of
 from dskd.errors import ConfigError
 from dskd.settings.model import Model
 from tests.convert.checkpoints import (

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, RobertaTokenizer
+from transformers import AutoTokenizer, BertTokenizer, RobertaTokenizer
 
 from dskd.convert import fairseq
-from dskd.convert.fairseq_vocabulary import (
+from dskd.data.fairseq_vocabulary import (
     is_robertas_own,
     read_dictionary,
     read_merges,
@@ -86,6 +86,19 @@ def test_another_order_is_refused_by_its_first_id(tmp_path, checkpoint):
     message = f"id 40 is {tokens[50]!r} in .*dict.txt, {tokens[40]!r} in --tokenizer"
     with pytest.raises(ConfigError, match=message):
         fairseq.convert(checkpoint(), dictionary=DICT, tokenizer=str(tmp_path / "hf"))
+
+
+def test_a_tokenizer_of_another_kind_or_with_more_text(tmp_path, checkpoint):
+    folder = str(tmp_path / "hf")
+    BertTokenizer(vocab={"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "[SEP]": 3}).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"--tokenizer .*hf is a WordPiece, not a GPT-2 BPE"):
+        fairseq.convert(checkpoint(), dictionary=DICT, tokenizer=folder)
+    further = tokenizer()
+    further.add_tokens(["word"])
+    further.save_pretrained(folder)
+    message = r"id 273 is 'word' in --tokenizer .*hf only, not in .*dict.txt"
+    with pytest.raises(ConfigError, match=message):
+        fairseq.convert(checkpoint(1), dictionary=DICT, tokenizer=folder)
 
 
 def test_the_wrong_dictionary_names_both_numbers():

@@ -16,7 +16,6 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, RobertaTokenizer
 
 from dskd.data.foreign import raised_as
-from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.data.tokenizers import special_ids, vocabulary_size
 from dskd.errors import ConfigError
 
@@ -124,32 +123,35 @@ def tokenizer_of(symbols: Sequence[str], merges: Merges, where: str) -> RobertaT
     return RobertaTokenizer(vocab=ids, merges=list(merges), mask_token=mask)
 
 
-def checked_tokenizer(
-    symbols: Sequence[str], path: str, where: str
-) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """A stored tokenizer that has the dictionary's tokens at the dictionary's ids, and these
-    tokens. Behind them it may have special tokens of its own (ELLE's domains).
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, symbols: Sequence[str], name: str, where: str
+) -> list[str]:
+    """Make sure that a tokenizer has the dictionary's tokens at the dictionary's ids; returns
+    these. Behind them it may have special tokens of its own (ELLE's domains).
+
+    Args:
+        tokenizer: of byte-level BPE.
+        name, where: what names tokenizer and dictionary, for messages.
 
     Raises:
-        ConfigError: it cannot be loaded, is no BPE, or differs; names the first id that does.
+        ConfigError: it is no BPE, or differs; names the first id that does.
     """
-    tokenizer = stored_tokenizer(path, "--tokenizer")
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] != "BPE":
-        raise ConfigError(f"--tokenizer: {path} is a {model['type']}, not a GPT-2 BPE")
+        raise ConfigError(f"{name} is a {model['type']}, not a GPT-2 BPE")
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     tokens = tokens_in_order(symbols, pairs, where)
     theirs = {index: token for token, index in tokenizer.get_vocab().items()}
     for index, token in enumerate(tokens):
         if theirs.get(index) != token:
             raise ConfigError(
-                f"id {index} is {token!r} in {where}, {theirs.get(index)!r} in --tokenizer {path}"
+                f"id {index} is {token!r} in {where}, {theirs.get(index)!r} in {name}"
             )
     special_V = special_ids(tokenizer)
     for index in range(len(tokens), vocabulary_size(tokenizer)):
         if not special_V[index]:
-            raise ConfigError(f"id {index} is {theirs.get(index)!r} in --tokenizer {path} only")
-    return tokenizer, tokens
+            raise ConfigError(f"id {index} is {theirs.get(index)!r} in {name} only, not in {where}")
+    return tokens
 
 
 def _byte_characters() -> list[str]:

@@ -38,7 +38,7 @@ def padding_share(lengths_R: NDArray[np.int64], block_size: int, micro_batch: in
 
 
 def padding_lines(lengths_R: NDArray[np.int64], data: Data, micro_batch: int) -> list[str]:
-    """What a reader is told of the padding of packed rows, and from 20 % on what would help.
+    """What a reader is told of the padding of packed rows, and above 20 % what would help.
 
     Args:
         lengths_R: int64 [R], tokens of the training rows.
@@ -49,7 +49,8 @@ def padding_lines(lengths_R: NDArray[np.int64], data: Data, micro_batch: int) ->
     lines = [f"  padding: {share:.1%} of what micro-batches of {micro_batch} training rows hold"]
     if share <= _MUCH:
         return lines
-    fewer = "rows of fewer tokens (data.block_size) leave less"
-    if data.packing != "contiguous":
-        fewer = f"data.packing: contiguous leaves next to none, not {data.packing}"
-    return [*lines, f"warning: data: padding costs what tokens cost; {fewer}"]
+    costs = f"leaves {share:.0%} padding, which costs what tokens cost"
+    if data.packing == "contiguous":  # so of sources of hardly a row each
+        return [*lines, f"warning: data.block_size: {data.block_size} {costs}; fewer leave less"]
+    helps = "contiguous leaves next to none"
+    return [*lines, f"warning: data.packing: {data.packing} {costs}; {helps}"]

@@ -78,7 +78,8 @@ def test_a_default_of_causal_rows_leaves_next_to_no_padding(tmp_path: Path) -> N
         assert lines[0].startswith(f"  padding: {shares[packing]:.1%} of what micro-batches of 8 ")
         assert len(lines) == (1 if packing is None else 2)
     assert shares[None] < 0.01 and shares["complete"] > 0.3
-    assert lines[1].endswith("data.packing: contiguous leaves next to none, not complete")
+    assert lines[1].startswith(f"warning: data.packing: complete leaves {shares['complete']:.0%} ")
+    assert lines[1].endswith("; contiguous leaves next to none")
 
 
 def test_closed_forms_of_the_share() -> None:
@@ -93,4 +94,4 @@ def test_the_warning_begins_above_a_fifth() -> None:
     packed = Data(objective="causal", packing="contiguous", block_size=40)
     assert len(padding_lines(np.array([32, 40] * 9), packed, 64)) == 1  # 10 %
     last = padding_lines(np.array([10, 40]), packed, 64)[1]  # as of sources of a line each
-    assert last.startswith("warning: data: padding ") and "(data.block_size)" in last
+    assert last.startswith("warning: data.block_size: 40 leaves ") and "; fewer leave less" in last

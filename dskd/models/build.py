@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,6 +35,7 @@ from dskd.models.configs import (
     stored_folder,
     with_classes,
 )
+from dskd.models.experts import compute_without_values
 from dskd.models.families import lm_head, projection_of, tie_head_bias
 from dskd.models.heads import ObjectiveName
 from dskd.models.initial import initialise
@@ -147,8 +149,10 @@ def check_model(
     problem = f"{where}: its config makes no model"
     with raised_as(ConfigError, problem), torch.device("meta"):
         attention, trust = settings.attention, settings.trust_remote_code
-        model = construct(config, attention, None, torch.float32, problem, objective, trust)
+        own = copy.deepcopy(config)  # a model writes into it how it computes
+        model = construct(own, attention, None, torch.float32, problem, objective, trust)
         projection_of(model)
+        compute_without_values(model)
         if config.model_type not in _READS_VALUES:
             model(torch.zeros(1, 2, dtype=torch.long))
 

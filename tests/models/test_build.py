@@ -72,7 +72,7 @@ def test_other_names_of_known_fields_are_taken():
     ("fields", "text"),
     [
         ({"model_type": "t5"}, r"model\.config\.model_type: 't5' is not one of bert, "),
-        ({"model_type": "qwen3_moe"}, r"'qwen3_moe' is not one of bert, .*'qwen3'\?"),
+        ({"model_type": "qwen33"}, r"'qwen33' is not one of bert, .*'qwen3'\?"),
         ({}, r"model\.config\.model_type: needed without model\.path"),
         ({"model_type": "bert", "hidden_size": "big"}, r"model\.config: .*hidden_size.*"),
         ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}, r"model.*30"),

@@ -26,11 +26,16 @@ AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
 _SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 _POSITIONS = {"max_position_embeddings": 32}
+_EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 16}
+_EXPERTS["num_experts_per_tok"] = 2
 _FIELDS = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, **_POSITIONS},
     "electra": {"embedding_size": 24},
     "modernbert": {"local_attention": 8},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 24},
+    "qwen3_moe": _EXPERTS,
 }
 _COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **_POSITIONS}
 _COMMON["num_attention_heads"] = 4

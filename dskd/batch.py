@@ -199,6 +199,8 @@ class Positions:
             the last one as the head reads it; None: nobody asked for them.
         companion: what a method trains beside the student; its modules are to be called, as the
             projection is.
+        routers: of each layer with experts (E) the logits [B * T, E] of its router for all tokens;
+            None: nobody asked for them.
     """
 
     hidden_ND: Tensor
@@ -206,6 +208,7 @@ class Positions:
     labels_N: Tensor
     states: Sequence[Tensor] | None = None
     companion: nn.Module | None = None
+    routers: Sequence[Tensor] | None = None
 
     @cached_property
     def logits_NV(self) -> Tensor:

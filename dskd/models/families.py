@@ -100,7 +100,9 @@ def _head_of_class(model: type[PreTrainedModel], config: type[PreTrainedConfig])
     raise TypeError(f"a {model.__name__} is of no objective that has a head here")
 
 
-def positions_of(model: nn.Module, batch: Batch, *, states: bool = False) -> Positions:
+def positions_of(
+    model: nn.Module, batch: Batch, *, states: bool = False, routers: bool = False
+) -> Positions:
     """Run the body on a batch and its head up to the last linear map, on supervised positions only.
 
     A head that reads a row as a whole does so where its type reads it, wherever in the row the
@@ -114,6 +116,7 @@ def positions_of(model: nn.Module, batch: Batch, *, states: bool = False) -> Pos
     Args:
         states: whether the hidden states of all tokens are kept, as they are in training for a
             :data:`COMPANION`.
+        routers: whether the logits of a mixture's routers are kept.
     """
     head = head_in(model)
     companion = getattr(model, COMPANION, None)
@@ -123,13 +126,16 @@ def positions_of(model: nn.Module, batch: Batch, *, states: bool = False) -> Pos
         arguments["token_type_ids"] = batch.types_BT
     if states or (companion is not None and model.training):
         arguments["output_hidden_states"] = True
+    if routers:
+        arguments["output_router_logits"] = True
     body = model.base_model(input_ids=batch.ids_BT, **arguments)
     # By their indices: indexing by the mask itself would wait for a GPU to count its trues.
     places_N = batch.positions_N if head.reads == "supervised" else _places_read(batch, head)
     hidden_ND = body.last_hidden_state.flatten(0, 1).index_select(0, places_N)
     hidden_ND = head.transform(model, hidden_ND)
     kept = body.hidden_states if "output_hidden_states" in arguments else None
-    return Positions(hidden_ND, projection_of(model), batch.labels_N, kept, companion)
+    logits = getattr(body, "router_logits", None) if routers else None
+    return Positions(hidden_ND, projection_of(model), batch.labels_N, kept, companion, logits)
 
 
 def _places_read(batch: Batch, head: Head) -> Tensor:

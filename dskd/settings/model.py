@@ -33,7 +33,8 @@ class Model(Section):
     revision: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of the HuggingFace config. Without ``path`` it must name a ``model_type``; the
-    vocabulary size and special token ids come from the tokenizer."""
+    vocabulary size and special token ids come from the tokenizer. A student with experts has their
+    balance loss beside the method's, taken of each row, ``router_aux_loss_coef`` times; 0: none."""
     vocab_multiple: int = Field(1, ge=1)
     """Pad a random model's vocabulary to a multiple of this."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"

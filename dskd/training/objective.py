@@ -14,18 +14,25 @@ from torch import Tensor, nn
 from dskd.batch import Batch, Loss, Positions, Signal, Term
 from dskd.methods.base import Method
 from dskd.methods.metrics import AnyMetric, ValueMetric
+from dskd.models.balance import BALANCE, balance_of
 from dskd.models.families import positions_of
 from dskd.teachers.teacher import Teacher
 
 
 class Objective(nn.Module):
-    """Student and method; a call returns the loss terms of one micro-batch."""
+    """Student and method; a call returns the loss terms of one micro-batch: the method's, and
+    beside them the balance of a mixture's experts (``models/balance.py``), whatever the method.
+
+    Raises:
+        ConfigError: the student's config has a balance loss that is none.
+    """
 
     def __init__(self, student: nn.Module, method: Method, teacher: Teacher | None) -> None:
         super().__init__()
         self.student = student
         self.method = method
         self._unregistered = (teacher,)
+        self._balance = balance_of(student.config)
 
     def forward(self, batch: Batch, step: int, loss: Loss | None = None) -> dict[str, Term]:
         """Terms of a loss on the student's supervised positions, by name.
@@ -34,14 +41,22 @@ class Objective(nn.Module):
             batch: B rows, on the student's device.
             step: completed optimiser steps.
             loss: None: the method's, which gets the teacher's signal where it needs it at
-                ``step``; any other gets None.
+                ``step``; any other gets None, and has no balance beside it.
         """
         (teacher,) = self._unregistered
         signal = None
         if loss is None and teacher is not None and self.method.needs_teacher(step):
             signal = teacher(batch)
+        balance = self._balance if loss is None else None
         chosen = self.method.loss if loss is None else loss
-        return dict(chosen(positions_of(self.student, batch), signal, batch, step))
+        positions = positions_of(self.student, batch, routers=balance is not None)
+        terms = dict(chosen(positions, signal, batch, step))
+        return terms if balance is None else terms | {BALANCE: balance.term(positions, batch)}
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """What the sum of each term is divided by (:meth:`~dskd.methods.base.Method.counts`)."""
+        counts = self.method.counts(batch)
+        return counts if self._balance is None else counts | {BALANCE: float(batch.supervised)}
 
     def forward_evaluation(self, batch: Batch, metrics: Sequence[AnyMetric]) -> list[Tensor]:
         """The sums or values of each metric at the student's supervised positions, float64;

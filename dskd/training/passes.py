@@ -133,7 +133,7 @@ class GradientProbe:
 
     Attributes:
         passes: of an engine between two steps, without a gradient.
-        counts: the method's.
+        counts: the objective's.
         step: completed optimiser steps.
         position: of the step's batch in the stream of batches.
         calls: how often gradients were taken.

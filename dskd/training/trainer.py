@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from dskd.batch import LossCounts
 from dskd.data.loader import Loader
 from dskd.engine.checkpoints import WHAT as CHECKPOINT
 from dskd.engine.checkpoints import Checkpoints, Selection
@@ -93,6 +94,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._passes = Passes(self.engine, self.hooks, self.run.seed)
+        self._counts: LossCounts = self.engine.module.counts
         self._since = (self.progress.tokens, self.progress.train_seconds)
         """Tokens and seconds when a step was last logged."""
         self._shown_since, self._shown = self._since, None
@@ -188,8 +190,8 @@ class Trainer:
         progress = self.progress
         batches = self.loader.next_step()
         position = self.loader.position
-        counts = count(self.method.counts, [sent.batch for sent in batches], stop=stop)
-        probe = GradientProbe(self._passes, self.method.counts, progress.step, position)
+        counts = count(self._counts, [sent.batch for sent in batches], stop=stop)
+        probe = GradientProbe(self._passes, self._counts, progress.step, position)
         self.hooks.before_passes(probe, progress.step)
         probe.forget()
         with weights_kept() as weights:

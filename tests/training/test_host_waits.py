@@ -14,6 +14,7 @@ from dskd.training.trainer import Trainer
 from tests.equivalence import test_labelled as labelled
 from tests.equivalence.small import LIVE, Runs, cached, causal, routed
 from tests.equivalence.tables import Tables
+from tests.equivalence.test_balance import mixture
 from tests.training.waits import HostWaits
 
 HARD = {"masking": {"kind": "hard_tokens", "metric": "quantile"}}
@@ -23,6 +24,7 @@ RUNS = {
     "routed": {"teacher": routed(LIVE, LIVE)},
     "cached": {"teacher": cached(LIVE)},
     "causal": causal(),
+    "experts": causal(mixture("qwen3_moe")),
     "self": {"method": {"kind": "self_evolution"}, "teacher": {"kind": "self"}, "data": HARD},
 }
 

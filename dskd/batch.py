@@ -171,6 +171,29 @@ class Batch:
         )
 
 
+class LogitMap(NamedTuple):
+    """How a model turns its last linear map's output x into logits.
+
+    ``z = scale * x``, and with a ``softcap`` c > 0 (Gemma) ``z = c tanh(scale * x / c)``.
+    """
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def of(self, outputs: Tensor) -> Tensor:
+        """The logits, of the same type; what is -inf, masked, stays so. The argument itself if
+        logits are what it is."""
+        if self.scale != 1.0:
+            outputs = outputs * self.scale
+        if not self.softcap:
+            return outputs
+        capped = torch.tanh(outputs / self.softcap) * self.softcap
+        return torch.where(outputs == -math.inf, outputs, capped)
+
+
+SAME = LogitMap()
+"""Logits are what the last linear map puts out."""
+
 Use = Callable[[Tensor, Tensor, Tensor | None], Any]
 """What is done with ``(hidden_ND, weight_VD, bias_V)`` in the place of a matrix product."""
 
@@ -180,11 +203,21 @@ class Projection(Protocol):
 
     It is a module: called, it runs its hooks, by which ZeRO-3 puts its weights together for the
     time of the call. So a loss that multiplies by them itself has to be handed in.
+
+    What the model then does to its output to make logits is left to whoever calls it:
+    :func:`logit_map`.
     """
 
     def __call__(self, hidden_ND: Tensor, use: Use | None = None) -> Any:
-        """Logits [N, V], or what ``use`` makes of the hidden states, the weight and the bias."""
+        """Its output [N, V], or what ``use`` makes of the hidden states, the weight and the
+        bias."""
         ...
+
+
+def logit_map(projection: Projection) -> LogitMap:
+    """How a model turns its projection's output into logits: the projection's ``map``, if it has
+    one."""
+    return getattr(projection, "map", SAME)
 
 
 @dataclass(frozen=True)
@@ -213,7 +246,7 @@ class Positions:
     @cached_property
     def logits_NV(self) -> Tensor:
         """Student logits [N, V] in the model's dtype, V its own (maybe padded) vocabulary."""
-        return self.projection(self.hidden_ND)
+        return logit_map(self.projection).of(self.projection(self.hidden_ND))
 
 
 @dataclass(frozen=True)
@@ -285,18 +318,23 @@ class LinearTeacher:
 
 @dataclass(frozen=True)
 class LinearTeachers:
-    """What :class:`ProjectedTeachers` are inside of all their projections."""
+    """What :class:`ProjectedTeachers` are inside of all their projections.
+
+    ``maps`` are the logit maps of the parts; None: logits are what the linear maps put out.
+    """
 
     parts: Sequence[LinearTeacher]
     places_N: Tensor
+    maps: Sequence[LogitMap] | None = None
 
 
 @dataclass(frozen=True)
 class LinearMixture:
-    """What :class:`MixedTeachers` are inside of all their projections."""
+    """What :class:`MixedTeachers` are inside of all their projections; ``maps`` as above."""
 
     parts: Sequence[LinearTeacher]
     rule: MixtureRule
+    maps: Sequence[LogitMap] | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from dskd.batch import (
     ProjectedTeachers,
     Signal,
     TopKTeacher,
+    logit_map,
 )
 from dskd.errors import ConfigError
 from dskd.fused.arguments import INFINITE, KINDS, MODES, LogitMap, Losses, TokenWeight, TopKMode
@@ -128,11 +129,14 @@ def positions_kd(
         shared = signal.logits_NV.shape[1] if kind in INFINITE else None
         return _through_head(positions, signal, shared, **options)
     if isinstance(signal, ProjectedTeachers):
-        of_heads = partial(LinearTeachers, places_N=signal.places_N)
+        maps = [logit_map(part.projection) for part in signal.parts]
+        of_heads = partial(LinearTeachers, places_N=signal.places_N, maps=maps)
         return _through_heads(positions, signal.parts, of_heads, options)
     if isinstance(signal, MixedTeachers):
-        of_heads = partial(LinearMixture, rule=signal.rule)
+        maps = [logit_map(part.projection) for part in signal.parts]
+        of_heads = partial(LinearMixture, rule=signal.rule, maps=maps)
         return _through_heads(positions, signal.parts, of_heads, options)
+    options["teacher_map"] = logit_map(signal.projection)
     return _through_heads(positions, [signal], lambda heads: heads[0], options)
 
 
@@ -145,9 +149,8 @@ def _through_head(
         labels_N = positions.labels_N
         if shared is not None and shared < len(weight_VD):
             weight_VD, bias_V = weight_VD[:shared], None if bias_V is None else bias_V[:shared]
-        return tuple(
-            linear_kd(hidden_ND, weight_VD, bias_V, teacher=teacher, labels_N=labels_N, **options)
-        )
+        how = {"labels_N": labels_N, "student_map": logit_map(positions.projection), **options}
+        return tuple(linear_kd(hidden_ND, weight_VD, bias_V, teacher=teacher, **how))
 
     return Losses(*positions.projection(positions.hidden_ND, use))
 

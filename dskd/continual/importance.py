@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dskd.batch import Batch, Loss, LossCounts, Positions, Signal, Term
+from dskd.batch import Batch, Loss, LossCounts, Positions, Signal, Term, logit_map
 from dskd.data.prefetch import send
 from dskd.errors import NonFiniteError
 from dskd.models.families import positions_of
@@ -150,7 +150,8 @@ def mean_square_probability(
     firsts_R = (ends_B - batch.counts_B)[batch.counts_B > 0]
     hidden_ND = positions.hidden_ND
     firsts_R = firsts_R.to(hidden_ND.device, non_blocking=True)
-    logits_RV = positions.projection(hidden_ND.index_select(0, firsts_R))
+    projection = positions.projection
+    logits_RV = logit_map(projection).of(projection(hidden_ND.index_select(0, firsts_R)))
     squares_RV = torch.softmax(logits_RV.float(), -1) ** 2
     return {PROMPT: Term(squares_RV.mean(-1).sum(), {})}
 

@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dskd.batch import LogitMap
+
 Divergence = Literal[
     "forward_kl",
     "reverse_kl",
@@ -32,20 +34,6 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 TokenWeight = float | Tensor
 """A weight of every token, or one for each, [N]: numbers, or a mask."""
-
-
-class LogitMap(NamedTuple):
-    """How a model turns its head's output x into logits.
-
-    ``z = scale * x``, and with a ``softcap`` c > 0 (Gemma) ``z = c tanh(scale * x / c)``.
-    """
-
-    scale: float = 1.0
-    softcap: float = 0.0
-
-
-SAME = LogitMap()
-"""Logits are what the head puts out."""
 
 
 class Losses(NamedTuple):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dskd.batch import SAME
 from dskd.fused.arguments import (
-    SAME,
     LogitMap,
     Losses,
     TokenWeight,

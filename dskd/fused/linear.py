@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dskd.batch import SAME, LinearTeachers
 from dskd.fused.arguments import (
-    SAME,
     LogitMap,
     Losses,
     TokenWeight,
@@ -77,8 +77,8 @@ def linear_kd(
             of the tokens each, all the same columns, and ``hidden_ND`` is copied in the order of
             their rows; those of a mixture have all tokens; None: cross entropy alone.
         kind, beta, teacher_map, vocabulary: of dense and linear teachers, see
-            :func:`~dskd.fused.dense.dense_kd`; a top-k teacher's is the forward KL; a mixture
-            of linear ones has no map.
+            :func:`~dskd.fused.dense.dense_kd`; a top-k teacher's is the forward KL; those of
+            a mixture have maps of their own.
         mode: of top-k teachers alone, see :func:`~dskd.fused.topk.topk_kd`.
         logits_dtype: what the logits of 16-bit operands are kept in; fp32 by default and, with a
             mixture, always. bf16
@@ -111,6 +111,8 @@ def linear_kd(
     found = form_of(teacher, logits_NV, columns, vocabulary, mode, temperature)
     kind_of(kind, beta, reverse_weight, found.narrower)
     check_form(found.form, kind, mode, vocabulary, teacher_map)
+    several = isinstance(teacher, LinearTeachers) and teacher.maps is not None
+    refuse(several and teacher_map != SAME, lambda: "teacher_map: each of several has its own")
     refuse(
         found.form == "mixed" and dtype != wide(dtype),
         lambda: f"logits_dtype: a mixture is made in fp32, not in {dtype}",
@@ -137,7 +139,8 @@ def linear_kd(
         weights = _in_order(weights, places_N)
     inputs = (hidden_ND, weight_VD, bias_V)
     needs = [x is not None and wanted(x) for x in inputs]
-    maps = [*map_of("student_map", student_map), *map_of("teacher_map", teacher_map)]
+    of_all = found.map if several else map_of("teacher_map", teacher_map)
+    maps = [*map_of("student_map", student_map), *of_all, *found.maps]
     kind = kind if found.form in ("dense", "linear", "mixed") else mode
     how = (found.form, kind, float(beta), temperature, maps, found.mixture)
     loss = (found.tensors, *weights, *how)

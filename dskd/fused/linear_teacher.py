@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dskd.batch import (
+    SAME,
     DenseTeacher,
     LinearMixture,
     LinearTeacher,
@@ -24,8 +25,8 @@ from dskd.batch import (
     TopKTeacher,
 )
 from dskd.fused.arguments import (
-    SAME,
     LogitMap,
+    map_of,
     matrix,
     refuse,
     teacher_columns,
@@ -51,6 +52,8 @@ class TeacherForm(NamedTuple):
         narrower: whether it has fewer columns than the student.
         places_N: which tokens its rows are, where they are not in the order of the tokens.
         mixture: of the form ``mixed``: the rule's sharpness and its weights.
+        maps: scale and softcap of each of several teachers, none: all have the same, or none.
+        map: of all of them.
     """
 
     form: str
@@ -58,6 +61,8 @@ class TeacherForm(NamedTuple):
     narrower: bool = False
     places_N: Tensor | None = None
     mixture: tuple[float, ...] | None = None
+    maps: tuple[float, ...] = ()
+    map: LogitMap = SAME
 
 
 def form_of(
@@ -104,7 +109,7 @@ def check_form(
         refuse(vocabulary is not None, lambda: f"vocabulary: nothing to cut, {less}")
         refuse(teacher_map != SAME, lambda: f"teacher_map: nothing to map, {less}")
     if form == "mixed":
-        refuse(teacher_map != SAME, lambda: "teacher_map: the teachers of a mixture have none")
+        refuse(teacher_map != SAME, lambda: "teacher_map: the teachers of a mixture have their own")
 
 
 def check_masses_of(
@@ -195,12 +200,29 @@ def _linear(
         check_rule(teacher.rule, len(teacher.parts))
         mixture = (float(teacher.rule.sharpness), *map(float, teacher.rule.weights))
         tensors, shared = _heads(teacher.parts, count, logits_NV, columns, vocabulary)
-        return TeacherForm("mixed", tensors, shared < columns, mixture=mixture)
+        maps = _maps(teacher)
+        flat = tuple(value for each in maps for value in each) if {*maps} != {SAME} else ()
+        return TeacherForm("mixed", tensors, shared < columns, mixture=mixture, maps=flat)
     places_N = places_of(teacher.places_N, logits_NV)
     tensors, shared = _heads(teacher.parts, None, logits_NV, columns, vocabulary)
     rows = sum(len(hidden_ME) for hidden_ME in tensors[::3])
     refuse(rows != count, lambda: f"teachers: have {rows} rows where there are {count} tokens")
-    return TeacherForm("linear", tensors, shared < columns, places_N)
+    maps = _maps(teacher)
+    if len({*maps}) == 1:  # of all logits, so that it costs nothing
+        return TeacherForm("linear", tensors, shared < columns, places_N, map=maps[0])
+    flat = tuple(value for each in maps for value in each)
+    return TeacherForm("linear", tensors, shared < columns, places_N, maps=flat)
+
+
+def _maps(teacher: LinearTeachers | LinearMixture) -> list[LogitMap]:
+    """The map of each of several teachers."""
+    if teacher.maps is None:
+        return [SAME] * len(teacher.parts)
+    refuse(
+        len(teacher.maps) != len(teacher.parts),
+        lambda: f"maps: {len(teacher.maps)} for {len(teacher.parts)} teachers",
+    )
+    return [map_of(f"maps[{k}]", each) for k, each in enumerate(teacher.maps)]
 
 
 def check_rule(rule: MixtureRule, teachers: int) -> None:

@@ -42,7 +42,7 @@ def visit(
         mixture = None
         if loss.form == "mixed":
             mixture = Mixture(*loss.mixture, temperature=loss.temperature)
-        teacher = teacher_logits(loss.teacher, count, size, logits_dtype, mixture)
+        teacher = teacher_logits(loss.teacher, count, size, logits_dtype, mixture, loss.maps[4:])
     gradients = HeadGradients(hidden_ND, weight_VD, bias_V, needs)
     logits = Buffer(size, columns, logits_dtype, device)
     rounded = None
@@ -73,4 +73,5 @@ def _bytes_per_logit(loss: LossForm, hidden: torch.dtype, logits: torch.dtype, a
     buffers = (2 + ahead) if loss.form in ("linear", "mixed") else 1
     if loss.form == "mixed":
         buffers += MIXTURE_BUFFERS
-    return buffers * logits.itemsize + (0 if hidden == logits else hidden.itemsize)
+    masked = 1 if loss.maps[4:] else 0  # which of them are -inf
+    return buffers * logits.itemsize + masked + (0 if hidden == logits else hidden.itemsize)

@@ -31,7 +31,8 @@ class LossForm(NamedTuple):
         weights: of every token; a token's label.
         kind: the divergence, or the mode of a top-k teacher.
         beta, temperature: see :func:`dskd.fused.dense.dense_kd`.
-        maps: scale and softcap of the student's logits, and of the teacher's.
+        maps: scale and softcap of the student's logits, and of the teacher's; then those of each of
+            several teachers that are not alike, whose logits get them as they are made.
         mixture: of the form ``mixed``: the rule's sharpness and its weights.
     """
 
@@ -71,7 +72,7 @@ class LossForm(NamedTuple):
             return functions.topk_rows(logits_CV, *kept, labels_C, weight_C, label_C, **options)
         teacher_CW = self.teacher[0][rows] if teacher_CW is None else teacher_CW
         weights = (labels_C, weight_C, reverse_C, label_C)
-        options |= {"kind": self.kind, "beta": self.beta, "teacher_map": tuple(self.maps[2:])}
+        options |= {"kind": self.kind, "beta": self.beta, "teacher_map": tuple(self.maps[2:4])}
         return row_functions("dense", logits_CV).dense_rows(
             logits_CV, teacher_CW, *weights, **options
         )

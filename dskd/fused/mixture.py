@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dskd.batch import SAME
 from dskd.fused.arguments import (
-    SAME,
     LogitMap,
     Losses,
     columns_within,

@@ -5,24 +5,27 @@ Shape letters: N tokens, C of them in a chunk, M of them of one teacher, W colum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dskd.batch import SAME, LogitMap
 from dskd.fused.chunking import Buffer, chunks, operand, project
 from dskd.fused.mixed_logits import MIXTURE_BUFFERS, Mixture
 
 
 class _Head(NamedTuple):
-    """One teacher: its hidden states [M, E], and which rows of all they are."""
+    """One teacher: its hidden states [M, E], which rows of all they are, and its logit map if that
+    is not left to whoever reads the logits."""
 
     rows: slice
     hidden_ME: Tensor
     weight_WE: Tensor
     bias_W: Tensor | None
+    map: LogitMap
 
 
 def runs_ahead(device: torch.device) -> bool:
@@ -36,6 +39,7 @@ def teacher_logits(
     size: int,
     dtype: torch.dtype,
     mixture: Mixture | None = None,
+    maps: Sequence[float] = (),
 ) -> Iterator[Tensor]:
     """The teachers' logits [C, W] of chunk after chunk, each good until the next one is asked for.
 
@@ -49,8 +53,9 @@ def teacher_logits(
         size: rows of a chunk.
         dtype: of the logits.
         mixture: each teacher has all rows, and the logits are their mixture's.
+        maps: scale and softcap of each teacher, which its logits get here; none: nobody's do.
     """
-    heads = _heads(teachers, mixture is not None)
+    heads = _heads(teachers, mixture is not None, maps)
     weight_WE = heads[0].weight_WE
     device, columns = weight_WE.device, len(weight_WE)
     spans = [*chunks(count, size)]
@@ -74,13 +79,16 @@ def teacher_logits(
         yield from map(make, range(len(spans)))
 
 
-def _heads(teachers: list[Tensor], together: bool) -> list[_Head]:
+def _heads(teachers: list[Tensor], together: bool, maps: Sequence[float]) -> list[_Head]:
     """``together``: the rows of each are all rows."""
     heads, first = [], 0
-    for hidden_ME, weight_WE, bias_W in zip(*(teachers[i::3] for i in range(3)), strict=True):
+    logit_maps = [LogitMap(*each) for each in zip(maps[::2], maps[1::2], strict=True)]
+    logit_maps = logit_maps or [SAME] * (len(teachers) // 3)
+    parts = (*(teachers[i::3] for i in range(3)), logit_maps)
+    for hidden_ME, weight_WE, bias_W, own in zip(*parts, strict=True):
         rows = slice(first, first + len(hidden_ME))
         operands = (operand(hidden_ME), operand(weight_WE))
-        heads.append(_Head(rows, *operands, operand(bias_W) if len(bias_W) else None))
+        heads.append(_Head(rows, *operands, operand(bias_W) if len(bias_W) else None, own))
         first = 0 if together else rows.stop
     return heads
 
@@ -93,6 +101,15 @@ def _project(heads: list[_Head], rows: slice, out_CW: Tensor) -> None:
             hidden_ME = head.hidden_ME[begin - head.rows.start : end - head.rows.start]
             out_ME = out_CW[begin - rows.start : end - rows.start]
             project(hidden_ME, head.weight_WE, head.bias_W, out_ME)
+            if head.map != SAME:
+                _map_in_place(out_ME, head.map)
+
+
+def _map_in_place(logits_ME: Tensor, of: LogitMap) -> None:
+    logits_ME.mul_(of.scale)
+    if of.softcap:
+        masked_ME = logits_ME.isneginf()
+        logits_ME.div_(of.softcap).tanh_().mul_(of.softcap).masked_fill_(masked_ME, -torch.inf)
 
 
 def _ahead(make: Callable[[int], Tensor], number: int, device: torch.device) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dskd.batch import Projection
+from dskd.batch import SAME, Projection, logit_map
 from dskd.fused.chunking import chunk_of, chunks
 
 
@@ -27,8 +27,8 @@ def through_head(
     """What ``use`` makes of the logits of all tokens, without gradient.
 
     With w bytes of an element of the model it takes, beside hidden states and weights,
-    ``C W (w + bytes_per_logit)`` bytes, which are held to the budget of a chunk, and twice the
-    results.
+    ``C W (w + bytes_per_logit)`` bytes (4 w, where there is a logit map), which are held to the
+    budget of a chunk, and twice the results.
 
     Args:
         projection: the head, which is called once whatever N is.
@@ -45,10 +45,12 @@ def through_head(
     def inside(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, ...]:
         weight_WD = weight_VD[:vocabulary]
         bias_W = None if bias_V is None else bias_V[:vocabulary]
-        each = hidden_ND.dtype.itemsize + bytes_per_logit
+        own = hidden_ND.dtype.itemsize
+        each = own + bytes_per_logit + (0 if logit_map(projection) == SAME else 3 * own)
         size = chunk_of(len(hidden_ND), vocabulary, each, hidden_ND.device)
         spans = [*chunks(len(hidden_ND), size)] or [slice(0, 0)]
-        found = [use(rows, linear(hidden_ND[rows], weight_WD, bias_W)) for rows in spans]
+        of = logit_map(projection).of
+        found = [use(rows, of(linear(hidden_ND[rows], weight_WD, bias_W))) for rows in spans]
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     return projection(hidden_ND, inside)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dskd.fused.arguments import SAME, LogitMap, Losses, TokenWeight, map_of, matrix, temperature_of
+from dskd.batch import SAME
+from dskd.fused.arguments import LogitMap, Losses, TokenWeight, map_of, matrix, temperature_of
 from dskd.fused.logit_loss import NO_BETA, LossForm, logit_loss
 from dskd.fused.per_token import weights_of
 from dskd.fused.tokens import Tokens

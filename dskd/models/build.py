@@ -36,10 +36,11 @@ from dskd.models.configs import (
     with_classes,
 )
 from dskd.models.experts import compute_without_values
-from dskd.models.families import lm_head, projection_of, tie_head_bias
+from dskd.models.families import projection_of, tie_head_bias
 from dskd.models.heads import ObjectiveName
 from dskd.models.initial import initialise
 from dskd.models.reading import in_class_head, load_weights, rows_of_tokens
+from dskd.models.structure import language_objective, reads_values
 from dskd.models.weight_files import weight_files
 from dskd.settings.model import Model
 from dskd.system.files import file_hash, fingerprint
@@ -50,10 +51,6 @@ _AUTO = {
     "causal": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
 }
-
-_READS_VALUES = frozenset({"deberta-v2"})
-"""Types whose forward pass reads numbers of tensors, which a model without memory does not have.
-What is wrong with their sizes shows as they are made."""
 
 
 def build(
@@ -153,7 +150,8 @@ def check_model(
         model = construct(own, attention, None, torch.float32, problem, objective, trust)
         projection_of(model)
         compute_without_values(model)
-        if config.model_type not in _READS_VALUES:
+        # Else what is wrong with its sizes shows as it is made, or never.
+        if not reads_values(config):
             model(torch.zeros(1, 2, dtype=torch.long))
 
 
@@ -201,7 +199,7 @@ def construct(
     Raises:
         ConfigError: HuggingFace refuses the config; the message names the setting ``where``.
     """
-    auto = _AUTO[lm_head(config.model_type).objective if objective is None else objective]
+    auto = _AUTO[objective or language_objective(config.model_type)]
     options = {} if attention == "auto" else {"attn_implementation": attention}
     options["trust_remote_code"] = trust_remote_code
     refused = f"{where}: HuggingFace refuses its config"

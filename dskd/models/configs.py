@@ -12,9 +12,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import first_of, vocabulary_size
 from dskd.errors import ConfigError
-from dskd.models.families import counts_past_padding, head_of, longest_row, refuse_unknown
-from dskd.models.heads import ObjectiveName, is_causal
+from dskd.models.families import head_of, is_causal, longest_row, positions_field, refuse_unknown
+from dskd.models.heads import ObjectiveName
 from dskd.models.overrides import known_fields, random_config, with_own
+from dskd.models.structure import padding_position
 from dskd.models.weight_files import folder_at_hand, local_folder, refuse_quantised
 from dskd.settings.model import Model
 
@@ -64,10 +65,11 @@ def check_shape(
     head_of(config, objective, where)
     longest = longest_row(config)
     if longest < block_size:
-        beyond = config.max_position_embeddings - longest
+        padding = padding_position(config)
+        beyond = 0 if padding is None else padding + 1
         why = f" ({beyond} positions are taken up by the padding id)" if beyond else ""
         raise ConfigError(
-            f"{where}.config.max_position_embeddings: {config.max_position_embeddings} are too few "
+            f"{where}.config.{positions_field(config)}: {longest + beyond} are too few "
             f"for data.block_size {block_size}; {block_size + beyond} are needed{why}"
         )
 
@@ -106,10 +108,11 @@ def check_vocabulary(
             f"{where}: its vocabulary of {config.vocab_size} is smaller than the tokenizer's "
             f"{vocabulary_size(tokenizer)}"
         )
-    if counts_past_padding(config) and config.pad_token_id != tokenizer.pad_token_id:
+    padding = padding_position(config)
+    if padding is not None and padding != tokenizer.pad_token_id:
         raise ConfigError(
-            f"{where}: its pad_token_id is {config.pad_token_id}, the tokenizer's "
-            f"{tokenizer.pad_token_id}; {config.model_type} counts positions by it"
+            f"{where}: its pad_token_id is {padding}, the tokenizer's {tokenizer.pad_token_id}; "
+            f"{config.model_type} counts positions by it"
         )
 
 

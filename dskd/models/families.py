@@ -3,27 +3,39 @@ uses."""
 
 from __future__ import annotations
 
-import functools
+import inspect
+from collections.abc import MutableMapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import transformers
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from dskd.batch import Batch, Positions, Use
+from dskd.batch import SAME, Batch, Positions, Projection, Use
 from dskd.errors import ConfigError
 from dskd.models.attention_masks import attention_arguments
-from dskd.models.heads import HEADS, MODEL_TYPES, Head, ObjectiveName, is_causal, of_objective
+from dskd.models.heads import CLASSIFIERS, HEADS, Head, ObjectiveName
+from dskd.models.structure import (
+    language_head,
+    language_objective,
+    language_types,
+    padding_position,
+)
 from dskd.settings.parsing import nearest, show
 
 
 class LinearProjection(nn.Linear):
     """A :class:`~dskd.batch.Projection`; a model's own ``nn.Linear`` becomes one in place."""
+
+    map = SAME
 
     def forward(self, hidden_ND: Tensor, use: Use | None = None) -> Any:
         """Logits, or what ``use`` makes of (hidden states, weight, bias)."""
@@ -35,27 +47,19 @@ class LinearProjection(nn.Linear):
 COMPANION = "companion"
 """Name of the submodule of a student that a method trains beside it."""
 
-_CLASSES = {
-    "masked": MODEL_FOR_MASKED_LM_MAPPING,
-    "causal": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-}
-"""HuggingFace's model class by config class, for each objective."""
-
-_PAST_PADDING = frozenset({"roberta", "xlm-roberta"})
-"""Types that count positions from ``pad_token_id + 1``, not from 0."""
-
 
 def refuse_unknown(model_type: Any, where: str) -> None:
-    """Refuse a ``model_type`` that has no head here.
+    """Refuse a ``model_type`` that HuggingFace has no class of here.
 
     Raises:
         ConfigError: the message names the setting ``where`` and the nearest type.
     """
-    if model_type not in MODEL_TYPES:
-        near = nearest(str(model_type), MODEL_TYPES)
-        known = ", ".join(MODEL_TYPES)
-        raise ConfigError(f"{where}: {show(model_type)} is not one of {known}{near}")
+    known = sorted({*CLASSIFIERS, *language_types()})
+    if model_type not in known:
+        raise ConfigError(
+            f"{where}: transformers {transformers.__version__} has no masked or causal LM of "
+            f"type {show(model_type)}{nearest(str(model_type), known)}"
+        )
 
 
 def head_of(config: PreTrainedConfig, objective: ObjectiveName, where: str) -> Head:
@@ -65,16 +69,22 @@ def head_of(config: PreTrainedConfig, objective: ObjectiveName, where: str) -> H
         ConfigError: its type has none for that; the message names the setting ``where``.
     """
     model_type = config.model_type
+    if objective != "classification":
+        known_for = language_objective(model_type)
+        if known_for not in (objective, None):
+            raise ConfigError(
+                f"{where}: a {model_type} is a {known_for} LM, data.objective is {objective}"
+            )
+        return language_head(config, where)
     if (model_type, objective) not in HEADS:
-        has = [of for name, of in HEADS if name == model_type and of != "classification"]
-        what = f"is a {has[0]} LM" if has else "is for classification only, here"
+        known_for = language_objective(model_type)
         raise ConfigError(
-            f"{where}: a {model_type} {what}, data.objective is {objective}; {objective} ones are "
-            f"{', '.join(of_objective(objective))}"
+            f"{where}: a {model_type} is a {known_for} LM, data.objective is {objective}; "
+            f"{objective} ones are {', '.join(CLASSIFIERS)}"
         )
     # ModernBERT's alone has it; a mean is of all hidden states of a row, and not of one.
     pooling = getattr(config, "classifier_pooling", "cls")
-    if objective == "classification" and pooling != "cls":
+    if pooling != "cls":
         raise ConfigError(
             f"{where}.config.classifier_pooling: {show(pooling)}, but a class is read at one token "
             "here; set it to cls"
@@ -82,22 +92,34 @@ def head_of(config: PreTrainedConfig, objective: ObjectiveName, where: str) -> H
     return HEADS[model_type, objective]
 
 
+def is_causal(model_type: str) -> bool:
+    """Whether no token of a row sees those after it, in models of this type."""
+    return language_objective(model_type) == "causal"
+
+
 def lm_head(model_type: str) -> Head:
-    """The head by which a type models language, masked or causal: none has both."""
-    return HEADS[model_type, "causal" if is_causal(model_type) else "masked"]
+    """The head by which a type models language, with the config that it has by default."""
+    return language_head(AutoConfig.for_model(model_type), "model")
 
 
 def head_in(model: PreTrainedModel) -> Head:
     """The head of a model that was built: that of the objective its class is for."""
-    return _head_of_class(type(model), type(model.config))
+    if model not in _HEADS_IN:
+        _HEADS_IN[model] = _head_in(model)
+    return _HEADS_IN[model]
 
 
-@functools.cache  # looked up in every forward pass
-def _head_of_class(model: type[PreTrainedModel], config: type[PreTrainedConfig]) -> Head:
-    for (model_type, objective), head in HEADS.items():
-        if model_type == config.model_type and issubclass(model, _CLASSES[objective][config]):
-            return head
-    raise TypeError(f"a {model.__name__} is of no objective that has a head here")
+_HEADS_IN: MutableMapping[PreTrainedModel, Head] = WeakKeyDictionary()
+"""Looked up in every forward pass."""
+
+
+def _head_in(model: PreTrainedModel) -> Head:
+    config = model.config
+    classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    named = (config.model_type, "classification")
+    if named in HEADS and isinstance(model, classes[type(config)]):
+        return HEADS[named]
+    return language_head(config, "model")
 
 
 def positions_of(
@@ -121,7 +143,7 @@ def positions_of(
     head = head_in(model)
     companion = getattr(model, COMPANION, None)
     causal = is_causal(model.config.model_type)
-    arguments = attention_arguments(model, batch, causal=causal)
+    arguments = attention_arguments(model, batch, causal=causal, rows_mask=head.rows_mask)
     if batch.types_BT is not None and has_types(model.config):
         arguments["token_type_ids"] = batch.types_BT
     if states or (companion is not None and model.training):
@@ -151,29 +173,38 @@ def _places_read(batch: Batch, head: Head) -> Tensor:
 
 def has_types(config: PreTrainedConfig) -> bool:
     """Whether a model tells the two texts of a row apart by types of tokens."""
-    return getattr(config, "type_vocab_size", 0) > 1
+    if getattr(config, "type_vocab_size", 0) <= 1:
+        return False
+    return "token_type_ids" in inspect.signature(MODEL_MAPPING[type(config)].forward).parameters
 
 
-def projection_of(model: nn.Module) -> LinearProjection:
+def projection_of(model: nn.Module) -> Projection:
     """The model's last linear map, made able to run a fused loss in its forward."""
-    linear = model.get_submodule(head_in(model).projection)
+    head = head_in(model)
+    if head.joined is not None:
+        return head.joined.projection(model)
+    linear = model.get_submodule(head.projection)
     if type(linear) is nn.Linear:
         linear.__class__ = LinearProjection
     assert isinstance(linear, LinearProjection), f"logits come from a {type(linear).__name__}"
+    linear.map = head.map
     return linear
 
 
-def counts_past_padding(config: PreTrainedConfig) -> bool:
-    """Whether positions are counted from ``pad_token_id + 1`` (RoBERTa), not from 0."""
-    return config.model_type in _PAST_PADDING
+def positions_field(config: PreTrainedConfig) -> str | None:
+    """The field of a config that says how many positions there are; None: there are any."""
+    names = ("max_position_embeddings", "max_seq_len")
+    return next((name for name in names if getattr(config, name, None)), None)
 
 
 def longest_row(config: PreTrainedConfig) -> int:
-    """Most tokens of a row that the model's positions allow."""
-    longest = config.max_position_embeddings
-    if counts_past_padding(config):
-        longest -= config.pad_token_id + 1
-    return longest
+    """Most tokens of a row that the model's positions allow; where they allow any, the number that
+    HuggingFace has for it."""
+    field = positions_field(config)
+    if field is None:
+        return VERY_LARGE_INTEGER
+    padding = padding_position(config)  # RoBERTa counts positions from the one after it
+    return getattr(config, field) - (0 if padding is None else padding + 1)
 
 
 def tie_head_bias(model: PreTrainedModel) -> None:
@@ -182,6 +213,6 @@ def tie_head_bias(model: PreTrainedModel) -> None:
     BERT and RoBERTa heads have both, and transformers 5 leaves the former out of the forward pass
     of an untied model: a parameter without gradient that weight decay would shrink.
     """
-    bias = head_in(model).bias
-    if bias is not None:
-        model.get_submodule(bias).bias = projection_of(model).bias
+    head = head_in(model)
+    if head.bias is not None:
+        model.get_submodule(head.bias).bias = model.get_submodule(head.projection).bias

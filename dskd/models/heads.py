@@ -1,9 +1,9 @@
-"""How hidden states become logits: the head of each model type for each objective.
+"""How hidden states become logits: what a head is, and those for classification.
 
-A new one is a line in ``HEADS`` and is then tested against its HuggingFace class by
-``tests/models/test_families.py`` or ``test_class_heads.py``. A head for classification is cut in
-two where HuggingFace's is one: what it does with the hidden state that it reads, and its last
-linear map.
+The heads of language models are found from the models (``structure.py``). A new one for
+classification is a line in ``HEADS`` and is then tested against its HuggingFace class by
+``tests/models/test_class_heads.py``; it is cut in two where HuggingFace's is one: what it does with
+the hidden state that it reads, and its last linear map.
 
 Shape letters: N supervised positions, D hidden.
 """
@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
+
+from dskd.batch import SAME, LogitMap
+from dskd.models.joined_heads import Joined
 
 Transform = Callable[[Any, Tensor], Tensor]
 """(model, the body's hidden states [N, D]) -> those its last linear map takes, [N, D']."""
@@ -35,6 +37,10 @@ class Head:
         bias: the head's own copy of the projection's bias, as the module path of its owner.
         reads: the hidden states that logits are made of: that of each supervised position; or, of a
             row as a whole, that of its ``first`` or ``last`` real token.
+        map: what is done to what the projection puts out.
+        rows_mask: whether the body has to be given the mask of the rows [B, T] as it is.
+        joined: of a projection that is not one module; ``projection`` is then the one of its
+            modules that has a row for each token.
     """
 
     objective: ObjectiveName
@@ -42,14 +48,9 @@ class Head:
     transform: Transform = lambda model, hidden_ND: hidden_ND
     bias: str | None = None
     reads: Literal["supervised", "first", "last"] = "supervised"
-
-
-def _distilbert_transform(model: Any, hidden_ND: Tensor) -> Tensor:
-    return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND)))
-
-
-def _roberta_transform(model: Any, hidden_ND: Tensor) -> Tensor:
-    return model.lm_head.layer_norm(gelu(model.lm_head.dense(hidden_ND)))
+    map: LogitMap = SAME
+    rows_mask: bool = False
+    joined: Joined | None = None
 
 
 def _bert_classes(model: Any, hidden_ND: Tensor) -> Tensor:
@@ -84,37 +85,10 @@ def _first(projection: str, transform: Transform) -> Head:
     return Head("classification", projection, transform, reads="first")
 
 
-_BERT = Head(
-    "masked",
-    "cls.predictions.decoder",
-    lambda model, hidden_ND: model.cls.predictions.transform(hidden_ND),
-    bias="cls.predictions",
-)
-_ROBERTA = Head("masked", "lm_head.decoder", _roberta_transform, bias="lm_head")
-_DISTILBERT = Head("masked", "vocab_projector", _distilbert_transform)
-_MODERNBERT = Head("masked", "decoder", lambda model, hidden_ND: model.head(hidden_ND))
-_ELECTRA = Head(
-    "masked", "generator_lm_head", lambda model, hidden_ND: model.generator_predictions(hidden_ND)
-)
-_CAUSAL = Head("causal", "lm_head")
 _ROBERTA_CLASSES = _first("classifier.out_proj", _roberta_classes)
 _CAUSAL_CLASSES = Head("classification", "score", reads="last")
 
 HEADS: dict[tuple[str, ObjectiveName], Head] = {
-    ("bert", "masked"): _BERT,
-    ("roberta", "masked"): _ROBERTA,
-    ("xlm-roberta", "masked"): _ROBERTA,
-    ("distilbert", "masked"): _DISTILBERT,
-    ("modernbert", "masked"): _MODERNBERT,
-    ("electra", "masked"): _ELECTRA,
-    ("gpt2", "causal"): _CAUSAL,
-    ("llama", "causal"): _CAUSAL,
-    ("mistral", "causal"): _CAUSAL,
-    ("qwen2", "causal"): _CAUSAL,
-    ("qwen3", "causal"): _CAUSAL,
-    ("mixtral", "causal"): _CAUSAL,
-    ("qwen2_moe", "causal"): _CAUSAL,
-    ("qwen3_moe", "causal"): _CAUSAL,
     ("bert", "classification"): _first("classifier", _bert_classes),
     ("roberta", "classification"): _ROBERTA_CLASSES,
     ("xlm-roberta", "classification"): _ROBERTA_CLASSES,
@@ -128,16 +102,7 @@ HEADS: dict[tuple[str, ObjectiveName], Head] = {
     ("qwen2", "classification"): _CAUSAL_CLASSES,
     ("qwen3", "classification"): _CAUSAL_CLASSES,
 }
-"""By model type and objective."""
+"""Those for classification, by model type and objective."""
 
-MODEL_TYPES: tuple[str, ...] = tuple(dict.fromkeys(model_type for model_type, _ in HEADS))
-
-
-def is_causal(model_type: str) -> bool:
-    """Whether no token of a row sees those after it, in models of this type."""
-    return (model_type, "causal") in HEADS
-
-
-def of_objective(objective: ObjectiveName) -> list[str]:
-    """The model types that have a head for an objective."""
-    return [model_type for model_type, of in HEADS if of == objective]
+CLASSIFIERS: tuple[str, ...] = tuple(model_type for model_type, _ in HEADS)
+"""The model types that have one."""

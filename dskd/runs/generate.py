@@ -41,9 +41,8 @@ from dskd.errors import ConfigError, DataError
 from dskd.models.build import build, model_fingerprint
 from dskd.models.configs import config_of
 from dskd.models.continuation_files import own_tokens, write_continuations
-from dskd.models.families import longest_row
+from dskd.models.families import is_causal, longest_row
 from dskd.models.generate import Decoding, Sampling
-from dskd.models.heads import of_objective
 from dskd.runs.finding import model_at
 from dskd.settings.model import Model
 from dskd.system import dist, watch
@@ -194,15 +193,14 @@ def _causal_config(folder: Path) -> PreTrainedConfig:
         ConfigError: it is not.
     """
     config = config_of(Model(path=str(folder)), where="generate")
-    known = of_objective("causal")
-    causal = config.model_type in known
+    causal = is_causal(config.model_type)
     # GPT-2, Llama ... are trained as classifiers, too.
     fits = {MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__} if causal else set()
     names = config.architectures or fits
     if not fits.intersection(names):
         raise ConfigError(
             f"generate: {folder} holds a {' or '.join(names) or config.model_type}, which is no "
-            f"causal LM; those are of the types {', '.join(known)}"
+            f"causal LM"
         )
     return config
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertModel,
@@ -14,7 +15,7 @@ from dskd.batch import IGNORE
 from dskd.errors import ConfigError
 from dskd.models.build import check_random, parameter_count
 from dskd.models.families import head_of, positions_of, projection_of
-from dskd.models.heads import of_objective
+from dskd.models.heads import CLASSIFIERS
 from dskd.models.writing import export
 from dskd.settings.model import Model
 from tests.batches import batch_of
@@ -22,7 +23,6 @@ from tests.models.test_initial import fingerprints
 from tests.models.tiny import BLOCK, make, settings, tokenizer, zero3
 from tests.ranks import run_ranks
 
-CLASSIFIERS = of_objective("classification")
 CLASSES = ["air", "earth", "fire", "water", "wood"]
 
 
@@ -157,10 +157,10 @@ def test_a_mean_of_hidden_states_is_refused_by_name():
     make("modernbert", classifier_pooling="mean")  # as a masked LM it reads no class
 
 
-def test_a_type_for_classification_only_is_no_lm():
-    config = make("deberta-v2", classes=CLASSES).config
-    with pytest.raises(ConfigError, match=r"^x: a deberta-v2 is for classification only, here, da"):
-        head_of(config, "masked", "x")
+def test_a_type_without_a_head_for_classes_is_refused_by_name():
+    config = AutoConfig.for_model("albert")
+    with pytest.raises(ConfigError, match=r"^x: a albert is a masked LM, .* ones are bert, robert"):
+        head_of(config, "classification", "x")
 
 
 def test_the_number_of_classes_is_not_the_settings():

@@ -8,6 +8,8 @@ import torch
 import xxhash
 
 from dskd.engine.zero import full_shape, gathered, is_sharded
+from dskd.models.configs import config_of
+from dskd.models.families import head_of
 from dskd.system import dist
 from dskd.system.log import peak_memory, reset_peak_memory
 from tests.models.tiny import (
@@ -228,6 +230,7 @@ def _taken(rank, device):
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 2**16)  # else glibc keeps what is freed
     make("llama", device=device)  # what is imported and cached on the way
+    head_of(config_of(settings("llama", **LARGE), where="x"), "causal", "x")  # so is its head
     libc.malloc_trim(0)  # what earlier tests have freed, and is given out without growing
     reset_peak_memory()
     before = peak_memory()

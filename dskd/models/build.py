@@ -36,7 +36,7 @@ from dskd.models.configs import (
     with_classes,
 )
 from dskd.models.experts import compute_without_values
-from dskd.models.families import projection_of, tie_head_bias
+from dskd.models.families import freeze_unused, projection_of, tie_head_bias
 from dskd.models.heads import ObjectiveName
 from dskd.models.initial import initialise
 from dskd.models.reading import in_class_head, load_weights, rows_of_tokens
@@ -102,6 +102,7 @@ def build(
     attention, trust = settings.attention, settings.trust_remote_code
     with _parameters_on(device):
         model = construct(config, attention, ds, dtype, where, objective, trust)
+    freeze_unused(model)
     if folder is None:
         initialise(model, seed)
         tie_head_bias(model)

@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from dskd.batch import SAME, Batch, Positions, Projection, Use
 from dskd.errors import ConfigError
 from dskd.models.attention_masks import attention_arguments
-from dskd.models.heads import CLASSIFIERS, HEADS, Head, ObjectiveName
+from dskd.models.heads import CLASSIFIERS, HEADS, Head, ObjectiveName, numberless
 from dskd.models.structure import (
     language_head,
     language_objective,
@@ -205,6 +205,15 @@ def longest_row(config: PreTrainedConfig) -> int:
         return VERY_LARGE_INTEGER
     padding = padding_position(config)  # RoBERTa counts positions from the one after it
     return getattr(config, field) - (0 if padding is None else padding + 1)
+
+
+def freeze_unused(model: PreTrainedModel) -> None:
+    """Leave what has no part in logits out of training: without a gradient, it would shrink by
+    weight decay."""
+    unused = head_in(model).unused
+    for name, parameter in model.named_parameters() if unused else ():
+        if numberless(name) in unused:
+            parameter.requires_grad_(False)
 
 
 def tie_head_bias(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ Shape letters: N supervised positions, D hidden.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class Head:
         rows_mask: whether the body has to be given the mask of the rows [B, T] as it is.
         joined: of a projection that is not one module; ``projection`` is then the one of its
             modules that has a row for each token.
+        unused: parameters that have no part in logits (ESM's map of contacts), by the names that
+            :func:`numberless` gives them.
     """
 
     objective: ObjectiveName
@@ -51,6 +54,12 @@ class Head:
     map: LogitMap = SAME
     rows_mask: bool = False
     joined: Joined | None = None
+    unused: frozenset[str] = frozenset()
+
+
+def numberless(name: str) -> str:
+    """The name of a parameter without the numbers of its layer, expert ..."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
 
 
 def _bert_classes(model: Any, hidden_ND: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dskd.engine.zero import gathered, is_sharded
+from dskd.errors import ConfigError
 from dskd.system import dist
 from dskd.system.files import fingerprint
 
@@ -24,7 +25,11 @@ def initialise(
     model: PreTrainedModel, seed: int, only: Callable[[str], bool] = lambda name: True
 ) -> None:
     """Fill every parameter, or those whose names are ``only``'s, with the model's own kind of
-    random numbers (collective if sharded)."""
+    random numbers (collective if sharded).
+
+    Raises:
+        ConfigError: the model's class leaves a parameter without any; not on every rank.
+    """
     with torch.device("meta"):
         shadow = type(model)(copy.deepcopy(model.config))  # the same model without memory
     tied = set(model.all_tied_weights_keys)
@@ -62,7 +67,12 @@ def _draw(shadow: PreTrainedModel, path: str, seed: int) -> dict[str, Tensor]:
             owner._init_weights(outer)
     for name, parameter in empty.items():
         setattr(module, name, parameter)
-        assert drawn[name].isfinite().all(), f"{_join(path, name)} is not initialised by its model"
+        if not drawn[name].isfinite().all():
+            kind = shadow.config.model_type
+            raise ConfigError(
+                f"random weights: the class of a {kind} draws none for {_join(path, name)}; only a "
+                f"stored {kind} can be used (path)"
+            )
     return drawn
 
 

@@ -25,7 +25,7 @@ from dskd.system import dist
 from dskd.system.log import say
 
 _RENAMED = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
-_CONSTANTS = r"embeddings\.position_ids|embeddings\.token_type_ids|rotary_emb\.inv_freq"
+_CONSTANTS = r"embeddings\.position_ids|embeddings\.token_type_ids|rotary_emb(eddings)?\.inv_freq"
 _CONSTANTS += r"|attn\.(masked_)?bias"  # of older versions, which saved them
 _OTHER_HEADS = r"pooler\..*|cls\.seq_relationship\..*|discriminator_predictions\..*"
 _OTHER_HEADS += r"|classifier\..*|score\.weight|qa_outputs\..*|cls\.predictions\..*|lm_head\..*"

@@ -37,7 +37,7 @@ from transformers.models.auto.modeling_auto import (
 from dskd.batch import IGNORE, Batch, LogitMap
 from dskd.errors import ConfigError
 from dskd.models.attention_masks import attention_arguments
-from dskd.models.heads import Head, ObjectiveName, Transform
+from dskd.models.heads import Head, ObjectiveName, Transform, numberless
 from dskd.models.joined_heads import JOINED
 from dskd.models.shrinking import few_layers, small_copies
 
@@ -151,12 +151,12 @@ _POSITIONS: dict[tuple[type[PreTrainedConfig], str], int | None] = {}
 
 def _padding_position(config: PreTrainedConfig) -> int | None:
     small, _ = _copies(config)[0]
+    small.pad_token_id = own = 3  # unlike any that a class has by itself
     with torch.device("meta"):
         body = MODEL_MAPPING[type(config)](small)
     for name, module in body.named_modules():
         found = isinstance(module, nn.Embedding) and module.padding_idx is not None
         if found and "position_embeddings" in name:
-            own = small.pad_token_id
             return _ITS_PADDING if module.padding_idx == own else module.padding_idx
     return None
 
@@ -439,11 +439,20 @@ def _proved(model: PreTrainedModel, head: Head, theirs_BTV: Tensor) -> Head:
             problems.append(f"{type(problem).__name__}: {problem}")
             continue
         if padded is None and unpadded is None:
-            return each
+            return replace(each, unused=_unused(model))
         problems.append(padded or unpadded)
     raise Unusual(
         f"its logits are not the last hidden state's, through {head.projection}: {problems[-1]}"
     )
+
+
+def _unused(model: PreTrainedModel) -> frozenset[str]:
+    """Parameters that are trained, but have no part in logits, in no layer."""
+    batch = _batch_of(model)
+    model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits.sum().backward()
+    named = [(numberless(n), p) for n, p in model.named_parameters() if p.requires_grad]
+    used = {name for name, parameter in named if parameter.grad is not None}
+    return frozenset(name for name, _ in named) - used
 
 
 @torch.no_grad()

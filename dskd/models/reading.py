@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dskd.engine.zero import full_shape, gathered, is_sharded
 from dskd.errors import ConfigError
 from dskd.models.configs import classes_in
-from dskd.models.experts import stacked
+from dskd.models.conversions import as_now
 from dskd.models.families import head_in
 from dskd.models.weight_files import Stored, open_weights
 from dskd.system import dist
@@ -70,7 +70,7 @@ def load_weights(
     with dist.agreed():
         plan = {}
         if mine:
-            stored = _stored(model, open_weights(model, folder, where), where)
+            stored = _stored(model, as_now(model, open_weights(model, folder, where), where), where)
             if trained_for is not None and _has_class_head(model, stored):
                 _refuse_other_classes(model, trained_for, where)
             plan = _plan(model, stored, where, new_head, new_ids)
@@ -92,7 +92,8 @@ def unrounded_weights(
     parameter the name and the whole values in fp32, on the CPU; without one that the folder has in
     another shape (it has fewer tokens) or in 16 bits itself."""
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    stored = _by_name(model, known, open_weights(model, folder, where), where)
+    sources = as_now(model, open_weights(model, folder, where), where)
+    stored = {_name_in(model, known, source.key): source for source in sources}
     for name, names in _names(model).items():
         found = [alias for alias in names if alias in stored]
         source = stored[_the_one(model, found, stored, where)] if found else None
@@ -141,16 +142,9 @@ def _refuse_other_classes(model: PreTrainedModel, config: PreTrainedConfig, wher
 def _stored(model: PreTrainedModel, sources: list[Stored], where: str) -> dict[str, Stored]:
     """The tensors of a folder by the model's names for them."""
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    stored = _by_name(model, known, sources, where)
+    stored = {_name_in(model, known, source.key): source for source in sources}
     _refuse_foreign(model, stored, known, where)
     return stored
-
-
-def _by_name(
-    model: PreTrainedModel, known: set[str], sources: list[Stored], where: str
-) -> dict[str, Stored]:
-    sources = stacked(sources, lambda key: _name_in(model, known, key) in known, where)
-    return {_name_in(model, known, source.key): source for source in sources}
 
 
 def _plan(

@@ -37,6 +37,7 @@ from transformers.models.auto.modeling_auto import (
 from dskd.batch import IGNORE, Batch, LogitMap
 from dskd.errors import ConfigError
 from dskd.models.attention_masks import attention_arguments
+from dskd.models.experts import compute_without_values
 from dskd.models.heads import Head, ObjectiveName, Transform, numberless
 from dskd.models.joined_heads import JOINED
 from dskd.models.shrinking import few_layers, small_copies
@@ -123,6 +124,7 @@ def reads_values(config: PreTrainedConfig) -> bool:
         cls = LANGUAGE[language_objective(config.model_type)][type(config)]
         with torch.device("meta"):
             model = cls(few_layers(config)).eval()
+            compute_without_values(model)
             try:
                 model(torch.zeros(1, 2, dtype=torch.long))
             except (NotImplementedError, RuntimeError):

@@ -3,6 +3,7 @@ refused, and what else a model type brings."""
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GraniteForCausalLM
 
 from dskd.batch import SAME, LogitMap
@@ -74,9 +75,9 @@ def _settings(name, **more) -> Model:
     return Model(config=fields)
 
 
-def _built(settings, objective, **more):
+def _built(settings, objective, tokenizer=tokenizer()):  # noqa: B008  never changed
     how = {"block_size": 16, "seed": 3, "ds": None, "dtype": torch.float32, "where": "model"}
-    return build(settings, tokenizer(), objective=objective, **(how | more))
+    return build(settings, tokenizer, objective=objective, **how)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -108,6 +109,42 @@ def test_an_exported_model_is_read_by_huggingface_and_here(name, tmp_path):
         assert parameter.equal(mine[parameter_name]), parameter_name
     longest = AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length
     assert longest == longest_row(model.config)
+
+
+def _written_by_transformers(name, folder):
+    model = families.model_of(name)
+    model.save_pretrained(folder)
+    tokenizer(families.VOCABULARY).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "nomic_bert", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_names_and_shapes_of_older_folders_are_understood(name, tmp_path):
+    """Transformers writes what it read once: Pythia's embed_out, one tensor for each expert."""
+    wanted = dict(_written_by_transformers(name, tmp_path).named_parameters())
+    stored = set(load_file(tmp_path / "model.safetensors"))
+    assert stored - wanted.keys()
+    objective = language_objective(name)
+    tok = tokenizer(families.VOCABULARY)
+    found = _built(Model(path=str(tmp_path)), objective, tokenizer=tok)
+    for each, parameter in found.named_parameters():
+        assert parameter.equal(wanted[each]), each
+
+
+@pytest.mark.parametrize(
+    ("lacking", "text"),
+    [
+        ("experts.3.w3", r": weights do not fit: |do not make"),
+        ("experts.3.w", r": weights do not "),
+    ],
+)
+def test_an_expert_that_is_missing_is_noticed(tmp_path, lacking, text):
+    _written_by_transformers("mixtral", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if lacking not in key}
+    save_file(kept, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"^model\.path.*{text}"):
+        _built(Model(path=str(tmp_path)), "causal", tokenizer=tokenizer(families.VOCABULARY))
 
 
 # Refusals.

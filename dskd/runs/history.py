@@ -16,6 +16,8 @@ Points = list[tuple[float, float]]
 """(completed steps, value) pairs, by rising step."""
 
 _TRAINING_KEYS = ("step", "loss", "terms", "lr")
+_RATES = ("alpha", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+"""Which a line of training may lack."""
 _SUMMARY_KEYS = (
     "steps",
     "metric",
@@ -66,10 +68,11 @@ def read_history(folder: Path) -> History:
     training, evaluations = [], []
     for number, line in enumerate(read_metrics(path), 1):
         where = f"{path}, line {number}"
-        if isinstance(line, dict) and summary["metric"] in line:
+        if summary["metric"] in line:
             evaluations.append(_require(line, ("step", summary["metric"]), where))
         else:
-            training.append(_require(line, _TRAINING_KEYS, where))
+            rates = [name for name in _RATES if line.get(name) is not None]
+            training.append(_require(line, (*_TRAINING_KEYS, *rates), where))
     if not evaluations:
         raise CheckpointError(f"{path}: no evaluation in it; has the run been trained to its end?")
     return History(training, evaluations, summary)

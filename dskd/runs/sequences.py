@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from dskd.errors import CheckpointError
+from dskd.runs.curves import image
 from dskd.runs.history import read_object
 from dskd.runs.named_sets import answer_sets
-from dskd.runs.report import image, new_table
+from dskd.runs.report import new_table
 from dskd.settings.folders import folder_of
 from dskd.settings.run import Run
 from dskd.settings.sets import NamedSet
@@ -264,7 +265,7 @@ def _cell(score: float, *, own: bool) -> str:
     share = min(max(score / 100, 0.0), 1.0)
     style = f"background: rgba(31, 95, 168, {0.9 * share:.2f})"
     style += "; color: #fff" if share > _DARK else ""
-    style += "; outline: 2px solid #c0392b; outline-offset: -2px" if own else ""
+    style += "; outline: 2px solid var(--wrong); outline-offset: -2px" if own else ""
     return f'<td style="{style}">{score:.1f}</td>'
 
 

@@ -162,7 +162,7 @@ def test_what_is_printed_and_shown(tmp_path, capsys):
     assert "back: scores by set, in per cent" in out and "multitask: scores" not in out
     page = sequences_section(groups)
     assert page.count("<caption") == 3 and page.count("outline: 2px") == 9
-    assert page.count("data:image/png") == 1 and not re.search(r"https?://|<script", page)
+    assert page.count("<svg") == 1 and not re.search(r"https?://|<script", page)
     assert sequences_section([]) == ""
 
 

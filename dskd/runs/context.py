@@ -62,11 +62,13 @@ class RunContext:
 
     Attributes:
         given: the settings as they are written.
+        beside: those of the recipe's other runs, which may read what this one makes.
     """
 
     given: Run
     method: Method
     device: torch.device
+    beside: Sequence[Run] = ()
 
     @cached_property
     def run(self) -> Run:

@@ -27,6 +27,7 @@ from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
 from dskd.runs import comparable
 from dskd.runs.answers import answer_scores
+from dskd.runs.cached_rows import caches_of, rows_to_capture
 from dskd.runs.card import card_of
 from dskd.runs.change_log import changes_section
 from dskd.runs.confusion import Confusion, confusion_section
@@ -34,10 +35,10 @@ from dskd.runs.context import RunContext, say_read
 from dskd.runs.named_sets import evaluation_sets
 from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
-from dskd.settings.folders import RunFolder, cache_folder
+from dskd.settings.folders import RunFolder
 from dskd.settings.model import Model
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, domain_of, each_teacher, section_name
+from dskd.settings.teachers import domain_of
 from dskd.stores.fingerprints import expected
 from dskd.system import dist
 from dskd.system.device import free_memory
@@ -63,20 +64,22 @@ def cache(context: RunContext) -> None:
     if not context.method.wants_teacher():
         return
     run, prepared = context.run, context.prepared
-    for domain, teacher in each_teacher(run.teacher).items():
-        if not isinstance(teacher, CachedTeacher) or teacher.model is None:
+    for domain, teacher, folder, where in caches_of(run):
+        if teacher.model is None:
             continue
-        folder, own = cache_folder(run, domain), domain_of(domain)
+        own = domain_of(domain)
         capture(
             teacher,
             lambda domain=domain: frozen(run, domain, prepared, context.device),
             prepared,
             context.view,
             folder,
-            fingerprints=expected(run, teacher, prepared, context.view, section_name(domain)),
+            fingerprints=expected(run, teacher, prepared, context.view, where),
             domain=None if own is None else prepared.domains.index(own),
+            wanted_DR=rows_to_capture(context, folder),
             device=context.device,
             verify=run.until == "cache",  # else training opens it
+            run=run.out,
         )
         free_memory()  # before the next teacher
 
@@ -120,7 +123,8 @@ def train(context: RunContext) -> None:
         world=dist.world(),
         seed=run.seed,
         readers=(*context.readers, *setup.readers),
-        ready=lambda position: not hooks.waits(position),
+        # The last step's batch is the last that a cache need have the rows of.
+        ready=lambda position: position < run.train.steps and not hooks.waits(position),
         position=progress.position,
         device=context.device,
     )

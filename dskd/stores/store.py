@@ -14,7 +14,7 @@ shards; until that is done it is not complete. Rows that are there stay as they 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,6 +291,12 @@ class Store:
 
     def _map(self, shard: int) -> dict[str, np.ndarray]:
         return map_shard(shard_path(self.folder, shard))[0]
+
+
+def shard_arrays(store: Store) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of each shard of a store, in order; only those that are touched are read."""
+    for shard in range(store.spec.shards):
+        yield map_shard(shard_path(store.folder, shard))[0]
 
 
 def _refuse_other(folder: Path, there: StoreSpec, wanted: StoreSpec) -> None:

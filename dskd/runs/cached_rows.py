@@ -25,6 +25,7 @@ from dskd.settings.folders import cache_folder
 from dskd.settings.length import with_steps
 from dskd.settings.run import Run
 from dskd.settings.teachers import CachedTeacher, domain_of, each_teacher, section_name
+from dskd.stores.cost import read_costs
 from dskd.stores.manifest import MANIFEST, read_spec
 from dskd.stores.store import lacking
 
@@ -78,6 +79,7 @@ def refuse_missing_rows(context: RunContext) -> None:
         return  # refused otherwise
     read_DR = rows_taken(rows, context.run.seed, _read(context.run, rows, draws), draws)
     for cache in caches_of(context.run):
+        read_costs(cache.folder)  # the summary needs it, after all the training
         asked = _asked(cache.teacher, rows)
         if cache.teacher.model is None:
             _refuse_lacking(context, cache, read_DR)

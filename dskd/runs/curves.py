@@ -7,10 +7,13 @@ import html
 import io
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dskd.runs.history import Points
 
@@ -23,42 +26,63 @@ _COLOURS = tuple(
     "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()  # noqa: SIM905
 )
 """What matplotlib draws lines in, one after the other; the page says what each looks like."""
-_DASHES = ("-", "--", ":", "-.")
-"""Of the first ten lines, the next ten, and so on."""
+_DASHES = {"-": "", "--": "6 3", ":": "2 3", "-.": "6 3 2 3"}
+"""Lines of the first ten runs, the next ten, and so on: for matplotlib, and for a legend."""
+
+
+class _Style(NamedTuple):
+    """A line's place in ``_COLOURS``, and a key of ``_DASHES``."""
+
+    place: int
+    dashes: str
+
 
 Panels = Mapping[str, Mapping[str, Points]]
 """Panels by title, each with the runs' lines by name."""
 
 
-def curves(title: str, panels: Panels, *, target: float | None = None) -> str:
-    """HTML of panels below a heading, with one legend of all; empty if no panel has a point.
+@dataclass(frozen=True)
+class Look:
+    """How panels look.
 
-    Args:
+    Attributes:
+        across: what is counted from the left to the right, from ``begin`` on.
+        y_limits: of the values; None: as the lines have them.
         target: a value that is drawn across each panel.
+        large: one panel in a line, in letters of the same size.
+        dashed: names of the lines that are.
     """
+
+    across: str = "optimiser steps"
+    begin: float = 0.0
+    y_limits: tuple[float, float] | None = None
+    target: float | None = None
+    large: bool = False
+    dashed: frozenset[str] = frozenset()
+
+
+def curves(title: str, panels: Panels, look: Look = Look()) -> str:
+    """HTML of panels below a heading, with one legend of all; empty if no panel has a point."""
     panels = {name: lines for name, lines in panels.items() if any(lines.values())}
     if not panels:
         return ""
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    places = {name: place for place, name in enumerate(names)}
+    styles = {name: _style(n, dashed=name in look.dashed) for n, name in enumerate(names)}
     drawn = {name for lines in panels.values() for name, points in lines.items() if points}
     figures = [
-        f"<figure>{svg(_panel(lines, places, target), f'{title} {name}')}"
+        f"<figure>{_svg(_panel(lines, styles, look), f'{title} {name}')}"
         f"<figcaption>{html.escape(name)}</figcaption></figure>"
         for name, lines in panels.items()
     ]
-    legend = _legend({name: place for name, place in places.items() if name in drawn})
-    text = "\n".join(figures)
-    return f'<h2>{html.escape(title)}</h2>\n{legend}\n<div class="panels">\n{text}\n</div>'
+    legend = "".join(_entry(name, *style) for name, style in styles.items() if name in drawn)
+    kind, text = "panels large" if look.large else "panels", "\n".join(figures)
+    return (
+        f'<h2>{html.escape(title)}</h2>\n<ul class="legend">{legend}</ul>\n'
+        f'<div class="{kind}">\n{text}\n</div>'
+    )
 
 
-def image(title: str, figure: Figure) -> str:
-    """HTML of a figure below its title."""
-    text = html.escape(title)
-    return f'<h2>{text}</h2>\n<figure style="max-width: none">{svg(figure, title)}</figure>'
-
-
-def svg(figure: Figure, name: str) -> str:
+def _svg(figure: Figure, name: str) -> str:
     """A figure as SVG for the middle of a page.
 
     Args:
@@ -80,18 +104,21 @@ def svg(figure: Figure, name: str) -> str:
     return text.replace("#000000", "currentColor").strip()
 
 
-def _panel(lines: Mapping[str, Points], places: Mapping[str, int], target: float | None) -> Figure:
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
+def _panel(lines: Mapping[str, Points], styles: Mapping[str, _Style], look: Look) -> Figure:
+    figure = Figure(figsize=(8.4, 4.0) if look.large else (4.8, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
         if points:
             steps, values = zip(*_thinned(points), strict=True)
+            style = {"color": _COLOURS[styles[name].place], "linestyle": styles[name].dashes}
             marker = "." if len(points) <= _MARKED else ""
-            axes.plot(steps, values, linewidth=1.2, marker=marker, **_style(places[name]))
-    if target is not None:
-        axes.axhline(target, color="0.5", linewidth=0.8, linestyle="--")
-    axes.set_xlabel("optimiser steps")
-    axes.set_xlim(left=0)
+            axes.plot(steps, values, linewidth=1.2, marker=marker, **style)
+    if look.target is not None:
+        axes.axhline(look.target, color="0.5", linewidth=0.8, linestyle="--")
+    axes.set_xlabel(look.across)
+    axes.set_xlim(left=look.begin)
+    axes.set_ylim(look.y_limits)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.25)
     return figure
 
@@ -110,20 +137,15 @@ def _value(point: tuple[float, float]) -> float:
     return point[1]
 
 
-def _style(place: int) -> dict[str, str]:
+def _style(number: int, *, dashed: bool) -> _Style:
     """How the line of a run looks in every panel."""
-    count = len(_COLOURS)
-    dashes = _DASHES[place // count % len(_DASHES)]
-    return {"color": _COLOURS[place % count], "linestyle": dashes}
+    turn, place = divmod(number, len(_COLOURS))
+    dashes = [*_DASHES]
+    return _Style(place, dashes[1] if dashed else dashes[turn % len(dashes)])
 
 
-def _legend(places: Mapping[str, int]) -> str:
-    return f'<ul class="legend">{"".join(_entry(*item) for item in places.items())}</ul>'
-
-
-def _entry(name: str, place: int) -> str:
-    colour = f"var(--line-{place % len(_COLOURS)})"
-    dashes = ("", "6 3", "2 3", "6 3 2 3")[place // len(_COLOURS) % len(_DASHES)]
-    line = f'<path d="M0 6H26" style="stroke: {colour}" stroke-dasharray="{dashes}"/>'
+def _entry(name: str, place: int, dashes: str) -> str:
+    style = f'style="stroke: var(--line-{place})" stroke-dasharray="{_DASHES[dashes]}"'
+    line = f'<path d="M0 6H26" {style}/>'
     mark = f'<svg viewBox="0 0 26 12" stroke-width="3" aria-hidden="true">{line}</svg>'
     return f"<li>{mark}{html.escape(name)}</li>"

@@ -40,30 +40,32 @@ _PAGE = """<!doctype html>
   }
 }
 body {
-  font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
+  font: 15px/1.5 system-ui, sans-serif; max-width: 82rem; margin: 2rem auto; padding: 0 1rem;
   background: var(--page); color: var(--ink);
 }
 h1 { font-size: 1.5rem; line-height: 1.25; }
 h2 { font-size: 1.1rem; margin-top: 2rem; }
 .note { color: var(--faint); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--rule); text-align: right; }
+table { border-collapse: collapse; font-size: 0.93em; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--rule); text-align: right; }
 th { vertical-align: bottom; }
 td { white-space: nowrap; }
 .text { text-align: left; }
 .scroll td.text { white-space: normal; min-width: 6rem; overflow-wrap: anywhere; }
 .scroll th:first-child, .scroll td:first-child {
-  position: sticky; left: 0; background: var(--page); text-align: left; min-width: 0;
+  position: sticky; left: 0; background: var(--page); text-align: left; padding-left: 0;
+  white-space: normal; overflow-wrap: anywhere; min-width: min(11rem, 40vw);
 }
 .scroll tr:hover td { background: var(--stripe); }
 .legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; margin: 0.5rem 0; padding: 0; }
 .legend li { list-style: none; overflow-wrap: anywhere; }
 .legend svg { width: 1.6rem; height: 0.7rem; margin-right: 0.4rem; }
 .panels {
-  display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
+  display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr));
 }
-figure { margin: 0; max-width: 44rem; }
+.panels.large { grid-template-columns: minmax(0, 48rem); }
+figure { margin: 0; }
 figcaption { text-align: center; font-size: 0.9rem; }
 figure svg {
   display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt;

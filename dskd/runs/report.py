@@ -11,16 +11,26 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from dskd import __version__
 from dskd.engine.checkpoints import Selection
 from dskd.errors import ConfigError
-from dskd.runs.curves import curves
+from dskd.runs.about import read_about
+from dskd.runs.curves import Look, curves
 from dskd.runs.history import History, Points, read_history, read_object, steps_to
+from dskd.runs.identity import (
+    capture_section,
+    data_section,
+    settings_section,
+    time_text,
+    versions_section,
+)
 from dskd.runs.page import write_page
 from dskd.settings.folders import RunFolder
 from dskd.system.log import clock, memory_text
@@ -56,13 +66,14 @@ def table(runs: Mapping[str, Path], control: str | None) -> Table:
     """The comparison of runs that may be compared as a rich table; ``control`` names the run whose
     final loss is the target."""
     histories, compared = _read(runs, control)
-    return new_table(_header(compared, control), _rows(histories, compared, control))
+    return new_table(_header(compared, control), _rows(runs, histories, compared, control))
 
 
 def new_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table of names in the first column and numbers in the others."""
     first, *others = header
-    made = Table(first, *(Column(name, justify="right") for name in others))
+    others_right = (Column(name, justify="right") for name in others)
+    made = Table(Column(first, overflow="fold"), *others_right)
     for row in rows:
         made.add_row(*row)
     return made
@@ -112,7 +123,9 @@ def write_report(
         ConfigError: ``control`` is none of the runs.
     """
     _refuse_unknown(control, runs)
-    parts = [first, "<h1>Runs compared</h1>"]
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    written = f'<p class="note">Written {now} by dskd {__version__}.</p>'
+    parts = [first, "<h1>Runs compared</h1>", written]
     for group in groups or [Group(list(runs))]:
         parts += [f"<h1>{html.escape(group.why)}</h1>"] if group.why else []
         own = {name: runs[name] for name in group.names}
@@ -127,10 +140,15 @@ def _parts(
 ) -> list[str]:
     """The HTML of runs that may be compared."""
     histories, compared = _read(runs, control)
+    abouts = {name: read_about(runs[name], of.summary) for name, of in histories.items()}
     return [
-        html_table(_header(compared, control), _rows(histories, compared, control)),
+        html_table(_header(compared, control), _rows(runs, histories, compared, control)),
         *_curves(histories, compared, control),
         *(section({name: RunFolder(run) for name, run in runs.items()}) for section in sections),
+        settings_section(runs),
+        data_section(abouts),
+        capture_section(abouts),
+        versions_section(abouts),
     ]
 
 
@@ -150,7 +168,8 @@ def _read(runs: Mapping[str, Path], control: str | None) -> tuple[dict[str, Hist
 
 def _header(compared: Selection, control: str | None) -> list[str]:
     score = compared.metric.replace("_", " ")
-    names = ["run", "parameters", "steps", score, "eval ppl", "tokens/s", "peak memory", "time"]
+    names = ["run", "parameters", "steps", score, "eval ppl", "tokens/s", "peak memory"]
+    names += ["data time", "capture time", "training time"]
     if control is None:
         return names
     goal = "score" if compared.higher_is_better else "loss"
@@ -158,11 +177,16 @@ def _header(compared: Selection, control: str | None) -> list[str]:
 
 
 def _rows(
-    histories: Mapping[str, History], compared: Selection, control: str | None
+    runs: Mapping[str, Path],
+    histories: Mapping[str, History],
+    compared: Selection,
+    control: str | None,
 ) -> list[list[str]]:
     rows = []
     for name, history in histories.items():
         summary, last = history.summary, history.evaluations[-1]
+        about = read_about(runs[name], summary)
+        capture = None if about is None or about.capture is None else about.capture.seconds
         row = [
             name,
             f"{summary['parameters']:,}",
@@ -171,6 +195,8 @@ def _rows(
             _number(last.get("eval_ppl"), ".2f"),
             f"{summary['tokens_per_second']:,.0f}",
             memory_text(summary),
+            time_text(None if about is None else about.preparing),
+            time_text(capture),
             clock(summary["wall_seconds"]),
         ]
         rows.append(row + (_against(history, histories[control], compared) if control else []))
@@ -199,7 +225,7 @@ def _curves(
     direction = "higher" if compared.higher_is_better else "lower"
     target = None if control is None else lines[control][-1][1]
     shown = {f"{compared.metric}: {direction} is better": lines}
-    yield curves("Evaluation", shown, target=target)
+    yield curves("Evaluation", shown, Look(target=target, large=True))
     logged = [line["terms"] for history in histories.values() for line in history.training]
     terms = {n: {r: h.term(n) for r, h in histories.items()} for n in _keys(logged)}
     yield curves(

@@ -25,7 +25,7 @@ from dskd.models.configs import hidden_size
 from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
-from dskd.runs import comparable
+from dskd.runs import about, comparable
 from dskd.runs.answers import answer_scores
 from dskd.runs.cached_rows import caches_of, rows_to_capture
 from dskd.runs.card import card_of
@@ -225,6 +225,7 @@ def _summarise(context: RunContext, progress: Progress, parameters: dict[str, in
     best, last, scored = context.checkpoints.best(), context.checkpoints.latest(), context.scored
     assert last is not None
     used = dist.gather_objects(used_memory())
+    basis = comparable.basis(context)
     summary = {
         "steps": progress.step,
         "metric": scored.metric,
@@ -237,7 +238,8 @@ def _summarise(context: RunContext, progress: Progress, parameters: dict[str, in
         "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
         **{name: max(rank[name] for rank in used) for name in used[0]},
         "wall_seconds": progress.wall_seconds,
-        comparable.KEY: comparable.basis(context),
+        comparable.KEY: basis,
+        about.KEY: about.about_run(context, basis["rows"]),
     }
     _write(context.folder.summary, summary)
 

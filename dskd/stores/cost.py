@@ -1,4 +1,4 @@
-"""What a store cost to make, kept beside it: ``cost.json``.
+"""What a store cost to make, kept beside it: ``cost.json``. So is what prepared rows cost.
 
 A store may be made by several runs, each of which adds the rows that it reads, and in several
 calls. So the cost is kept by run, as the way from the store to the run's folder (``..``), which
@@ -79,32 +79,34 @@ def way_to(run: Path, folder: Path) -> str:
     return Path(os.path.relpath(run, folder)).as_posix()
 
 
+def note(folder: Path, run: Path, spent: Cost) -> None:
+    """Add to what a run has spent on what lies in a folder; one process at a time.
+
+    Raises:
+        StoreError: what was written down before is damaged.
+        DiskError: it cannot be written.
+    """
+    by, name = (read_costs(folder) or Costs()).by, way_to(run, folder)
+    costs = Costs(by={**by, name: by.get(name, Cost()) + spent})
+    write_manifest(folder / FILE, costs.model_dump(), "what was spent")
+
+
 class Meter:
     """Adds up what one call of a run spends on a store, from now on.
 
     Args:
         folder: of the store.
         run: the run's folder.
-
-    Raises:
-        StoreError: what was written down before is damaged.
     """
 
     def __init__(self, folder: Path, run: Path) -> None:
         self._folder = folder
-        self._name = way_to(run, folder)
-        self._costs = read_costs(folder) or Costs()
+        self._run = run
         self._since = time.monotonic()
 
     def add(self, work: Work) -> None:
-        """Write down a round; on rank 0.
-
-        Raises:
-            DiskError: it cannot be written.
-        """
+        """Write down a round, on rank 0; as :func:`note`."""
         now = time.monotonic()
         spent = Cost(seconds=now - self._since, **work._asdict())
         self._since = now
-        by = self._costs.by
-        self._costs = Costs(by={**by, self._name: by.get(self._name, Cost()) + spent})
-        write_manifest(self._folder / FILE, self._costs.model_dump(), "what the store cost")
+        note(self._folder, self._run, spent)

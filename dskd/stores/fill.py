@@ -89,8 +89,7 @@ def fill(
     with alone(folder):  # the store of several runs has one writer
         if _is_complete(folder, spec, present_DR):  # by the one that was waited for
             return False
-        with dist.agreed():
-            meter = None if run is None else Meter(folder, run)
+        meter = None if run is None else Meter(folder, run)
         spec = dist.on_rank0(lambda: _as_begun(folder, spec))
         model = forward()
         with bar(words.doing) as report:

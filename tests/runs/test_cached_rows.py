@@ -2,13 +2,19 @@
 however that comes about."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dskd.data.loader import rows_taken
+from dskd.errors import CheckpointError
+from dskd.runs.about import About, Spent, read_about
 from dskd.runs.changes import settings_in
+from dskd.runs.history import read_summary
+from dskd.runs.identity import time_text
 from dskd.settings.recipe import SINGLE, read
 from dskd.settings.teachers import CachedRows
 from dskd.stores.cost import read_costs
@@ -130,33 +136,84 @@ def begun(runs: Runs, short: Path) -> bytes:
     return (folder / "manifest.json").read_bytes()
 
 
-def test_the_runs_of_a_recipe_share_what_all_of_them_read(tmp_path):
-    """The one that captures reads less than one that has no teacher's model, and another seed."""
-    folder = Runs(tmp_path).folder
-    base = settings(folder) | {"out": str(folder / "runs"), "seed": 3}
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """The folder of two runs; the one that captures reads less than the other, which has no
+    teacher's model, another seed, and goes twice as far."""
+    folder = Runs(tmp_path_factory.mktemp("recipe")).folder
+    base = settings(folder) | {"out": str(folder / "runs"), "until": "train"}
     base["data"] |= causal()["data"]
     base["model"] = causal()["model"]
     teacher = {**causal()["teacher"], **cached({}), "temperatures": [2.0]}
     read_only = {"kind": "cached", "path": "run:first"}
-    recipe = {
-        "base": base,
-        "runs": {
-            "first": {"teacher": teacher},
-            "second": {"teacher": read_only, "train": {"steps": 7}, "seed": 5},
-        },
-    }
-    (folder / "r.yaml").write_text(json.dumps(recipe))
+    second = {"teacher": read_only, "train": {"steps": 7}, "seed": 5}
+    runs = {"first": {"teacher": teacher}, "second": second}
+    (folder / "r.yaml").write_text(json.dumps({"base": base, "runs": runs}))
     forked(1, str(folder / "r.yaml"))
-    found = held(folder / "runs/first/cache")
+    return folder / "runs"
+
+
+def test_the_runs_of_a_recipe_share_what_all_of_them_read(recipe):
+    found = held(recipe / "first" / "cache")
     wanted = taken(found.shape, 32) | taken(found.shape, 56, seed=5)
     np.testing.assert_array_equal(found, wanted)
     assert not found.all()
-    # Alone, the second goes no further than there are rows.
-    words = [str(folder / "runs/second/config.yaml"), "train.steps=9"]
-    before = {p: p.read_bytes() for p in (folder / "runs/second").rglob("*.json")}
-    forked(1, *words, status=2)
-    assert before == {p: p.read_bytes() for p in (folder / "runs/second").rglob("*.json")}
-    assert settings_in(read(folder / "runs/second/config.yaml").runs[SINGLE]).train.steps == 7
+
+
+def test_alone_a_run_goes_no_further_than_there_are_rows(recipe):
+    """Nothing of it is touched, its settings are as before."""
+    second = recipe / "second"
+    before = {p: p.read_bytes() for p in second.rglob("*.json")}
+    forked(1, str(second / "config.yaml"), "train.steps=9", status=2)
+    assert before == {p: p.read_bytes() for p in second.rglob("*.json")}
+    assert settings_in(read(second / "config.yaml").runs[SINGLE]).train.steps == 7
+
+
+def test_what_was_made_once_is_counted_once(recipe):
+    """In the summaries: the first run's time is its own, and shared for the second."""
+    first, second = (about_of(recipe / name) for name in ("first", "second"))
+    assert first.preparing.own > 0 == first.preparing.shared
+    assert second.preparing == Spent(own=0.0, shared=first.preparing.own)
+    assert first.capture.seconds.own > 0 == first.capture.seconds.shared
+    assert second.capture.seconds == Spent(own=0.0, shared=first.capture.seconds.own)
+    assert first.capture.rows == int(held(recipe / "first/cache").sum()) == second.capture.rows
+    shards = sum(path.stat().st_size for path in (recipe / "first/cache").glob("shard-*"))
+    assert first.capture.bytes == shards
+    assert first.ranks == 1 and first.libraries["torch"] == torch.__version__
+    assert first.data == second.data and first.data.evaluated == 4 < first.data.held_out
+    assert first.data.sources == ["left: text left.txt", "right: text right.txt"]
+    assert first.data.validation == ["valid: text valid.txt"]
+
+
+def about_of(run: Path) -> About:
+    return read_about(run, read_summary(run))
+
+
+def test_the_report_names_data_settings_cost_and_versions(recipe):
+    page = (recipe / "report.html").read_text()
+    assert str(recipe.parent) not in page
+    assert "<td>seed</td><td>3</td><td>5</td>" in page
+    assert re.search("<td>teacher.path</td><td[^>]*>null</td><td[^>]*>first/cache</td>", page)
+    assert "<td>train.steps</td><td>4</td><td>7</td>" in page
+    assert "<td>teacher.micro_batch" not in page  # which neither was given
+    first = about_of(recipe / "first")
+    cost = f"<td>{first.capture.rows}</td><td>{first.capture.tokens:,}</td>"
+    assert page.count(cost) == 2
+    own, shared = (time_text(s) for s in (first.capture.seconds, Spent(own=0, shared=2.25)))
+    assert f"<td>first</td><td>{own}</td>" in page and shared == "2.2 s shared"
+    assert time_text(Spent(own=75, shared=3)) == "1:15 + 3.0 s shared"
+    assert page.count(f"<td>{torch.__version__}</td>") == 2
+    assert page.count(f"<td>{first.data.fingerprint[:8]}</td>") == 2
+    for title in ("norm of the gradient", "tokens/s", "peak memory of rank 0", "learning rate"):
+        assert f"<figcaption>{title}" in page
+
+
+def test_a_summary_of_before_says_nothing_and_a_damaged_one_is_refused(recipe, tmp_path):
+    summary = read_summary(recipe / "first")
+    assert read_about(tmp_path, {"steps": 3}) is None
+    damaged = {**summary, "about": {**summary["about"], "ranks": "2"}}
+    with pytest.raises(CheckpointError, match=r"summary\.json: damaged, 'about\.ranks' is not"):
+        read_about(tmp_path, damaged)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dskd.runs.curves import _thinned, curves
+from dskd.runs.curves import Look, _thinned, curves
 
 
 def line(count: int) -> list[tuple[int, float]]:
@@ -27,7 +27,7 @@ def test_of_a_long_line_the_extremes_of_each_stretch_are_drawn():
 
 def test_panels_are_in_the_colours_of_the_page():
     runs = {f"<{n}>": line(3) for n in range(12)} | {"none": []}
-    page = curves("Rates", {"a & b": runs, "empty": {"none": []}}, target=4.0)
+    page = curves("Rates", {"a & b": runs, "empty": {"none": []}}, Look(target=4.0))
     assert page.count("<figure><svg") == 1 and "empty" not in page
     assert "<figcaption>a &amp; b</figcaption>" in page
     legend = re.findall(r'stroke: (\S+)" stroke-dasharray="([^"]*)"/></svg>([^<]*)', page)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dskd.system.files import write_atomic
+from dskd.system.markup import MOST_TEXTS
 
 
 def write_page(path: Path, body: str) -> None:
@@ -14,7 +15,16 @@ def write_page(path: Path, body: str) -> None:
     Raises:
         DiskError: it cannot be written.
     """
-    write_atomic(path, _PAGE.replace("@BODY@", body).encode(), "the report")
+    places = range(2, MOST_TEXTS + 1)
+    parts = {
+        "@HEADS@": ", ".join(f".text{n} :nth-child({n})" for n in places),
+        "@CELLS@": ", ".join(f".text{n} td:nth-child({n})" for n in places),
+        "@BODY@": body,
+    }
+    page = _PAGE
+    for mark, text in parts.items():
+        page = page.replace(mark, text)
+    write_atomic(path, page.encode(), "the report")
 
 
 _PAGE = """<!doctype html>
@@ -51,8 +61,8 @@ table { border-collapse: collapse; font-size: 0.93em; font-variant-numeric: tabu
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--rule); text-align: right; }
 th { vertical-align: bottom; }
 td { white-space: nowrap; }
-.text { text-align: left; }
-.scroll td.text { white-space: normal; min-width: 6rem; overflow-wrap: anywhere; }
+.text, @HEADS@ { text-align: left; }
+@CELLS@ { white-space: normal; min-width: 6rem; overflow-wrap: anywhere; }
 .scroll th:first-child, .scroll td:first-child {
   position: sticky; left: 0; background: var(--page); text-align: left; padding-left: 0;
   white-space: normal; overflow-wrap: anywhere; min-width: min(11rem, 40vw);

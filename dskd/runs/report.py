@@ -36,6 +36,8 @@ from dskd.settings.folders import RunFolder
 from dskd.system.log import clock, memory_text
 from dskd.system.markup import html_table
 
+_WIDE = 40
+"""Letters of a name that is not broken on the terminal; numbers are, at spaces."""
 _RATES = {
     "Inheritance rate and learning rate": {
         "alpha": ("alpha (weight of the teacher)", 1.0),
@@ -72,8 +74,9 @@ def table(runs: Mapping[str, Path], control: str | None) -> Table:
 def new_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table of names in the first column and numbers in the others."""
     first, *others = header
-    others_right = (Column(name, justify="right") for name in others)
-    made = Table(Column(first, overflow="fold"), *others_right)
+    longest = max((len(row[0]) for row in rows), default=0)
+    names = Column(first, overflow="fold", min_width=min(longest, _WIDE))
+    made = Table(names, *(Column(name, justify="right") for name in others))
     for row in rows:
         made.add_row(*row)
     return made

@@ -105,7 +105,7 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def _panel(lines: Mapping[str, Points], styles: Mapping[str, _Style], look: Look) -> Figure:
-    figure = Figure(figsize=(8.4, 4.0) if look.large else (4.8, 3.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6) if look.large else (4.8, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
         if points:

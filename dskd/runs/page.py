@@ -17,7 +17,7 @@ def write_page(path: Path, body: str) -> None:
     """
     places = range(2, MOST_TEXTS + 1)
     parts = {
-        "@HEADS@": ", ".join(f".text{n} :nth-child({n})" for n in places),
+        "@HEADS@": ", ".join(f".text{n} tr > :nth-child({n})" for n in places),
         "@CELLS@": ", ".join(f".text{n} td:nth-child({n})" for n in places),
         "@BODY@": body,
     }
@@ -74,7 +74,7 @@ td { white-space: nowrap; }
 .panels {
   display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr));
 }
-.panels.large { grid-template-columns: minmax(0, 48rem); }
+.panels.large { grid-template-columns: minmax(0, 40rem); }
 figure { margin: 0; }
 figcaption { text-align: center; font-size: 0.9rem; }
 figure svg {

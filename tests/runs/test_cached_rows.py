@@ -12,6 +12,7 @@ import torch
 from dskd.data.loader import rows_taken
 from dskd.errors import CheckpointError
 from dskd.runs.about import About, Spent, read_about
+from dskd.runs.cached_rows import _read
 from dskd.runs.changes import settings_in
 from dskd.runs.history import read_summary
 from dskd.runs.identity import time_text
@@ -21,7 +22,7 @@ from dskd.stores.cost import read_costs
 from dskd.stores.logits import LogitCache
 from dskd.stores.manifest import read_spec, write_spec
 from dskd.stores.store import shard_path
-from tests.equivalence.small import LIVE, Runs, cached, causal, settings
+from tests.equivalence.small import LIVE, LIVE_OTHER, Runs, cached, causal, routed, settings
 from tests.launching import evaluations, forked, losses
 
 SEED, STEPS, BATCH = 3, 4, 8  # of the small settings
@@ -232,6 +233,28 @@ def test_what_a_run_reads_cannot_be_left_out(runs, short, capfd, steps, more, to
     forked(1, *words, status=2)
     assert told in capfd.readouterr().err
     assert not list((runs.folder / "less").rglob("step-*"))
+
+
+@pytest.mark.parametrize(("precision", "count"), [("bf16", 32), ("fp16", 2 * 50)])
+def test_a_run_that_may_skip_steps_may_read_all(short, monkeypatch, precision, count):
+    """A step that fp16 overflow skips is taken again, by rows that follow."""
+    monkeypatch.setattr("dskd.runs.cached_rows.precision_of", lambda config: precision)
+    assert _read(read(short / "config.yaml").runs[SINGLE], rows=50, draws=2) == count
+
+
+def test_each_domain_has_its_own_rows_captured(runs):
+    """What of the first 32 rows is of the domain; then the cache alone, without its model."""
+    teacher = routed(cached(LIVE), cached(LIVE_OTHER))
+    out = runs.run("routed", 1, teacher=teacher)
+    left, right = (held(out / "cache" / name) for name in ("left", "right"))
+    assert left.sum() > 0 < right.sum() and not (left & right).any()
+    np.testing.assert_array_equal(left | right, taken(left.shape, STEPS * BATCH))
+    stored = {
+        name: {"kind": "cached", "path": str(out / "cache" / name), "model": None}
+        for name in ("left", "right")
+    }
+    again = runs.run("stored", 1, teacher={"kind": "routed", "domains": stored})
+    assert losses(again) == losses(out)
 
 
 def test_either_epochs_or_rows():

@@ -39,9 +39,9 @@ def _clock(seconds: float) -> str:
 
 def data_section(abouts: Abouts) -> str:
     """HTML of what the runs were trained and evaluated on."""
-    header = ["run", "trained on", "rows", "tokens", "evaluated on", "rows held out", "looked at"]
+    header = ["run", "trained on", "rows", "tokens", "evaluated on", "held out", "evaluated"]
     rows = [[name, *_data_cells(about)] for name, about in abouts.items()]
-    table = html_table([*header, "fingerprint", "of evaluation"], rows)
+    table = html_table([*header, "fingerprint", "of evaluated rows"], rows)
     return f"<h2>Data</h2>\n{table}"
 
 

@@ -236,7 +236,7 @@ def sequences_section(groups: Sequence[Sequence[ScoreMatrix]]) -> str:
     empty where there is none."""
     parts = []
     for group in groups:
-        maps = "\n".join(f"<div>{_map(each)}</div>" for each in _matrices(group))
+        maps = "\n".join(map(_map, _matrices(group)))
         parts += [
             "<h1>Tasks learnt one after the other</h1>",
             "<h2>The last runs, in per cent</h2>",
@@ -257,7 +257,7 @@ def _map(each: ScoreMatrix) -> str:
         cells = "".join(_cell(score, own=place == learnt) for place, score in enumerate(row))
         lines.append(f'<tr><td class="text">{html.escape(run)}</td>{cells}</tr>')
     caption = f'<caption style="text-align: left">{html.escape(each.name)}</caption>'
-    return f'<table style="display: table">{caption}{"".join(lines)}</table>'
+    return f'<div style="overflow-x: auto"><table>{caption}{"".join(lines)}</table></div>'
 
 
 def _cell(score: float, *, own: bool) -> str:

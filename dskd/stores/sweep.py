@@ -3,9 +3,9 @@
 The missing shards are dealt out in rounds of one a rank. A shard's rows are taken in order in
 batches of ``micro_batch``, on whichever rank it falls, so its bytes depend neither on the number of
 ranks nor on interruptions; rows that are added to a whole shard are taken in the same way, by
-themselves. In a round every rank makes as many forward passes as the rank with the
-most batches, of a row it then forgets where it has none left: under ZeRO-3 a pass that only some of
-the ranks make would hang them.
+themselves. In a round every rank makes as many forward passes as the rank with the most batches, of
+a row it then forgets where it has none left: under ZeRO-3 a pass that only some of the ranks make
+would hang them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from rich.table import Column, Table
 from dskd import __version__
 from dskd.engine.checkpoints import Selection
 from dskd.errors import ConfigError
-from dskd.runs.about import read_about
 from dskd.runs.curves import Look, curves
 from dskd.runs.history import History, Points, read_history, read_object, steps_to
 from dskd.runs.identity import (
@@ -68,7 +67,7 @@ def table(runs: Mapping[str, Path], control: str | None) -> Table:
     """The comparison of runs that may be compared as a rich table; ``control`` names the run whose
     final loss is the target."""
     histories, compared = _read(runs, control)
-    return new_table(_header(compared, control), _rows(runs, histories, compared, control))
+    return new_table(_header(compared, control), _rows(histories, compared, control))
 
 
 def new_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -143,9 +142,9 @@ def _parts(
 ) -> list[str]:
     """The HTML of runs that may be compared."""
     histories, compared = _read(runs, control)
-    abouts = {name: read_about(runs[name], of.summary) for name, of in histories.items()}
+    abouts = {name: history.about for name, history in histories.items()}
     return [
-        html_table(_header(compared, control), _rows(runs, histories, compared, control)),
+        html_table(_header(compared, control), _rows(histories, compared, control)),
         *_curves(histories, compared, control),
         *(section({name: RunFolder(run) for name, run in runs.items()}) for section in sections),
         settings_section(runs),
@@ -180,15 +179,12 @@ def _header(compared: Selection, control: str | None) -> list[str]:
 
 
 def _rows(
-    runs: Mapping[str, Path],
-    histories: Mapping[str, History],
-    compared: Selection,
-    control: str | None,
+    histories: Mapping[str, History], compared: Selection, control: str | None
 ) -> list[list[str]]:
     rows = []
     for name, history in histories.items():
         summary, last = history.summary, history.evaluations[-1]
-        about = read_about(runs[name], summary)
+        about = history.about
         capture = None if about is None or about.capture is None else about.capture.seconds
         row = [
             name,

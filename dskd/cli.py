@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _with_settings(caches, "capture", "capture a run's teacher logits", until="cache")
     for name, about, run in (
         ("verify", "check every byte of a cache", _cache_verify),
-        ("info", "say what a cache holds, and its size", _cache_info),
+        ("info", "say what a cache holds, what it cost, and what is kept", _cache_info),
     ):
         command = caches.add_parser(name, help=about, description=about)
         command.add_argument("path", type=Path, metavar="PATH", help="folder of the cache")
@@ -146,9 +146,9 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
 
 
 def _cache_info(arguments: argparse.Namespace) -> int:
-    from dskd.stores.logits import describe_cache
+    from dskd.stores.cache_info import cache_info
 
-    _show(describe_cache(arguments.path))
+    _show(cache_info(arguments.path))
     return 0
 
 

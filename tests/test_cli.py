@@ -11,7 +11,7 @@ from dskd.cli import main
 from dskd.errors import LostRankError, StoreError
 from dskd.runs import plan
 from dskd.settings.recipe import SINGLE, read
-from dskd.stores import logits
+from dskd.stores import cache_info, logits
 
 
 def test_help_imports_nothing_heavy():
@@ -113,7 +113,7 @@ def test_what_another_rank_prints_and_a_lost_rank(monkeypatch, capsys):
     def fail(path):
         raise lost if path.name == "lost" else problem
 
-    monkeypatch.setattr(logits, "describe_cache", fail)
+    monkeypatch.setattr(cache_info, "cache_info", fail)
     problem.printed_by_other_rank = True
     assert main(["cache", "info", "x"]) == 2
     assert capsys.readouterr().err == ""
@@ -122,13 +122,13 @@ def test_what_another_rank_prints_and_a_lost_rank(monkeypatch, capsys):
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(logits, "describe_cache", lambda path: 1 / 0)
+    monkeypatch.setattr(cache_info, "cache_info", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["cache", "info", "x"])
 
 
 def test_cache_commands(monkeypatch, capsys):
-    monkeypatch.setattr(logits, "describe_cache", lambda path: {"k": 8, "shards": 2})
+    monkeypatch.setattr(cache_info, "cache_info", lambda path: {"k": 8, "shards": 2})
     monkeypatch.setattr(logits, "verify", lambda path: {"k": 8, "shards": 2})
     assert main(["cache", "info", "x"]) == 0
     assert capsys.readouterr().out == "k       8\nshards  2\n"

@@ -116,6 +116,17 @@ class Loader:
         return batches
 
 
+def rows_taken(rows: int, seed: int, count: int, draws: int) -> NDArray[np.bool_]:
+    """Which of some rows are read in which draw, bool [draws, rows], by the first ``count`` places
+    of the stream of this seed; epoch e has draw ``e % draws``."""
+    order, taken_DR = _Order(rows, seed), np.zeros((draws, rows), bool)
+    whole, rest = divmod(count, rows)
+    taken_DR[: min(whole, draws)] = True
+    if whole < draws:
+        taken_DR[whole, order.take(whole * rows, rest)[0]] = True
+    return taken_DR
+
+
 class _Order:
     """The concatenated permutations of all epochs; those in use are kept."""
 

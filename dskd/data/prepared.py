@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -224,7 +225,11 @@ class Prepared:
     validation: RowSet
 
 
-def prepare(data: Data, progress: bool = True) -> Path:
+Made = Callable[[Path, float], object]
+"""Called with a folder that was just made, and the seconds that it took."""
+
+
+def prepare(data: Data, progress: bool = True, made: Made | None = None) -> Path:
     """The folder of the prepared rows; built unless it is there already.
 
     Only one process of a run calls this. Two runs that build the same rows at the same time both
@@ -233,6 +238,7 @@ def prepare(data: Data, progress: bool = True) -> Path:
     Args:
         data: the settings; masking plays no part.
         progress: show a progress bar if the standard error is a terminal.
+        made: called if the rows were not there already.
 
     Raises:
         DataError, ConfigError: see ``sources.documents`` and ``tokenizers.load_tokenizer``; also
@@ -246,6 +252,7 @@ def prepare(data: Data, progress: bool = True) -> Path:
         lambda: _key(data, tokenizer),
         lambda key, folder, bar: build_rows(data, tokenizer, key, folder, bar),
         progress,
+        made,
     )
 
 
@@ -283,8 +290,10 @@ def _made(
     key_of: Callable[[], str],
     build: Callable[[str, Path, Progress], None],
     progress: bool,
+    made: Made | None = None,
 ) -> Path:
     """The folder below ``parent`` that is named by the key; built unless it is there already."""
+    begun = time.monotonic()
     key = key_of()
     folder = parent / key[:16]
     temporary = parent / f".{key[:16]}.{socket.gethostname()}.{os.getpid()}.tmp"
@@ -302,6 +311,8 @@ def _made(
             _publish(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    if made is not None:
+        made(folder, time.monotonic() - begun)
     return folder
 
 

@@ -23,22 +23,22 @@ def card_of(context: RunContext, best: Saved) -> dict[str, Any]:
     classifier = context.prepared.classes is not None
     return {
         "title": f"A {'classifier' if classifier else 'language model'} trained with dskd",
-        "method": _shared(dict(run.method), run),
+        "method": as_shared(dict(run.method), run),
         "step": best.step,
         context.scored.metric: None if score is None else score.value,
         "tokenizer": _TOKENIZER,
-        "run": _shared(run.model_dump(mode="json"), run),
+        "run": as_shared(run.model_dump(mode="json"), run),
     }
 
 
-def _shared(value: Any, run: Run) -> Any:
+def as_shared(value: Any, run: Run) -> Any:
     """Settings as others may read them: an absolute path tells about this machine and its users
     what nobody who is given the model can use. What lies beside the run's folder is named from
     there (``teacher/export``), what lies elsewhere by its own name."""
     if isinstance(value, dict):
-        return {key: _shared(inner, run) for key, inner in value.items()}
+        return {key: as_shared(inner, run) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_shared(inner, run) for inner in value]
+        return [as_shared(inner, run) for inner in value]
     if not (isinstance(value, str) and os.path.isabs(value)):
         return value
     path, beside = Path(value), run.out.absolute().parent

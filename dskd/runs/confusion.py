@@ -188,7 +188,7 @@ def _name(label: str, place: int, cell: int) -> str:
 def _square(counts: Counts, label: str, said: str, x: int, y: int, cell: int) -> str:
     rows = counts.rows[label][said]
     share = rows / counts.labelled(label)
-    colour = "#1f5fa8" if said == label else "#c0392b"
+    colour = "var(--right)" if said == label else "var(--wrong)"
     told = html.escape(f"{label}: {rows:,} taken for {said} ({share:.1%})")
     return (
         f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" fill="{colour}" '

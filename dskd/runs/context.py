@@ -35,6 +35,7 @@ from dskd.settings.folders import RunFolder, data_settings, folder_of, student_s
 from dskd.settings.length import is_in_steps, with_steps
 from dskd.settings.model import Model
 from dskd.settings.run import Run
+from dskd.stores.cost import Cost, note, read_costs
 from dskd.system import dist
 from dskd.system.files import fingerprint
 from dskd.system.log import say
@@ -62,11 +63,13 @@ class RunContext:
 
     Attributes:
         given: the settings as they are written.
+        beside: those of the recipe's other runs, which may read what this one makes.
     """
 
     given: Run
     method: Method
     device: torch.device
+    beside: Sequence[Run] = ()
 
     @cached_property
     def run(self) -> Run:
@@ -84,8 +87,18 @@ class RunContext:
     @cached_property
     def prepared(self) -> Prepared:
         """The prepared rows; rank 0 builds and verifies them while the others wait."""
-        folder = dist.on_rank0(lambda: open_prepared(prepare(data_settings(self.given))).folder)
+        folder = dist.on_rank0(self._prepare)
         return open_prepared(folder, verify=False)
+
+    def _prepare(self) -> Path:
+        """The folder of the rows, all of which are verified."""
+
+        def made(folder: Path, seconds: float) -> None:
+            note(folder, self.given.out, Cost(seconds=seconds))
+
+        folder = prepare(data_settings(self.given), made=made)
+        read_costs(folder)  # the summary needs it, after all the training
+        return open_prepared(folder).folder
 
     def rows_of(self, sources: Sequence[Source]) -> RowSet:
         """All rows of other sources, with the tokenizer, classes and domains of ``prepared``;

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.errors import CheckpointError
+from dskd.runs.about import About, read_about
 from dskd.settings.folders import RunFolder
 from dskd.system.log import read_metrics
 
@@ -16,6 +17,8 @@ Points = list[tuple[float, float]]
 """(completed steps, value) pairs, by rising step."""
 
 _TRAINING_KEYS = ("step", "loss", "terms", "lr")
+_RATES = ("alpha", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+"""Which a line of training may lack."""
 _SUMMARY_KEYS = (
     "steps",
     "metric",
@@ -34,11 +37,13 @@ _TYPES = {"terms": dict, "metric": str}
 
 @dataclass(frozen=True)
 class History:
-    """One run: its lines of training and of evaluation by step, and its summary."""
+    """One run: its lines of training and of evaluation by step, its summary, and what it says there
+    about itself (None: it is of an earlier dskd)."""
 
     training: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     summary: dict[str, Any]
+    about: About | None
 
     def evaluated(self, metric: str) -> Points:
         """A result of the evaluations, where they have it."""
@@ -66,13 +71,14 @@ def read_history(folder: Path) -> History:
     training, evaluations = [], []
     for number, line in enumerate(read_metrics(path), 1):
         where = f"{path}, line {number}"
-        if isinstance(line, dict) and summary["metric"] in line:
+        if summary["metric"] in line:
             evaluations.append(_require(line, ("step", summary["metric"]), where))
         else:
-            training.append(_require(line, _TRAINING_KEYS, where))
+            rates = [name for name in _RATES if line.get(name) is not None]
+            training.append(_require(line, (*_TRAINING_KEYS, *rates), where))
     if not evaluations:
         raise CheckpointError(f"{path}: no evaluation in it; has the run been trained to its end?")
-    return History(training, evaluations, summary)
+    return History(training, evaluations, summary, read_about(folder, summary))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

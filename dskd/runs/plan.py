@@ -18,6 +18,7 @@ from dskd.methods.checks import check_export, validate
 from dskd.models.build import check_model, check_random, check_tokenizer, model_fingerprint
 from dskd.models.configs import config_at_hand, stored_folder, with_fields
 from dskd.narrowing.slice_stage import sliced_config
+from dskd.runs.cached_rows import refuse_missing_rows
 from dskd.runs.changes import go_on, is_changed, left, refuse_changes, write_settings
 from dskd.runs.comparable import groups_of, refuse_incomparable
 from dskd.runs.context import RunContext
@@ -231,7 +232,7 @@ def execute(recipe: Recipe, methods: Mapping[str, Method]) -> None:
         for name, run in recipe.runs.items():
             say(f"== {name}: {run.method['kind']}, {run.out}")
             at_run()
-            context = RunContext(run, methods[name], device)
+            context = RunContext(run, methods[name], device, tuple(recipe.runs.values()))
             for stage in _to_do(stages_of(context.masks, context.method), run.until, known):
                 at_stage(stage.name)
                 stage.run(context)
@@ -331,6 +332,7 @@ def _check_inputs(recipe: Recipe, methods: Mapping[str, Method], context: RunCon
         _check_student(recipe, methods, name)
         prefix = recipe.prefix(name)
         validate(recipe.runs[name], methods[name], world=dist.world(), prefix=prefix)
+    refuse_missing_rows(context)
     if not path.exists():
         write_manifest(path, now)
         return

@@ -8,24 +8,31 @@ of runs that may be compared (``comparable.py``) only: each group of such runs i
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
 
+from dskd import __version__
 from dskd.engine.checkpoints import Selection
 from dskd.errors import ConfigError
 from dskd.methods.metrics import BITS_PER_BYTE
+from dskd.runs.curves import Look, curves
 from dskd.runs.history import History, Points, read_history, read_object, steps_to
+from dskd.runs.identity import (
+    capture_section,
+    data_section,
+    settings_section,
+    time_text,
+    versions_section,
+)
+from dskd.runs.page import write_page
 from dskd.settings.folders import RunFolder
-from dskd.system.files import write_atomic
 from dskd.system.log import clock, memory_text
 from dskd.system.markup import html_table
 from dskd.training.evaluation import VALIDATION
@@ -37,8 +44,20 @@ _OF_BYTES = (
     "those that end documents), divided by its bytes as UTF-8. Where rows have no start token, the "
     "first token of each, which nothing predicts, so counts as the others do."
 )
-_MARKED = 60
-"""A line of at most so many points shows each of them."""
+_WIDE = 40
+"""Letters of a name that is not broken on the terminal; numbers are, at spaces."""
+_RATES = {
+    "Inheritance rate and learning rate": {
+        "alpha": ("alpha (weight of the teacher)", 1.0),
+        "lr": ("learning rate", 1.0),
+    },
+    "Gradient, speed and memory": {
+        "grad_norm": ("norm of the gradient before clipping", 1.0),
+        "tokens_per_second": ("tokens/s", 1.0),
+        "peak_memory_bytes": ("peak memory of rank 0, GiB", 2.0**-30),
+    },
+}
+"""Curves of numbers of the training lines: by heading and name, the title and a factor."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,9 @@ def table(
 def new_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table of names in the first column and numbers in the others."""
     first, *others = header
-    made = Table(first, *(Column(name, justify="right") for name in others))
+    longest = max((len(row[0]) for row in rows), default=0)
+    names = Column(first, overflow="fold", min_width=min(longest, _WIDE))
+    made = Table(names, *(Column(name, justify="right") for name in others))
     for row in rows:
         made.add_row(*row)
     return made
@@ -120,13 +141,15 @@ def write_report(
         ConfigError: ``control`` is none of the runs.
     """
     _refuse_unknown(control, runs)
-    parts = [first, "<h1>Runs compared</h1>"]
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    written = f'<p class="note">Written {now} by dskd {__version__}.</p>'
+    parts = [first, "<h1>Runs compared</h1>", written]
     for group in groups or [Group(list(runs))]:
         parts += [f"<h1>{html.escape(group.why)}</h1>"] if group.why else []
         own = {name: runs[name] for name in group.names}
         parts += _parts(own, group.control(control), sections, group.compared)
     path = RunFolder(folder).report
-    write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode(), "the report")
+    write_page(path, "\n".join(filter(None, parts)))
     return path
 
 
@@ -139,17 +162,21 @@ def _parts(
     """The HTML of runs that may be compared; where that is ``by`` another score than their own, the
     rest of it is in other groups."""
     histories, compared = _read(runs, control, by)
-    parts = [
-        html_table(*_table(histories, compared, control)),
-        image("Evaluation", _evaluation_figure(histories, compared, control)),
-    ]
+    table_html = html_table(*_table(histories, compared, control))
+    of_score, *others = _curves(histories, compared, control)
     if by is not None:
-        return [f"<p>{_OF_BYTES}</p>", *parts] if by.metric == BY_BYTES else parts
+        about = [f"<p>{_OF_BYTES}</p>"] if by.metric == BY_BYTES else []
+        return [*about, table_html, of_score]
+    abouts = {name: history.about for name, history in histories.items()}
     return [
-        *parts,
-        image("Training loss terms", _terms_figure(histories)),
-        image("Inheritance rate and learning rate", _rates_figure(histories)),
+        table_html,
+        of_score,
+        *others,
         *(section({name: RunFolder(run) for name, run in runs.items()}) for section in sections),
+        settings_section(runs),
+        data_section(abouts),
+        capture_section(abouts),
+        versions_section(abouts),
     ]
 
 
@@ -191,7 +218,8 @@ def _table(
 
 def _header(compared: Selection, control: str | None) -> list[str]:
     score = compared.metric.replace("_", " ")
-    names = ["run", "parameters", "steps", score, "eval ppl", "tokens/s", "peak memory", "time"]
+    names = ["run", "parameters", "steps", score, "eval ppl", "tokens/s", "peak memory"]
+    names += ["data time", "capture time", "training time"]
     if control is None:
         return names
     goal = "score" if compared.higher_is_better else "loss"
@@ -205,6 +233,8 @@ def _rows(
     rows = []
     for name, history in histories.items():
         summary, last = history.summary, history.evaluations[-1]
+        about = history.about
+        capture = None if about is None or about.capture is None else about.capture.seconds
         row = [
             name,
             f"{summary['parameters']:,}",
@@ -213,6 +243,8 @@ def _rows(
             _number(last.get("eval_ppl"), ".2f"),
             f"{summary['tokens_per_second']:,.0f}",
             memory_text(summary),
+            time_text(None if about is None else about.preparing),
+            time_text(capture),
             clock(summary["wall_seconds"]),
         ]
         rows.append(row + (_against(history, histories[control], compared) if control else []))
@@ -233,56 +265,35 @@ def _against(history: History, control: History, compared: Selection) -> list[st
     return [f"{reached:,.1f}", f"{last / reached:.2f}x" if reached else "-"]
 
 
-def _evaluation_figure(
+def _curves(
     histories: Mapping[str, History], compared: Selection, control: str | None
-) -> Figure:
+) -> Iterator[str]:
+    """What the runs' logged lines show over their steps, as far as there is something to show."""
     lines = {name: history.evaluated(compared.metric) for name, history in histories.items()}
     direction = "higher" if compared.higher_is_better else "lower"
-    figure = _figure({f"{compared.metric}: {direction} is better": lines})
-    if control is not None:
-        _, target = lines[control][-1]
-        figure.axes[0].axhline(target, color="0.5", linewidth=0.8, linestyle="--")
-    return figure
+    target = None if control is None else lines[control][-1][1]
+    shown = {f"{compared.metric}: {direction} is better": lines}
+    yield curves("Evaluation", shown, Look(target=target, large=True))
+    logged = [line["terms"] for history in histories.values() for line in history.training]
+    terms = {n: {r: h.term(n) for r, h in histories.items()} for n in _keys(logged)}
+    yield curves(
+        "Training loss terms", {f"{n} (mean per supervised token)": terms[n] for n in terms}
+    )
+    for heading, rates in _RATES.items():
+        yield curves(heading, dict(_rate(histories, name, *of) for name, of in rates.items()))
 
 
-def _terms_figure(histories: Mapping[str, History]) -> Figure:
-    logged = [line for history in histories.values() for line in history.training]
-    names = dict.fromkeys(name for line in logged for name in line["terms"])
-    lines = {term: {name: h.term(term) for name, h in histories.items()} for term in names}
-    return _figure({f"{term} (mean per supervised token)": lines[term] for term in names})
+def _rate(
+    histories: Mapping[str, History], name: str, title: str, factor: float
+) -> tuple[str, dict[str, Points]]:
+    """A panel of a number of the training lines, with its title."""
+    lines = {run: [(s, v * factor) for s, v in h.rate(name)] for run, h in histories.items()}
+    return title, lines
 
 
-def _rates_figure(histories: Mapping[str, History]) -> Figure:
-    titles = {"alpha": "alpha (weight of the teacher)", "lr": "learning rate"}
-    return _figure({titles[r]: {n: h.rate(r) for n, h in histories.items()} for r in titles})
-
-
-def _figure(panels: Mapping[str, Mapping[str, Points]]) -> Figure:
-    """Panels by title, each with the runs' lines by name; at least an empty one."""
-    count = max(len(panels), 1)
-    figure = Figure(figsize=(9, 4) if count == 1 else (4.5 * count, 3.6), layout="constrained")
-    made = figure.subplots(1, count, squeeze=False)[0]
-    for axes, (title, lines) in zip(made, panels.items(), strict=False):
-        for name, points in lines.items():
-            # A run without points still takes its colour, the same in every panel.
-            steps, values = zip(*points, strict=True) if points else ((), ())
-            marker = "." if len(points) <= _MARKED else ""
-            axes.plot(steps, values, label=name if points else None, linewidth=1.2, marker=marker)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("optimiser steps")
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=9)
-    return figure
-
-
-def image(title: str, figure: Figure) -> str:
-    """HTML of a figure below its title."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{data}">'
+def _keys(objects: Sequence[Mapping[str, object]]) -> list[str]:
+    """Each key once, in the order in which they first occur."""
+    return list(dict.fromkeys(key for each in objects for key in each))
 
 
 def scores_section(runs: Mapping[str, RunFolder]) -> str:
@@ -304,21 +315,3 @@ def scores_section(runs: Mapping[str, RunFolder]) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>dskd report</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-h2 { font-size: 1.1rem; margin-top: 2rem; }
-img { max-width: 100%; }
-</style>
-@BODY@
-</html>
-"""

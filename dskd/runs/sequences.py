@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 
 from dskd.errors import CheckpointError
-from dskd.runs.history import read_object
+from dskd.runs.curves import Look, curves
+from dskd.runs.history import Points, read_object
 from dskd.runs.named_sets import answer_sets
-from dskd.runs.report import image, new_table
+from dskd.runs.report import new_table
 from dskd.settings.folders import folder_of
 from dskd.settings.run import Run
 from dskd.settings.sets import NamedSet
@@ -236,7 +236,7 @@ def sequences_section(groups: Sequence[Sequence[ScoreMatrix]]) -> str:
     empty where there is none."""
     parts = []
     for group in groups:
-        maps = "\n".join(f"<div>{_map(each)}</div>" for each in _matrices(group))
+        maps = "\n".join(map(_map, _matrices(group)))
         parts += [
             "<h1>Tasks learnt one after the other</h1>",
             "<h2>The last runs, in per cent</h2>",
@@ -244,53 +244,44 @@ def sequences_section(groups: Sequence[Sequence[ScoreMatrix]]) -> str:
             "<h2>Scores after each run, in per cent</h2>",
             f'<div style="display: flex; flex-wrap: wrap; gap: 1.5rem">\n{maps}\n</div>',
             "<p>Framed: the set that the run learns.</p>",
-            image("Scores by set", _curves(group)),
+            _curves(group),
         ]
     return "\n".join(parts)
 
 
 def _map(each: ScoreMatrix) -> str:
     """A table whose cells are the darker, the higher their score."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("after", *each.sets))
-    lines = [f"<tr>{head}</tr>"]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in each.sets)
+    lines = [f'<tr><th class="text">after</th>{head}</tr>']
     for run, learnt, row in zip(each.runs, each.learnt, each.scores_TS, strict=True):
         cells = "".join(_cell(score, own=place == learnt) for place, score in enumerate(row))
-        lines.append(f"<tr><td>{html.escape(run)}</td>{cells}</tr>")
+        lines.append(f'<tr><td class="text">{html.escape(run)}</td>{cells}</tr>')
     caption = f'<caption style="text-align: left">{html.escape(each.name)}</caption>'
-    return f'<table style="display: table">{caption}{"".join(lines)}</table>'
+    return f'<div style="overflow-x: auto"><table>{caption}{"".join(lines)}</table></div>'
 
 
 def _cell(score: float, *, own: bool) -> str:
     share = min(max(score / 100, 0.0), 1.0)
     style = f"background: rgba(31, 95, 168, {0.9 * share:.2f})"
     style += "; color: #fff" if share > _DARK else ""
-    style += "; outline: 2px solid #c0392b; outline-offset: -2px" if own else ""
+    style += "; outline: 2px solid var(--wrong); outline-offset: -2px" if own else ""
     return f'<td style="{style}">{score:.1f}</td>'
 
 
-_DARK = 0.55
+_DARK = 0.85
 """Share of the scale above which a cell's number is white."""
 
 
-def _curves(group: Sequence[ScoreMatrix]) -> Figure:
+def _curves(group: Sequence[ScoreMatrix]) -> str:
     """A panel for each set: its score after each run of each sequence; of single runs, which are
     the end of no sequence, a line across."""
-    sets, most = group[0].sets, max(len(each.runs) for each in group)
-    figure = Figure(figsize=(2.8 * len(sets) + 2, 3.6), layout="constrained")
-    made = figure.subplots(1, len(sets), squeeze=False, sharey=True)[0]
-    for place, (axes, name) in enumerate(zip(made, sets, strict=True)):
-        for number, each in enumerate(group):
-            scores_T = each.scores_TS[:, place]
-            shown = {"label": each.name, "color": f"C{number % 10}", "linewidth": 1.2}
-            if len(each.runs) > 1:
-                axes.plot(range(1, len(scores_T) + 1), scores_T, marker=".", **shown)
-            else:
-                axes.axhline(scores_T[0], linestyle="--", **shown)
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("tasks learnt")
-        axes.set_xticks(range(1, most + 1))
-        axes.set_ylim(-3, 103)
-        axes.grid(alpha=0.25)
-    made[0].set_ylabel("per cent")
-    figure.legend(*made[0].get_legend_handles_labels(), fontsize=9, loc="outside right upper")
-    return figure
+    most = max(len(each.runs) for each in group)
+    panels: dict[str, dict[str, Points]] = {}
+    for place, name in enumerate(group[0].sets):
+        scores = {each.name: each.scores_TS[:, place].tolist() for each in group}
+        panels[name] = {
+            run: list(enumerate(of if len(of) > 1 else of * most, 1)) for run, of in scores.items()
+        }
+    single = frozenset(each.name for each in group if len(each.runs) == 1)
+    look = Look(across="tasks learnt", begin=0.9, y_limits=(-3, 103), dashed=single)
+    return curves("Scores by set, in per cent", panels, look)

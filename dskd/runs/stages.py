@@ -26,9 +26,10 @@ from dskd.models.configs import hidden_size
 from dskd.models.writing import export
 from dskd.narrowing.slice_stage import make_slice
 from dskd.ops import implementation
-from dskd.runs import comparable
+from dskd.runs import about, comparable
 from dskd.runs.answers import answer_scores
 from dskd.runs.by_domain import by_domain_section
+from dskd.runs.cached_rows import caches_of, rows_to_capture
 from dskd.runs.card import card_of
 from dskd.runs.change_log import changes_section
 from dskd.runs.confusion import Confusion, confusion_section
@@ -37,10 +38,10 @@ from dskd.runs.examples import examples_section, write_examples
 from dskd.runs.named_sets import evaluation_sets
 from dskd.runs.report import scores_section
 from dskd.runs.student import build_student, student_to_export, student_to_train
-from dskd.settings.folders import RunFolder, cache_folder
+from dskd.settings.folders import RunFolder
 from dskd.settings.model import Model
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, domain_of, each_teacher, section_name
+from dskd.settings.teachers import domain_of
 from dskd.stores.fingerprints import expected
 from dskd.system import dist
 from dskd.system.device import free_memory
@@ -75,20 +76,22 @@ def cache(context: RunContext) -> None:
     if not context.method.wants_teacher():
         return
     run, prepared = context.run, context.prepared
-    for domain, teacher in each_teacher(run.teacher).items():
-        if not isinstance(teacher, CachedTeacher) or teacher.model is None:
+    for domain, teacher, folder, where in caches_of(run):
+        if teacher.model is None:
             continue
-        folder, own = cache_folder(run, domain), domain_of(domain)
+        own = domain_of(domain)
         capture(
             teacher,
             lambda domain=domain: frozen(run, domain, prepared, context.device),
             prepared,
             context.view,
             folder,
-            fingerprints=expected(run, teacher, prepared, context.view, section_name(domain)),
+            fingerprints=expected(run, teacher, prepared, context.view, where),
             domain=None if own is None else prepared.domains.index(own),
+            wanted_DR=rows_to_capture(context, folder),
             device=context.device,
             verify=run.until == "cache",  # else training opens it
+            run=run.out,
         )
         free_memory()  # before the next teacher
 
@@ -132,7 +135,8 @@ def train(context: RunContext) -> None:
         world=dist.world(),
         seed=run.seed,
         readers=(*context.readers, *setup.readers),
-        ready=lambda position: not hooks.waits(position),
+        # The last step's batch is the last that a cache need have the rows of.
+        ready=lambda position: position < run.train.steps and not hooks.waits(position),
         position=progress.position,
         device=context.device,
     )
@@ -237,6 +241,7 @@ def _summarise(context: RunContext, progress: Progress, parameters: dict[str, in
     best, last, scored = context.checkpoints.best(), context.checkpoints.latest(), context.scored
     assert last is not None
     used = dist.gather_objects(used_memory())
+    basis = comparable.basis(context)
     summary = {
         "steps": progress.step,
         "metric": scored.metric,
@@ -249,7 +254,8 @@ def _summarise(context: RunContext, progress: Progress, parameters: dict[str, in
         "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
         **{name: max(rank[name] for rank in used) for name in used[0]},
         "wall_seconds": progress.wall_seconds,
-        comparable.KEY: comparable.basis(context),
+        comparable.KEY: basis,
+        about.KEY: about.about_run(context, basis["rows"]),
     }
     _write(context.folder.summary, summary)
 

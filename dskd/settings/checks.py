@@ -255,6 +255,9 @@ def _teachers(run: Run) -> Problems:
             temperatures, use_k = teacher.temperatures, teacher.use_k
             if teacher.model is None and teacher.path is None:
                 yield f"{name}.model", f"missing; name a model to capture from, or {name}.path"
+            if teacher.model is None and teacher.cache is not None:
+                text = f"is of a capture, but no model is named to capture from ({name}.model)"
+                yield f"{name}.cache", text
             if len(set(temperatures)) < len(temperatures):
                 yield f"{name}.temperatures", f"{temperatures} has one twice"
             if teacher.model is not None and use_k is not None and use_k > teacher.k:

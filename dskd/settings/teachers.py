@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from dskd.settings.base import FREE, RunPath, Section
 from dskd.settings.model import Model
@@ -34,6 +34,23 @@ class LiveTeacher(Section):
     precision: Precision = "auto"
 
 
+class CachedRows(Section):
+    """How much of the stream of training rows, in the order of the run's seed, a cache holds: one
+    of the two."""
+
+    epochs: int | None = Field(None, ge=1)
+    """So many epochs; as many as the masks have draws (a causal LM: 1) are all that there are, for
+    runs of any length and seed."""
+    rows: int | None = Field(None, ge=1)
+    """So many rows from the beginning."""
+
+    @model_validator(mode="after")
+    def _one(self) -> CachedRows:
+        if (self.epochs is None) == (self.rows is None):
+            raise ValueError("either epochs or rows")
+        return self
+
+
 class CachedTeacher(Section):
     """Top-k logits captured beforehand; captured by this run when ``path`` does not exist yet."""
 
@@ -55,6 +72,9 @@ class CachedTeacher(Section):
     """Temperatures whose tail mass is stored."""
     values: Literal["fp16", "fp32"] = "fp16"
     """Storage type of the log-probabilities."""
+    cache: Annotated[CachedRows | None, FREE] = None
+    """The rows that are captured; null: those that this run reads, and others of its recipe from
+    the same folder. What a longer run reads besides is captured when it goes on."""
     rows_per_shard: Annotated[int, FREE] = Field(1024, ge=1)
     micro_batch: Annotated[int, FREE] = Field(16, ge=1)
     """Rows of a capture batch per rank."""

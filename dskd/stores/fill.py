@@ -4,6 +4,7 @@ holds."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 from dskd.batch import Batch
 from dskd.data.prepared import RowSet
 from dskd.data.views import View
+from dskd.stores.cost import Meter
+from dskd.stores.manifest import MANIFEST, read_spec
 from dskd.stores.shard import StoreSpec
 from dskd.stores.store import Store, Writer, is_complete
-from dskd.stores.sweep import Output, Scored, sweep
+from dskd.stores.sweep import Output, Scored, all_draws, sweep
 from dskd.system import dist
 from dskd.system.locks import alone
 from dskd.system.log import bar, say
@@ -50,8 +53,10 @@ def fill(
     present_R: NDArray[np.bool_] | None = None,
     stop: Callable[[], bool] | None = None,
     verify: bool = False,
+    run: Path | None = None,
 ) -> bool:
-    """Make the store, go on with an interrupted one, or do nothing if it is complete (collective).
+    """Make the store, go on with an interrupted one, add rows that one lacks, or do nothing if it
+    is complete (collective).
 
     While another job makes it, this one waits. Of the shards of a complete store only the sizes are
     looked at, for who opens it verifies it.
@@ -62,6 +67,7 @@ def fill(
         forward: builds the model and returns its forward pass; called only if something is missing.
         words: for the log.
         verify: read a complete store whole, because nobody will open it.
+        run: folder of the run that what it costs is counted for; None: it is not counted.
 
     The other arguments are those of :func:`~dskd.stores.sweep.sweep`.
 
@@ -73,15 +79,18 @@ def fill(
         Stopped: ``stop`` returned true on one of the ranks; called again, it goes on.
         DskdError: what went wrong on one of the ranks, on all of them.
     """
-    if _is_complete(folder, spec):
+    present_DR = all_draws(spec, present_R)
+    if _is_complete(folder, spec, present_DR):
         if verify:
             with dist.agreed():
                 Store(folder, kind=spec.kind, expect={}, share=(dist.rank(), dist.world()))
         say(f"{words.name}: {folder} is complete")
         return False
     with alone(folder):  # the store of several runs has one writer
-        if _is_complete(folder, spec):  # by the one that was waited for
+        if _is_complete(folder, spec, present_DR):  # by the one that was waited for
             return False
+        meter = None if run is None else Meter(folder, run)
+        spec = dist.on_rank0(lambda: _as_begun(folder, spec))
         model = forward()
         with bar(words.doing) as report:
             sweep(
@@ -95,10 +104,19 @@ def fill(
                 present_R=present_R,
                 progress=report,
                 stop=stop,
+                done_with=None if meter is None else meter.add,
             )
     say(f"{words.name}: {folder} holds {words.holds(folder)}")
     return True
 
 
-def _is_complete(folder: Path, spec: StoreSpec) -> bool:
-    return dist.on_rank0(lambda: is_complete(folder, spec))
+def _is_complete(folder: Path, spec: StoreSpec, present_DR: NDArray[np.bool_]) -> bool:
+    return dist.on_rank0(lambda: is_complete(folder, spec, present_DR))
+
+
+def _as_begun(folder: Path, spec: StoreSpec) -> StoreSpec:
+    """The spec with the size of shards that a complete store has, to which rows are added."""
+    if not (folder / MANIFEST).exists():
+        return spec
+    there, records = read_spec(folder)
+    return spec if records is None else replace(spec, rows_per_shard=there.rows_per_shard)

@@ -355,6 +355,9 @@ def describe_cache(folder: Path) -> dict[str, Any]:
     if records is not None:
         positions = sum(record.positions for record in records)
         nbytes = sum(record.nbytes for record in records)
+        held = [record.rows for record in records if record.rows is not None]
+        if len(held) == len(records):
+            about["rows_held"] = sum(held)  # of all draws together
         about |= {"positions": positions, "bytes": nbytes}
         if positions:
             about["file_bytes_per_position"] = nbytes / positions

@@ -23,11 +23,17 @@ _MEND = "remove it and make the store again: whole shards are kept"
 
 
 class ShardRecord(NamedTuple):
-    """A shard's line in the manifest."""
+    """A shard's line in the manifest.
+
+    Attributes:
+        rows: how many it holds; None: not written down, all that were to be held (stores of before
+            rows could be added to them).
+    """
 
     nbytes: int
     hash: str
     positions: int
+    rows: int | None = None
 
 
 def read_spec(folder: Path) -> tuple[StoreSpec, list[ShardRecord] | None]:
@@ -90,7 +96,8 @@ def _problems_of_shards(shards: object, spec: StoreSpec) -> Iterator[str]:
         )
         return
     for shard, record in enumerate(shards):
-        if not _is_record(record):
+        _, begin, end = spec.span(shard)
+        if not _is_record(record, end - begin):
             yield f"shard {shard} cannot be {short(record)}"
 
 
@@ -109,10 +116,14 @@ def _are_columns(value: object) -> bool:
     )
 
 
-def _is_record(value: object) -> bool:
-    if not (isinstance(value, list) and len(value) == len(ShardRecord._fields)):
+def _is_record(value: object, most: int) -> bool:
+    """Whether it is of a shard of at most so many rows."""
+    if not (isinstance(value, list) and len(value) in (3, 4)):
         return False
     record = ShardRecord(*value)
     return (
-        is_count(record.nbytes) and isinstance(record.hash, str) and is_count(record.positions, 0)
+        is_count(record.nbytes)
+        and isinstance(record.hash, str)
+        and is_count(record.positions, 0)
+        and (len(value) == 3 or (is_count(record.rows, 0) and record.rows <= most))
     )

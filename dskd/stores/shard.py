@@ -156,6 +156,27 @@ def encode_shard(
     return save(arrays, {_METADATA: json.dumps(about)})
 
 
+def joined_rows(
+    there: Mapping[str, np.ndarray],
+    counts_R: NDArray[np.int64],
+    present_R: NDArray[np.bool_],
+    columns: Mapping[str, np.ndarray],
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], dict[str, np.ndarray]]:
+    """What :func:`encode_shard` is given of a shard that holds rows and gets others.
+
+    Args:
+        there: its arrays, of :func:`check_shard`.
+        counts_R, present_R, columns: of the rows that are added, none of which is there.
+    """
+    held_R, held_counts_R = there["present"].astype(bool), np.diff(there["row_ptr"])
+    assert not (held_R & present_R).any(), "a row is there already"
+    rows_R = np.arange(len(held_R))
+    row_N = np.concatenate([np.repeat(rows_R, held_counts_R), np.repeat(rows_R, counts_R)])
+    order_N = np.argsort(row_N, kind="stable")
+    whole = {name: np.concatenate([there[name], columns[name]])[order_N] for name in columns}
+    return held_counts_R + counts_R, held_R | present_R, whole
+
+
 def map_shard(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays as read-only views of the mapped file, and the metadata; no digest is compared.
 
@@ -190,9 +211,24 @@ def check_shard(path: Path, spec: StoreSpec, shard: int) -> dict[str, np.ndarray
     return arrays
 
 
-def check_place(path: Path, spec: StoreSpec, shard: int, positions: int) -> None:
+def held_rows(path: Path) -> NDArray[np.bool_]:
+    """Which of its rows a shard holds, bool; its bytes are not looked at otherwise.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    arrays, _ = _mapped(path)
+    if "present" not in arrays:
+        raise StoreError(f"{path}: damaged, it does not say which rows it holds")
+    return arrays["present"].astype(bool)
+
+
+def check_place(
+    path: Path, spec: StoreSpec, shard: int, positions: int, rows: int | None = None
+) -> None:
     """Check that a file whose bytes are those of its writer is this shard of this store, with so
-    many positions; of the values only ``row_ptr`` is read.
+    many positions and rows (None: of no matter); of the values only ``row_ptr`` and ``present`` are
+    read.
 
     Raises:
         ForeignShard: it is another one.
@@ -206,7 +242,8 @@ def check_place(path: Path, spec: StoreSpec, shard: int, positions: int) -> None
         wanted[name] = (column.dtype, (positions, *column.shape))
     found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     ends_R = arrays["row_ptr"] if found == wanted else np.empty(1)
-    if found != wanted or ends_R[0] or ends_R[-1] != positions or (np.diff(ends_R) < 0).any():
+    wrong = found != wanted or ends_R[0] or ends_R[-1] != positions or (np.diff(ends_R) < 0).any()
+    if wrong or (rows is not None and np.count_nonzero(arrays["present"]) != rows):
         raise StoreError(f"{path}: damaged, its arrays are not those that the manifest speaks of")
 
 

@@ -5,12 +5,16 @@ id, so it does not depend on ranks, batches or interruptions. A folder holds::
 
     manifest.json             what the store is (a StoreSpec) and, once complete, each shard's hash
     shard-00000.safetensors   so many rows of one draw (``shard.py``), draw after draw
+    cost.json                 what it cost to make (``cost.py``), where that was written down
+
+A store is complete when it holds the rows that were asked for. When more are, they are added to its
+shards; until that is done it is not complete. Rows that are there stay as they are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +30,8 @@ from dskd.stores.shard import (
     check_place,
     check_shard,
     encode_shard,
+    held_rows,
+    joined_rows,
     map_shard,
     spec_differences,
 )
@@ -40,9 +46,14 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
-def is_complete(folder: Path, wanted: StoreSpec) -> bool:
+def is_complete(
+    folder: Path, wanted: StoreSpec, present_DR: NDArray[np.bool_] | None = None
+) -> bool:
     """Whether the store is there in full, by the sizes of its shards; they are verified when it is
     opened.
+
+    Args:
+        present_DR: bool [draws, rows], which it must hold; None: whatever it holds is enough.
 
     Raises:
         StoreError: the folder holds another store, its manifest is damaged, or a shard is missing
@@ -57,7 +68,25 @@ def is_complete(folder: Path, wanted: StoreSpec) -> bool:
     if records is None:
         return False
     _check_sizes(folder, there, records, _MEND)
-    return True
+    return present_DR is None or not lacking(folder, there, records, present_DR)
+
+
+def lacking(
+    folder: Path, spec: StoreSpec, records: list[ShardRecord], present_DR: NDArray[np.bool_]
+) -> int:
+    """How many of some rows, bool [draws, rows], a complete store does not hold.
+
+    Raises:
+        StoreError: a shard is damaged.
+    """
+    count = 0
+    for shard, record in enumerate(records):
+        draw, begin, end = spec.span(shard)
+        wanted_R = present_DR[draw, begin:end]
+        # without a number it has what was to be in it, and with as many as there are, all
+        if record.rows not in (None, end - begin) and wanted_R.any():
+            count += int((wanted_R & ~held_rows(shard_path(folder, shard))).sum())
+    return count
 
 
 class Writer:
@@ -72,22 +101,33 @@ class Writer:
         self.spec = spec
         self.records: dict[int, ShardRecord] = {}
         """The shards that this writer wrote or found whole."""
+        self.held: dict[int, NDArray[np.bool_]] = {}
+        """Of the whole shards that lack rows, those that they hold."""
 
     def prepare(self) -> None:
-        """Make the folder or check that it holds this store; remove half-written files.
+        """Make the folder or check that it holds this store; remove half-written files. The store
+        is not complete from now on.
 
         Raises:
             StoreError: the folder holds another store, or its manifest is damaged.
         """
-        path = self.folder / MANIFEST
-        if path.exists():
-            _refuse_other(self.folder, read_spec(self.folder)[0], self.spec)
+        begun = False
+        if (self.folder / MANIFEST).exists():
+            there, records = read_spec(self.folder)
+            _refuse_other(self.folder, there, self.spec)
+            begun = records is None
         remove_temporaries(self.folder)
-        if not path.exists():
+        if not begun:
             write_spec(self.folder, self.spec, None)
 
-    def missing(self, shards: Iterable[int]) -> list[int]:
-        """Those of ``shards`` that are still to be written; a damaged one is removed.
+    def missing(
+        self, shards: Iterable[int], present_DR: NDArray[np.bool_] | None = None
+    ) -> list[int]:
+        """Those of ``shards`` that are still to be written, or lack rows (:attr:`held`); a damaged
+        one is removed.
+
+        Args:
+            present_DR: as by :func:`is_complete`.
 
         Raises:
             StoreError: a shard belongs to another store.
@@ -103,8 +143,14 @@ class Writer:
                 path.unlink(missing_ok=True)
                 wanting.append(shard)
             else:
-                positions = int(arrays["row_ptr"][-1])
-                self.records[shard] = ShardRecord(path.stat().st_size, file_hash(path), positions)
+                held_R = arrays["present"].astype(bool)
+                about = int(arrays["row_ptr"][-1]), int(held_R.sum())
+                draw, begin, end = self.spec.span(shard)
+                if present_DR is not None and (present_DR[draw, begin:end] & ~held_R).any():
+                    self.held[shard] = held_R
+                    wanting.append(shard)
+                    continue
+                self.records[shard] = ShardRecord(path.stat().st_size, file_hash(path), *about)
         return wanting
 
     def write_shard(
@@ -118,8 +164,20 @@ class Writer:
         :func:`~dskd.stores.shard.encode_shard`."""
         data = encode_shard(self.spec, shard, counts_R, present_R, columns)
         write_atomic(shard_path(self.folder, shard), data, "a shard of the store")
-        hash_ = xxhash.xxh3_128(data).hexdigest()
-        self.records[shard] = ShardRecord(len(data), hash_, int(counts_R.sum()))
+        about = int(counts_R.sum()), int(present_R.sum())
+        self.records[shard] = ShardRecord(len(data), xxhash.xxh3_128(data).hexdigest(), *about)
+
+    def add_rows(
+        self,
+        shard: int,
+        counts_R: NDArray[np.int64],
+        present_R: NDArray[np.bool_],
+        columns: Mapping[str, np.ndarray],
+    ) -> None:
+        """Write one shard with rows that it lacks, as :meth:`write_shard`; those that it has are
+        copied."""
+        there = check_shard(shard_path(self.folder, shard), self.spec, shard)
+        self.write_shard(shard, *joined_rows(there, counts_R, present_R, columns))
 
     def finish(self, records: Mapping[int, ShardRecord]) -> None:
         """Declare the store complete.
@@ -172,7 +230,8 @@ class Store:
         _check_sizes(folder, spec, records, self._mend)
         self.folder = folder
         self.spec = spec
-        self._records = records
+        self.records = records
+        """Its shards, as the manifest has them."""
         self._shard = functools.lru_cache(_OPEN_SHARDS)(self._map)  # safe in threads
         self.verify(range(share[0], spec.shards, share[1]))
 
@@ -184,10 +243,10 @@ class Store:
         """
         for shard in shards:
             path = shard_path(self.folder, shard)
-            record = self._records[shard]
+            record = self.records[shard]
             if file_hash(path) != record.hash:
                 raise _unlike(path, self.spec, shard, record, self._mend)
-            check_place(path, self.spec, shard, record.positions)
+            check_place(path, self.spec, shard, record.positions, record.rows)
 
     def held(self, shard: int) -> NDArray[np.int64]:
         """The ids of the rows that a shard holds."""
@@ -232,6 +291,12 @@ class Store:
 
     def _map(self, shard: int) -> dict[str, np.ndarray]:
         return map_shard(shard_path(self.folder, shard))[0]
+
+
+def shard_arrays(store: Store) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of each shard of a store, in order; only those that are touched are read."""
+    for shard in range(store.spec.shards):
+        yield map_shard(shard_path(store.folder, shard))[0]
 
 
 def _refuse_other(folder: Path, there: StoreSpec, wanted: StoreSpec) -> None:

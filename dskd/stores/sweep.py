@@ -2,9 +2,10 @@
 
 The missing shards are dealt out in rounds of one a rank. A shard's rows are taken in order in
 batches of ``micro_batch``, on whichever rank it falls, so its bytes depend neither on the number of
-ranks nor on interruptions. In a round every rank makes as many forward passes as the rank with the
-most batches, of a row it then forgets where it has none left: under ZeRO-3 a pass that only some of
-the ranks make would hang them.
+ranks nor on interruptions; rows that are added to a whole shard are taken in the same way, by
+themselves. In a round every rank makes as many forward passes as the rank with the most batches, of
+a row it then forgets where it has none left: under ZeRO-3 a pass that only some of the ranks make
+would hang them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +39,20 @@ class Stopped(Exception):
 
 
 Output = TypeVar("Output")
+
+
+class Work(NamedTuple):
+    """What all ranks did in a round.
+
+    Attributes:
+        rows: that the model read, each once for each draw.
+        tokens: of these rows.
+        passes: of the model over them.
+    """
+
+    rows: int
+    tokens: int
+    passes: int
 
 
 class Scored(NamedTuple):
@@ -65,6 +80,7 @@ def sweep(
     present_R: NDArray[np.bool_] | None = None,
     progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    done_with: Callable[[Work], object] | None = None,
 ) -> None:
     """Fill a store; collective, and called again after an interruption it goes on.
 
@@ -79,10 +95,11 @@ def sweep(
         device: where the model is, and the batches are sent.
         score: the store's values for a batch and what ``forward`` returned for it, both on the CPU
             by then.
-        present_R: bool, which of the R rows to take; None: all.
+        present_R: bool, which of the R rows to take, or [draws, R], which in each draw; None: all.
         progress: ``progress(done, total)`` is called after each forward pass: row views kept so far
             by all ranks, and how many there are.
         stop: whether to stop, called before each round on every rank; None: never.
+        done_with: called on rank 0 after each round.
 
     Raises:
         Stopped: ``stop`` returned true on one of the ranks, on all of them.
@@ -90,23 +107,24 @@ def sweep(
     """
     spec = writer.spec
     assert spec.rows == len(rowset), (spec.rows, len(rowset))
-    if present_R is None:
-        present_R = np.ones(spec.rows, bool)
-    missing = _missing(writer)
-    total = spec.draws * int(present_R.sum())
-    done = total - sum(len(_row_ids(spec, present_R, shard)) for shard in missing)
-    idle = np.flatnonzero(present_R)[:1]
+    present_DR = all_draws(spec, present_R)
+    missing = _missing(writer, present_DR)
+    to_take = {shard: _row_ids(spec, present_DR, shard, held) for shard, held in missing.items()}
+    total = int(present_DR.sum())
+    done = total - sum(map(len, to_take.values()))
+    idle = np.flatnonzero(present_DR.any(0))[:1]
     for first in range(0, len(missing), dist.world()):
         if stop is not None and any(dist.gather_objects(stop())):
             raise Stopped
-        shards = missing[first : first + dist.world()]
-        ids_by_rank = [_row_ids(spec, present_R, shard) for shard in shards]
+        shards = [*missing][first : first + dist.world()]
+        ids_by_rank = [to_take[shard] for shard in shards]
         calls = -(-max(len(ids) for ids in ids_by_rank) // micro_batch)
         shard = shards[dist.rank()] if dist.rank() < len(shards) else None
         ids = ids_by_rank[dist.rank()] if shard is not None else idle[:0]
         epoch = 0 if shard is None else spec.span(shard)[0]
         shares = [ids[c * micro_batch : (c + 1) * micro_batch] for c in range(calls)]
         parts: list[Scored] = []
+        tokens = 0
         failed: list[DskdError] = []  # raised after the round: the others expect this rank's passes
         made = _batches(shares, idle, partial(_batch, rowset, view, epoch), failed)
         with closing(prefetch(made, device)) as batches:
@@ -115,6 +133,7 @@ def sweep(
                 try:
                     if len(ids_B) and not failed:
                         parts.append(score(batch, fetched.read()))
+                        tokens += int(batch.mask_BT.sum())
                 except DskdError as found:
                     failed.append(found)
                 part = slice(call * micro_batch, (call + 1) * micro_batch)
@@ -127,8 +146,27 @@ def sweep(
             if failed:
                 raise failed[0]
             if shard is not None:
-                _write(writer, shard, ids, present_R, parts)
+                _write(writer, shard, ids, parts, add=missing[shard] is not None)
+        if done_with is not None:
+            _tell(done_with, list(map(len, ids_by_rank)), tokens, micro_batch)
     _finish(writer)
+
+
+def _tell(
+    done_with: Callable[[Work], object], rows: list[int], tokens: int, micro_batch: int
+) -> None:
+    """Say what a round was, each rank's rows of it and this rank's tokens."""
+    every = dist.gather_objects(tokens)
+    passes = sum(-(-count // micro_batch) for count in rows)
+    with dist.agreed():
+        if dist.rank() == 0:
+            done_with(Work(sum(rows), sum(every), passes))
+
+
+def all_draws(spec: StoreSpec, present_R: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Which rows of each draw are meant, bool [draws, rows], by what :func:`sweep` is given."""
+    given = np.ones(spec.rows, bool) if present_R is None else present_R
+    return np.broadcast_to(given, (spec.draws, spec.rows))
 
 
 def _batches(
@@ -179,33 +217,39 @@ def refuse_non_finite(batch: Batch, bad_N: Tensor, whose: str) -> None:
         raise NonFiniteError(f"{whose} logits are not finite in row {row_N[bad_N][0].item()}")
 
 
-def _missing(writer: Writer) -> list[int]:
-    """The shards to be written, the same list on every rank; each checks its share."""
+def _missing(writer: Writer, present_DR: NDArray[np.bool_]) -> dict[int, NDArray[np.bool_] | None]:
+    """The shards to be written, in order, each with the rows that it holds (None: there is no such
+    file), the same on every rank; each checks its share."""
     with dist.agreed():
         if dist.rank() == 0:
             writer.prepare()
     with dist.agreed():
-        mine = writer.missing(range(dist.rank(), writer.spec.shards, dist.world()))
-    return sorted(shard for theirs in dist.gather_objects(mine) for shard in theirs)
+        mine = writer.missing(range(dist.rank(), writer.spec.shards, dist.world()), present_DR)
+    every = dist.gather_objects({shard: writer.held.get(shard) for shard in mine})
+    found: dict[int, Any] = dict(ChainMap(*every))
+    return {shard: found[shard] for shard in sorted(found)}
 
 
 def _write(
     writer: Writer,
     shard: int,
     ids: NDArray[np.int64],
-    present_R: NDArray[np.bool_],
     parts: list[Scored],
+    *,
+    add: bool,
 ) -> None:
-    """Put a shard's batches together and write it."""
+    """Put a shard's batches together and write it, or ``add`` them to it."""
     _, begin, end = writer.spec.span(shard)
-    counts_S = np.zeros(end - begin, np.int64)
+    counts_S, present_S = np.zeros(end - begin, np.int64), np.zeros(end - begin, bool)
+    present_S[ids - begin] = True
     if parts:
         counts_S[ids - begin] = np.concatenate([part.counts_B for part in parts])
     columns = {
         name: column.joined(part.columns[name] for part in parts)
         for name, column in writer.spec.columns.items()
     }
-    writer.write_shard(shard, counts_S, present_R[begin:end], columns)
+    write = writer.add_rows if add else writer.write_shard
+    write(shard, counts_S, present_S, columns)
 
 
 def _finish(writer: Writer) -> None:
@@ -216,7 +260,10 @@ def _finish(writer: Writer) -> None:
             writer.finish(records)
 
 
-def _row_ids(spec: StoreSpec, present_R: NDArray[np.bool_], shard: int) -> NDArray[np.int64]:
-    """The rows that a shard really holds."""
-    _, begin, end = spec.span(shard)
-    return begin + np.flatnonzero(present_R[begin:end])
+def _row_ids(
+    spec: StoreSpec, present_DR: NDArray[np.bool_], shard: int, held_R: NDArray[np.bool_] | None
+) -> NDArray[np.int64]:
+    """The rows that a shard is to get, besides those that it holds."""
+    draw, begin, end = spec.span(shard)
+    wanted_R = present_DR[draw, begin:end]
+    return begin + np.flatnonzero(wanted_R if held_R is None else wanted_R & ~held_R)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dskd.batch import Batch, TopKTeacher
@@ -32,17 +33,21 @@ def capture(
     fingerprints: Mapping[str, str],
     device: torch.device,
     domain: int | None = None,
+    wanted_DR: NDArray[np.bool_] | None = None,
     verify: bool = False,
+    run: Path | None = None,
 ) -> None:
-    """Make the cache, go on with an interrupted one, or do nothing if it is complete (collective);
-    see :func:`~dskd.stores.fill.fill`.
+    """Make the cache, go on with an interrupted one, add the rows that one lacks, or do nothing if
+    it is complete (collective); see :func:`~dskd.stores.fill.fill`.
 
     Args:
         model: builds the frozen teacher; called only if there is something to capture.
         prepared: its training rows are captured, in as many masks as ``view.draws``.
         fingerprints: of all that the logits depend on, by name; kept in the manifest.
         domain: index of the only domain whose rows are captured; None: all rows.
+        wanted_DR: bool [draws, rows], those that are captured of these; None: all.
         verify: read a complete cache whole, because nobody will open it.
+        run: folder of the run that what it costs is counted for; None: it is not counted.
 
     Raises:
         ConfigError: the settings do not fit the vocabulary, or no row is of the domain.
@@ -85,8 +90,8 @@ def capture(
     def holds(folder: Path) -> str:
         about = describe_cache(folder)
         return (
-            f"{about['positions']:,} positions, top {layout.k} of each in "
-            f"{about['bytes_per_position']} bytes"
+            f"{about['positions']:,} positions of {about['rows_held']:,} rows, top {layout.k} of "
+            f"each in {about['bytes_per_position']} bytes"
         )
 
     fill(
@@ -99,6 +104,7 @@ def capture(
         micro_batch=cached.micro_batch,
         device=device,
         words=Words("cache", "capturing logits", holds),
-        present_R=present_R,
+        present_R=present_R if wanted_DR is None else wanted_DR & present_R,
         verify=verify,
+        run=run,
     )

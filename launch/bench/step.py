@@ -58,7 +58,7 @@ from dskd.runs.student import build_student
 from dskd.settings.model import Model
 from dskd.settings.recipe import read
 from dskd.settings.run import Run
-from dskd.settings.teachers import CachedTeacher, LiveTeacher
+from dskd.settings.teachers import CachedRows, CachedTeacher, LiveTeacher
 from dskd.system import dist
 from dskd.system.log import Metrics, peak_memory
 from dskd.teachers.setup import TeacherSetup, set_up
@@ -136,7 +136,9 @@ def variants(settings: Path, overrides: list[str], folder: Path, steps: int) -> 
 def _cached(student: Run, model: Model) -> CachedTeacher:
     if not isinstance(student.teacher, CachedTeacher):
         raise ConfigError("runs.ki.teacher.kind: a cached teacher is to be measured")
-    return student.teacher.model_copy(update={"model": model, "path": None})
+    # All rows: more steps than the settings' may be measured.
+    rows = CachedRows(epochs=student.data.masking.draws or 1)
+    return student.teacher.model_copy(update={"model": model, "path": None, "cache": rows})
 
 
 class Step:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dskd.batch import IGNORE, Batch
-from dskd.data.loader import Loader
+from dskd.data.loader import Loader, rows_taken
 from dskd.data.prepared import Prepared, RowBatch
 from dskd.data.views import Shown, view_for
 from dskd.errors import StoreError
@@ -141,3 +141,19 @@ def test_error_of_the_thread_reaches_the_caller(prepared: Prepared) -> None:
 
     with pytest.raises(StoreError, match="shard 3 is gone"):
         steps(loader(prepared, readers=(reader,)), 1)
+
+
+@pytest.mark.parametrize("count", [6, 7, 40])
+def test_the_rows_that_some_steps_read_are_known_beforehand(prepared: Prepared, count: int) -> None:
+    """Of two draws: in half an epoch, in one and a bit, and in many."""
+    rows = len(prepared.train)
+    batch = rows // 6 - 1
+    read = np.zeros((2, rows), bool)
+    source = loader(prepared, batch=batch, micro_batch=batch)
+    for place, row in enumerate(
+        row for step in steps(source, count) for b in step for row in b.row_ids_B.tolist()
+    ):
+        read[place // rows % 2, row] = True
+    np.testing.assert_array_equal(rows_taken(rows, SEED, count * batch, 2), read)
+    assert read.all() == (count == 40)
+    assert read[0].all() == (count > 6) and read[1].any() == (count > 6)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dskd.runs.card import _shared
+from dskd.runs.card import as_shared
 from dskd.settings.run import Run
 
 RUN = Run(out=Path("/home/me/runs/demo/student"))
@@ -25,11 +25,11 @@ RUN = Run(out=Path("/home/me/runs/demo/student"))
     ],
 )
 def test_absolute_paths_are_not_told(setting, shared):
-    assert _shared(setting, RUN) == shared
-    assert _shared({"a": [{"b": setting}]}, RUN) == {"a": [{"b": shared}]}
+    assert as_shared(setting, RUN) == shared
+    assert as_shared({"a": [{"b": setting}]}, RUN) == {"a": [{"b": shared}]}
 
 
 def test_a_run_of_a_relative_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     path = f"{tmp_path}/demo/teacher"
-    assert _shared(path, Run(out=Path("demo/student"))) == "teacher"
+    assert as_shared(path, Run(out=Path("demo/student"))) == "teacher"

@@ -52,8 +52,8 @@ def test_the_map_has_a_square_for_each_pair_that_occurs(tmp_path):
     assert page.count("<title>") == 5 and "4 of 8 rows right" in page
     assert "<title>c &amp; d: 2 taken for b (100.0%)</title>" in page
     assert "<run>" not in page and "<a>" not in page and "&lt;run&gt;" in page
-    where = re.findall(r'<rect x="(\d+)" y="(\d+)" width="28" height="28" fill="(#\w+)"', page)
-    right, wrong = "#1f5fa8", "#c0392b"
+    where = re.findall(r'<rect x="(\d+)" y="(\d+)" width="28" height="28" fill="([^"]+)"', page)
+    right, wrong = "var(--right)", "var(--wrong)"
     assert where == [
         ("0", "0", right), ("56", "0", wrong), ("28", "28", right), ("56", "28", wrong),
         ("28", "56", wrong),

@@ -367,6 +367,29 @@ def test_the_positions_of_a_shard_are_those_in_the_manifest(folder):
         open_store(folder)
 
 
+@pytest.mark.parametrize("rows", [-1, 5, "4", None, True])
+def test_a_shard_holds_as_many_rows_as_it_may(folder, rows):
+    edited(folder, lambda content: content["shards"][1].__setitem__(3, rows))
+    with pytest.raises(StoreError, match=r"manifest\.json: damaged, shard 1 cannot be"):
+        open_store(folder)
+
+
+def test_the_rows_of_a_shard_are_those_in_the_manifest(folder):
+    edited(folder, lambda content: content["shards"][0].__setitem__(3, 1))
+    with pytest.raises(StoreError, match=r"shard-00000\.safetensors: damaged, its arrays"):
+        open_store(folder)
+
+
+def test_a_store_of_before_rows_were_counted_is_complete(folder):
+    """Its shards hold all that was asked for then; one that counts them lacks the one left out."""
+    every = np.ones((DRAWS, ROWS), bool)
+    held = every & (np.arange(ROWS) != ABSENT)
+    assert is_complete(folder, spec_of(), held) and not is_complete(folder, spec_of(), every)
+    edited(folder, lambda content: [record.pop() for record in content["shards"]])
+    assert is_complete(folder, spec_of(), every)
+    assert open_store(folder).read(np.array([6]), np.array([1]), ["b"])[0] == [1]
+
+
 @pytest.mark.parametrize("name", ["format", "store", "shards"])
 def test_an_entry_of_the_manifest_must_be_there(folder, name):
     edited(folder, lambda content: content.pop(name))

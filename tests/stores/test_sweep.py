@@ -13,7 +13,7 @@ import torch
 from dskd.errors import NonFiniteError, StoreError
 from dskd.stores.logits import LogitCache, LogitLayout
 from dskd.stores.store import Writer, shard_path
-from dskd.stores.sweep import Scored, Stopped, sweep
+from dskd.stores.sweep import Scored, Stopped, Work, sweep
 from tests.ranks import run_ranks
 from tests.stores.caches import ToyMasks, ToyRows, ToyTeacher, encoded, files, read
 
@@ -225,7 +225,7 @@ def _fill_slowly(folder):
     os._exit(0)
 
 
-def _fill_until_flush(folder, number):
+def _fill_until_flush(folder, number, **options):
     """Die by kill -9 at flush ``number`` to disk: while a file is being written or renamed."""
     flush, left = os.fsync, iter(range(number, 0, -1))
 
@@ -235,7 +235,7 @@ def _fill_until_flush(folder, number):
         flush(handle)
 
     os.fsync = fsync
-    fill(folder)
+    fill(folder, **options)
 
 
 def _start(function, *args):
@@ -278,3 +278,76 @@ def test_killed_during_any_save_it_goes_on_to_the_same_bytes(tmp_path, reference
             LogitCache(folder, PRINTS)
         fill(folder)
         assert files(folder) == files(reference)
+
+
+def some(share: float) -> np.ndarray:
+    """Rows of each draw, bool [2, 23]; those of a smaller share are among those of a larger one."""
+    return np.random.RandomState(2).rand(2, 23) < share
+
+
+def _add_rank(rank, folder, number=0):
+    """Rows of one share, then more of them; ``number``: of the flush at which the second dies."""
+    del rank
+    if not shard_path(folder, 0).exists():
+        fill(folder, present_R=some(0.3))
+    if number:
+        _fill_until_flush(folder, number, present_R=some(0.5))
+    fill(folder, present_R=some(0.5))
+
+
+def test_rows_are_added_and_those_that_are_there_are_kept(tmp_path, reference):
+    """With equal rows beside or without: the values of a row are its own but for rounding."""
+    rows = ToyRows()
+    fill(tmp_path / "s", present_R=some(0.3))
+    first = {shard: shard_path(tmp_path / "s", shard).read_bytes() for shard in range(12)}
+    spent = []
+    teacher = fill(tmp_path / "s", present_R=some(0.5), done_with=spent.append)
+    added = some(0.5) & ~some(0.3)
+    assert sum(work.rows for work in spent) == added.sum() > 0
+    assert sum(work.passes for work in spent) == teacher.calls
+    assert sum(work.tokens for work in spent) == (added * rows.lengths_R).sum()
+    untouched = [s for s in range(12) if not added[s // 6, s % 6 * 4 :][:4].any()]
+    for shard in untouched:
+        assert shard_path(tmp_path / "s", shard).read_bytes() == first[shard]
+    assert 0 < len(untouched) < 12
+    cache, whole = LogitCache(tmp_path / "s", PRINTS), LogitCache(reference, PRINTS)
+    for draw, row in np.argwhere(some(0.5)).tolist():
+        asked = rows.rows(np.array([row]), np.array([draw]))
+        for found, wanted in zip(read(cache, asked)[:2], read(whole, asked)[:2], strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        mine, full = read(cache, asked)[2], read(whole, asked)[2]
+        np.testing.assert_array_equal(mine["topk_ids"], full["topk_ids"])
+        np.testing.assert_allclose(mine["topk_logprobs"], full["topk_logprobs"], rtol=1e-5)
+    for draw, row in np.argwhere(~some(0.5)).tolist():
+        with pytest.raises(StoreError, match=f"row {row} was left out"):
+            read(cache, rows.rows(np.array([row]), np.array([draw])))
+    assert fill(tmp_path / "s", present_R=some(0.4)).calls == 0
+
+
+def test_rows_are_added_in_the_same_bytes_by_ranks_and_over_kills(tmp_path):
+    folders = {name: tmp_path / name for name in ("one", "two", "killed")}
+    _add_rank(0, folders["one"])
+    run_ranks(_add_rank, folders["two"])
+    assert files(folders["two"]) == files(folders["one"])
+    for number in (2, 3, 4, 5):  # the manifest, and shards
+        child = _start(_add_rank, 0, folders["killed"], number)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        with pytest.raises(StoreError, match="not complete"):
+            LogitCache(folders["killed"], PRINTS)
+    _add_rank(0, folders["killed"])
+    assert files(folders["killed"]) == files(folders["one"])
+
+
+def test_what_a_round_was_is_of_all_ranks(tmp_path):
+    spent = run_ranks(_note_rounds, tmp_path / "two")
+    total = Work(*map(sum, zip(*spent[0], strict=True)))
+    assert total == Work(46, int(2 * ToyRows().lengths_R.sum()), 2 * (5 * 2 + 1))
+    assert len(spent[0]) == 6 and spent[1] == []
+
+
+def _note_rounds(rank, folder):
+    del rank
+    spent = []
+    fill(folder, done_with=spent.append)
+    return spent

@@ -129,7 +129,7 @@ def test_complete_cache_needs_no_teacher(tmp_path, folders, monkeypatch):
     monkeypatch.setattr("dskd.stores.fill.say", said.append)
     run_capture(tmp_path / "c", prepared, "causal")
     before = shard_path(tmp_path / "c", 0).stat().st_mtime_ns
-    assert "top 8 of each in 52 bytes" in said[-1]  # 8 x (2 + 4) and a tail of 4
+    assert "rows, top 8 of each in 52 bytes" in said[-1]  # 8 x (2 + 4) and a tail of 4
 
     again = partial(run_capture, tmp_path / "c", prepared, "causal", model=no_model)
     again(settings=cached(rows_per_shard=7))

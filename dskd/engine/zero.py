@@ -45,6 +45,12 @@ def gathered(
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None)
 
 
+def gathered_with(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Make a sharded parameter of another module whole in the passes of ``module``, too."""
+    if is_zero_param(parameter):
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether this rank holds only a slice of the parameter."""
     return is_zero_param(parameter)

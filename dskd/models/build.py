@@ -26,7 +26,7 @@ from transformers.initialization import no_init_weights
 
 from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import check_same_vocabulary, further_ids
-from dskd.engine.zero import sharded_construction
+from dskd.engine.zero import is_sharded, sharded_construction
 from dskd.errors import ConfigError
 from dskd.models.configs import (
     check_shape,
@@ -36,7 +36,7 @@ from dskd.models.configs import (
     with_classes,
 )
 from dskd.models.experts import compute_without_values
-from dskd.models.families import freeze_unused, projection_of, tie_head_bias
+from dskd.models.families import freeze_unused, gather_reached, projection_of, tie_head_bias
 from dskd.models.heads import ObjectiveName
 from dskd.models.initial import initialise
 from dskd.models.reading import in_class_head, load_weights, rows_of_tokens
@@ -207,6 +207,8 @@ def construct(
     with raised_as(ConfigError, refused), no_init_weights(), sharded_construction(ds):
         model = auto.from_config(config, dtype=dtype, **options)
     model.tie_weights()
+    if any(map(is_sharded, model.parameters())):
+        gather_reached(model)
     return model.train()
 
 

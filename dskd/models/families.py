@@ -20,9 +20,11 @@ from transformers import (
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from dskd.batch import SAME, Batch, Positions, Projection, Use
+from dskd.engine.zero import gathered_with
 from dskd.errors import ConfigError
 from dskd.models.attention_masks import attention_arguments
-from dskd.models.heads import CLASSIFIERS, HEADS, Head, ObjectiveName, numberless
+from dskd.models.heads import CLASSIFIERS, HEADS, Head, ObjectiveName
+from dskd.models.reaching import numberless
 from dskd.models.structure import (
     language_head,
     language_objective,
@@ -214,6 +216,15 @@ def freeze_unused(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters() if unused else ():
         if numberless(name) in unused:
             parameter.requires_grad_(False)
+
+
+def gather_reached(model: PreTrainedModel) -> None:
+    """Tell ZeRO-3 which parameters a body uses outside of their own modules, and in which."""
+    body = model.base_model
+    for name, parameter in body.named_parameters():
+        for reached, parts in language_head(model.config, "model").reached:
+            if numberless(name) == reached:
+                gathered_with(body.get_submodule(".".join(name.split(".")[:parts])), parameter)
 
 
 def tie_head_bias(model: PreTrainedModel) -> None:

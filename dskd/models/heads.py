@@ -10,7 +10,6 @@ Shape letters: N supervised positions, D hidden.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from dskd.batch import SAME, LogitMap
 from dskd.models.joined_heads import Joined
+from dskd.models.reaching import Reached
 
 Transform = Callable[[Any, Tensor], Tensor]
 """(model, the body's hidden states [N, D]) -> those its last linear map takes, [N, D']."""
@@ -43,7 +43,8 @@ class Head:
         joined: of a projection that is not one module; ``projection`` is then the one of its
             modules that has a row for each token.
         unused: parameters that have no part in logits (ESM's map of contacts), by the names that
-            :func:`numberless` gives them.
+            ``numberless`` gives them.
+        reached: parameters that the body uses outside of their modules.
     """
 
     objective: ObjectiveName
@@ -55,11 +56,7 @@ class Head:
     rows_mask: bool = False
     joined: Joined | None = None
     unused: frozenset[str] = frozenset()
-
-
-def numberless(name: str) -> str:
-    """The name of a parameter without the numbers of its layer, expert ..."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
+    reached: frozenset[Reached] = frozenset()
 
 
 def _bert_classes(model: Any, hidden_ND: Tensor) -> Tensor:

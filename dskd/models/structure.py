@@ -38,8 +38,9 @@ from dskd.batch import IGNORE, Batch, LogitMap
 from dskd.errors import ConfigError
 from dskd.models.attention_masks import attention_arguments
 from dskd.models.experts import compute_without_values
-from dskd.models.heads import Head, ObjectiveName, Transform, numberless
+from dskd.models.heads import Head, ObjectiveName, Transform
 from dskd.models.joined_heads import JOINED
+from dskd.models.reaching import numberless, reached
 from dskd.models.shrinking import few_layers, small_copies
 
 LANGUAGE = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
@@ -177,6 +178,8 @@ def _discover(config: PreTrainedConfig) -> Head:
             f"its text model is a part of it, beside others; only a text model alone "
             f"({text.model_type}) can be used here"
         )
+    if type(config) not in LANGUAGE[objective]:
+        raise Unusual(f"its config is a {type(config).__name__} of its folder's own code")
     return _of_copies(config, LANGUAGE[objective][type(config)], objective)
 
 
@@ -441,7 +444,8 @@ def _proved(model: PreTrainedModel, head: Head, theirs_BTV: Tensor) -> Head:
             problems.append(f"{type(problem).__name__}: {problem}")
             continue
         if padded is None and unpadded is None:
-            return replace(each, unused=_unused(model))
+            run = functools.partial(_difference, model, each, _batch_of(model), theirs_BTV)
+            return replace(each, unused=_unused(model), reached=reached(model.base_model, run))
         problems.append(padded or unpadded)
     raise Unusual(
         f"its logits are not the last hidden state's, through {head.projection}: {problems[-1]}"

@@ -1,18 +1,28 @@
 """What every architecture's logits, loss and gradients are here, against HuggingFace and torch.
 
-    python launch/bench/families.py [--zero3] [--only NAME ...] [--out FILE.md]
+    python launch/bench/families.py [--only NAME ...] [--out FILE.md]
 
 Tiny random models on the CPU in fp32; a batch of padded rows, one of them without a label. As the
 student: its cross entropy and all gradients, against HuggingFace's own forward pass and torch's
 cross entropy. As the live and as the cached teacher (all logits kept) of a student of its own
-kind: the divergence and the student's gradients, against torch's of HuggingFace's logits. With
-``--zero3`` also on two ranks at ZeRO-3, against one rank without. Then what is refused, and why.
-Losses are means over the supervised positions; the largest absolute differences are shown.
+kind: the divergence and the student's gradients, against torch's of HuggingFace's logits. At
+ZeRO-3: a student and a teacher on two ranks, against one rank without. Losses are means over the
+supervised positions; the largest absolute differences are shown. Then every other model type of
+transformers, with its config as it is by default: proved, or refused and why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import argparse
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -21,17 +31,20 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from dskd.batch import IGNORE, Batch
-from dskd.engine.engine import shard_teacher
+from dskd.engine.engine import shard_teacher, start
 from dskd.engine.zero import gathered
+from dskd.errors import ConfigError
 from dskd.fused.topk_teacher import largest_of
 from dskd.models.build import construct
 from dskd.models.families import head_of, positions_of, tie_head_bias
 from dskd.models.initial import initialise
-from dskd.models.structure import language_objective
+from dskd.models.structure import language_head, language_objective, language_types
 from dskd.ops import positions_ce, positions_kd
 from dskd.teachers.teacher import FrozenTeacher
+from launch.bench.measure import about, markdown, short
 
 VOCABULARY = 60
 TEMPERATURE = 2.0
@@ -130,6 +143,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """The fields of a tiny config, by model type and what is special about it in brackets."""
 
 KINDS = {
+    "weight reached from outside of its module": "deberta-v2",
     "scale": "cohere",
     "softcap": "gemma2",
     "experts": "mixtral",
@@ -141,9 +155,6 @@ KINDS = {
     "projection out of the body": "opt",
 }
 """One architecture of each kind of head or body."""
-
-_ABSENT = ("t5", "xlstm")
-
 
 Gradients = dict[str, Tensor]
 """Of a model's parameters, by name."""
@@ -309,7 +320,11 @@ def sharded(name: str, rank: int, world: int) -> dict[str, Tensor]:
         loss = engine(batch(rank))
         engine.backward(loss * world, scale_wrt_gas=False)
         named = objective.student.named_parameters()
-        found = {each: safe_get_full_grad(p).clone() for each, p in named}
+        grads = {each: (p, safe_get_full_grad(p)) for each, p in named}
+        found = {  # none of what is not trained
+            each: torch.zeros(p.ds_shape) if grad is None else grad.clone()
+            for each, (p, grad) in grads.items()
+        }
         engine.step()
     return found | {"loss": loss.detach()}
 
@@ -324,3 +339,107 @@ def of_two_ranks(name: str, found: list[dict[str, Tensor]]) -> Apart:
         for each in grads.keys() - {"loss"}:
             largest = max(largest, (grads[each] - wanted[each]).abs().max().item())
     return Apart(loss, largest)
+
+
+def ranks(names: Sequence[str], folder: Path) -> None:
+    """Run :func:`sharded` on two ranks of this machine; results as ``<number>.<rank>.pt``."""
+    same = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    same |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--rank", folder, "--only", *names],
+            env={**os.environ, **same, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    if any([each.wait() for each in started]):
+        raise SystemExit("a rank failed")
+
+
+def one_rank(names: Sequence[str], folder: Path) -> None:
+    """What a rank of :func:`ranks` does."""
+    torch.set_num_threads(1)
+    start()
+    rank = int(os.environ["RANK"])
+    for number, name in enumerate(names):
+        torch.save(sharded(name, rank, 2), folder / f"{number}.{rank}.pt")
+
+
+def table(names: Sequence[str]) -> tuple[list[str], float]:
+    """The lines of the table of architectures, and the largest difference in it."""
+    rows, largest = [], 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        ranks(names, Path(folder))
+        for number, name in enumerate(names):
+            found = [torch.load(Path(folder) / f"{number}.{rank}.pt") for rank in (0, 1)]
+            all_apart = (
+                as_student(name),
+                as_teacher(name, cached=False),
+                as_teacher(name, cached=True),
+                of_two_ranks(name, found),
+            )
+            largest = max(largest, *(max(each) for each in all_apart))
+            objective = language_objective(config_of(name).model_type)
+            cells = [f"{each.loss:.0e} / {each.gradient:.0e}" for each in all_apart]
+            rows.append([name, str(objective), *cells])
+    header = ["family", "LM", "student", "live teacher", "cached teacher", "ZeRO-3"]
+    return markdown(header, rows), largest
+
+
+def others() -> tuple[list[str], list[list[str]]]:
+    """The other model types that are proved, and those that are refused, with the message."""
+    proved, refused = [], []
+    shown = {name.partition(" (")[0] for name in FAMILIES}
+    for model_type in sorted(set(language_types()) - shown):
+        try:
+            language_head(AutoConfig.for_model(model_type), "model")
+        except ConfigError as reason:
+            refused.append([model_type, str(reason).partition("\n")[0].replace("|", "/")[:220]])
+        except Exception as reason:  # of a config that does not allow its own defaults
+            refused.append([model_type, short(reason)])
+        else:
+            proved.append(model_type)
+    return proved, refused
+
+
+def main() -> None:
+    """Print the page, or write it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", default=[*FAMILIES], choices=[*FAMILIES])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    if options.rank is not None:
+        one_rank(options.only, options.rank)
+        return
+    lines, largest = table(options.only)
+    proved, refused = others()
+    told = about(torch.device("cpu"), ["torch", "transformers", "deepspeed"])
+    versions = ", ".join(f"{name} {value}" for name, value in told["versions"].items())
+    page = [
+        f"# Families of language models, {told['date']}",
+        "",
+        f"`python launch/bench/families.py` on the CPU; {versions}. {len(options.only)}",
+        "architectures; each cell: the largest difference of the loss / of a gradient. The largest",
+        f"of all is {largest:.1e}.",
+        "",
+        *lines,
+        "",
+        f"Of the other model types, {len(proved)} are proved with the configs that transformers",
+        "has for them by default: " + ", ".join(proved) + ".",
+        "",
+        f"{len(refused)} are refused (some only because a default lacks what a stored config has):",
+        "",
+        *markdown(["model type", "message"], refused),
+        "",
+    ]
+    text = "\n".join(page)
+    if options.out is None:
+        print(text)
+    else:
+        options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

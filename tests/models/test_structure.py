@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, GraniteForCausalLM
 
 from dskd.batch import SAME, LogitMap
 from dskd.errors import ConfigError
-from dskd.models import structure
+from dskd.models import reaching, structure
 from dskd.models.build import build, check_model
 from dskd.models.configs import check_shape, check_vocabulary, config_of
 from dskd.models.families import (
@@ -311,6 +311,28 @@ def test_a_config_whose_forward_pass_reads_values_is_checked_without_them():
         config = config_of(settings, where="model")
         objective = language_objective(config.model_type)
         check_model(config, settings, objective=objective, block_size=16, where="model")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_the_weight_of_relative_positions_is_used_outside_of_its_module(name):
+    """ZeRO-3 has to be told of it."""
+    reached = head_in(families.model_of(name)).reached
+    relative = FAMILIES[name].get("relative_attention", False)
+    assert reached == ({("encoder.rel_embeddings.weight", 1)} if relative else set())
+
+
+def test_what_is_reached_is_named_by_its_layer():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return x + self.inner.weight.sum() + self.inner(x) * self.inner.weight.numel()
+
+    model = torch.nn.Sequential(Layer(), Layer())
+    found = reaching.reached(model, lambda: model(torch.ones(1, 3)))
+    assert found == {("N.inner.weight", 1)}
 
 
 def test_what_no_logit_needs_is_not_trained():

@@ -166,6 +166,6 @@ def test_code_of_a_folder_is_run_only_where_a_setting_says_so(tmp_path, monkeypa
     ):
         config_of(Model(path=str(folder)), where="model")
     assert not trace.exists()
-    with pytest.raises(ConfigError, match=r"model_type of .*'mine' is not one of bert, "):
+    with pytest.raises(ConfigError, match=r"model_type of .* has no .* LM of type 'mine'"):
         config_of(Model(path=str(folder), trust_remote_code=True), where="model")
     assert trace.exists(), "no family of dskd, but its code was asked"

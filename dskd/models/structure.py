@@ -41,7 +41,7 @@ from dskd.models.experts import compute_without_values
 from dskd.models.heads import Head, ObjectiveName, Transform
 from dskd.models.joined_heads import JOINED
 from dskd.models.reaching import numberless, reached
-from dskd.models.shrinking import few_layers, small_copies
+from dskd.models.shrinking import small_copies
 
 LANGUAGE = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
 """HuggingFace's model class by config class, for each kind of language modelling."""
@@ -123,16 +123,20 @@ def reads_values(config: PreTrainedConfig) -> bool:
     key = (type(config), _key(config))
     if key not in _READS_VALUES:
         cls = LANGUAGE[language_objective(config.model_type)][type(config)]
-        with torch.device("meta"):
-            model = cls(few_layers(config)).eval()
-            compute_without_values(model)
-            try:
-                model(torch.zeros(1, 2, dtype=torch.long))
-            except (NotImplementedError, RuntimeError):
-                _READS_VALUES[key] = True
-            else:
-                _READS_VALUES[key] = False
+        # One that runs is enough: the config's own sizes may be such that none does.
+        _READS_VALUES[key] = not any(_runs_without_memory(cls, c) for c, _ in _copies(config))
     return _READS_VALUES[key]
+
+
+def _runs_without_memory(cls: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    with torch.device("meta"):
+        try:
+            model = cls(config).eval()
+            compute_without_values(model)
+            model(torch.zeros(1, 2, dtype=torch.long))
+        except (NotImplementedError, RuntimeError, ValueError):
+            return False
+    return True
 
 
 _READS_VALUES: dict[tuple[type[PreTrainedConfig], str], bool] = {}

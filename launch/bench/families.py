@@ -420,9 +420,9 @@ def main() -> None:
     page = [
         f"# Families of language models, {told['date']}",
         "",
-        f"`python launch/bench/families.py` on the CPU; {versions}. {len(options.only)}",
-        "architectures; each cell: the largest difference of the loss / of a gradient. The largest",
-        f"of all is {largest:.1e}.",
+        f"`python launch/bench/families.py` on the CPU; {versions}.",
+        f"{len(options.only)} architectures; each cell: the largest difference of the loss / of a",
+        f"gradient. The largest of all is {largest:.1e}.",
         "",
         *lines,
         "",

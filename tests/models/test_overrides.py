@@ -124,6 +124,7 @@ def test_every_family_runs_without_memory(model_type):
         ("bert", {"hidden_dropout_prob": 1.5}),
         ("llama", {"num_key_value_heads": 3}),
         ("llama", {"num_key_value_heads": 0}),
+        ("llama", {"num_attention_heads": 16, "num_key_value_heads": 5}),
         ("llama", {"num_hidden_layers": -1}),
         ("llama", {"num_hidden_layers": 0}),
         ("llama", {"rope_parameters": {"rope_type": "none"}}),

@@ -318,7 +318,7 @@ def test_a_line_that_is_no_prompt_is_named_before_anything_is_generated(
         ("MODEL", ["--temperature", "nan"], "generate: --temperature: nan is not above 0"),
         ("MODEL", ["--seed", "1"], "generate: --seed: without --top-k or --temperature nothing"),
         ("nowhere", [], "generate: nowhere is the folder of no run (config.yaml) and no model"),
-        ("BERT", [], "holds a BertForMaskedLM, which is no causal LM; those are of the types g"),
+        ("BERT", [], "holds a BertForMaskedLM, which is no causal LM"),
         ("CLASSES", [], "holds a GPT2ForSequenceClassification, which is no causal LM"),
     ],
 )

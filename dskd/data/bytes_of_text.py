@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
@@ -41,15 +41,21 @@ class SplitText(BaseModel):
 
     Attributes:
         fingerprint: of their texts, one after the other.
-        domains: the same by domain.
+        domains: the same by domain; of those that were read as text.
         hidden: why the rows do not stand for all of the text; empty: they do.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     fingerprint: str
-    domains: dict[str, Text] = Field(min_length=1)
+    domains: dict[str, Text]
     hidden: str = ""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> SplitText:
+        if not self.domains and not self.hidden:
+            raise ValueError("no domain, and no reason why")
+        return self
 
     @property
     def whole(self) -> Text:
@@ -69,6 +75,12 @@ class TextCounter:
         self._digest = xxhash.xxh3_128()
         self._sizes: dict[str, tuple[int, int]] = {}
         self._hidden = 0
+        self._untold: list[str] = []
+
+    def take_tokens(self, domain: str) -> None:
+        """Note a domain whose documents came as tokens, so that nobody knows their bytes."""
+        if domain not in self._untold:
+            self._untold.append(domain)
 
     def take(self, domain: str, texts: Sequence[str], items: Items) -> None:
         """Count some documents of a domain, and what they became."""
@@ -84,7 +96,7 @@ class TextCounter:
             self._hidden += int(np.count_nonzero(items.ids == self._unknown)) - ends
 
     def counted(self, tokens: int) -> SplitText | None:
-        """What was counted; None if there was no text.
+        """What was counted; None if there was nothing.
 
         Args:
             tokens: that are in rows, without start tokens.
@@ -94,11 +106,14 @@ class TextCounter:
             for name, (size, count) in self._sizes.items()
             if size and count
         }
-        if not domains:
+        if not domains and not self._untold:
             return None
         hidden = ""
         lost = sum(text.tokens for text in domains.values()) - tokens
-        if self._drops:
+        if self._untold:
+            names = ", ".join(self._untold)
+            hidden = f"{names}: read as tokens (kind: fairseq), without their text"
+        elif self._drops:
             hidden = "the tokenizer leaves out what it has no token for"
         elif self._hidden:
             hidden = f"{self._hidden:,} tokens are the unknown token, which hides text"

@@ -154,7 +154,8 @@ class Packer:
         self._open = Items(np.empty(0, dtype=np.int64), [], [])
 
     def add(self, items: Items) -> list[NDArray[np.int64]]:
-        """The rows that are certain after ``items``, which must end with a document."""
+        """The rows that are certain after ``items``, which must end with a document, or with a
+        sentence of two tokens or more."""
         items = Items(
             np.concatenate([self._open.ids, items.ids]),
             self._open.sizes + items.sizes,
@@ -162,7 +163,7 @@ class Packer:
         )
         slices = self._slices(items)
         begin = len(items.ids)
-        if self._packing != "complete_doc" and slices:  # the last row may still grow
+        if slices and (self._packing != "complete_doc" or not items.separators[-1]):  # it may grow
             begin = slices.pop()[0]
         starts = np.cumsum([0, *items.sizes])  # one of them is begin if sizes count
         first = int(np.searchsorted(starts, begin))

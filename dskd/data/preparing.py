@@ -21,17 +21,18 @@ from transformers import PreTrainedTokenizerBase
 from dskd.data import sources
 from dskd.data.bytes_of_text import SplitText, TextCounter
 from dskd.data.examples import Example, examples
+from dskd.data.fairseq_corpus import Corpus
 from dskd.data.foreign import raised_as
 from dskd.data.labelled import ExampleEncoder, LabelSet, label_set
 from dskd.data.layouts import QuestionEncoder
-from dskd.data.packing import Encoder, Packer
+from dskd.data.packing import Encoder, Items, Packer
 from dskd.data.questions import AnyQuestionSource, Question, questions
 from dskd.data.text_files import Advance
 from dskd.data.tokenizers import load_tokenizer, start_id, tokenizer_fingerprint, vocabulary_size
 from dskd.data.what_was_read import DomainRead
 from dskd.data.written import Written, written_rows
 from dskd.errors import DataError
-from dskd.settings.data import BuiltinSource, Data, Source, TextSource
+from dskd.settings.data import BuiltinSource, Data, FairseqSource, Source, TextSource
 from dskd.settings.examples import ReplayedSource
 from dskd.settings.labels import Columns
 from dskd.system.files import file_hash, fingerprint, write_manifest
@@ -130,8 +131,8 @@ def build_rows(
 
     Raises:
         DataError: there is less text than one row, or no row to validate on; see also
-            ``sources.documents``, ``examples.examples`` and ``labelled.label_set``, or
-            ``questions.questions`` and ``layouts.QuestionEncoder``.
+            ``sources.documents``, ``fairseq_corpus.Corpus``, ``examples.examples`` and
+            ``labelled.label_set``, or ``questions.questions`` and ``layouts.QuestionEncoder``.
     """
     # First: it is quick, and finds what is wrong with the rows.
     labels = label_set(data) if data.objective == "classification" else None
@@ -211,14 +212,21 @@ def _write_rows(made: _RowBuild, bar: Progress) -> dict[str, _SplitWriter]:
     writers = {split: _SplitWriter(made, split, start) for split in made.splits}
     evaluated = [split for split in made.splits if split != "train" and data.objective == "causal"]
     counters = {split: TextCounter(made.tokenizer) for split in evaluated}
-    for source, split in made.parts:
+    # All of them first, so that what is wrong is told before the long work.
+    corpora = {
+        part: Corpus(source, made.tokenizer, data.objective)
+        for part, (source, _) in enumerate(made.parts)
+        if isinstance(source, FairseqSource)
+    }
+    for part, (source, _) in enumerate(made.parts):
         packers = {name: Packer(data.packing, encode.block) for name in made.splits}
         domain = made.domains.index(source.domain)
-        for chunk in _chunks(made, source, split, bar):
-            for name, texts in chunk.items():
-                items = encode(texts)
-                if name in counters:
-                    counters[name].take(source.domain, texts, items)
+        if part in corpora:
+            stretches = _read_items(made, corpora[part], encode.block, counters, part, bar)
+        else:
+            stretches = _encoded(made, encode, counters, part, bar)
+        for stretch in stretches:
+            for name, items in stretch.items():
                 writers[name].write(packers[name].add(items), domain)
         for name, packer in packers.items():
             writers[name].write(packer.finish(), domain)
@@ -229,6 +237,47 @@ def _write_rows(made: _RowBuild, bar: Progress) -> dict[str, _SplitWriter]:
         if (counted := counter.counted(writers[name].tokens - starts)) is not None:
             made.texts[name] = counted
     return writers
+
+
+def _encoded(
+    made: _RowBuild,
+    encode: Encoder,
+    counters: dict[str, TextCounter],
+    part: int,
+    bar: Progress,
+) -> Iterator[dict[str, Items]]:
+    """A source of text as items by split, stretch by stretch."""
+    source, split = made.parts[part]
+    for chunk in _chunks(made, source, split, bar):
+        found = {name: encode(texts) for name, texts in chunk.items()}
+        for name, items in found.items():
+            if name in counters:
+                counters[name].take(source.domain, chunk[name], items)
+        yield found
+
+
+def _read_items(
+    made: _RowBuild,
+    corpus: Corpus,
+    block: int,
+    counters: dict[str, TextCounter],
+    part: int,
+    bar: Progress,
+) -> Iterator[dict[str, Items]]:
+    """A source of tokens as items by split, stretch by stretch."""
+    source, split = made.parts[part]
+    shown = bar.add_task(f"Packing {source.domain}", total=corpus.tokens)
+    read = made.read.setdefault(source.domain, DomainRead())
+    example = corpus.beginning()
+    fraction = None if split else made.data.validation_fraction
+    for stretch in corpus.stretches(block, lambda held: split or made.splits[held], fraction):
+        for name, count in stretch.documents.items():
+            read.take_tokens(name, count, stretch.longest, example)
+            if name in counters:
+                counters[name].take_tokens(source.domain)
+        yield stretch.items
+        bar.update(shown, advance=stretch.tokens)
+    bar.remove_task(shown)
 
 
 def _write_examples(made: _RowBuild, labels: LabelSet, bar: Progress) -> dict[str, _SplitWriter]:

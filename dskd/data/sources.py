@@ -1,4 +1,5 @@
-"""Where text comes from: the built-in corpus, text files, JSON, anything `datasets` reads.
+"""Where text comes from: the built-in corpus, text files, JSON, anything `datasets` reads; and the
+files of those that are no text (``fairseq_corpus.py`` reads their tokens).
 
 A document is a string whose lines are its sentences. Every source yields its documents in a fixed
 order; nothing is ever skipped but documents without any text, which are counted.
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import xxhash
 
+from dskd.data.indexed import corpus_files
 from dskd.data.json_files import json_texts
 from dskd.data.library import library_files, library_texts, module_files
 from dskd.data.tables import table_files, table_texts
@@ -26,7 +28,14 @@ from dskd.data.text_files import (
 )
 from dskd.data.unpacking import PACKED_ENDINGS, readable
 from dskd.errors import DataError
-from dskd.settings.data import BuiltinSource, HubSource, JsonlSource, Source, TextSource
+from dskd.settings.data import (
+    BuiltinSource,
+    FairseqSource,
+    HubSource,
+    JsonlSource,
+    Source,
+    TextSource,
+)
 from dskd.system.files import file_hash
 
 Found = TypeVar("Found")
@@ -62,6 +71,7 @@ def documents(
             not JSON (line named), a field is missing, or there is no text at all.
         ConfigError: `datasets` cannot load what the source names.
     """
+    assert not isinstance(source, FairseqSource), "it has tokens: fairseq_corpus.Corpus"
     if isinstance(source, BuiltinSource):
         found = library_texts(advance)
     elif isinstance(source, TextSource):
@@ -110,12 +120,14 @@ def files(source: Source) -> list[Path]:
         return module_files() if source.labelled else library_files()
     if isinstance(source, HubSource):
         return table_files(source, source_name(source))
+    if isinstance(source, FairseqSource):
+        return corpus_files(source.path, source_name(source))
     return matching_files(source.path, _PATTERNS[source.kind], source_name(source))
 
 
 def hidden(source: Source) -> int:
     """How many hidden files and folders below its folder a source leaves out."""
-    if isinstance(source, BuiltinSource | HubSource):
+    if isinstance(source, BuiltinSource | HubSource | FairseqSource):
         return 0
     return hidden_files(source.path, _PATTERNS[source.kind], source_name(source))
 

@@ -18,6 +18,7 @@ class DomainRead(BaseModel):
         skipped: rows that were left out because they have no text.
         hidden: hidden files and folders that were left out.
         longest: characters of the longest document.
+        longest_tokens: of the longest document of those that were read as tokens.
         example: how the first one begins, on one line.
     """
 
@@ -27,6 +28,7 @@ class DomainRead(BaseModel):
     skipped: int = Field(0, ge=0)
     hidden: int = Field(0, ge=0)
     longest: int = Field(0, ge=0)
+    longest_tokens: int = Field(0, ge=0)
     example: str = ""
 
     def take(self, split: str, text: str) -> None:
@@ -34,6 +36,13 @@ class DomainRead(BaseModel):
         self.documents[split] = self.documents.get(split, 0) + 1
         self.longest = max(self.longest, len(text))
         self.example = self.example or _beginning(text)
+
+    def take_tokens(self, split: str, documents: int, longest: int, example: str) -> None:
+        """Count some documents that were read as tokens, of which the longest has so many;
+        ``example`` is how the first one begins."""
+        self.documents[split] = self.documents.get(split, 0) + documents
+        self.longest_tokens = max(self.longest_tokens, longest)
+        self.example = self.example or _beginning(example)
 
     def skip(self) -> None:
         """Count one row without text."""
@@ -90,5 +99,8 @@ def _domain_line(name: str, what: str, read: DomainRead) -> str:
         parts.append(f"{read.skipped:,} without text skipped")
     if read.hidden:
         parts.append(f"{read.hidden:,} hidden files or folders left out")
-    parts.append(f"the longest {read.longest:,} characters")
+    if read.longest or not read.longest_tokens:
+        parts.append(f"the longest {read.longest:,} characters")
+    if read.longest_tokens:
+        parts.append(f"the longest {read.longest_tokens:,} tokens")
     return f"  {name}: {', '.join(parts)}; the first: {read.example}"

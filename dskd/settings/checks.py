@@ -7,7 +7,14 @@ from pathlib import Path
 
 from dskd.errors import ConfigError
 from dskd.fused.topk_teacher import MOST_KEPT
-from dskd.settings.data import BuiltinSource, Data, Masking, Source, TrainedTokenizer
+from dskd.settings.data import (
+    BuiltinSource,
+    Data,
+    FairseqSource,
+    Masking,
+    Source,
+    TrainedTokenizer,
+)
 from dskd.settings.examples import QuestionSource, ReplayedSource, SquadSource
 from dskd.settings.folders import cache_folder
 from dskd.settings.labels import Columns, CsvSource, LabelPart, TsvSource
@@ -93,6 +100,12 @@ def _data(run: Run) -> Problems:
         yield "data.masking.keep", text
     if isinstance(masking, Masking) and masking.whole_word and masking.sampler == "fairseq":
         yield "data.masking.whole_word", "the fairseq sampler selects tokens, not words"
+    if isinstance(run.data.tokenizer, TrainedTokenizer):
+        for name, source in (*_named_sources(run.data), *named_sources(run.evaluation.sets)):
+            if isinstance(source, FairseqSource):
+                text = f"trained, but {name} is of tokens that its dict.txt numbers; pretrained,"
+                yield "data.tokenizer.kind", f"{text} with the path of that vocabulary's tokenizer"
+                break
 
 
 def _labels(run: Run) -> Problems:

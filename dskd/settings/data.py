@@ -73,11 +73,27 @@ class HubSource(Columns):
     documents: int | None = Field(None, ge=1)
 
 
+class FairseqSource(Section):
+    """A corpus that ``fairseq-preprocess`` made: tokens, and no text. A document is what stands
+    between blank lines. Rows are fairseq's blocks; a line that is longer than a row is cut, where
+    fairseq drops it."""
+
+    kind: Literal["fairseq"]
+    path: SourcePath
+    """The files without their endings (``data-bin/train`` is ``train.bin`` and ``train.idx``, with
+    ``train1``, ``train2`` ... behind them if they are there), or a folder, whose ``train`` is
+    taken. ``dict.txt`` lies beside them; ``data.tokenizer`` must be a pretrained one that has its
+    tokens at its ids."""
+    domain: str = "fairseq"
+    documents: int | None = Field(None, ge=1)
+
+
 Source = Annotated[
     BuiltinSource
     | TextSource
     | JsonlSource
     | HubSource
+    | FairseqSource
     | CsvSource
     | TsvSource
     | QuestionSource

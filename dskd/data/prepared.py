@@ -241,8 +241,9 @@ def prepare(data: Data, progress: bool = True, made: Made | None = None) -> Path
         made: called if the rows were not there already.
 
     Raises:
-        DataError, ConfigError: see ``sources.documents`` and ``tokenizers.load_tokenizer``; also
-            when there is less text than one row, or no row to validate on.
+        DataError, ConfigError: see ``sources.documents``, ``fairseq_corpus.Corpus`` and
+            ``tokenizers.load_tokenizer``; also when there is less text than one row, or no row to
+            validate on.
         DiskError: ``data.folder`` cannot be made or written.
     """
     pretrained = isinstance(data.tokenizer, PretrainedTokenizer)

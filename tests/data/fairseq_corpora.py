@@ -53,8 +53,8 @@ def write_dictionary(folder: Path, symbols: Iterable[str]) -> None:
     (folder / "dict.txt").write_text("".join(f"{symbol} 1\n" for symbol in symbols))
 
 
-def tokenizer_of(symbols: list[str]) -> RobertaTokenizer:
-    """A tokenizer of a dictionary, without merges."""
+def tokenizer_without_merges(symbols: list[str]) -> RobertaTokenizer:
+    """A tokenizer that has a dictionary's tokens at its ids."""
     vocab = {token: index for index, token in enumerate(tokens_in_order(symbols, [], "d"))}
     return RobertaTokenizer(vocab=vocab, merges=[])
 
@@ -67,7 +67,7 @@ def golden_corpus(folder: Path, layout: str = "mmap_uint16", parts: int = 1) -> 
         for ending in (".bin", ".idx"):
             shutil.copy(GOLDEN / layout / (name + ending), folder)
     write_dictionary(folder, symbols)
-    tokenizer_of(symbols).save_pretrained(folder / "tokenizer")
+    tokenizer_without_merges(symbols).save_pretrained(folder / "tokenizer")
     return folder
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import xxhash
 
-from dskd.data import fairseq_corpus
+from dskd.data import fairseq_corpus, indexed
 from dskd.data.counter import below
 from dskd.data.fairseq_corpus import Corpus
+from dskd.data.fairseq_vocabulary import read_dictionary, read_merges, tokenizer_of
 from dskd.data.packing import complete, complete_doc, contiguous
 from dskd.data.prepared import open_further, open_prepared, prepare, prepare_further, what_was_read
 from dskd.data.stored_tokenizer import stored_tokenizer
@@ -24,7 +25,7 @@ from tests.data.fairseq_corpora import (
     settings,
     source,
     symbols_of,
-    tokenizer_of,
+    tokenizer_without_merges,
     write_cached,
     write_dictionary,
     write_mmap,
@@ -84,6 +85,28 @@ def test_golden_blocks(tmp_path: Path, case: dict) -> None:
     for packing in ("complete", "complete_doc"):
         data = settings(folder, packing=packing, block_size=case["block_size"] + 1)
         assert rows_of(data)[0] == [[0, *ids[a:b]] for a, b in case[packing]]
+
+
+@pytest.mark.parametrize("packing", ["complete", "complete_doc", "contiguous"])
+def test_the_same_corpus_as_text(tmp_path: Path, packing: str) -> None:
+    """In a whole BPE: where a blank line ends every document, both ways make the same rows."""
+    texts = make_corpus(tmp_path / "a.txt", 30)
+    symbols = read_dictionary(GOLDEN.parent / "bpe/dict.txt")
+    tokenizer = tokenizer_of(symbols, read_merges(GOLDEN.parent / "bpe/vocab.bpe"), "d")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write_dictionary(tmp_path, symbols)
+    items = []
+    for text in texts:
+        items += [tokenizer(line)["input_ids"][1:] for line in text.splitlines()] + [[2]]
+    write_mmap(tmp_path / "train", items)
+    write_mmap(tmp_path / "valid", items[:9])
+    text = TextSource(kind="text", path=str(tmp_path / "a.txt"))
+    both = [
+        settings(tmp_path, packing=packing, sources=own, block_size=64)
+        for own in ([source(tmp_path)], [text])
+    ]
+    one, other = (open_prepared(prepare(data)).train for data in both)
+    assert len(one) > 30 and one.content == other.content
 
 
 def random_items(documents: int, seed: int) -> list[list[int]]:
@@ -278,9 +301,10 @@ def test_ids_beyond_the_dictionary(tmp_path: Path, monkeypatch, write) -> None:
     message = r"train\.bin: it holds id 46, but .*dict\.txt makes 46 \(4 special"
     write(folder / "train", [[4, 5, 2]] * 9 + [[4, 46, 2], [4, 5, 2]])
     refused(folder, DataError, message)
-    # What the samples find comes before anything is written.
-    write(folder / "train", [[46, 2], *[[4, 5, 2]] * 9])
-    monkeypatch.setattr(fairseq_corpus.Corpus, "stretches", None)
+    # What the samples find comes before the long work.
+    monkeypatch.setattr(indexed, "_AT_ONCE", 8)
+    write(folder / "train", [[4, 5, 2]] * 5 + [[4, 46, 2]] + [[4, 5, 2]] * 9)
+    monkeypatch.setattr(Corpus, "beginning", None)
     refused(folder, DataError, message)
 
 
@@ -307,10 +331,10 @@ def test_the_largest_id_of_sixteen_bits(tmp_path: Path) -> None:
     write_dictionary(tmp_path, symbols)
     items = [[65499, 32768, 65498, 2], [2], [4, 32767, 2]]
     write_mmap(tmp_path / "train", items)
-    corpus = Corpus(source(tmp_path), tokenizer_of(symbols), "masked")
+    corpus = Corpus(source(tmp_path), tokenizer_without_merges(symbols), "masked")
     (group, last) = corpus.stretches(8, lambda held: "all", None)
     found = [stretch.items["all"].ids.tolist() for stretch in (group, last)]
     assert found == [[*items[0], 2], items[2]]
     write_mmap(tmp_path / "train", [[65500, 2]])
     with pytest.raises(DataError, match=r"holds id 65500, but .* makes 65500"):
-        Corpus(source(tmp_path), tokenizer_of(symbols), "masked")
+        Corpus(source(tmp_path), tokenizer_without_merges(symbols), "masked")

@@ -3,7 +3,7 @@ scores of 16 passes with dropout against 16 plain passes.
 
     python launch/bench/panel.py [--rounds N] [--results FOLDER] [a.b=value ...]
 
-Student and both teachers are encoders of the quickstart's width and depth; the rows are of the
+Student and both teachers are encoders of 5 layers and width 192; the rows are of the
 built-in corpus. Steps are the real thing: DeepSpeed engine, trainer, loader, stores; only the
 classes and the teachers' weights mean nothing. A batch is scored with all passes at once, some, or
 one by one, without the store that a run would fill. Every round takes one sample of each variant,

@@ -27,6 +27,7 @@ from dskd.data.text_files import (
 from dskd.data.unpacking import PACKED_ENDINGS, readable
 from dskd.errors import DataError
 from dskd.settings.data import BuiltinSource, HubSource, JsonlSource, Source, TextSource
+from dskd.settings.labels import GlueSource
 from dskd.system.files import file_hash
 
 Found = TypeVar("Found")
@@ -110,12 +111,15 @@ def files(source: Source) -> list[Path]:
         return module_files() if source.labelled else library_files()
     if isinstance(source, HubSource):
         return table_files(source, source_name(source))
+    if isinstance(source, GlueSource):
+        file = Path(source.path) / f"{source.split}.tsv"
+        return matching_files(str(file), "*.tsv", f"{source_name(source)}: {file.name}")
     return matching_files(source.path, _PATTERNS[source.kind], source_name(source))
 
 
 def hidden(source: Source) -> int:
     """How many hidden files and folders below its folder a source leaves out."""
-    if isinstance(source, BuiltinSource | HubSource):
+    if isinstance(source, BuiltinSource | HubSource | GlueSource):
         return 0
     return hidden_files(source.path, _PATTERNS[source.kind], source_name(source))
 

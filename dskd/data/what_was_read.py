@@ -15,7 +15,7 @@ class DomainRead(BaseModel):
 
     Attributes:
         documents: those that were taken (or examples, or questions), by the split that they are of.
-        skipped: rows that were left out because they have no text.
+        skipped: rows that were left out because they have no text, or not all of their cells.
         hidden: hidden files and folders that were left out.
         longest: characters of the longest document.
         example: how the first one begins, on one line.
@@ -36,7 +36,7 @@ class DomainRead(BaseModel):
         self.example = self.example or _beginning(text)
 
     def skip(self) -> None:
-        """Count one row without text."""
+        """Count one row that is left out."""
         self.skipped += 1
 
 
@@ -87,7 +87,8 @@ def _domain_line(name: str, what: str, read: DomainRead) -> str:
     if held := read.documents.get("validation", 0):
         parts.append(f"{held:,} held out")
     if read.skipped:
-        parts.append(f"{read.skipped:,} without text skipped")
+        why = "incomplete" if what == "examples" else "without text"
+        parts.append(f"{read.skipped:,} {why} skipped")
     if read.hidden:
         parts.append(f"{read.hidden:,} hidden files or folders left out")
     parts.append(f"the longest {read.longest:,} characters")

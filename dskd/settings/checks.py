@@ -10,7 +10,7 @@ from dskd.fused.topk_teacher import MOST_KEPT
 from dskd.settings.data import BuiltinSource, Data, Masking, Source, TrainedTokenizer
 from dskd.settings.examples import QuestionSource, ReplayedSource, SquadSource
 from dskd.settings.folders import cache_folder
-from dskd.settings.labels import Columns, CsvSource, LabelPart, TsvSource
+from dskd.settings.labels import Columns, CsvSource, GlueSource, LabelPart, TsvSource
 from dskd.settings.model import Model
 from dskd.settings.parsing import line, nearest
 from dskd.settings.recipe import Recipe
@@ -197,7 +197,7 @@ def _replayed(run: Run) -> Problems:
 
 
 def _unused_columns(name: str, source: Source, objective: str) -> Problems:
-    if isinstance(source, CsvSource | TsvSource):
+    if isinstance(source, CsvSource | TsvSource | GlueSource):
         text = f"{source.kind} is for data.objective classification, not {objective}"
         yield f"{name}.kind", f"{text}; of text, jsonl, or datasets with path: csv"
         return
@@ -209,11 +209,15 @@ def _unused_columns(name: str, source: Source, objective: str) -> Problems:
 
 def _columns(name: str, source: Source, data: Data) -> Problems:
     named = isinstance(source, BuiltinSource) and source.labelled  # its columns have fixed names
-    if not named and not isinstance(source, Columns):
-        text = f"{source.kind} has no labels; one of csv, tsv, jsonl, datasets, or builtin with"
+    if not named and not isinstance(source, Columns | GlueSource):
+        text = (
+            f"{source.kind} has no labels; one of csv, tsv, jsonl, datasets, glue, or builtin with"
+        )
         yield f"{name}.kind", f"{text} `label: module`, or another data.objective"
         return
-    target = source.target if isinstance(source, Columns) else None
+    target = getattr(source, "target", None)
+    if isinstance(source, GlueSource):
+        yield from _glue(name, source)
     if source.label is not None and target is not None:
         yield f"{name}.target", f"a row has a class (label: {source.label}) or a number, not both"
     elif source.label is not None and data.regression:
@@ -229,6 +233,12 @@ def _columns(name: str, source: Source, data: Data) -> Problems:
             if source.columns.count(column) != 1:
                 what = "missing" if column not in source.columns else "there more than once"
                 yield f"{name}.columns", f"{column!r} is {what}, but a row has it once"
+
+
+def _glue(name: str, source: GlueSource) -> Problems:
+    own = ["dev_matched", "dev_mismatched"] if source.task == "mnli" else ["dev"]
+    if source.split not in ("train", *own):
+        yield f"{name}.split", f"{source.split}, but {source.task} has train, {', '.join(own)}"
 
 
 def model_problems(name: str, model: Model) -> Problems:

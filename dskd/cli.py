@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("write a fairseq, UER or LAMOL model as a folder", "dskd.convert.command:main"),
     "hard-tokens": ("say which tokens are hard for a run's model", "dskd.hardness.report:main"),
     "generate": ("write how a causal model goes on with prompts", "dskd.runs.generate:main"),
+    "pairs": (
+        "say which of two sentences a language model prefers",
+        "dskd.downstream.pairs_command:main",
+    ),
     "predict": ("write a classifier's label and probabilities of rows", "dskd.runs.predict:main"),
 }
 """Commands that a method or a stage brings: what each does, and where its ``main(words)`` is found,

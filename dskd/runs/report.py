@@ -75,6 +75,16 @@ def new_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return made
 
 
+def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print :func:`new_table` to standard output, at its full width where that is no terminal."""
+    _console().print(new_table(header, rows))
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def print_table(
     runs: Mapping[str, Path], control: str | None, groups: Sequence[Group] | None = None
 ) -> None:
@@ -82,9 +92,7 @@ def print_table(
 
     ``groups`` are those that may be compared, each shown by itself; None: all of them may be.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = _console()
     _refuse_unknown(control, runs)
     for group in groups or [Group(list(runs))]:
         if group.why:

@@ -133,6 +133,11 @@ def write_report(
         parts += [f"<h1>{html.escape(group.why)}</h1>"] if group.why else []
         own = {name: runs[name] for name in group.names}
         parts += _parts(own, group.control(control), sections, group.compared)
+    return write_page(folder, parts)
+
+
+def write_page(folder: Path, parts: Sequence[str]) -> Path:
+    """Write ``folder/report.html`` of pieces of HTML."""
     path = RunFolder(folder).report
     write_atomic(path, _PAGE.replace("@BODY@", "\n".join(parts)).encode(), "the report")
     return path

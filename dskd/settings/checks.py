@@ -52,6 +52,8 @@ def check_settings(recipe: Recipe, world: int) -> None:
     Raises:
         ConfigError: all of the first run that has any, one a line.
     """
+    if not recipe.runs:
+        raise ConfigError("no run is in the file; `dskd downstream FILE` is for it")
     for name, run in recipe.runs.items():
         refuse_problems(problems_of(run, world), recipe.prefix(name))
 

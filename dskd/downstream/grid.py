@@ -6,6 +6,7 @@ which is whole or absent, so that a stopped grid goes on with the trials that ar
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,7 @@ from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.data.tokenizers import tokenizer_fingerprint
 from dskd.downstream.processes import Child, default_jobs, run_all
 from dskd.downstream.summary import LEAST, comparisons, glue_average, summary
-from dskd.downstream.trials import Splits, Trial, settings_of, splits_of
+from dskd.downstream.trials import Splits, Trial, restricted, settings_of, splits_of
 from dskd.errors import CheckpointError, ConfigError, DskdError
 from dskd.methods.base import build_method
 from dskd.models.build import build, model_fingerprint
@@ -137,6 +138,7 @@ class Grid:
 
     def _trials_of(self, task: DownstreamTask) -> Iterator[Trial]:
         splits = splits_of(task, self._where[task.own_name])
+        splits = restricted(task, splits, self.folder / "files" / task.own_name)
         selecting, further = task.scores
         for name, path in self.models.items():
             tree = settings_of(
@@ -245,8 +247,6 @@ class Grid:
         return fingerprint([self._prints[model], file_hash(Path(task.path)), task.within_word])
 
     def _keep_pairs(self, task: DownstreamTask, model: str) -> None:
-        import json
-
         folder = self._pairs_folder(task, model)
         found = json.loads((folder / "scores.json").read_text())
         content = {"of": self._pairs_print(task, model), "scores": found}

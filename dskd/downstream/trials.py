@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dskd.data.examples import examples
+from dskd.data.labelled import label_set
 from dskd.downstream.summary import Scored
 from dskd.errors import CheckpointError, ConfigError
 from dskd.runs.confusion import read_counts
 from dskd.runs.history import read_object
+from dskd.settings.data import Data
 from dskd.settings.downstream import GLUE_TASKS, Downstream, DownstreamTask
 from dskd.settings.folders import RunFolder
+from dskd.settings.parsing import parse
 from dskd.settings.recipe import SINGLE, read
 from dskd.settings.run import Run
 from dskd.settings.yaml_tree import Tree, dump
@@ -80,6 +85,33 @@ def splits_of(task: DownstreamTask, where: str) -> Splits:
         return found
     reported = {} if found.dev is None else {"dev": found.dev}
     return Splits(found.train, None, reported | found.others)
+
+
+def restricted(task: DownstreamTask, splits: Splits, folder: Path) -> Splits:
+    """The splits of a task of some of the classes (``labels``), the others' rows left out of what
+    is reported, too: a run leaves them out of its own rows, and refuses them in named sets.
+
+    Args:
+        folder: gets a file of the rows of each such split.
+
+    Raises:
+        DataError: a label is that of no training row.
+    """
+    if task.labels is None or not splits.others:
+        return splits
+    labels = task.model_dump(mode="json")["labels"]
+    own = {"objective": "classification", "sources": [splits.train], "labels": labels}
+    taken = label_set(parse(Data, own))
+    others: dict[str, Tree] = {}
+    for name, tree in splits.others.items():
+        (source,) = parse(Data, own | {"sources": [tree]}).labelled_sources
+        kept = [example for example in examples(source) if taken.takes(example)]
+        rows = [{"text": e.text, "pair": e.pair, "label": e.label} for e in kept]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(folder / f"{name}.jsonl", text.encode(), "the rows of some classes")
+        about = {"kind": "jsonl", "path": str(folder / f"{name}.jsonl"), "label": "label"}
+        others[name] = about | ({"pair": "pair"} if any(row["pair"] for row in rows) else {})
+    return replace(splits, others=others)
 
 
 def _file(folder: Path, split: str) -> Path | None:

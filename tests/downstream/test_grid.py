@@ -170,6 +170,23 @@ def test_a_twin_a_holdout_and_pairs_beside_each_other(tmp_path, model, in_forks,
     assert downstream(path) == found and len(in_forks) == 4
 
 
+def test_some_of_the_classes_alone(tmp_path, model, in_forks):
+    """Rows of the others are left out of all splits, also of what is reported."""
+    table(tmp_path / "words")
+    for split in ("train", "dev", "test"):
+        path = tmp_path / f"words/{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        write(
+            path, *(row | {"label": "third"} if n % 5 == 0 else row for n, row in enumerate(rows))
+        )
+    task = {"task": "classification", "name": "words", "path": str(tmp_path / "words")}
+    task["labels"] = ["bird", "fruit"]
+    found = downstream(settings(tmp_path, model, tasks=[task], lr=[5e-3]))
+    kept = (tmp_path / "out/downstream/files/words/test.jsonl").read_text().splitlines()
+    assert len(kept) == 32 and not any("third" in row for row in kept) and len(in_forks) == 1
+    assert found["tasks"]["words"]["models"]["one"]["scores"]["test_accuracy"]["mean"] == 1.0
+
+
 def test_a_diverged_trial_is_counted_and_never_chosen(tmp_path, model, monkeypatch):
     """What its process says tells it from one that failed."""
     table(tmp_path / "words")

@@ -26,7 +26,7 @@ from dskd.downstream.trials import Splits, Trial, restricted, settings_of, split
 from dskd.errors import CheckpointError, ConfigError, DskdError
 from dskd.methods.base import build_method
 from dskd.models.build import build, model_fingerprint
-from dskd.models.configs import config_of
+from dskd.models.configs import config_of, stored_folder
 from dskd.models.families import longest_row
 from dskd.models.heads import is_causal
 from dskd.models.initial import initialise
@@ -114,6 +114,8 @@ class Grid:
     def _model(self, name: str, of: DownstreamModel) -> Path:
         """The folder of a model, that of its twin with random weights being made here."""
         path, where = Path(of.path), f"downstream.models.{name}"
+        if not path.exists() and of.path.count("/") < 2:  # maybe a hub id
+            path = stored_folder(Model(path=of.path), where) or path
         if not (path / "config.json").is_file():
             raise ConfigError(f"{where}.path: {path} is no folder of a model; is its run finished?")
         if not of.random:

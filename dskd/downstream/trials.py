@@ -68,6 +68,7 @@ def splits_of(task: DownstreamTask, where: str) -> Splits:
     """
     if task.task in GLUE_TASKS:
         of = {"kind": "glue", "task": task.task, "path": task.path}
+        of["on_bad_rows"] = task.on_bad_rows
         dev = "dev_matched" if task.task == "mnli" else "dev"
         others = {"mismatched": of | {"split": "dev_mismatched"}} if task.task == "mnli" else {}
         found = Splits(of, of | {"split": dev}, others)
@@ -131,6 +132,7 @@ def _source(task: DownstreamTask, file: Path) -> Tree:
     kind = next(ending for ending in _ENDINGS if f".{ending}" in file.suffixes)
     column = "target" if task.task == "regression" else "label"
     source = {"kind": kind, "path": str(file), "field": task.text[0], column: task.label}
+    source["on_bad_rows"] = task.on_bad_rows
     return source | ({"pair": task.text[1]} if len(task.text) > 1 else {})
 
 

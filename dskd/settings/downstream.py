@@ -59,6 +59,8 @@ class DownstreamTask(Section):
     holdout: float | None = Field(None, gt=0, lt=1)
     """Share of the training rows, by a hash of their texts, that selects in the place of the
     ``dev`` file, which is then reported alone; needed where there is no such file."""
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """What becomes of a row with an empty text: as of a source."""
     within_word: bool = False
     """Of minimal pairs: see ``dskd pairs --within-word``."""
 
@@ -86,7 +88,8 @@ class DownstreamModel(Section):
     """A model that is compared."""
 
     path: Annotated[str, RunPath("export")]
-    """A folder with a model and its tokenizer; ``run:NAME`` is the export of a run beside it."""
+    """A folder with a model and its tokenizer, or a hub id; ``run:NAME`` is the export of a run of
+    the file."""
     random: bool = False
     """Give it random weights: the twin that any pretraining must beat."""
 
@@ -154,7 +157,7 @@ def _idle(task: DownstreamTask) -> Iterator[str]:
     of = {"within_word": not task.trains}
     own_files = task.task in ("classification", "regression")
     of |= dict.fromkeys(("text", "label"), own_files)
-    of |= dict.fromkeys(("metric", "further_metrics", "holdout"), task.trains)
+    of |= dict.fromkeys(("metric", "further_metrics", "holdout", "on_bad_rows"), task.trains)
     of["labels"] = task.trains and task.task not in ("regression", "stsb")
     for name, used in of.items():
         if not used and name in task.model_fields_set:

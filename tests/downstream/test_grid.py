@@ -22,7 +22,7 @@ from dskd.settings.recipe import read
 from dskd.settings.yaml_tree import dump, merge
 from dskd.train import _say_rest
 from tests.downstream.test_pairs import ROWS, pieces, write
-from tests.launching import environment, forked
+from tests.launching import ROOT, environment, forked
 from tests.models import tiny
 
 WORDS = {"fruit": ["t1", "t2", "t3", "t4"], "bird": ["t5", "t6", "t7", "t8"]}
@@ -216,8 +216,8 @@ def test_a_diverged_trial_is_counted_and_never_chosen(tmp_path, model, monkeypat
     [
         ({"tasks": [{"task": "classification", "path": "nowhere"}]},
          r"downstream\.tasks\.0\.path: nowhere has no train\.jsonl or train\.tsv or train\.csv"),
-        ({"models": {"one": {"path": "nowhere"}}},
-         r"downstream\.models\.one\.path: nowhere is no folder of a model"),
+        ({"models": {"one": {"path": "runs/no/export"}}},
+         r"downstream\.models\.one\.path: runs/no/export is no folder of a model"),
         ({"tasks": [{"task": "minimal_pairs", "path": "nowhere"}]},
          r"downstream\.tasks\.0\.path: nowhere: no such file"),
         ({"precision": "fp16"}, r"downstream\.tasks\.0 \(words, one\): .*fp16"),
@@ -295,6 +295,12 @@ def test_a_recipe_names_the_models_of_its_runs(tmp_path, capsys):
     _say_rest([str(path)], True)
     _say_rest([str(path)], False)
     assert capsys.readouterr().out == f"its section downstream: dskd downstream {path}\n"
+
+
+@pytest.mark.parametrize("name", ["glue", "small"])
+def test_shipped_grids_are_read(name):
+    found = read(ROOT / f"launch/downstream/{name}.yaml")
+    assert len(found.downstream.tasks) == {"glue": 8, "small": 5}[name] and not found.runs
 
 
 def test_what_a_task_of_glue_selects_and_reports_by():

@@ -44,7 +44,8 @@ def main(words: Sequence[str]) -> int:
     recipe = read(Path(files[0]), [word for word in words if "=" in word])
     if recipe.downstream is None:
         raise ConfigError(f"{files[0]}: downstream: missing; the section with models and tasks")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_STOPPED))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: sys.exit(_STOPPED))
     with alone(recipe.out):
         result = _undefined_as_null(Grid(recipe.downstream, recipe.out).carry_out())
         text = json.dumps(result, indent=1, allow_nan=False)

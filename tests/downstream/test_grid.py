@@ -1,6 +1,7 @@
 """Grids of trials on small tasks: what is learnt, resumed, refused and told."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -331,6 +332,27 @@ def test_children_run_some_at_a_time_and_a_failed_one_is_told(tmp_path):
     with pytest.raises(ChildError, match=r"bad: status 2 \(.*bad\.txt\): error: no such row"):
         run_all([sleeps, child("bad", tmp_path, says, ended=ended)], 2, lambda text: None)
     assert time.monotonic() - begun < 30 and "sleeps" not in ended
+
+
+def test_children_end_with_the_process_that_started_them(tmp_path):
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    program = (
+        "import signal, sys; from pathlib import Path\n"
+        "from dskd.downstream.processes import Child, run_all\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        f"log = Path({str(tmp_path / 'log.txt')!r})\n"
+        f"run_all([Child('x', [{str(sleeper)!r}], log, int)], 1, print)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], env=environment(), cwd=ROOT)
+    log, until = tmp_path / "log.txt", time.monotonic() + 60
+    while not (log.exists() and log.read_text().strip()):
+        assert time.monotonic() < until and parent.poll() is None
+        time.sleep(0.1)
+    parent.terminate()
+    assert parent.wait(timeout=30) == 75
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 @pytest.mark.launch

@@ -113,7 +113,7 @@ def _foot(result: Mapping[str, Any]) -> list[str]:
     if own:
         lines.append(
             f"{', '.join(own)}: reported on the very rows that selected rate and epoch, so too "
-            "high by what that picks; `holdout` selects on others."
+            "good by what that picks; `holdout` selects on others."
         )
     if any(told["comparisons"] for told in tasks.values()):
         lines.append("Differences are seed by seed; of fewer than 5 seeds no interval is given.")

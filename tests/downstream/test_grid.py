@@ -26,6 +26,7 @@ from tests.downstream.test_pairs import ROWS, pieces, write
 from tests.launching import ROOT, environment, forked
 from tests.models import tiny
 
+GLUE = ROOT / "tests/golden/bridges/glue"
 WORDS = {"fruit": ["t1", "t2", "t3", "t4"], "bird": ["t5", "t6", "t7", "t8"]}
 
 
@@ -186,6 +187,36 @@ def test_some_of_the_classes_alone(tmp_path, model, in_forks):
     kept = (tmp_path / "out/downstream/files/words/test.jsonl").read_text().splitlines()
     assert len(kept) == 32 and not any("third" in row for row in kept) and len(in_forks) == 1
     assert found["tasks"]["words"]["models"]["one"]["scores"]["test_accuracy"]["mean"] == 1.0
+
+
+def test_folders_of_glue_as_tasks(tmp_path, model, in_forks):
+    """MNLI selects on its matched file and reports the other, too."""
+    folders = {"rte": "RTE", "mnli": "MNLI"}
+    tasks = [{"task": name, "path": str(GLUE / folder)} for name, folder in folders.items()]
+    found = downstream(settings(tmp_path, model, tasks=tasks, lr=[1e-3], epochs=1, batch=2))
+    assert len(in_forks) == 2 and found["glue"] == {}
+    scores = {name: [*told["models"]["one"]["scores"]] for name, told in found["tasks"].items()}
+    assert scores == {"rte": ["dev_accuracy"], "mnli": ["dev_accuracy", "mismatched_accuracy"]}
+    assert found["tasks"]["mnli"]["headline"] == "dev_accuracy"
+
+
+def test_numbers_are_chosen_by_the_smallest_loss(tmp_path, model, in_forks):
+    """Of rows of two texts, whose number the first one says."""
+    (tmp_path / "words").mkdir()
+    draw = random.Random(1)
+    for split, count in (("train", 64), ("dev", 24)):
+        lines = ["a\tb\tscore"]
+        for _ in range(count):
+            one = draw.choice(["t1", "t9"])
+            lines.append(f"{one}\tt3 t4\t{1.0 if one == 't1' else 0.0}")
+        (tmp_path / f"words/{split}.tsv").write_text("\n".join(lines) + "\n")
+    task = {"task": "regression", "name": "share", "path": str(tmp_path / "words")}
+    task |= {"text": ["a", "b"], "label": "score", "metric": "loss"}
+    path = settings(tmp_path, model, tasks=[task], epochs=4)
+    told = downstream(path)["tasks"]["share"]
+    assert not told["higher_is_better"] and told["models"]["one"]["lr"] == 5e-3
+    assert told["models"]["one"]["selecting"][0] < 0.05 < told["models"]["one"]["rates"]["1e-05"]
+    assert len(in_forks) == 2
 
 
 def test_a_diverged_trial_is_counted_and_never_chosen(tmp_path, model, monkeypatch):

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from dskd.cli import main
 from dskd.downstream import pairs
@@ -193,6 +199,15 @@ def pairs_of(folder: Path, file: Path, *words: str) -> int:
     from dskd.downstream.pairs_command import main as command
 
     return command([str(folder), str(file), *words])
+
+
+def test_a_classifier_is_no_language_model(tmp_path):
+    BertForSequenceClassification(
+        BertConfig(vocab_size=43, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    ).save_pretrained(tmp_path / "model")
+    pieces().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"^pairs\.path: "):
+        pairs_of(tmp_path / "model", write(tmp_path / "a.jsonl", *ROWS))
 
 
 @pytest.mark.parametrize(

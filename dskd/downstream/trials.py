@@ -20,7 +20,6 @@ from dskd.settings.data import Data
 from dskd.settings.downstream import GLUE_TASKS, Downstream, DownstreamTask
 from dskd.settings.folders import RunFolder
 from dskd.settings.parsing import parse
-from dskd.settings.recipe import SINGLE, read
 from dskd.settings.run import Run
 from dskd.settings.yaml_tree import Tree, dump
 from dskd.system.files import fingerprint, read_manifest, write_atomic, write_manifest
@@ -207,9 +206,12 @@ class Trial:
         write_atomic(self.file, dump(self.settings).encode())
 
     def settled(self) -> Run:
-        """Its run, as it is read from :attr:`settings`, for checks."""
-        self.prepare()
-        return read(self.file).runs[SINGLE]
+        """Its run, for checks; nothing is written.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+        """
+        return parse(Run, self.settings)
 
     def diverged(self) -> bool:
         """Whether its process ended because numbers were not finite."""

@@ -104,7 +104,7 @@ class Grid:
                     text = f"{name!r} is not one of {known}{nearest(name, METRICS)}"
                     raise ConfigError(f"{self._where[task.own_name]}: {text}")
         for task in self._asked:
-            if not Path(task.path).is_file():
+            if not Path(task.path or "").is_file():
                 raise ConfigError(f"{self._where[task.own_name]}.path: {task.path}: no such file")
         several = len(self.section.models) > 1 and len(self.section.seeds) >= LEAST
         if several and self._trained and find_spec("scipy") is None:
@@ -212,7 +212,7 @@ class Grid:
                 continue
             folder = self._pairs_folder(task, name)
             scores = folder / "scores.json"
-            words = ["-m", "dskd.cli", "pairs", str(self.models[name]), task.path, str(scores)]
+            words = ["-m", "dskd.cli", "pairs", str(self.models[name]), str(task.path), str(scores)]
             yield Child(
                 name=f"{name}, {task.own_name}",
                 words=[*words, *(["--within-word"] if task.within_word else [])],
@@ -246,7 +246,7 @@ class Grid:
         return self.folder / model / task.own_name
 
     def _pairs_print(self, task: DownstreamTask, model: str) -> str:
-        return fingerprint([self._prints[model], file_hash(Path(task.path)), task.within_word])
+        return fingerprint([self._prints[model], file_hash(Path(str(task.path))), task.within_word])
 
     def _keep_pairs(self, task: DownstreamTask, model: str) -> None:
         folder = self._pairs_folder(task, model)
@@ -301,8 +301,9 @@ def _model_prints(path: Path) -> list[str]:
     return [model_fingerprint(named, seed=0, where=where), tokenizer_fingerprint(tokenizer)]
 
 
-def _contents(run: Run) -> list[str | None]:
-    """Of what all sources of a run hold, hashes."""
+def _contents(run: Run) -> list[str]:
+    """Of what all sources of a run hold, hashes; of remote ones, which only reading tells, what the
+    settings say."""
     sets: list[Sequence[Source]] = [own.sources for own in run.evaluation.sets.values()]
     every = [run.data.sources, run.data.validation or [], *sets]
-    return [content_hash(source) for sources in every for source in sources]
+    return [content_hash(s) or s.model_dump_json() for sources in every for s in sources]

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ class Splits:
     """The sources of a task's rows: to train on, to select by (None: a part of those, held out),
     and to report besides, by name."""
 
-    train: Tree
-    dev: Tree | None
-    others: dict[str, Tree]
+    train: list[Tree]
+    dev: list[Tree] | None
+    others: dict[str, list[Tree]]
 
     @property
     def reported(self) -> list[str]:
@@ -69,18 +70,23 @@ def splits_of(task: DownstreamTask, where: str) -> Splits:
         of = {"kind": "glue", "task": task.task, "path": task.path}
         of["on_bad_rows"] = task.on_bad_rows
         dev = "dev_matched" if task.task == "mnli" else "dev"
-        others = {"mismatched": of | {"split": "dev_mismatched"}} if task.task == "mnli" else {}
-        found = Splits(of, of | {"split": dev}, others)
+        others = {"mismatched": [of | {"split": "dev_mismatched"}]} if task.task == "mnli" else {}
+        found = Splits([of], [of | {"split": dev}], others)
+    elif task.train is not None:
+        dump_of = task.model_dump(mode="json")
+        others = {} if task.test is None else {"test": dump_of["test"]}
+        found = Splits(dump_of["train"], dump_of["dev"], others)
     else:
+        assert task.path is not None, "else it is refused where the settings are read"
         files = {name: _file(Path(task.path), name) for name in ("train", "dev", "test")}
         if files["train"] is None:
             names = " or ".join(f"train.{ending}" for ending in _ENDINGS)
             raise ConfigError(f"{where}.path: {task.path} has no {names} (maybe .gz or .zst)")
-        sources = {name: _source(task, file) for name, file in files.items() if file is not None}
+        sources = {name: [_source(task, file)] for name, file in files.items() if file is not None}
         others = {"test": sources["test"]} if "test" in sources else {}
         found = Splits(sources["train"], sources.get("dev"), others)
     if task.holdout is None and found.dev is None:
-        raise ConfigError(f"{where}.holdout: missing; {task.path} has no file dev to select by")
+        raise ConfigError(f"{where}.holdout: missing; there is nothing of dev to select by")
     if task.holdout is None:
         return found
     reported = {} if found.dev is None else {"dev": found.dev}
@@ -100,17 +106,18 @@ def restricted(task: DownstreamTask, splits: Splits, folder: Path) -> Splits:
     if task.labels is None or not splits.others:
         return splits
     labels = task.model_dump(mode="json")["labels"]
-    own = {"objective": "classification", "sources": [splits.train], "labels": labels}
+    own = {"objective": "classification", "sources": splits.train, "labels": labels}
     taken = label_set(parse(Data, own))
-    others: dict[str, Tree] = {}
-    for name, tree in splits.others.items():
-        (source,) = parse(Data, own | {"sources": [tree]}).labelled_sources
-        kept = [example for example in examples(source) if taken.takes(example)]
+    others: dict[str, list[Tree]] = {}
+    for name, trees in splits.others.items():
+        sources = parse(Data, own | {"sources": trees}).labelled_sources
+        every = chain.from_iterable(map(examples, sources))
+        kept = [example for example in every if taken.takes(example)]
         rows = [{"text": e.text, "pair": e.pair, "label": e.label} for e in kept]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomic(folder / f"{name}.jsonl", text.encode(), "the rows of some classes")
         about = {"kind": "jsonl", "path": str(folder / f"{name}.jsonl"), "label": "label"}
-        others[name] = about | ({"pair": "pair"} if any(row["pair"] for row in rows) else {})
+        others[name] = [about | ({"pair": "pair"} if any(row["pair"] for row in rows) else {})]
     return replace(splits, others=others)
 
 
@@ -270,17 +277,17 @@ def settings_of(
     selecting, further = task.scores
     data: Tree = {
         "objective": "classification",
-        "sources": [splits.train],
+        "sources": splits.train,
         "tokenizer": {"kind": "pretrained", "path": str(model)},
         "block_size": block_size,
     }
     if splits.dev is None:
         data["validation_fraction"] = task.holdout
     else:
-        data["validation"] = [splits.dev]
+        data["validation"] = splits.dev
     if task.labels is not None:
         data["labels"] = task.model_dump(mode="json")["labels"]
-    sets = {name: {"sources": [source]} for name, source in splits.others.items()}
+    sets = {name: {"sources": sources} for name, sources in splits.others.items()}
     size = section.batch if section.micro_batch is None else section.micro_batch
     train = {"epochs": section.epochs, "batch": section.batch, "micro_batch": size}
     train |= {"warmup": section.warmup, "precision": section.precision}

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from dskd.settings.base import RunPath, Section
+from dskd.settings.data import Source
 from dskd.settings.labels import GlueTask, Labels
 from dskd.settings.parsing import Problem
 from dskd.settings.run import Warmup
@@ -42,9 +43,16 @@ class DownstreamTask(Section):
     ``minimal_pairs``, without any training."""
     name: str | None = None
     """What it is called; null: as ``task`` is."""
-    path: Annotated[str, RunPath()]
+    path: Annotated[str | None, RunPath()] = None
     """The task's folder of GLUE's download; a folder with one file ``train`` and maybe ``dev`` and
     ``test`` (``.jsonl``, ``.tsv`` or ``.csv``, maybe ``.gz`` or ``.zst``); or a file of pairs."""
+    train: list[Source] | None = Field(None, min_length=1)
+    """In the place of ``path``: sources of the rows to train on, as of ``data.sources`` (of
+    ``datasets``, too), which say themselves what their columns are."""
+    dev: list[Source] | None = Field(None, min_length=1)
+    """Beside ``train``: those that select."""
+    test: list[Source] | None = Field(None, min_length=1)
+    """Beside ``train``: those that are reported."""
     text: list[str] = Field(default_factory=lambda: ["text"], min_length=1, max_length=2)
     """The columns or keys of one text, or two; of files of one's own."""
     label: str = "label"
@@ -148,16 +156,32 @@ def downstream_problems(section: Downstream) -> Iterator[Problem]:
             yield (*place, "name"), "a name is made of letters, digits, . _ and -, at most 64"
         elif task.own_name in names[:n]:
             yield (*place, "name"), f"another task is called {task.own_name}"
+        for setting, text in _places(task):
+            yield (*place, setting), text
         for setting in _idle(task):
             yield (*place, setting), f"plays no part in a task of kind {task.task}; leave it out"
+
+
+def _places(task: DownstreamTask) -> Iterator[tuple[str, str]]:
+    """What is wrong with where its rows lie."""
+    if task.train is None:
+        if task.path is None:
+            yield "path", "missing"
+        for name in ("dev", "test"):
+            if getattr(task, name) is not None:
+                yield name, "is beside train only"
+    elif task.path is not None:
+        yield "path", "beside train; one of the two"
 
 
 def _idle(task: DownstreamTask) -> Iterator[str]:
     """Settings that are given and play no part in a task of this kind."""
     of = {"within_word": not task.trains}
     own_files = task.task in ("classification", "regression")
-    of |= dict.fromkeys(("text", "label"), own_files)
-    of |= dict.fromkeys(("metric", "further_metrics", "holdout", "on_bad_rows"), task.trains)
+    of |= dict.fromkeys(("text", "label"), own_files and task.train is None)
+    of |= dict.fromkeys(("train", "dev", "test"), own_files)
+    of |= dict.fromkeys(("metric", "further_metrics", "holdout"), task.trains)
+    of["on_bad_rows"] = task.trains and task.train is None
     of["labels"] = task.trains and task.task not in ("regression", "stsb")
     for name, used in of.items():
         if not used and name in task.model_fields_set:

@@ -27,6 +27,7 @@ from tests.launching import ROOT, environment, forked
 from tests.models import tiny
 
 GLUE = ROOT / "tests/golden/bridges/glue"
+CSV = {"kind": "csv", "path": "x.csv", "label": "y"}
 WORDS = {"fruit": ["t1", "t2", "t3", "t4"], "bird": ["t5", "t6", "t7", "t8"]}
 
 
@@ -202,6 +203,24 @@ def test_folders_of_glue_as_tasks(tmp_path, model, in_forks):
     assert found["tasks"]["mnli"]["headline"] == "dev_accuracy"
 
 
+def test_sources_of_any_kind(tmp_path, model, in_forks):
+    """Saved tables, of which the classes have names, and no label at the rows of a split."""
+    import datasets
+
+    names = datasets.ClassLabel(names=["bird", "fruit"])
+    features = datasets.Features({"words": datasets.Value("string"), "is": names})
+    rows = {"words": ["t1 t2", "t5"] * 20, "is": [1, 0] * 20}
+    saved = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "saved"))
+    of = {"kind": "datasets", "path": str(tmp_path / "saved"), "field": "words", "label": "is"}
+    task = {"task": "classification", "name": "saved", "train": [of | {"split": "train"}]}
+    task |= {"test": [of | {"split": "test"}], "holdout": 0.5, "labels": ["bird", "fruit"]}
+    told = downstream(settings(tmp_path, model, tasks=[task], lr=[5e-3], epochs=6))["tasks"][
+        "saved"
+    ]
+    assert told["models"]["one"]["scores"]["test_accuracy"]["mean"] >= 0.5 and len(in_forks) == 1
+
+
 def test_numbers_are_chosen_by_the_smallest_loss(tmp_path, model, in_forks):
     """Of rows of two texts, whose number the first one says."""
     (tmp_path / "words").mkdir()
@@ -284,6 +303,13 @@ def test_metrics_are_known_by_name(tmp_path, model):
         ({"tasks": [{"task": "squad", "path": "x"}]}, r"downstream\.tasks\.0\.task: "),
         ({"models": {"a/b": {"path": "x"}}}, r"downstream\.models\.a/b: a name is made of"),
         ({"tasks": [{"task": "rte", "path": "x", "holdout": 1.5}]}, r"tasks\.0\.holdout: 1\.5"),
+        ({"tasks": [{"task": "rte"}]}, r"downstream\.tasks\.0\.path: missing"),
+        ({"tasks": [{"task": "classification", "path": "x", "dev": [CSV]}]},
+         r"tasks\.0\.dev: is beside train only"),
+        ({"tasks": [{"task": "classification", "path": "x", "train": [CSV]}]},
+         r"tasks\.0\.path: beside train; one of the two"),
+        ({"tasks": [{"task": "classification", "train": [CSV], "label": "z"}]},
+         r"tasks\.0\.label: plays no part in a task of kind classification"),
         ({"lrs": [1e-3]}, r"downstream\.lrs: no such setting; did you mean 'lr'"),
         ({"models": {"a": {"path": "run:x"}}}, r"models\.a\.path: 'run:x' names no earlier run"),
     ],
@@ -339,7 +365,7 @@ def test_shipped_grids_are_read(name):
 
 def test_what_a_task_of_glue_selects_and_reports_by():
     mnli = splits_of(DownstreamTask(task="mnli", path="x"), "t")
-    assert (mnli.dev["split"], mnli.reported) == ("dev_matched", ["dev", "mismatched"])
+    assert (mnli.dev[0]["split"], mnli.reported) == ("dev_matched", ["dev", "mismatched"])
     held = splits_of(DownstreamTask(task="rte", path="x", holdout=0.1), "t")
     assert (held.dev, held.reported, held.selecting) == (None, ["dev"], "holdout")
     assert DownstreamTask(task="mrpc", path="x").scores == ("accuracy_and_f1", ("accuracy", "f1"))

@@ -1,7 +1,9 @@
 """The grid of ``downstream``: tasks x rates x seeds x models, each trial a run of its own process.
 
-Everything is written below ``out/downstream``: a folder for each trial with its ``result.json``,
-which is whole or absent, so that a stopped grid goes on with the trials that are missing.
+Everything is written below ``out/downstream``: ``MODEL/TASK/LR-SEED/`` for each trial with its
+``result.json``, which is whole or absent, so that a stopped grid goes on with the trials that are
+missing; and below names that no model has the prepared rows, the files of tasks of some classes,
+and twins with random weights.
 """
 
 from __future__ import annotations
@@ -120,7 +122,7 @@ class Grid:
             raise ConfigError(f"{where}.path: {path} is no folder of a model; is its run finished?")
         if not of.random:
             return path
-        twin = self.folder / "random" / name
+        twin = self.folder / "_random" / name
         before = {"of": _model_prints(path)}
         about = twin.with_name(f"{name}.json")
         if twin.is_dir() and about.exists():
@@ -140,7 +142,7 @@ class Grid:
 
     def _trials_of(self, task: DownstreamTask) -> Iterator[Trial]:
         splits = splits_of(task, self._where[task.own_name])
-        splits = restricted(task, splits, self.folder / "files" / task.own_name)
+        splits = restricted(task, splits, self.folder / "_files" / task.own_name)
         selecting, further = task.scores
         for name, path in self.models.items():
             tree = settings_of(
@@ -153,7 +155,7 @@ class Grid:
                     **tree,
                     "out": str(folder / "run"),
                     "seed": seed,
-                    "data": tree["data"] | {"folder": str(self.folder / "rows")},
+                    "data": tree["data"] | {"folder": str(self.folder / "_rows")},
                     "train": tree["train"] | {"lr": lr},
                 }
                 trial = Trial(

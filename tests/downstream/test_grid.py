@@ -162,16 +162,16 @@ def test_a_twin_a_holdout_and_pairs_beside_each_other(tmp_path, model, in_forks,
     table(tmp_path / "words", splits="train")
     lm = {"task": "minimal_pairs", "path": str(write(tmp_path / "pairs.jsonl", *ROWS))}
     task = {"task": "classification", "name": "words", "path": str(tmp_path / "words")}
-    models = {"one": {"path": str(model)}, "twin": {"path": str(model), "random": True}}
+    models = {"one": {"path": str(model)}, "random": {"path": str(model), "random": True}}
     path = settings(tmp_path, model, models=models, tasks=[task | {"holdout": 0.3}, lm], lr=[5e-3])
     found = downstream(path)
     told = found["tasks"]["words"]
     assert (told["headline"], told["selected_on"]) == ("holdout_accuracy", "holdout")
-    assert [one["first"] + "-" + one["second"] for one in told["comparisons"]] == ["one-twin"]
+    assert [one["first"] + "-" + one["second"] for one in told["comparisons"]] == ["one-random"]
     assert "words: reported on the very rows that selected" in capsys.readouterr().out
     of = found["pairs"]["minimal_pairs"]
-    assert of["one"]["random"] == of["twin"]["random"] == of["twin"]["accuracy"]
-    assert in_forks[2:] == ["one, minimal_pairs", "twin, minimal_pairs"]
+    assert of["one"]["random"] == of["random"]["random"] == of["random"]["accuracy"]
+    assert in_forks[2:] == ["one, minimal_pairs", "random, minimal_pairs"]
     assert downstream(path) == found and len(in_forks) == 4
 
 
@@ -187,7 +187,7 @@ def test_some_of_the_classes_alone(tmp_path, model, in_forks):
     task = {"task": "classification", "name": "words", "path": str(tmp_path / "words")}
     task["labels"] = ["bird", "fruit"]
     found = downstream(settings(tmp_path, model, tasks=[task], lr=[5e-3]))
-    kept = (tmp_path / "out/downstream/files/words/test.jsonl").read_text().splitlines()
+    kept = (tmp_path / "out/downstream/_files/words/test.jsonl").read_text().splitlines()
     assert len(kept) == 32 and not any("third" in row for row in kept) and len(in_forks) == 1
     assert found["tasks"]["words"]["models"]["one"]["scores"]["test_accuracy"]["mean"] == 1.0
 

@@ -21,8 +21,16 @@ _SETTINGS = "settings file and overrides: [FILE.yaml] [a.b=value ...]; none: the
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("write a fairseq, UER or LAMOL model as a folder", "dskd.convert.command:main"),
+    "downstream": (
+        "fine-tune models on tasks, over rates and seeds, and compare their scores",
+        "dskd.downstream.command:main",
+    ),
     "hard-tokens": ("say which tokens are hard for a run's model", "dskd.hardness.report:main"),
     "generate": ("write how a causal model goes on with prompts", "dskd.runs.generate:main"),
+    "pairs": (
+        "say which of two sentences a language model prefers",
+        "dskd.downstream.pairs_command:main",
+    ),
     "predict": ("write a classifier's label and probabilities of rows", "dskd.runs.predict:main"),
 }
 """Commands that a method or a stage brings: what each does, and where its ``main(words)`` is found,
@@ -114,6 +122,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _settings(arguments: argparse.Namespace) -> int:
     from dskd.settings.checks import check_settings
     from dskd.settings.recipe import SINGLE, dump_run, read
+    from dskd.settings.yaml_tree import dump
 
     files = [word for word in arguments.words if "=" not in word]
     if len(files) > 1:
@@ -134,6 +143,9 @@ def _settings(arguments: argparse.Namespace) -> int:
         whole = run.model_copy(update={"method": method.model_dump(mode="json")})
         heading = "" if name == SINGLE else f"--- # {name}\n"
         print(heading + dump_run(whole), end="")
+    if recipe.downstream is not None:
+        tree = {"downstream": recipe.downstream.model_dump(mode="json")}
+        print(f"--- # of dskd downstream\n{dump(tree)}", end="")
     return 0
 
 

@@ -102,6 +102,7 @@ def _run(words: list[str]) -> int:
     if one_node and plan.is_done(recipe, methods):  # several may not all see the files at once
         if os.environ.get("RANK", "0") == "0":
             plan.report(recipe, methods)
+        _say_rest(files, recipe.downstream is not None)
         return 0
     for number in (signal.SIGTERM, signal.SIGINT):
         # Between the step loops, which have a handler of their own, there is nothing to save.
@@ -111,7 +112,14 @@ def _run(words: list[str]) -> int:
     except Interrupted as stop:
         say(f"{stop}; the same command goes on from there")
         return STOPPED
+    _say_rest(files, recipe.downstream is not None)
     return 0
+
+
+def _say_rest(files: list[str], downstream: bool) -> None:
+    """Say what carries out the section ``downstream`` of a file, if it has one."""
+    if downstream and os.environ.get("RANK", "0") == "0":
+        print(f"its section downstream: dskd downstream {files[0]}", flush=True)
 
 
 def _grouped() -> bool:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS = """
 batch errors fused settings ops system tasks data engine models convert stores narrowing hardness
-continual methods teachers training runs train cli
+continual methods teachers training runs downstream train cli
 """.split()  # noqa: SIM905  prose order, two lines
 """The rooms of dskd, lowest first: folders, and the files that stand beside them. A room imports
 those named before it; inside a room there is no cycle."""

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dskd.data.glue import glue_rows
 from dskd.data.json_files import checked_text, json_rows, json_type, row_value
 from dskd.data.library import library_rows
 from dskd.data.sources import files, limited, source_name
 from dskd.data.tables import table_rows
 from dskd.data.text_files import Advance, text_lines
 from dskd.errors import DataError
-from dskd.settings.data import BuiltinSource, HubSource, JsonlSource
-from dskd.settings.labels import Columns, CsvSource, TsvSource
+from dskd.settings.data import BuiltinSource, HubSource, JsonlSource, LabelledSource
+from dskd.settings.labels import Columns, CsvSource, GlueSource, TsvSource
 
 
 class Example(NamedTuple):
@@ -44,7 +45,7 @@ class Example(NamedTuple):
 
 
 def examples(
-    source: Columns | BuiltinSource, advance: Advance = int, skipped: Callable[[], object] = int
+    source: LabelledSource, advance: Advance = int, skipped: Callable[[], object] = int
 ) -> Iterator[Example]:
     """The examples of a source, in its order.
 
@@ -63,6 +64,8 @@ def examples(
     if isinstance(source, BuiltinSource):
         where = source_name(source)
         found = (Example(text, None, module, where) for text, module in library_rows(advance))
+    elif isinstance(source, GlueSource):
+        found = _of_glue(source, advance, skipped)
     else:
         found = _taken(source, _rows(source, advance), skipped)
     yield from limited(found, source, "row")
@@ -78,6 +81,24 @@ def _taken(
             skipped()
         else:
             yield _example(source, values, place)
+
+
+def _of_glue(
+    source: GlueSource, advance: Advance, skipped: Callable[[], object]
+) -> Iterator[Example]:
+    """The examples of a task of GLUE."""
+    for path in files(source):
+        for text, pair, label, place in glue_rows(
+            path, source.task, source.split, advance, skipped
+        ):
+            bad = not text or pair == ""
+            if bad and source.on_bad_rows == "error":
+                more = "`on_bad_rows: skip` leaves such rows out"
+                raise DataError(f"{place}: an empty text; {more}")
+            if bad:
+                skipped()
+            else:
+                yield Example(text, pair, label, place)
 
 
 class _WholeNumber(str):

@@ -32,9 +32,14 @@ from dskd.data.tokenizers import load_tokenizer, start_id, tokenizer_fingerprint
 from dskd.data.what_was_read import DomainRead
 from dskd.data.written import Written, written_rows
 from dskd.errors import DataError
-from dskd.settings.data import BuiltinSource, Data, FairseqSource, Source, TextSource
+from dskd.settings.data import (
+    Data,
+    FairseqSource,
+    LabelledSource,
+    Source,
+    TextSource,
+)
 from dskd.settings.examples import ReplayedSource
-from dskd.settings.labels import Columns
 from dskd.system.files import file_hash, fingerprint, write_manifest
 from dskd.system.log import say
 
@@ -365,7 +370,7 @@ def _documents(
         assert isinstance(source, AnyQuestionSource), source  # settings.checks refuses others
         return questions(source, advance)
     if data.objective == "classification":
-        assert isinstance(source, Columns | BuiltinSource), source  # as settings.checks says
+        assert isinstance(source, LabelledSource), source  # as settings.checks says
         return examples(source, advance, skipped)
     return sources.documents(source, advance, skipped)
 

@@ -36,6 +36,7 @@ from dskd.settings.data import (
     Source,
     TextSource,
 )
+from dskd.settings.labels import GlueSource
 from dskd.system.files import file_hash
 
 Found = TypeVar("Found")
@@ -122,12 +123,15 @@ def files(source: Source) -> list[Path]:
         return table_files(source, source_name(source))
     if isinstance(source, FairseqSource):
         return corpus_files(source.path, source_name(source))
+    if isinstance(source, GlueSource):
+        file = Path(source.path) / f"{source.split}.tsv"
+        return matching_files(str(file), "*.tsv", f"{source_name(source)}: {file.name}")
     return matching_files(source.path, _PATTERNS[source.kind], source_name(source))
 
 
 def hidden(source: Source) -> int:
     """How many hidden files and folders below its folder a source leaves out."""
-    if isinstance(source, BuiltinSource | HubSource | FairseqSource):
+    if isinstance(source, BuiltinSource | HubSource | FairseqSource | GlueSource):
         return 0
     return hidden_files(source.path, _PATTERNS[source.kind], source_name(source))
 

@@ -143,14 +143,16 @@ def real_ids(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     return np.array(sorted(set(tokenizer.get_vocab().values())), dtype=np.int64)
 
 
-def continues_word(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
+def continues_word(
+    tokenizer: PreTrainedTokenizerBase, where: str = "data.masking.whole_word"
+) -> NDArray[np.bool_]:
     """Bool [V], true for tokens that continue the word before them.
 
     Known for WordPiece (``##`` marks the rest of a word), byte-level tokenizers (a word begins with
     a space or line end) and those that write spaces as U+2581 (SentencePiece).
 
     Raises:
-        ConfigError: the tokenizer is of another kind.
+        ConfigError: the tokenizer is of another kind; names the setting ``where``.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = str([spec[name] for name in ("normalizer", "pre_tokenizer", "decoder")])
@@ -164,7 +166,7 @@ def continues_word(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
         continuing = [i for token, i in vocab.items() if not token.startswith(_METASPACE)]
     else:
         raise ConfigError(
-            "data.masking.whole_word: this tokenizer does not mark where words begin "
+            f"{where}: this tokenizer does not mark where words begin "
             f"(its model is {spec['model']['type']})"
         )
     continues_V = np.zeros(vocabulary_size(tokenizer), dtype=bool)

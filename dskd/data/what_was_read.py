@@ -15,7 +15,7 @@ class DomainRead(BaseModel):
 
     Attributes:
         documents: those that were taken (or examples, or questions), by the split that they are of.
-        skipped: rows that were left out because they have no text.
+        skipped: rows that were left out because they have no text, or not all of their cells.
         hidden: hidden files and folders that were left out.
         longest: characters of the longest document.
         longest_tokens: of the longest document of those that were read as tokens.
@@ -45,7 +45,7 @@ class DomainRead(BaseModel):
         self.example = self.example or _beginning(example)
 
     def skip(self) -> None:
-        """Count one row without text."""
+        """Count one row that is left out."""
         self.skipped += 1
 
 
@@ -96,7 +96,8 @@ def _domain_line(name: str, what: str, read: DomainRead) -> str:
     if held := read.documents.get("validation", 0):
         parts.append(f"{held:,} held out")
     if read.skipped:
-        parts.append(f"{read.skipped:,} without text skipped")
+        why = "incomplete" if what == "examples" else "without text"
+        parts.append(f"{read.skipped:,} {why} skipped")
     if read.hidden:
         parts.append(f"{read.hidden:,} hidden files or folders left out")
     if read.longest or not read.longest_tokens:

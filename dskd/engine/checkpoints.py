@@ -34,10 +34,13 @@ class Selection:
     Attributes:
         metric: its key, ``<set>_<metric>``.
         higher_is_better: its direction.
+        undefined: what stands for it where it is nan, which no checkpoint is kept with; None: a run
+            whose metric is nan has gone wrong.
     """
 
     metric: str = "eval_nll"
     higher_is_better: bool = False
+    undefined: float | None = None
 
     def score(self, value: float) -> Score:
         """The score that a value of the metric is."""

@@ -19,7 +19,7 @@ from dskd.data.loader import evenly_spaced
 from dskd.data.prepared import Prepared
 from dskd.engine.checkpoints import Selection
 from dskd.engine.stage import StageContext
-from dskd.errors import DataError
+from dskd.errors import ConfigError, DataError
 from dskd.ops import positions_ce
 from dskd.settings.base import Section
 from dskd.settings.run import Run
@@ -116,28 +116,43 @@ class RowScores(Section):
 
     metric: MetricName = "accuracy"
     """Which metric selects the best checkpoint, each in its direction: of classes ``accuracy``,
-    ``ece`` (expected calibration error), ``macro_f1``, ``micro_f1`` or ``matthews``, of numbers
-    ``pearson`` or ``spearman``, of either ``loss``."""
+    ``ece`` (expected calibration error), ``macro_f1``, ``micro_f1`` or ``matthews``, of two classes
+    ``f1`` (of the second) or ``accuracy_and_f1`` (their mean), of numbers ``pearson``, ``spearman``
+    or ``pearson_and_spearman``, of either ``loss``."""
     further_metrics: list[MetricName] = Field(default_factory=list)
     """More of them, which are evaluated besides."""
 
     def metrics(self, context: StageContext) -> tuple[AnyMetric, ...]:
-        """All that are named."""
-        del context
-        return (self.row_metric({}),)
+        """All that are named.
+
+        Raises:
+            ConfigError: one of them is of two classes, and the rows have others.
+        """
+        return (self.row_metric({}, len(context.prepared.classes or ()) or None),)
 
     def row_metric(
-        self, within: Mapping[str, Collection[int]], *, required: bool = True
+        self,
+        within: Mapping[str, Collection[int]],
+        classes: int | None = None,
+        *,
+        required: bool = True,
     ) -> ValueMetric:
         """All that are named; and ``accuracy.NAME``, by names of groups of classes: that on the
         rows whose class is one of the group, if there are any. Rows without any label have none of
-        them, which is refused where they are ``required``."""
+        them, which is refused where they are ``required``. ``classes`` is how many there are."""
         names = dict.fromkeys(["loss", self.metric, *self.further_metrics])
-        return _row_metric(names, within, required)
+        for name in names:
+            if METRICS[name].binary and classes not in (None, 2):
+                setting = "metric" if name == self.metric else "further_metrics"
+                raise ConfigError(
+                    f"method.{setting}: {name} is of two classes, but the rows have {classes}"
+                )
+        return _row_metric(names, within, classes, required)
 
     def selection(self) -> Selection:
         """By ``metric``, on the validation rows."""
-        return Selection(f"eval_{self.metric}", METRICS[self.metric].higher_is_better)
+        of = METRICS[self.metric]
+        return Selection(f"eval_{self.metric}", of.higher_is_better, of.worst)
 
     def check_metrics(self, run: Run) -> None:
         """Refuse metrics of other labels than the run's rows have, and those without a library.
@@ -152,7 +167,10 @@ class RowScores(Section):
 
 
 def _row_metric(
-    names: Iterable[MetricName], within: Mapping[str, Collection[int]], required: bool
+    names: Iterable[MetricName],
+    within: Mapping[str, Collection[int]],
+    classes: int | None,
+    required: bool,
 ) -> ValueMetric:
     """These metrics of labelled rows, those without a label left out."""
 
@@ -166,11 +184,11 @@ def _row_metric(
         labelled_R4 = values_P4[~np.isnan(values_P4[:, 0])]
         if not len(labelled_R4):
             return {}
-        predictions = Predictions(*labelled_R4.T)
+        predictions = Predictions(*labelled_R4.T, classes=classes)
         found = {name: METRICS[name].compute(predictions) for name in names}
         right_R = predictions.labels_R == predictions.predicted_R
-        for name, classes in within.items():
-            own_R = np.isin(predictions.labels_R, list(classes))
+        for name, own in within.items():
+            own_R = np.isin(predictions.labels_R, list(own))
             if own_R.any():
                 found[f"accuracy.{name}"] = float(right_R[own_R].mean())
         return found

@@ -67,7 +67,9 @@ class PanelMethod(RowScores):
         maps = teacher_maps(panelists(context.run, context.prepared), context.prepared)
         classes = {name: map_M.tolist() for name, map_M in maps.items()}
         required = context.run.evaluation.select == "metric"
-        labelled = self.row_metric(classes, required=required)
+        labelled = self.row_metric(
+            classes, len(context.prepared.classes or ()) or None, required=required
+        )
         return (labelled, self.teacher_kl([map_M.to(context.device) for map_M in maps.values()]))
 
     def teacher_kl(self, maps: Sequence[Tensor]) -> Metric:

@@ -22,10 +22,11 @@ from dskd.runs.cached_rows import refuse_missing_rows
 from dskd.runs.changes import go_on, is_changed, left, refuse_changes, write_settings
 from dskd.runs.comparable import groups_of, refuse_incomparable
 from dskd.runs.context import RunContext
+from dskd.runs.downstream import downstream_section
 from dskd.runs.earlier_stages import refuse_missing_stages, refuse_unread
 from dskd.runs.history import read_history
 from dskd.runs.leftovers import remove_leftovers
-from dskd.runs.report import ReportSection, print_table, write_report
+from dskd.runs.report import ReportSection, print_table, write_page, write_report
 from dskd.runs.sequences import (
     ScoreMatrix,
     print_sequences,
@@ -264,6 +265,18 @@ def report(recipe: Recipe, methods: Mapping[str, Method]) -> None:
     print(f"report: {path}", flush=True)
 
 
+def report_downstream(recipe: Recipe) -> Path:
+    """Write ``report.html`` with what models score on tasks: beside the runs of a recipe as
+    :func:`report` does, or alone."""
+    runs = {n: run.out for n, run in recipe.runs.items() if folder_of(run).summary.exists()}
+    if not runs:
+        return write_page(recipe.out, [downstream_section(recipe.out)])
+    control = CONTROL if CONTROL in runs else None
+    read_back = _read_back(runs)
+    sequences = sequences_of(read_back)
+    return _page(runs, recipe.out, control, _sections_of(read_back), sequences)
+
+
 def report_folders(runs: Mapping[str, Path], folder: Path, control: str | None) -> Path:
     """Print the table of the runs in these folders and write ``folder/report.html``, as
     :func:`~dskd.runs.report.write_report` does.
@@ -284,8 +297,7 @@ def report_recipe(runs: Mapping[str, Path], folder: Path, control: str | None) -
     for path in runs.values():
         read_history(path)  # what is missing or damaged is named before anything is printed
     read_back = _read_back(runs)
-    sections = _sections((run, build_method(run.method)) for run in read_back.values())
-    return _show(runs, folder, control, sections, sequences_of(read_back))
+    return _show(runs, folder, control, _sections_of(read_back), sequences_of(read_back))
 
 
 def _read_back(runs: Mapping[str, Path]) -> dict[str, Run]:
@@ -300,11 +312,29 @@ def _show(
     sections: list[ReportSection],
     sequences: list[list[ScoreMatrix]],
 ) -> Path:
-    groups = groups_of(runs, control)
-    print_table(runs, control, groups)
+    print_table(runs, control, groups_of(runs, control))
     print_sequences(sequences)
-    first = sequences_section(sequences)
-    return write_report(runs, folder, control, sections, groups, first=first)
+    return _page(runs, folder, control, sections, sequences)
+
+
+def _page(
+    runs: Mapping[str, Path],
+    folder: Path,
+    control: str | None,
+    sections: list[ReportSection],
+    sequences: list[list[ScoreMatrix]],
+) -> Path:
+    """Write ``report.html``, first what is of all runs together."""
+    beside = dict.fromkeys(place for path in runs.values() for place in (path, path.parent))
+    parts = [sequences_section(sequences), *map(downstream_section, beside)]
+    groups = groups_of(runs, control)
+    return write_report(
+        runs, folder, control, sections, groups, first="\n".join(filter(None, parts))
+    )
+
+
+def _sections_of(read_back: Mapping[str, Run]) -> list[ReportSection]:
+    return _sections((run, build_method(run.method)) for run in read_back.values())
 
 
 def _sections(runs: Iterable[tuple[Run, Method]]) -> list[ReportSection]:

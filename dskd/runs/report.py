@@ -96,6 +96,16 @@ def new_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return made
 
 
+def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print :func:`new_table` to standard output, at its full width where that is no terminal."""
+    _console().print(new_table(header, rows))
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def print_table(
     runs: Mapping[str, Path], control: str | None, groups: Sequence[Group] | None = None
 ) -> None:
@@ -103,9 +113,7 @@ def print_table(
 
     ``groups`` are those that may be compared, each shown by itself; None: all of them may be.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = _console()
     _refuse_unknown(control, runs)
     for group in groups or [Group(list(runs))]:
         if group.why:
@@ -148,6 +156,11 @@ def write_report(
         parts += [f"<h1>{html.escape(group.why)}</h1>"] if group.why else []
         own = {name: runs[name] for name in group.names}
         parts += _parts(own, group.control(control), sections, group.compared)
+    return write_page(folder, parts)
+
+
+def write_page(folder: Path, parts: Sequence[str]) -> Path:
+    """Write ``folder/report.html`` of pieces of HTML."""
     path = RunFolder(folder).report
     write_page(path, "\n".join(filter(None, parts)))
     return path

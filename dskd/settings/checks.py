@@ -17,7 +17,7 @@ from dskd.settings.data import (
 )
 from dskd.settings.examples import QuestionSource, ReplayedSource, SquadSource
 from dskd.settings.folders import cache_folder
-from dskd.settings.labels import Columns, CsvSource, LabelPart, TsvSource
+from dskd.settings.labels import Columns, CsvSource, GlueSource, LabelPart, TsvSource
 from dskd.settings.model import Model
 from dskd.settings.parsing import line, nearest
 from dskd.settings.recipe import Recipe
@@ -59,6 +59,8 @@ def check_settings(recipe: Recipe, world: int) -> None:
     Raises:
         ConfigError: all of the first run that has any, one a line.
     """
+    if not recipe.runs:
+        raise ConfigError("no run is in the file; `dskd downstream FILE` is for it")
     for name, run in recipe.runs.items():
         refuse_problems(problems_of(run, world), recipe.prefix(name))
 
@@ -210,7 +212,7 @@ def _replayed(run: Run) -> Problems:
 
 
 def _unused_columns(name: str, source: Source, objective: str) -> Problems:
-    if isinstance(source, CsvSource | TsvSource):
+    if isinstance(source, CsvSource | TsvSource | GlueSource):
         text = f"{source.kind} is for data.objective classification, not {objective}"
         yield f"{name}.kind", f"{text}; of text, jsonl, or datasets with path: csv"
         return
@@ -222,11 +224,15 @@ def _unused_columns(name: str, source: Source, objective: str) -> Problems:
 
 def _columns(name: str, source: Source, data: Data) -> Problems:
     named = isinstance(source, BuiltinSource) and source.labelled  # its columns have fixed names
-    if not named and not isinstance(source, Columns):
-        text = f"{source.kind} has no labels; one of csv, tsv, jsonl, datasets, or builtin with"
+    if not named and not isinstance(source, Columns | GlueSource):
+        text = (
+            f"{source.kind} has no labels; one of csv, tsv, jsonl, datasets, glue, or builtin with"
+        )
         yield f"{name}.kind", f"{text} `label: module`, or another data.objective"
         return
-    target = source.target if isinstance(source, Columns) else None
+    target = getattr(source, "target", None)
+    if isinstance(source, GlueSource):
+        yield from _glue(name, source)
     if source.label is not None and target is not None:
         yield f"{name}.target", f"a row has a class (label: {source.label}) or a number, not both"
     elif source.label is not None and data.regression:
@@ -242,6 +248,12 @@ def _columns(name: str, source: Source, data: Data) -> Problems:
             if source.columns.count(column) != 1:
                 what = "missing" if column not in source.columns else "there more than once"
                 yield f"{name}.columns", f"{column!r} is {what}, but a row has it once"
+
+
+def _glue(name: str, source: GlueSource) -> Problems:
+    own = ["dev_matched", "dev_mismatched"] if source.task == "mnli" else ["dev"]
+    if source.split not in ("train", *own):
+        yield f"{name}.split", f"{source.split}, but {source.task} has train, {', '.join(own)}"
 
 
 def model_problems(name: str, model: Model) -> Problems:

@@ -10,7 +10,14 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from dskd.settings.base import CHOSEN_LATER, FREE, Freedom, RunPath, Section
 from dskd.settings.examples import Questions, QuestionSource, ReplayedSource, SquadSource
-from dskd.settings.labels import Columns, CsvSource, Labels, SourcePath, TsvSource
+from dskd.settings.labels import (
+    Columns,
+    CsvSource,
+    GlueSource,
+    Labels,
+    SourcePath,
+    TsvSource,
+)
 from dskd.settings.model import Model
 
 
@@ -96,11 +103,16 @@ Source = Annotated[
     | FairseqSource
     | CsvSource
     | TsvSource
+    | GlueSource
     | QuestionSource
     | SquadSource
     | ReplayedSource,
     Field(discriminator="kind"),
 ]
+
+
+LabelledSource = Columns | BuiltinSource | GlueSource
+"""Sources whose rows may be examples."""
 
 
 class TrainedTokenizer(Section):
@@ -259,9 +271,9 @@ class Data(Section):
         return self.objective != "classification" and self.questions is None
 
     @property
-    def labelled_sources(self) -> list[Columns | BuiltinSource]:
+    def labelled_sources(self) -> list[LabelledSource]:
         """Those of ``sources`` that say what their rows are."""
-        return [s for s in self.sources if isinstance(s, Columns | BuiltinSource) and s.labelled]
+        return [s for s in self.sources if isinstance(s, LabelledSource) and s.labelled]
 
     @property
     def replayed_domains(self) -> list[str]:
@@ -285,7 +297,7 @@ class Data(Section):
     @property
     def regression(self) -> bool:
         """Whether the rows of this objective have numbers in the place of classes."""
-        return any(isinstance(s, Columns) and s.target is not None for s in self.sources)
+        return any(getattr(s, "target", None) is not None for s in self.sources)
 
     @property
     def may_lack_labels(self) -> bool:

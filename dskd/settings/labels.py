@@ -74,6 +74,41 @@ class TsvSource(Columns):
     documents: int | None = Field(None, ge=1)
 
 
+GlueTask = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+"""Tasks of GLUE (Wang et al. 2019) by the names that the hub has for them."""
+
+
+class GlueSource(Section):
+    """The labelled rows of a task of GLUE, as the folder of its official download has them."""
+
+    kind: Literal["glue"]
+    task: GlueTask
+    path: SourcePath
+    """The task's folder, in which ``train.tsv`` lies."""
+    split: Literal["train", "dev", "dev_matched", "dev_mismatched"] = "train"
+    """Which file; MNLI has two of ``dev``. Those of ``test`` have no labels and are not read."""
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """What becomes of a row with an empty text: it is refused, or left out and counted."""
+    domain: str = "glue"
+    documents: int | None = Field(None, ge=1)
+    """Use only the first so many rows."""
+
+    @property
+    def label(self) -> str | None:
+        """What the column of the class is called here; STS-B has none."""
+        return None if self.task == "stsb" else "label"
+
+    @property
+    def target(self) -> str | None:
+        """What the column of the number is called here; only STS-B has one."""
+        return "score" if self.task == "stsb" else None
+
+    @property
+    def labelled(self) -> bool:
+        """Every row has a label."""
+        return True
+
+
 class LabelPart(Section):
     """One of several parts of the classes in the order of their names' code points, each of as many
     (``of`` into their number, rounded down), the last one with the rest."""

@@ -14,6 +14,9 @@ settings are known to its class alone, any string that is exactly that stands fo
 Overrides are ``a.b=value`` (all runs) and ``runs.NAME.a.b=value`` (one); the command line wins.
 Every mistake of a file is reported at once, by the dotted name that an override would use.
 
+``downstream``, beside the runs or alone with ``out``, says what ``dskd downstream`` does with
+models (``downstream.py``).
+
 Tasks that are learnt one after the other are written as such (``tasks``, ``sequences``,
 ``teachers``: ``sequence.py``) and read as the runs that learn them.
 """
@@ -23,7 +26,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from dskd.errors import ConfigError
 from dskd.settings import sequence, yaml_tree
 from dskd.settings.base import RunPath
 from dskd.settings.data import HardTokens
+from dskd.settings.downstream import Downstream, downstream_problems
 from dskd.settings.folders import RunFolder, cache_folder, questions_folder
 from dskd.settings.parsing import (
     Problem,
@@ -61,6 +65,8 @@ class Recipe:
 
     out: Path
     runs: dict[str, Run]
+    downstream: Downstream | None = None
+    """What ``dskd downstream`` does with their models, if anything."""
 
     def prefix(self, name: str) -> str:
         """Dotted name, in messages, of one of the runs; empty for that of a file of one."""
@@ -78,6 +84,47 @@ def read(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recip
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: expected settings (name: value), found {show(content)}")
     over = yaml_tree.overlay(overrides)
+    tasks, tasks_over = content.pop("downstream", None), over.pop("downstream", {})
+    if tasks is None and not tasks_over:
+        return _read_runs(content, over, where)
+    alone = where and content.keys() <= {"out"}  # for models that no run here makes
+    recipe = _without_runs(content, over, where) if alone else _read_runs(content, over, where)
+    return replace(recipe, downstream=_downstream(recipe, tasks, tasks_over, where))
+
+
+def _without_runs(content: Tree, over: Tree, where: str) -> Recipe:
+    """A file that says nothing of runs, but where to write."""
+    reader = _Reader(where)
+    out = over.get("out", content.get("out"))
+    if not isinstance(out, str):
+        reader.add(("out",), f"missing, or no text: {show(out)}; the folder to write to", over=over)
+    for name in over.keys() - {"out"}:
+        reader.add((name,), "no such setting: the file has downstream and out only", over=over)
+    reader.finish(())
+    return Recipe(Path(os.path.expanduser(out)), {})
+
+
+def _downstream(recipe: Recipe, tree: Any, over: Any, where: str) -> Downstream:
+    """The section ``downstream`` beside some runs.
+
+    Raises:
+        ConfigError: every mistake in it, one a line.
+    """
+    reader, problems = _Reader(where, dict(recipe.runs)), []
+    merged = yaml_tree.merge(_mapping(tree), over)
+    resolved = reader._resolve(Downstream, merged, ("downstream",), problems)
+    section, more = build_section(Downstream, resolved)
+    if section is not None:
+        more = [*more, *downstream_problems(section)]
+    for place, text in [*problems, *((("downstream", *place), text) for place, text in more)]:
+        reader.add(place, text, over={"downstream": over})
+    reader.finish(())
+    assert section is not None, "else there is a problem"
+    return section
+
+
+def _read_runs(content: Tree, over: Tree, where: str) -> Recipe:
+    """The runs of a file."""
     if content.keys() & {"runs", "base", *sequence.SECTIONS}:
         return _read_recipe(content, over, where)
     if "runs" in over:

@@ -8,6 +8,7 @@ Shape letter: R labelled rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,12 +38,14 @@ class Predictions:
         predicted_R: the class of the largest probability, or the predicted number.
         confidence_R: float64, that probability; of numbers nothing.
         losses_R: float64, the cross entropy in nats, or the squared error.
+        classes: how many classes there are, also those that are no row's; None: those that occur.
     """
 
     labels_R: NDArray[Any]
     predicted_R: NDArray[Any]
     confidence_R: NDArray[np.float64]
     losses_R: NDArray[np.float64]
+    classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,17 @@ class TaskMetric:
         of: the labels that it is of; None: of either.
         higher_is_better: its direction.
         library: what it takes besides numpy.
+        worst: what stands for it where a checkpoint is selected by it and it is undefined (nan);
+            None: it never is.
+        binary: whether it is of two classes only.
     """
 
     compute: Callable[[Predictions], float]
     of: Labels | None = "classes"
     higher_is_better: bool = True
     library: str | None = None
+    worst: float | None = None
+    binary: bool = False
 
 
 def _loss(predictions: Predictions) -> float:
@@ -75,14 +83,16 @@ def _classes(predictions: Predictions) -> tuple[NDArray[np.int64], NDArray[np.in
 
 
 def _f1(average: str) -> Callable[[Predictions], float]:
-    """F1 over the classes that occur among the labels or what is predicted; ``macro``: the mean of
-    each class's, ``micro``: of all decisions together."""
+    """F1 over all classes; ``macro``: the mean of each class's, 0 of one that no row has or is
+    given; ``micro``: of all decisions together; ``binary``: that of the second class alone."""
 
     def compute(predictions: Predictions) -> float:
         from sklearn.metrics import f1_score
 
+        known = predictions.classes
+        labels = None if known is None or average == "binary" else np.arange(known)
         pair = _classes(predictions)
-        return float(f1_score(*pair, average=average, zero_division=0.0))
+        return float(f1_score(*pair, labels=labels, average=average, zero_division=0.0))
 
     return compute
 
@@ -94,17 +104,24 @@ def _matthews(predictions: Predictions) -> float:
 
 
 def _correlation(name: str) -> Callable[[Predictions], float]:
-    """A correlation of scipy's; 0 where either side does not vary, as Matthews' has it."""
+    """A correlation of scipy's: nan where either side does not vary, and minus infinity where what
+    is predicted is no number, which ends a run."""
 
     def compute(predictions: Predictions) -> float:
         pair = (predictions.labels_R, predictions.predicted_R)
+        if not np.isfinite(predictions.predicted_R).all():
+            return -math.inf
         if any(np.ptp(side_R) == 0 for side_R in pair):
-            return 0.0
+            return math.nan
         from scipy import stats
 
         return float(getattr(stats, name)(*pair).statistic)
 
     return compute
+
+
+def _mean_of(*computes: Callable[[Predictions], float]) -> Callable[[Predictions], float]:
+    return lambda predictions: sum(each(predictions) for each in computes) / len(computes)
 
 
 def _calibration_error(predictions: Predictions) -> float:
@@ -118,6 +135,8 @@ def _calibration_error(predictions: Predictions) -> float:
     return float(np.abs(gaps).sum() / len(right_R))
 
 
+_PEARSON, _SPEARMAN = _correlation("pearsonr"), _correlation("spearmanr")
+
 METRICS: dict[str, TaskMetric] = {
     "loss": TaskMetric(_loss, of=None, higher_is_better=False),
     "accuracy": TaskMetric(_accuracy),
@@ -125,13 +144,30 @@ METRICS: dict[str, TaskMetric] = {
     "macro_f1": TaskMetric(_f1("macro"), library="sklearn"),
     "micro_f1": TaskMetric(_f1("micro"), library="sklearn"),
     "matthews": TaskMetric(_matthews, library="sklearn"),
-    "pearson": TaskMetric(_correlation("pearsonr"), of="numbers", library="scipy"),
-    "spearman": TaskMetric(_correlation("spearmanr"), of="numbers", library="scipy"),
+    "f1": TaskMetric(_f1("binary"), library="sklearn", binary=True),
+    "accuracy_and_f1": TaskMetric(
+        _mean_of(_accuracy, _f1("binary")), library="sklearn", binary=True
+    ),
+    "pearson": TaskMetric(_PEARSON, of="numbers", library="scipy", worst=-1.0),
+    "spearman": TaskMetric(_SPEARMAN, of="numbers", library="scipy", worst=-1.0),
+    "pearson_and_spearman": TaskMetric(
+        _mean_of(_PEARSON, _SPEARMAN), of="numbers", library="scipy", worst=-1.0
+    ),
 }
 """By the names that settings and results give them."""
 
 MetricName = Literal[
-    "loss", "accuracy", "ece", "macro_f1", "micro_f1", "matthews", "pearson", "spearman"
+    "loss",
+    "accuracy",
+    "ece",
+    "macro_f1",
+    "micro_f1",
+    "matthews",
+    "f1",
+    "accuracy_and_f1",
+    "pearson",
+    "spearman",
+    "pearson_and_spearman",
 ]
 
 

@@ -6,6 +6,7 @@ before, when the next one is queued. Before it evaluates, saves or stops, it rea
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -307,8 +308,11 @@ class Trainer:
             with self._later():
                 self.engine.log({f"{name}/{k}": value for k, value in found.items()}, step)
         assert key in results, f"the method selects by {key}, which is none of {sorted(results)}"
-        refuse_non_finite(step, f"the evaluation's {key}", results[key])
-        return results[key]
+        value = results[key]
+        if math.isnan(value) and self.scored.undefined is not None:
+            return self.scored.undefined
+        refuse_non_finite(step, f"the evaluation's {key}", value)
+        return value
 
     def _save(self, score: float | None) -> None:
         dist.agree(self._unwritten)  # a run that went on from here would lack it

@@ -77,7 +77,7 @@ def test_further_rows_and_examples(tmp_path: Path) -> None:
     of = {"objective": "classification", "sources": [source]}
     folder = prepare(settings(tmp_path, **of))
     assert what_was_read(folder)[1].startswith("  tsv: 59 examples, ")
-    assert "1 without text skipped, the longest 6 characters; the first: oak 0" in "".join(
+    assert "1 incomplete skipped, the longest 6 characters; the first: oak 0" in "".join(
         what_was_read(folder)
     )
     opened = open_prepared(folder)

@@ -1,10 +1,13 @@
 """Fine-tuning: the losses of plain torch, its metrics over ranks, and what is refused by name."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from dskd.batch import IGNORE, TARGETS, UNLABELLED, Positions
+from dskd.engine.checkpoints import Selection
 from dskd.errors import ConfigError, DataError
 from dskd.methods.base import Method, build_method
 from dskd.settings.data import Data
@@ -57,7 +60,7 @@ def test_squared_error_of_numbers():
 
 
 def results(method: Method, *batches: tuple) -> dict[str, float]:
-    (metric,) = method.metrics(None)
+    (metric,) = method.metrics(SimpleNamespace(prepared=SimpleNamespace(classes=None)))
     values = [metric.values(positions, batch) for positions, batch, _ in batches]
     assert all(value.dtype == torch.float64 for value in values)
     return metric.results(np.concatenate([value.detach().numpy() for value in values]))
@@ -92,6 +95,24 @@ def test_accuracy_within_groups_of_classes():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("further", [False, True])
+def test_metrics_of_two_classes_are_refused_of_others(further):
+    method = finetune(further_metrics=["f1"]) if further else finetune(metric="f1")
+    setting = "further_metrics" if further else "metric"
+    three = SimpleNamespace(prepared=SimpleNamespace(classes=["a", "b", "c"]))
+    told = rf"^method\.{setting}: f1 is of two classes, but the rows have 3$"
+    with pytest.raises(ConfigError, match=told):
+        method.metrics(three)
+
+
+def test_macro_f1_is_over_all_classes_of_the_training_rows():
+    pytest.importorskip("sklearn")
+    positions, batch, _ = rows([0, 1], LOGITS[:2])
+    values = finetune(metric="macro_f1").row_metric({}, 4)
+    found = values.results(values.values(positions, batch).detach().numpy())
+    assert found["macro_f1"] == pytest.approx(2 / 4)  # two of four classes occur, both right
+
+
 def test_metrics_of_numbers():
     found = results(finetune(metric="loss"), rows([0, UNLABELLED], [[1.0], [9.0]], [3.0, 0.0]))
     assert found == {"loss": 4.0}
@@ -105,7 +126,14 @@ def test_rows_without_any_label_cannot_be_scored():
 @pytest.mark.parametrize(("metric", "higher"), [("accuracy", True), ("loss", False)])
 def test_its_metric_selects_in_its_direction(metric, higher):
     selection = finetune(metric=metric).selection()
+    assert selection.undefined is None
     assert (selection.metric, selection.higher_is_better) == (f"eval_{metric}", higher)
+
+
+@pytest.mark.parametrize("metric", ["pearson", "spearman", "pearson_and_spearman"])
+def test_an_undefined_correlation_is_the_worst_there_is(metric):
+    selection = finetune(metric=metric).selection()
+    assert selection == Selection(f"eval_{metric}", higher_is_better=True, undefined=-1.0)
 
 
 def check(method: Method, **columns: object) -> None:

@@ -32,8 +32,8 @@ def labelled(folder: Path, model: dict = BERT, **source) -> dict:
         ({"data": {"objective": "causal"}, "model": {"config": CAUSAL}},
          "data.sources.0.label: of data.objective classification, not causal"),
         ({"data": {"sources": [{"kind": "builtin"}]}},
-         "data.sources.0.kind: builtin has no labels; one of csv, tsv, jsonl, datasets, or builtin "
-         "with `label: module`, or another data.objective\n"
+         "data.sources.0.kind: builtin has no labels; one of csv, tsv, jsonl, datasets, glue, or "
+         "builtin with `label: module`, or another data.objective\n"
          "runs.only.data.labels: missing; no source has labels (label: COLUMN), so name the "
          "classes"),
         ({"data": {"objective": "causal", "sources": [{"kind": "builtin", "label": "module"}]},

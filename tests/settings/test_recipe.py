@@ -265,7 +265,7 @@ def test_home_is_expanded(monkeypatch):
          "teacher.domains.x.modle: no such setting; did you mean 'model'?"),
         ("data: {sources: [{path: x}]}",
          "data.sources.0.kind: missing; one of builtin, text, jsonl, datasets, fairseq, csv, "
-         "tsv, questions, squad, replayed"),
+         "tsv, glue, questions, squad, replayed"),
         ("data: {sources: [{kind: text}]}", "data.sources.0.path: missing"),
         ("data: {masking: {kind: hard}}",
          "data.masking.kind: 'hard' is not one of random, hard_tokens"),

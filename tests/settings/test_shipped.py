@@ -18,7 +18,9 @@ from dskd.settings.recipe import Recipe, read
 from dskd.settings.teachers import CachedTeacher, PanelTeacher
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-RECIPES = sorted(LAUNCH.rglob("*.yaml"))
+RECIPES = sorted(
+    p for p in LAUNCH.rglob("*.yaml") if p.relative_to(LAUNCH).parts[0] != "downstream"
+)
 KI = LAUNCH / "ki"
 WID = LAUNCH / "wid"
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from dskd.errors import ConfigError
 from dskd.tasks import metrics
 from dskd.tasks.metrics import METRICS, MetricName, Predictions, check_metric
+from tests.goldens import golden
 
 
 def predictions(labels: list, predicted: list, **more: list) -> Predictions:
@@ -64,8 +66,14 @@ def test_correlations():
 
 @pytest.mark.parametrize("name", ["pearson", "spearman"])
 @pytest.mark.parametrize("pair", [(X, [3.0] * 4), ([3.0] * 4, X), ([1.0], [2.0])])
-def test_a_correlation_with_what_does_not_vary_is_0(name, pair):
-    assert METRICS[name].compute(predictions(*pair)) == 0.0
+def test_a_correlation_with_what_does_not_vary_is_undefined(name, pair):
+    assert math.isnan(METRICS[name].compute(predictions(*pair)))
+    assert METRICS[name].worst == -1.0
+
+
+def test_a_correlation_with_what_is_no_number_ends_a_run():
+    """Not undefined: a student that predicts nan has diverged."""
+    assert METRICS["pearson"].compute(predictions(X, [1.0, 2.0, math.nan, 3.0])) == -math.inf
 
 
 def test_loss_is_the_mean():
@@ -88,6 +96,36 @@ def test_names_and_directions():
     assert list(get_args(MetricName)) == list(METRICS)
     lower = {name for name, metric in METRICS.items() if not metric.higher_is_better}
     assert lower == {"loss", "ece"}
+
+
+GOLDEN = golden("bridges/glue_metrics")
+
+
+@pytest.mark.parametrize("case", GOLDEN["classification"], ids=lambda case: case["name"])
+def test_scores_of_classes_are_the_libraries_own(case):
+    pytest.importorskip("sklearn")
+    about = predictions(case["y"], case["p"])
+    about = replace(about, classes=case["labels"])
+    names = {"micro_f1": "micro_f1", "macro_f1": "macro_f1_all_labels", "accuracy": "accuracy"}
+    if case["labels"] == 2:
+        names |= {"f1": "f1", "matthews": "mcc"}
+    for name, key in names.items():
+        assert METRICS[name].compute(about) == pytest.approx(case[key], abs=1e-12), name
+    if case["labels"] == 2:
+        both = METRICS["accuracy_and_f1"].compute(about)
+        assert both == pytest.approx((case["accuracy"] + case["f1"]) / 2, abs=1e-12)
+    seen = METRICS["macro_f1"].compute(replace(about, classes=None))
+    assert seen == pytest.approx(case["macro_f1_seen_labels"], abs=1e-12)
+
+
+@pytest.mark.parametrize("case", GOLDEN["regression"], ids=lambda case: case["name"])
+def test_correlations_are_the_libraries_own(case):
+    pytest.importorskip("scipy")
+    for name in ("pearson", "spearman", "pearson_and_spearman"):
+        wanted = case.get("mean_of_both" if "and" in name else name)
+        wanted = math.nan if wanted is None else wanted
+        found = METRICS[name].compute(predictions(case["y"], case["p"]))
+        assert found == pytest.approx(wanted, abs=1e-12, nan_ok=True), name
 
 
 @pytest.mark.parametrize(

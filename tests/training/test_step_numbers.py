@@ -120,6 +120,31 @@ def _trainer(events: list[str], case: Case) -> Trainer:
     return trainer
 
 
+def scores_of(rank: int, score: float, undefined: float | None) -> float | str:
+    """What a checkpoint keeps of an evaluation that comes to ``score``."""
+    del rank
+    trainer = _trainer([], Case())
+    trainer.scored = Selection("eval_x", higher_is_better=True, undefined=undefined)
+    trainer.evaluate = lambda: {"eval": {"x": score}}
+    try:
+        return trainer._score()
+    except NonFiniteError as problem:
+        return str(problem)
+
+
+@pytest.mark.parametrize(
+    ("score", "undefined", "wanted"),
+    [
+        (0.5, -1.0, 0.5),
+        (math.nan, -1.0, -1.0),
+        (-math.inf, -1.0, "step 0: the evaluation's eval_x is -inf; the last checkpoint is intact"),
+        (math.nan, None, "step 0: the evaluation's eval_x is nan; the last checkpoint is intact"),
+    ],
+)
+def test_an_undefined_score_is_the_worst_and_no_mistake(score, undefined, wanted):
+    assert run_ranks(scores_of, score, undefined, world=1) == [wanted]
+
+
 def ran(**about: int) -> tuple[list[str], str]:
     return run_ranks(events_of, Case(**about), world=1)[0]
 

@@ -1,0 +1,1 @@
+"""Tests of minimal pairs, and of grids of fine-tuning."""

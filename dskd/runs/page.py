@@ -3,14 +3,15 @@ reader's screen is, and readable on a narrow one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from dskd.system.files import write_atomic
 from dskd.system.markup import MOST_TEXTS
 
 
-def write_page(path: Path, body: str) -> None:
-    """Write a page.
+def write_page(path: Path, parts: Iterable[str]) -> Path:
+    """Write a page of pieces of HTML, of which empty ones are left out; its path is given back.
 
     Raises:
         DiskError: it cannot be written.
@@ -19,12 +20,13 @@ def write_page(path: Path, body: str) -> None:
     parts = {
         "@HEADS@": ", ".join(f".text{n} tr > :nth-child({n})" for n in places),
         "@CELLS@": ", ".join(f".text{n} td:nth-child({n})" for n in places),
-        "@BODY@": body,
+        "@BODY@": "\n".join(filter(None, parts)),
     }
     page = _PAGE
     for mark, text in parts.items():
         page = page.replace(mark, text)
     write_atomic(path, page.encode(), "the report")
+    return path
 
 
 _PAGE = """<!doctype html>

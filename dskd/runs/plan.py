@@ -26,7 +26,8 @@ from dskd.runs.downstream import downstream_section
 from dskd.runs.earlier_stages import refuse_missing_stages, refuse_unread
 from dskd.runs.history import read_history
 from dskd.runs.leftovers import remove_leftovers
-from dskd.runs.report import ReportSection, print_table, write_page, write_report
+from dskd.runs.page import write_page
+from dskd.runs.report import ReportSection, print_table, write_report
 from dskd.runs.sequences import (
     ScoreMatrix,
     print_sequences,
@@ -270,7 +271,7 @@ def report_downstream(recipe: Recipe) -> Path:
     :func:`report` does, or alone."""
     runs = {n: run.out for n, run in recipe.runs.items() if folder_of(run).summary.exists()}
     if not runs:
-        return write_page(recipe.out, [downstream_section(recipe.out)])
+        return write_page(RunFolder(recipe.out).report, [downstream_section(recipe.out)])
     control = CONTROL if CONTROL in runs else None
     read_back = _read_back(runs)
     sequences = sequences_of(read_back)

@@ -156,14 +156,7 @@ def write_report(
         parts += [f"<h1>{html.escape(group.why)}</h1>"] if group.why else []
         own = {name: runs[name] for name in group.names}
         parts += _parts(own, group.control(control), sections, group.compared)
-    return write_page(folder, parts)
-
-
-def write_page(folder: Path, parts: Sequence[str]) -> Path:
-    """Write ``folder/report.html`` of pieces of HTML."""
-    path = RunFolder(folder).report
-    write_page(path, "\n".join(filter(None, parts)))
-    return path
+    return write_page(RunFolder(folder).report, parts)
 
 
 def _parts(

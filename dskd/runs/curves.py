@@ -69,17 +69,27 @@ def curves(title: str, panels: Panels, look: Look = Look()) -> str:
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     styles = {name: _style(n, dashed=name in look.dashed) for n, name in enumerate(names)}
     drawn = {name for lines in panels.values() for name, points in lines.items() if points}
-    figures = [
-        f"<figure>{_svg(_panel(lines, styles, look), f'{title} {name}')}"
-        f"<figcaption>{html.escape(name)}</figcaption></figure>"
-        for name, lines in panels.items()
-    ]
+    panels_of = {name: _panel(lines, styles, look) for name, lines in panels.items()}
     legend = "".join(_entry(name, *style) for name, style in styles.items() if name in drawn)
-    kind, text = "panels large" if look.large else "panels", "\n".join(figures)
-    return (
-        f'<h2>{html.escape(title)}</h2>\n<ul class="legend">{legend}</ul>\n'
-        f'<div class="{kind}">\n{text}\n</div>'
+    return figures(title, panels_of, f'<ul class="legend">{legend}</ul>\n', large=look.large)
+
+
+def figures(
+    title: str, panels: Mapping[str, Figure], legend: str = "", *, large: bool = False
+) -> str:
+    """HTML of figures by their captions, below a heading and maybe a legend of all.
+
+    Args:
+        panels: drawn in matplotlib's own cycle of colours, black, and greys.
+        large: one in a line, in letters of the same size.
+    """
+    shown = "\n".join(
+        f"<figure>{_svg(figure, f'{title} {name}')}"
+        f"<figcaption>{html.escape(name)}</figcaption></figure>"
+        for name, figure in panels.items()
     )
+    kind = "panels large" if large else "panels"
+    return f'<h2>{html.escape(title)}</h2>\n{legend}<div class="{kind}">\n{shown}\n</div>'
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from dskd.runs.curves import figures
 from dskd.runs.history import read_object
-from dskd.runs.report import image, print_rows
+from dskd.runs.report import print_rows
 from dskd.system.markup import html_table
 
 RESULT = "downstream.json"
@@ -42,7 +43,11 @@ def downstream_section(folder: Path) -> str:
     parts = ["<h1>Downstream</h1>", *(html_table(*table) for table in _tables(result))]
     parts += [f"<p>{html.escape(line)}</p>" for line in _foot(result)]
     if result["tasks"]:
-        parts.append(image("Scores of single seeds", _figure(result)))
+        panels = {
+            f"{name}: {told['headline'].replace('_', ' ')}": _panel(told)
+            for name, told in result["tasks"].items()
+        }
+        parts.append(figures("Scores of single seeds", panels))
     return "\n".join(parts)
 
 
@@ -125,28 +130,17 @@ def _foot(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _figure(result: Mapping[str, Any]) -> Figure:
-    """Of each task a panel with a dot for each seed of each model."""
-    tasks = result["tasks"]
-    columns = min(len(tasks), 3)
-    lines = -(-len(tasks) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes in panels[len(tasks) :]:
-        axes.set_axis_off()
-    for axes, (name, told) in zip(panels, tasks.items(), strict=False):
-        _panel(axes, name, told)
-    return figure
-
-
-def _panel(axes: Any, name: str, told: Mapping[str, Any]) -> None:
+def _panel(told: Mapping[str, Any]) -> Figure:
+    """Of a task a dot for each seed of each model, and a line at their mean."""
+    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
+    axes = figure.subplots()
     for place, of in enumerate(told["models"].values()):
         spread = of["scores"][told["headline"]]
         values: Sequence[float] = [value for value in spread["values"] if value is not None]
-        axes.plot([place] * len(values), values, ".", alpha=0.7)
+        axes.plot([place] * len(values), values, ".")
         if spread["mean"] is not None:
-            axes.plot([place - 0.2, place + 0.2], [spread["mean"]] * 2, color="0.3", linewidth=1.2)
+            axes.plot([place - 0.2, place + 0.2], [spread["mean"]] * 2, color="0.5", linewidth=1.2)
     axes.set_xticks(range(len(told["models"])), list(told["models"]), fontsize=_SMALL)
     axes.set_xlim(-0.6, len(told["models"]) - 0.4)
-    axes.set_title(f"{name}: {told['headline'].replace('_', ' ')}", fontsize=10)
     axes.grid(axis="y", alpha=0.25)
+    return figure

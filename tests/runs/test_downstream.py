@@ -54,7 +54,7 @@ def test_the_section_of_the_report(tmp_path):
         assert cell in page, cell
     assert "sts: reported on the very rows that selected" in page
     assert "arc&lt;: reported" not in page and "arc&lt;, sts" not in page
-    assert page.count("<img ") == 1 and page.count("<table>") == 4
+    assert page.count("<figure><svg ") == 2 and page.count("<table") == 4
 
 
 def test_the_tables_on_the_terminal(capsys):

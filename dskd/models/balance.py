@@ -63,14 +63,22 @@ class Balance:
         Raises:
             ConfigError: the student puts out none.
         """
-        if not positions.routers:
+        self.check(positions.routers)
+        loss_B = row_balance(positions.routers, batch.mask_BT, self.chosen)
+        total = (loss_B * batch.supervised_BT.sum(1)).sum()
+        return Term(self.coefficient * total, {BALANCE: total.detach()})
+
+    def check(self, routers: Sequence[Tensor] | None) -> None:
+        """Refuse a student that puts out no logits of its routers.
+
+        Raises:
+            ConfigError: ``routers``, which it puts out, are none.
+        """
+        if not routers:
             raise ConfigError(
                 f"model.config.{_COEFFICIENT}: {self.coefficient}, but a {self.model_type} puts "
                 f"out no logits of its routers here; set it to 0"
             )
-        loss_B = row_balance(positions.routers, batch.mask_BT, self.chosen)
-        total = (loss_B * batch.supervised_BT.sum(1)).sum()
-        return Term(self.coefficient * total, {BALANCE: total.detach()})
 
 
 def balance_of(config: PreTrainedConfig) -> Balance | None:

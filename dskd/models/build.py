@@ -28,6 +28,7 @@ from dskd.data.foreign import raised_as
 from dskd.data.tokenizers import check_same_vocabulary, further_ids
 from dskd.engine.zero import is_sharded, sharded_construction
 from dskd.errors import ConfigError
+from dskd.models.balance import balance_of
 from dskd.models.configs import (
     check_shape,
     check_vocabulary,
@@ -130,6 +131,7 @@ def check_model(
     objective: ObjectiveName,
     block_size: int,
     where: str,
+    trained: bool = False,
 ) -> None:
     """Refuse a config that makes no model, without making one: it runs without memory.
 
@@ -137,6 +139,7 @@ def check_model(
         config: of :func:`~dskd.models.configs.config_of`.
         settings: the settings that it is of.
         objective, block_size, where: see :func:`build`.
+        trained: whether it is a student, which must have the balance loss that its config asks for.
 
     Raises:
         ConfigError: as :func:`build` does; whatever else HuggingFace raises about the config.
@@ -144,6 +147,7 @@ def check_model(
     check_shape(config, objective, block_size, where)
     if config.num_hidden_layers < 1:
         raise ConfigError(f"{where}: its config says {config.num_hidden_layers} layers")
+    balance = balance_of(config) if trained else None
     problem = f"{where}: its config makes no model"
     with raised_as(ConfigError, problem), torch.device("meta"):
         attention, trust = settings.attention, settings.trust_remote_code
@@ -152,8 +156,13 @@ def check_model(
         projection_of(model)
         compute_without_values(model)
         # Else what is wrong with its sizes shows as it is made, or never.
-        if not reads_values(config):
-            model(torch.zeros(1, 2, dtype=torch.long))
+        if reads_values(config):
+            return
+        ids_BT = torch.zeros(1, 2, dtype=torch.long)
+        model(ids_BT)
+        if balance is not None:
+            out = model.base_model(input_ids=ids_BT, output_router_logits=True)
+            balance.check(getattr(out, "router_logits", None))
 
 
 def check_random(settings: Model, *, objective: ObjectiveName, block_size: int, where: str) -> None:

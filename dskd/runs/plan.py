@@ -148,7 +148,7 @@ def _check_student(recipe: Recipe, methods: Mapping[str, Method], name: str) -> 
     try:
         config = _starts_as(recipe, methods, name)
         if config is not None:
-            check_model(config, run.model, **_rows_of(run), where="model")
+            check_model(config, run.model, **_rows_of(run), where="model", trained=True)
         methods[name].check(run, config)
         check_average(run, methods[name])
         check_export(run, methods[name])

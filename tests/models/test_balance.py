@@ -10,9 +10,11 @@ from dskd.batch import Batch, Positions, Signal, Term
 from dskd.errors import ConfigError
 from dskd.methods.lm import LanguageModelling
 from dskd.models.balance import balance_of, row_balance
+from dskd.models.build import check_model
+from dskd.models.configs import config_of
 from dskd.models.families import positions_of
 from dskd.training.objective import Objective
-from tests.models.tiny import batch, make
+from tests.models.tiny import BLOCK, batch, make, settings, tokenizer
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe"]
 METHOD = LanguageModelling(kind="lm")
@@ -163,3 +165,16 @@ def test_a_model_without_routers_is_refused_and_not_trained_without_a_balance() 
     student.config.router_aux_loss_coef, student.config.num_experts_per_tok = 0.01, 2
     with pytest.raises(ConfigError, match=r"0\.01, but a llama puts out no logits of its routers"):
         Objective(student, METHOD, None)(batch(2), 0)
+
+
+@pytest.mark.parametrize("change", [{"mlp_only_layers": [0, 1]}, {"router_aux_loss_coef": -1.0}])
+def test_a_student_without_its_balance_is_refused_before_anything_is_made(change: dict) -> None:
+    """A teacher with the same config is not: it has no balance."""
+    chosen = settings("qwen3_moe", **change)
+    data = {"objective": "causal", "block_size": BLOCK, "where": "model"}
+    config = config_of(chosen, where="model", tokenizer=tokenizer())
+    check_model(config, chosen, **data)
+    with pytest.raises(ConfigError, match=r"^model\.config\.router_aux_loss_coef: "):
+        check_model(config, chosen, **data, trained=True)
+    good = settings("qwen3_moe")
+    check_model(config_of(good, where="model", tokenizer=tokenizer()), good, **data, trained=True)

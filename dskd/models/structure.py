@@ -162,7 +162,8 @@ def _padding_position(config: PreTrainedConfig) -> int | None:
     with torch.device("meta"):
         body = MODEL_MAPPING[type(config)](small)
     for name, module in body.named_modules():
-        found = isinstance(module, nn.Embedding) and module.padding_idx is not None
+        # I-BERT has a class of its own for embeddings.
+        found = getattr(module, "padding_idx", None) is not None
         if found and "position_embeddings" in name:
             return _ITS_PADDING if module.padding_idx == own else module.padding_idx
     return None

@@ -266,8 +266,10 @@ def test_positions_that_are_counted_past_padding():
     esm = {**FAMILIES["esm"], "position_embedding_type": "absolute"}
     esm = AutoConfig.for_model("esm", vocab_size=43, pad_token_id=1, **esm)
     mpnet = AutoConfig.for_model("mpnet", vocab_size=43, pad_token_id=0, **FAMILIES["mpnet"])
-    several = (esm, mpnet, tiny_config("bert"))
-    assert [padding_position(config) for config in several] == [1, 1, None]
+    ibert = AutoConfig.for_model("ibert")
+    several = (esm, mpnet, ibert, tiny_config("bert"))
+    assert [padding_position(config) for config in several] == [1, 1, 1, None]
+    assert longest_row(ibert) == 512 - 2
     far = AutoConfig.for_model("camembert", pad_token_id=200)
     assert padding_position(far) == 200 and longest_row(far) == 512 - 201
     tok = tokenizer()

@@ -98,7 +98,8 @@ def _found(config: PreTrainedConfig) -> Head | Unusual | MakesNone:
     key = (type(config), _key(config))
     if key not in _HEADS:
         try:
-            _HEADS[key] = _discover(config)
+            with torch.device("cpu"):  # whoever asks may be making a model without memory
+                _HEADS[key] = _discover(config)
         except (Unusual, MakesNone) as reason:
             _HEADS[key] = reason
     return _HEADS[key]
@@ -112,9 +113,13 @@ _OF_NO_HEAD = re.compile(
 
 
 def _key(config: PreTrainedConfig) -> str:
-    fields = config.to_dict().items()
-    kept = {name: value for name, value in fields if not _OF_NO_HEAD.fullmatch(name)}
-    return json.dumps(kept, sort_keys=True, default=str)
+    return json.dumps(_of_head(config.to_dict()), sort_keys=True, default=str)
+
+
+def _of_head(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those of a config's fields that a head may differ by, and of the configs in it (MPT's)."""
+    kept = {name: value for name, value in fields.items() if not _OF_NO_HEAD.fullmatch(name)}
+    return {n: _of_head(value) if isinstance(value, dict) else value for n, value in kept.items()}
 
 
 def reads_values(config: PreTrainedConfig) -> bool:

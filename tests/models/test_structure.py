@@ -315,6 +315,18 @@ def test_a_config_whose_forward_pass_reads_values_is_checked_without_them():
         check_model(config, settings, objective=objective, block_size=16, where="model")
 
 
+def test_a_head_is_found_while_a_model_without_memory_is_made(monkeypatch):
+    """MPT writes the type of its weights into a config within its own, Longformer its windows; a
+    head that is looked for then is not found on ``meta``, where nothing can be proved."""
+    monkeypatch.setattr(structure, "_HEADS", {})
+    settings = _settings("mpt")
+    config = config_of(settings, where="model")
+    check_model(config, settings, objective="causal", block_size=16, where="model")
+    assert len(structure._HEADS) == 1
+    with torch.device("meta"):
+        assert language_head(tiny_config("bloom"), "model").projection == "lm_head"
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_the_weight_of_relative_positions_is_used_outside_of_its_module(name):
     """ZeRO-3 has to be told of it."""

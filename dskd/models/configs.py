@@ -15,6 +15,7 @@ from dskd.errors import ConfigError
 from dskd.models.families import head_of, is_causal, longest_row, positions_field, refuse_unknown
 from dskd.models.heads import ObjectiveName
 from dskd.models.overrides import known_fields, random_config, with_own
+from dskd.models.shrinking import VOCABULARY
 from dskd.models.structure import padding_position
 from dskd.models.weight_files import folder_at_hand, local_folder, refuse_quantised
 from dskd.settings.model import Model
@@ -126,16 +127,21 @@ def stored_folder(settings: Model, where: str) -> Path | None:
 def _random_config(
     settings: Model, where: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedConfig:
-    """The config of a random model; without a tokenizer its vocabulary is HuggingFace's default."""
+    """The config of a random model; without a tokenizer its vocabulary is HuggingFace's default,
+    or small where there is none."""
     fields = dict(settings.config)
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ConfigError(f"{where}.config.model_type: needed without {where}.path")
     refuse_unknown(model_type, f"{where}.config.model_type")
     given: dict[str, int | None] = {}
-    if tokenizer is not None:
-        special = _special_ids(tokenizer, is_causal(model_type))
-        known = known_fields(type(AutoConfig.for_model(model_type)))
+    causal, default = is_causal(model_type), AutoConfig.for_model(model_type)
+    if tokenizer is None:
+        if default.vocab_size is None:  # ESM has none, and asks where padding is: let them be any
+            given |= {"vocab_size": VOCABULARY, "pad_token_id": 0}
+    else:
+        special = _special_ids(tokenizer, causal)
+        known = known_fields(type(default))
         given = {name: value for name, value in special.items() if name in known}
         multiple = settings.vocab_multiple
         given["vocab_size"] = -(-vocabulary_size(tokenizer) // multiple) * multiple

@@ -307,8 +307,9 @@ def test_continuations_are_the_likeliest_tokens_of_the_logits_here(name):
 
 
 def test_a_config_whose_forward_pass_reads_values_is_checked_without_them():
-    """Mixtures of experts, and DeBERTa, have none without memory."""
-    for name in ("mixtral", "deberta-v2", "llama"):
+    """Mixtures of experts, and DeBERTa, have none without memory; ESM's has no default vocabulary
+    or padding."""
+    for name in ("mixtral", "deberta-v2", "llama", "esm"):
         settings = _settings(name)
         config = config_of(settings, where="model")
         objective = language_objective(config.model_type)

@@ -190,6 +190,8 @@ def _discover(config: PreTrainedConfig) -> Head:
         )
     if type(config) not in LANGUAGE[objective]:
         raise Unusual(f"its config is a {type(config).__name__} of its folder's own code")
+    if type(config) not in MODEL_MAPPING:
+        raise Unusual("transformers has no class of its body alone")
     return _of_copies(config, LANGUAGE[objective][type(config)], objective)
 
 

@@ -328,6 +328,11 @@ def test_a_head_is_found_while_a_model_without_memory_is_made(monkeypatch):
         assert language_head(tiny_config("bloom"), "model").projection == "lm_head"
 
 
+def test_a_type_whose_body_has_no_class_is_refused():
+    with pytest.raises(ConfigError, match="trocr: transformers has no class of its body alone"):
+        language_head(AutoConfig.for_model("trocr"), "model")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_the_weight_of_relative_positions_is_used_outside_of_its_module(name):
     """ZeRO-3 has to be told of it."""

@@ -28,6 +28,7 @@ from dskd.system.files import fingerprint, read_manifest, write_atomic, write_ma
 _ENDINGS = ("jsonl", "tsv", "csv")
 _PACKED = ("", ".gz", ".zst")
 _RESULT = "result.json"
+_BEGUN = "begun.json"
 _DIVERGED = re.compile(r"^error: step \d+: .*; the last checkpoint is intact$", re.MULTILINE)
 _SELECTS = "eval"
 HELD_OUT = "holdout"
@@ -209,7 +210,22 @@ class Trial:
         return Scored(self.lr, self.seed, _number(found["selecting"]), reported, found["failed"])
 
     def prepare(self) -> None:
-        """Write the settings file of its run."""
+        """Write the settings file of its run, and what that is begun with.
+
+        Raises:
+            ConfigError: steps were taken with other settings, another model or other rows. A run
+                would go on from them with another length or warm-up, and knows no other weights.
+            CheckpointError: the file that says so is damaged.
+        """
+        begun = self.folder / _BEGUN
+        if self.run.checkpoints.exists():
+            found = read_manifest(begun, CheckpointError) if begun.exists() else {"of": None}
+            if found["of"] != self.print:
+                raise ConfigError(
+                    f"{self.run.path}: begun with other settings, rows or another model than now; "
+                    f"delete {self.folder} to begin anew, or set them back"
+                )
+        write_manifest(begun, {"of": self.print}, "what a trial is begun with")
         write_atomic(self.file, dump(self.settings).encode())
 
     def settled(self) -> Run:

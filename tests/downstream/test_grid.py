@@ -157,6 +157,24 @@ def test_results_of_other_settings_or_rows_are_refused(tmp_path, model, in_forks
     assert len(in_forks) == 1
 
 
+def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path, model, in_forks):
+    """A run by itself takes another length for the steps to come, and a stored model as it is."""
+    table(tmp_path / "words")
+    path = settings(tmp_path, model, lr=[5e-3])
+    trial = grid.Grid(read(path).downstream, tmp_path / "out").trials[0]
+    other = grid.Grid(read(path, ["downstream.epochs=4"]).downstream, tmp_path / "out")
+    other.trials[0].prepare()
+    trial.prepare()  # no step is taken yet
+    trial.run.checkpoints.mkdir(parents=True)
+    trial.prepare()
+    with pytest.raises(ConfigError, match=r"0\.005-1/run: begun with other settings, rows or"):
+        other.carry_out()
+    (trial.folder / "begun.json").unlink()
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        trial.prepare()
+    assert not in_forks
+
+
 def test_a_twin_a_holdout_and_pairs_beside_each_other(tmp_path, model, in_forks, capsys):
     """Two models on a task without a dev file, and on minimal pairs."""
     table(tmp_path / "words", splits="train")
@@ -352,6 +370,9 @@ def test_a_recipe_names_the_models_of_its_runs(tmp_path, capsys):
     assert main(["settings", str(path), "downstream.seeds=[7]"]) == 0
     shown = capsys.readouterr().out.split("--- # of dskd downstream\n")[1]
     assert yaml.safe_load(shown)["downstream"]["seeds"] == [7]
+    path.write_text(dump({"base": base, "runs": {"downstream": runs["a"]}, "downstream": section}))
+    with pytest.raises(ConfigError, match=r"runs\.downstream: its folder is that of the section"):
+        read(path, ["downstream.models.it.path=x"])
     _say_rest([str(path)], True)
     _say_rest([str(path)], False)
     assert capsys.readouterr().out == f"its section downstream: dskd downstream {path}\n"

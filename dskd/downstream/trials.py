@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.data.examples import examples
-from dskd.data.labelled import label_set
+from dskd.data.labelled import LabelSet, label_set
 from dskd.downstream.summary import Scored
 from dskd.errors import CheckpointError, ConfigError
 from dskd.runs.confusion import read_counts
@@ -106,12 +106,10 @@ def restricted(task: DownstreamTask, splits: Splits, folder: Path) -> Splits:
     """
     if task.labels is None or not splits.others:
         return splits
-    labels = task.model_dump(mode="json")["labels"]
-    own = {"objective": "classification", "sources": splits.train, "labels": labels}
-    taken = label_set(parse(Data, own))
+    taken = classes_of(task, splits)
     others: dict[str, list[Tree]] = {}
     for name, trees in splits.others.items():
-        sources = parse(Data, own | {"sources": trees}).labelled_sources
+        sources = parse(Data, _rows(task, trees)).labelled_sources
         every = chain.from_iterable(map(examples, sources))
         kept = [example for example in every if taken.takes(example)]
         rows = [{"text": e.text, "pair": e.pair, "label": e.label} for e in kept]
@@ -120,6 +118,20 @@ def restricted(task: DownstreamTask, splits: Splits, folder: Path) -> Splits:
         about = {"kind": "jsonl", "path": str(folder / f"{name}.jsonl"), "label": "label"}
         others[name] = [about | ({"pair": "pair"} if any(row["pair"] for row in rows) else {})]
     return replace(splits, others=others)
+
+
+def classes_of(task: DownstreamTask, splits: Splits) -> LabelSet:
+    """The classes that a task's training rows have, which are read for it.
+
+    Raises:
+        ConfigError, DataError: see :func:`~dskd.data.labelled.label_set`.
+    """
+    return label_set(parse(Data, _rows(task, splits.train)))
+
+
+def _rows(task: DownstreamTask, sources: list[Tree]) -> Tree:
+    own = {"objective": "classification", "sources": sources}
+    return own | {"labels": task.model_dump(mode="json")["labels"]}
 
 
 def _file(folder: Path, split: str) -> Path | None:

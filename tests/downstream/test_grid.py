@@ -189,7 +189,7 @@ def test_a_twin_a_holdout_and_pairs_beside_each_other(tmp_path, model, in_forks,
     assert "words: reported on the very rows that selected" in capsys.readouterr().out
     of = found["pairs"]["minimal_pairs"]
     assert of["one"]["random"] == of["random"]["random"] == of["random"]["accuracy"]
-    assert in_forks[2:] == ["one, minimal_pairs", "random, minimal_pairs"]
+    assert in_forks[:2] == ["one, minimal_pairs", "random, minimal_pairs"]
     assert downstream(path) == found and len(in_forks) == 4
 
 
@@ -314,6 +314,7 @@ def test_metrics_are_known_by_name(tmp_path, model):
     ("changes", "told"),
     [
         ({"lr": [1e-3, 1e-3]}, r"downstream\.lr: \[0\.001, 0\.001\] has one twice"),
+        ({"lr": [1e-3, 1.0000001e-3]}, r"downstream\.lr: .* has one twice"),
         ({"batch": 8, "micro_batch": 3}, r"downstream\.batch: 8 is not a multiple of micro_batch"),
         ({"tasks": [{"task": "rte", "path": "x"}] * 2}, r"tasks\.1\.name: another task is called"),
         ({"tasks": [{"task": "rte", "path": "x", "text": ["a"]}]},
@@ -340,10 +341,16 @@ def test_settings_that_contradict_themselves(tmp_path, changes, told):
         read(path)
 
 
-def test_a_file_without_runs_is_not_trained(tmp_path, model):
+def test_a_file_without_runs_is_shown_but_not_trained(tmp_path, model, capsys):
     table(tmp_path / "words")
+    path = settings(tmp_path, model)
     with pytest.raises(ConfigError, match="no run is in the file; `dskd downstream FILE`"):
-        check_settings(read(settings(tmp_path, model)), 1)
+        check_settings(read(path), 1)
+    assert main(["settings", str(path)]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["out"] == str(tmp_path / "out") and shown["downstream"]["batch"] == 8
+    with pytest.raises(ConfigError, match="out: a=b: a name without ="):
+        grid.Grid(read(path).downstream, Path("a=b"))
     empty = tmp_path / "runs.yaml"
     run = {"out": "x", "method": {"kind": "lm"}, "model": {"config": {"model_type": "bert"}}}
     empty.write_text(dump(run | {"data": {"sources": [{"kind": "builtin"}]}}))
@@ -382,6 +389,45 @@ def test_a_recipe_names_the_models_of_its_runs(tmp_path, capsys):
 def test_shipped_grids_are_read(name):
     found = read(ROOT / f"launch/downstream/{name}.yaml")
     assert len(found.downstream.tasks) == {"glue": 8, "small": 5}[name] and not found.runs
+
+
+def test_metrics_of_two_classes_are_refused_of_more(tmp_path, model):
+    mnli = {"task": "mnli", "path": str(GLUE / "MNLI"), "further_metrics": ["f1"]}
+    path = settings(tmp_path, model, tasks=[mnli])
+    told = r"downstream\.tasks\.0: f1 is of two classes, but the rows have 3"
+    with pytest.raises(ConfigError, match=told):
+        grid.Grid(read(path).downstream, tmp_path / "out")
+
+
+def test_the_average_of_glue_is_of_its_own_metrics(tmp_path, model, monkeypatch):
+    """A loss, or a task that is there twice, is no part of it."""
+    names = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]
+    folders = ["CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI", "QNLI", "RTE"]
+    tasks = [{"task": n, "path": str(GLUE / f)} for n, f in zip(names, folders, strict=True)]
+    monkeypatch.setattr(grid.Grid, "_check_runs", lambda self: None)  # which take scikit-learn
+
+    def average(*changed: dict) -> dict:
+        path = settings(tmp_path, model, tasks=[*tasks[:-1], *changed])
+        made = grid.Grid(read(path).downstream, tmp_path / "out")
+        scores = {
+            f"{s}_{m}": {"mean": 0.5}
+            for s in ("dev", "mismatched")
+            for m in ("accuracy", "matthews", "accuracy_and_f1", "pearson_and_spearman", "loss")
+        }
+        told = {
+            task.own_name: {
+                "task": task.task,
+                "metric": task.scores[0],
+                "models": {"one": {"scores": scores}},
+            }
+            for task in made.section.tasks
+        }
+        return made._glue(told)
+
+    of = {"over": "8 tasks, without WNLI", "average": 0.5}
+    assert average(tasks[-1]) == {"one": of}
+    assert average(tasks[-1] | {"metric": "loss"}) == {}
+    assert average(tasks[-1], tasks[-1] | {"name": "again"}) == {}
 
 
 def test_what_a_task_of_glue_selects_and_reports_by():

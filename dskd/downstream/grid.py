@@ -96,6 +96,9 @@ class Grid:
         children += [self._child(trial) for trial in self.trials if trial.result() is None]
         done = len(self.trials) + len(self.models) * len(self._asked) - len(children)
         say(f"downstream: {len(children)} trials to do, {done} done: {self.folder}")
+        gone = sum(t.result() is not None and not t.run.path.exists() for t in self.trials)
+        if self.section.keep and gone:
+            say(f"downstream.keep: of {gone} trials that are done no run was kept, nor is one made")
         run_all(children, self.section.jobs or default_jobs(), say)
         return self.result()
 

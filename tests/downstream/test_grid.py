@@ -121,7 +121,7 @@ def test_labels_that_say_nothing_are_not_learnt(tmp_path, model, in_forks):
     )
 
 
-def test_a_stopped_grid_goes_on_trial_by_trial(tmp_path, model, in_forks):
+def test_a_stopped_grid_goes_on_trial_by_trial(tmp_path, model, in_forks, capsys):
     table(tmp_path / "words")
     path = settings(tmp_path, model, seeds=[1, 2], epochs=1)
     whole = downstream(path)
@@ -137,6 +137,9 @@ def test_a_stopped_grid_goes_on_trial_by_trial(tmp_path, model, in_forks):
         touched = file.stat().st_mtime_ns != before[file]
         assert touched == (file.parent == results[2].parent), file
     assert downstream(path) == whole and len(in_forks) == 5  # nothing is left to do
+    capsys.readouterr()
+    assert downstream(path, "downstream.keep=true") == whole
+    assert "of 4 trials that are done no run was kept" in capsys.readouterr().out
 
 
 def test_results_of_other_settings_or_rows_are_refused(tmp_path, model, in_forks):

@@ -24,7 +24,14 @@ from dskd.data.stored_tokenizer import stored_tokenizer
 from dskd.data.tokenizers import tokenizer_fingerprint
 from dskd.downstream.processes import Child, default_jobs, run_all
 from dskd.downstream.summary import LEAST, comparisons, glue_average, summary
-from dskd.downstream.trials import Splits, Trial, restricted, settings_of, splits_of
+from dskd.downstream.trials import (
+    Splits,
+    Trial,
+    classes_of,
+    restricted,
+    settings_of,
+    splits_of,
+)
 from dskd.errors import CheckpointError, ConfigError, DskdError
 from dskd.methods.base import build_method
 from dskd.models.build import build, model_fingerprint
@@ -36,7 +43,13 @@ from dskd.models.writing import export
 from dskd.runs.plan import check
 from dskd.settings.checks import check_settings
 from dskd.settings.data import Source
-from dskd.settings.downstream import GLUE_TASKS, Downstream, DownstreamModel, DownstreamTask
+from dskd.settings.downstream import (
+    GLUE_TASKS,
+    Downstream,
+    DownstreamModel,
+    DownstreamTask,
+    default_metric,
+)
 from dskd.settings.model import Model
 from dskd.settings.parsing import nearest
 from dskd.settings.recipe import SINGLE, Recipe
@@ -78,10 +91,14 @@ class Grid:
 
     def carry_out(self) -> dict[str, Any]:
         """Do what is not done yet; everything that is known then."""
-        children = [self._child(trial) for trial in self.trials if trial.result() is None]
-        children += self._pair_children()
+        # Pairs first: they are quick, and what is wrong with a file is found before any training.
+        children = [*self._pair_children()]
+        children += [self._child(trial) for trial in self.trials if trial.result() is None]
         done = len(self.trials) + len(self.models) * len(self._asked) - len(children)
         say(f"downstream: {len(children)} trials to do, {done} done: {self.folder}")
+        gone = sum(t.result() is not None and not t.run.path.exists() for t in self.trials)
+        if self.section.keep and gone:
+            say(f"downstream.keep: of {gone} trials that are done no run was kept, nor is one made")
         run_all(children, self.section.jobs or default_jobs(), say)
         return self.result()
 
@@ -98,6 +115,8 @@ class Grid:
     # ---- before anything is trained --------------------------------------------------------------
 
     def _refuse(self) -> None:
+        if "=" in str(self.folder):  # the trials' files would be read as settings
+            raise ConfigError(f"out: {self.folder.parent}: a name without = , please")
         for task in self._trained:
             names = [*([task.metric] if task.metric else []), *task.further_metrics]
             for name in names:
@@ -141,9 +160,14 @@ class Grid:
         return twin
 
     def _trials_of(self, task: DownstreamTask) -> Iterator[Trial]:
-        splits = splits_of(task, self._where[task.own_name])
-        splits = restricted(task, splits, self.folder / "_files" / task.own_name)
+        where = self._where[task.own_name]
+        splits = splits_of(task, where)
         selecting, further = task.scores
+        try:
+            _refuse_binary((selecting, *further), task, splits)
+            splits = restricted(task, splits, self.folder / "_files" / task.own_name)
+        except DskdError as problem:
+            raise type(problem)(f"{where}: {problem}") from problem
         for name, path in self.models.items():
             tree = settings_of(
                 self.section, task, splits, model=path, block_size=self._block_size(name, path)
@@ -270,17 +294,28 @@ class Grid:
         return {name: self._pairs(task, name) for name in self.models}
 
     def _glue(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
-        """The average of GLUE of each model, and over how many tasks, if they are all there."""
+        """The average of GLUE of each model, and over how many tasks, if they are all there, each
+        once, of all classes, and by GLUE's own metric."""
+        own = [task for task in self._trained if task.task in GLUE_TASKS and task.labels is None]
+        own = [task for task in own if task.scores[0] == default_metric(task.task)]
+        kinds = [task.task for task in own]
+        counted = {task.task: task.own_name for task in own if kinds.count(task.task) == 1}
         found = {}
         for name in self.models:
-            numbers = {}
-            for told in tasks.values():
-                if told["task"] in GLUE_TASKS:
-                    numbers[told["task"]] = _one_number(told, name)
+            numbers = {kind: _one_number(tasks[own], name) for kind, own in counted.items()}
             average = glue_average(numbers)
             if average is not None:
                 found[name] = {"over": average[0], "average": average[1]}
         return found
+
+
+def _refuse_binary(metrics: Sequence[str], task: DownstreamTask, splits: Splits) -> None:
+    """Refuse a metric of two classes on rows of more, which their runs would once they are read."""
+    binary = [name for name in metrics if METRICS[name].binary]
+    if binary and task.task not in ("regression", "stsb"):  # of which they are refused anyway
+        count = len(classes_of(task, splits).classes)
+        if count != 2:
+            raise ConfigError(f"{binary[0]} is of two classes, but the rows have {count}")
 
 
 def _one_number(told: Mapping[str, Any], model: str) -> float:

@@ -40,7 +40,8 @@ def chosen_rate(trials: Sequence[Scored], *, higher: bool) -> float:
     mean with a score that is nan is worse than any other."""
 
     def key(lr: float) -> tuple[float, float]:
-        mean = fmean(trial.selecting for trial in trials if trial.lr == lr)
+        # Shares of rows whose sums are equal differ in their last bits.
+        mean = round(fmean(trial.selecting for trial in trials if trial.lr == lr), 12)
         worth = -math.inf if math.isnan(mean) else (mean if higher else -mean)
         return worth, -lr
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.data.examples import examples
-from dskd.data.labelled import label_set
+from dskd.data.labelled import LabelSet, label_set
 from dskd.downstream.summary import Scored
 from dskd.errors import CheckpointError, ConfigError
 from dskd.runs.confusion import read_counts
@@ -28,6 +28,7 @@ from dskd.system.files import fingerprint, read_manifest, write_atomic, write_ma
 _ENDINGS = ("jsonl", "tsv", "csv")
 _PACKED = ("", ".gz", ".zst")
 _RESULT = "result.json"
+_BEGUN = "begun.json"
 _DIVERGED = re.compile(r"^error: step \d+: .*; the last checkpoint is intact$", re.MULTILINE)
 _SELECTS = "eval"
 HELD_OUT = "holdout"
@@ -105,12 +106,10 @@ def restricted(task: DownstreamTask, splits: Splits, folder: Path) -> Splits:
     """
     if task.labels is None or not splits.others:
         return splits
-    labels = task.model_dump(mode="json")["labels"]
-    own = {"objective": "classification", "sources": splits.train, "labels": labels}
-    taken = label_set(parse(Data, own))
+    taken = classes_of(task, splits)
     others: dict[str, list[Tree]] = {}
     for name, trees in splits.others.items():
-        sources = parse(Data, own | {"sources": trees}).labelled_sources
+        sources = parse(Data, _rows(task, trees)).labelled_sources
         every = chain.from_iterable(map(examples, sources))
         kept = [example for example in every if taken.takes(example)]
         rows = [{"text": e.text, "pair": e.pair, "label": e.label} for e in kept]
@@ -119,6 +118,20 @@ def restricted(task: DownstreamTask, splits: Splits, folder: Path) -> Splits:
         about = {"kind": "jsonl", "path": str(folder / f"{name}.jsonl"), "label": "label"}
         others[name] = [about | ({"pair": "pair"} if any(row["pair"] for row in rows) else {})]
     return replace(splits, others=others)
+
+
+def classes_of(task: DownstreamTask, splits: Splits) -> LabelSet:
+    """The classes that a task's training rows have, which are read for it.
+
+    Raises:
+        ConfigError, DataError: see :func:`~dskd.data.labelled.label_set`.
+    """
+    return label_set(parse(Data, _rows(task, splits.train)))
+
+
+def _rows(task: DownstreamTask, sources: list[Tree]) -> Tree:
+    own = {"objective": "classification", "sources": sources}
+    return own | {"labels": task.model_dump(mode="json")["labels"]}
 
 
 def _file(folder: Path, split: str) -> Path | None:
@@ -209,7 +222,22 @@ class Trial:
         return Scored(self.lr, self.seed, _number(found["selecting"]), reported, found["failed"])
 
     def prepare(self) -> None:
-        """Write the settings file of its run."""
+        """Write the settings file of its run, and what that is begun with.
+
+        Raises:
+            ConfigError: steps were taken with other settings, another model or other rows. A run
+                would go on from them with another length or warm-up, and knows no other weights.
+            CheckpointError: the file that says so is damaged.
+        """
+        begun = self.folder / _BEGUN
+        if self.run.checkpoints.exists():
+            found = read_manifest(begun, CheckpointError) if begun.exists() else {"of": None}
+            if found["of"] != self.print:
+                raise ConfigError(
+                    f"{self.run.path}: begun with other settings, rows or another model than now; "
+                    f"delete {self.folder} to begin anew, or set them back"
+                )
+        write_manifest(begun, {"of": self.print}, "what a trial is begun with")
         write_atomic(self.file, dump(self.settings).encode())
 
     def settled(self) -> Run:

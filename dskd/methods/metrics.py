@@ -117,8 +117,9 @@ class RowScores(Section):
     metric: MetricName = "accuracy"
     """Which metric selects the best checkpoint, each in its direction: of classes ``accuracy``,
     ``ece`` (expected calibration error), ``macro_f1``, ``micro_f1`` or ``matthews``, of two classes
-    ``f1`` (of the second) or ``accuracy_and_f1`` (their mean), of numbers ``pearson``, ``spearman``
-    or ``pearson_and_spearman``, of either ``loss``."""
+    ``f1`` (of the second in the order of their names: ``1`` of ``0`` and ``1``, but
+    ``not_duplicate`` of ``duplicate`` and ``not_duplicate``) or ``accuracy_and_f1`` (their mean),
+    of numbers ``pearson``, ``spearman`` or ``pearson_and_spearman``, of either ``loss``."""
     further_metrics: list[MetricName] = Field(default_factory=list)
     """More of them, which are evaluated besides."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +97,13 @@ def steps_to(points: Points, target: float, *, higher_is_better: bool = False) -
     """Steps at which a loss first is at or below ``target``, linear between evaluations; or, where
     higher is better, at or above it.
 
-    None if it never is; the first evaluated step if it is there already.
+    None if it never is; the first evaluated step if it is there already. Evaluations at which it
+    was undefined (nan) are none.
     """
     before: tuple[float, float] | None = None
     for step, loss in points:
+        if math.isnan(loss):
+            continue
         if loss >= target if higher_is_better else loss <= target:
             if before is None:
                 return float(step)

@@ -32,6 +32,14 @@ GLUE_METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
 """What selects and is one number of a task of GLUE, and what is shown besides; of the others it is
 the accuracy."""
 
+
+def default_metric(task: str) -> str:
+    """What selects, and is one number of a task of this kind, where nothing is said."""
+    default = "pearson_and_spearman" if task == "regression" else "accuracy"
+    own, _ = GLUE_METRICS.get(task, (default, ()))
+    return own
+
+
 _NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
@@ -85,9 +93,8 @@ class DownstreamTask(Section):
     @property
     def scores(self) -> tuple[str, tuple[str, ...]]:
         """The metric that selects, and those that are reported besides."""
-        default = "pearson_and_spearman" if self.task == "regression" else "accuracy"
-        own, further = GLUE_METRICS.get(self.task, (default, ()))
-        selecting = own if self.metric is None else self.metric
+        _, further = GLUE_METRICS.get(self.task, ("", ()))
+        selecting = default_metric(self.task) if self.metric is None else self.metric
         names = dict.fromkeys([*further, *self.further_metrics])
         return selecting, tuple(name for name in names if name != selecting)
 
@@ -139,9 +146,10 @@ def downstream_problems(section: Downstream) -> Iterator[Problem]:
     for name in section.models:
         if not re.fullmatch(_NAME, name):
             yield ("models", name), "a name is made of letters, digits, . _ and -, at most 64"
-    for setting, values in (("lr", section.lr), ("seeds", section.seeds)):
+    rates = [f"{lr:g}" for lr in section.lr]  # six digits, as their folders are called
+    for setting, values in (("lr", rates), ("seeds", section.seeds)):
         if len(set(values)) < len(values):
-            yield (setting,), f"{values} has one twice"
+            yield (setting,), f"{getattr(section, setting)} has one twice"
     if any(not 0 < lr < 1 for lr in section.lr):
         yield ("lr",), f"{section.lr}: rates are above 0 and below 1"
     if any(seed < 0 for seed in section.seeds):

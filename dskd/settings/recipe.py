@@ -116,6 +116,9 @@ def _downstream(recipe: Recipe, tree: Any, over: Any, where: str) -> Downstream:
     section, more = build_section(Downstream, resolved)
     if section is not None:
         more = [*more, *downstream_problems(section)]
+    if "downstream" in recipe.runs:
+        text = "its folder is that of the section downstream; give the run another name"
+        reader.add(("runs", "downstream"), text)
     for place, text in [*problems, *((("downstream", *place), text) for place, text in more)]:
         reader.add(place, text, over={"downstream": over})
     reader.finish(())

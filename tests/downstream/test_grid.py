@@ -121,7 +121,7 @@ def test_labels_that_say_nothing_are_not_learnt(tmp_path, model, in_forks):
     )
 
 
-def test_a_stopped_grid_goes_on_trial_by_trial(tmp_path, model, in_forks):
+def test_a_stopped_grid_goes_on_trial_by_trial(tmp_path, model, in_forks, capsys):
     table(tmp_path / "words")
     path = settings(tmp_path, model, seeds=[1, 2], epochs=1)
     whole = downstream(path)
@@ -137,6 +137,9 @@ def test_a_stopped_grid_goes_on_trial_by_trial(tmp_path, model, in_forks):
         touched = file.stat().st_mtime_ns != before[file]
         assert touched == (file.parent == results[2].parent), file
     assert downstream(path) == whole and len(in_forks) == 5  # nothing is left to do
+    capsys.readouterr()
+    assert downstream(path, "downstream.keep=true") == whole
+    assert "of 4 trials that are done no run was kept" in capsys.readouterr().out
 
 
 def test_results_of_other_settings_or_rows_are_refused(tmp_path, model, in_forks):
@@ -157,6 +160,24 @@ def test_results_of_other_settings_or_rows_are_refused(tmp_path, model, in_forks
     assert len(in_forks) == 1
 
 
+def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path, model, in_forks):
+    """A run by itself takes another length for the steps to come, and a stored model as it is."""
+    table(tmp_path / "words")
+    path = settings(tmp_path, model, lr=[5e-3])
+    trial = grid.Grid(read(path).downstream, tmp_path / "out").trials[0]
+    other = grid.Grid(read(path, ["downstream.epochs=4"]).downstream, tmp_path / "out")
+    other.trials[0].prepare()
+    trial.prepare()  # no step is taken yet
+    trial.run.checkpoints.mkdir(parents=True)
+    trial.prepare()
+    with pytest.raises(ConfigError, match=r"0\.005-1/run: begun with other settings, rows or"):
+        other.carry_out()
+    (trial.folder / "begun.json").unlink()
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        trial.prepare()
+    assert not in_forks
+
+
 def test_a_twin_a_holdout_and_pairs_beside_each_other(tmp_path, model, in_forks, capsys):
     """Two models on a task without a dev file, and on minimal pairs."""
     table(tmp_path / "words", splits="train")
@@ -171,7 +192,7 @@ def test_a_twin_a_holdout_and_pairs_beside_each_other(tmp_path, model, in_forks,
     assert "words: reported on the very rows that selected" in capsys.readouterr().out
     of = found["pairs"]["minimal_pairs"]
     assert of["one"]["random"] == of["random"]["random"] == of["random"]["accuracy"]
-    assert in_forks[2:] == ["one, minimal_pairs", "random, minimal_pairs"]
+    assert in_forks[:2] == ["one, minimal_pairs", "random, minimal_pairs"]
     assert downstream(path) == found and len(in_forks) == 4
 
 
@@ -296,6 +317,7 @@ def test_metrics_are_known_by_name(tmp_path, model):
     ("changes", "told"),
     [
         ({"lr": [1e-3, 1e-3]}, r"downstream\.lr: \[0\.001, 0\.001\] has one twice"),
+        ({"lr": [1e-3, 1.0000001e-3]}, r"downstream\.lr: .* has one twice"),
         ({"batch": 8, "micro_batch": 3}, r"downstream\.batch: 8 is not a multiple of micro_batch"),
         ({"tasks": [{"task": "rte", "path": "x"}] * 2}, r"tasks\.1\.name: another task is called"),
         ({"tasks": [{"task": "rte", "path": "x", "text": ["a"]}]},
@@ -322,10 +344,16 @@ def test_settings_that_contradict_themselves(tmp_path, changes, told):
         read(path)
 
 
-def test_a_file_without_runs_is_not_trained(tmp_path, model):
+def test_a_file_without_runs_is_shown_but_not_trained(tmp_path, model, capsys):
     table(tmp_path / "words")
+    path = settings(tmp_path, model)
     with pytest.raises(ConfigError, match="no run is in the file; `dskd downstream FILE`"):
-        check_settings(read(settings(tmp_path, model)), 1)
+        check_settings(read(path), 1)
+    assert main(["settings", str(path)]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["out"] == str(tmp_path / "out") and shown["downstream"]["batch"] == 8
+    with pytest.raises(ConfigError, match="out: a=b: a name without ="):
+        grid.Grid(read(path).downstream, Path("a=b"))
     empty = tmp_path / "runs.yaml"
     run = {"out": "x", "method": {"kind": "lm"}, "model": {"config": {"model_type": "bert"}}}
     empty.write_text(dump(run | {"data": {"sources": [{"kind": "builtin"}]}}))
@@ -352,6 +380,9 @@ def test_a_recipe_names_the_models_of_its_runs(tmp_path, capsys):
     assert main(["settings", str(path), "downstream.seeds=[7]"]) == 0
     shown = capsys.readouterr().out.split("--- # of dskd downstream\n")[1]
     assert yaml.safe_load(shown)["downstream"]["seeds"] == [7]
+    path.write_text(dump({"base": base, "runs": {"downstream": runs["a"]}, "downstream": section}))
+    with pytest.raises(ConfigError, match=r"runs\.downstream: its folder is that of the section"):
+        read(path, ["downstream.models.it.path=x"])
     _say_rest([str(path)], True)
     _say_rest([str(path)], False)
     assert capsys.readouterr().out == f"its section downstream: dskd downstream {path}\n"
@@ -361,6 +392,45 @@ def test_a_recipe_names_the_models_of_its_runs(tmp_path, capsys):
 def test_shipped_grids_are_read(name):
     found = read(ROOT / f"launch/downstream/{name}.yaml")
     assert len(found.downstream.tasks) == {"glue": 8, "small": 5}[name] and not found.runs
+
+
+def test_metrics_of_two_classes_are_refused_of_more(tmp_path, model):
+    mnli = {"task": "mnli", "path": str(GLUE / "MNLI"), "further_metrics": ["f1"]}
+    path = settings(tmp_path, model, tasks=[mnli])
+    told = r"downstream\.tasks\.0: f1 is of two classes, but the rows have 3"
+    with pytest.raises(ConfigError, match=told):
+        grid.Grid(read(path).downstream, tmp_path / "out")
+
+
+def test_the_average_of_glue_is_of_its_own_metrics(tmp_path, model, monkeypatch):
+    """A loss, or a task that is there twice, is no part of it."""
+    names = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]
+    folders = ["CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI", "QNLI", "RTE"]
+    tasks = [{"task": n, "path": str(GLUE / f)} for n, f in zip(names, folders, strict=True)]
+    monkeypatch.setattr(grid.Grid, "_check_runs", lambda self: None)  # which take scikit-learn
+
+    def average(*changed: dict) -> dict:
+        path = settings(tmp_path, model, tasks=[*tasks[:-1], *changed])
+        made = grid.Grid(read(path).downstream, tmp_path / "out")
+        scores = {
+            f"{s}_{m}": {"mean": 0.5}
+            for s in ("dev", "mismatched")
+            for m in ("accuracy", "matthews", "accuracy_and_f1", "pearson_and_spearman", "loss")
+        }
+        told = {
+            task.own_name: {
+                "task": task.task,
+                "metric": task.scores[0],
+                "models": {"one": {"scores": scores}},
+            }
+            for task in made.section.tasks
+        }
+        return made._glue(told)
+
+    of = {"over": "8 tasks, without WNLI", "average": 0.5}
+    assert average(tasks[-1]) == {"one": of}
+    assert average(tasks[-1] | {"metric": "loss"}) == {}
+    assert average(tasks[-1], tasks[-1] | {"name": "again"}) == {}
 
 
 def test_what_a_task_of_glue_selects_and_reports_by():

@@ -35,6 +35,8 @@ def trials(scores: dict[float, list[float]], failed: set[tuple[float, int]] = fr
         ({1e-5: [0.7, 0.7], 2e-5: [0.9, 0.6]}, True, 2e-5),
         # ties go to the smaller rate, in whatever order they come
         ({3e-5: [0.5, 0.7], 1e-5: [0.7, 0.5], 2e-5: [0.6, 0.6]}, True, 1e-5),
+        # as right answers they are equal, in floating point the second is larger
+        ({1e-5: [38 / 71, 40 / 71], 2e-5: [39 / 71, 39 / 71]}, True, 1e-5),
         # smaller is better
         ({1e-5: [0.7], 2e-5: [0.4], 3e-5: [0.4]}, False, 2e-5),
         # an undefined score is worse than any number, in either direction

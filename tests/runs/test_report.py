@@ -1,6 +1,7 @@
 """The report: steps to the control's loss, the table's numbers, the HTML, damaged files."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -72,6 +73,12 @@ def test_a_score_that_rises_is_reached_from_below():
     points = [(100, 0.5), (200, 0.7), (300, 0.6)]
     assert steps_to(points, 0.6, higher_is_better=True) == pytest.approx(150.0)
     assert steps_to(points, 0.8, higher_is_better=True) is None
+
+
+def test_steps_to_leaves_out_what_was_undefined():
+    points = [(10, math.nan), (20, 0.2), (30, math.nan), (40, 0.6)]
+    assert steps_to(points, 0.4, higher_is_better=True) == pytest.approx(30.0)
+    assert steps_to(points[2:], 0.4, higher_is_better=True) == 40.0
 
 
 def rising(folder: Path) -> None:

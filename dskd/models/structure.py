@@ -98,7 +98,8 @@ def _found(config: PreTrainedConfig) -> Head | Unusual | MakesNone:
     key = (type(config), _key(config))
     if key not in _HEADS:
         try:
-            with torch.device("cpu"):  # whoever asks may be making a model without memory
+            # Whoever asks may be making a model without memory, or evaluating one.
+            with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
                 _HEADS[key] = _discover(config)
         except (Unusual, MakesNone) as reason:
             _HEADS[key] = reason

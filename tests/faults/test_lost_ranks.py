@@ -30,7 +30,7 @@ def prepared(tmp_path_factory) -> tuple[str, list[str]]:
     """A recipe, and the words that let it start from rows and a cache that are there."""
     folder = tmp_path_factory.mktemp("prepared")
     recipe = write_recipe(folder)
-    train(folder, recipe, "until=cache", world=1)
+    train(folder, recipe, "until=cache", "teacher.cache.epochs=1", world=1)
     return recipe, [f"teacher.path={folder / 'run/cache'}", "teacher.model=null", "until=train"]
 
 

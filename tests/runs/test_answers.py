@@ -75,7 +75,7 @@ def rows_of(run: Path, name: str) -> list[dict]:
 
 def scores_of(run: Path) -> dict:
     found = json.loads((run / "scores.json").read_text())
-    return {k: v for k, v in found.items() if not k.startswith("eval_")}
+    return {k: v for k, v in found.items() if not k.startswith(("eval_", "eval."))}
 
 
 def plain(model, tokenizer, row: dict, longest: int) -> str:

@@ -36,8 +36,7 @@ from dskd.errors import CheckpointError, ConfigError, DskdError
 from dskd.methods.base import build_method
 from dskd.models.build import build, model_fingerprint
 from dskd.models.configs import config_of, stored_folder
-from dskd.models.families import longest_row
-from dskd.models.heads import is_causal
+from dskd.models.families import is_causal, longest_row
 from dskd.models.initial import initialise
 from dskd.models.writing import export
 from dskd.runs.plan import check

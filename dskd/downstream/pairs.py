@@ -25,9 +25,8 @@ from dskd.data.foreign import raised_as
 from dskd.data.json_files import checked_text, json_rows, row_value
 from dskd.data.tokenizers import continues_word, encoder, end_id, first_of, start_id
 from dskd.errors import ConfigError, DataError
-from dskd.models.families import longest_row, positions_of
+from dskd.models.families import is_causal, longest_row, positions_of
 from dskd.models.frozen import evaluating
-from dskd.models.heads import is_causal
 from dskd.ops import positions_ce
 
 

@@ -25,7 +25,7 @@ from dskd.downstream.pairs import (
 from dskd.errors import ConfigError
 from dskd.models.build import build
 from dskd.models.configs import config_of
-from dskd.models.heads import is_causal
+from dskd.models.families import is_causal
 from dskd.models.initial import initialise
 from dskd.runs.finding import model_at
 from dskd.runs.report import print_rows

@@ -468,9 +468,20 @@ def _proved(model: PreTrainedModel, head: Head, theirs_BTV: Tensor) -> Head:
 def _unused(model: PreTrainedModel) -> frozenset[str]:
     """Parameters that are trained, but have no part in logits, in no layer."""
     batch = _batch_of(model)
-    model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits.sum().backward()
+    logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits
+    # Read off the graph, not from gradients: a backward pass starts threads where there is a GPU,
+    # and a process that has them cannot fork.
+    nodes, seen, reached_ids = [logits_BTV.grad_fn], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached_ids.add(id(node.variable))
+        nodes += [before for before, _ in node.next_functions]
     named = [(numberless(n), p) for n, p in model.named_parameters() if p.requires_grad]
-    used = {name for name, parameter in named if parameter.grad is not None}
+    used = {name for name, parameter in named if id(parameter) in reached_ids}
     return frozenset(name for name, _ in named) - used
 
 

@@ -5,14 +5,18 @@ Under ZeRO-3 every rank holds a slice of each parameter, whose own ``data`` is e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero import DeepSpeedTensorOverride
-from deepspeed.runtime.zero.partition_parameters import is_zero_param
+from deepspeed.runtime.zero.partition_parameters import (
+    is_zero_param,
+    restore_init_context,
+    shutdown_init_context,
+)
 from torch import nn
 
 
@@ -29,6 +33,17 @@ def sharded_construction(ds: dict[str, Any] | None) -> AbstractContextManager[An
     # rotary frequencies, to the training dtype.
     only_device = [DeepSpeedTensorOverride.device]
     return deepspeed.zero.Init(config_dict_or_path=ds, tensor_overrides=only_device)
+
+
+@contextmanager
+def whole_construction() -> Iterator[None]:
+    """Modules built in this context keep their whole parameters, also within a sharded
+    construction, which goes on after it. Not collective; it must not be within itself."""
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()
 
 
 def gathered(

@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from dskd.batch import IGNORE, Batch, LogitMap
+from dskd.engine.zero import whole_construction
 from dskd.errors import ConfigError
 from dskd.models.attention_masks import attention_arguments
 from dskd.models.experts import compute_without_values
@@ -99,7 +100,12 @@ def _found(config: PreTrainedConfig) -> Head | Unusual | MakesNone:
     if key not in _HEADS:
         try:
             # Whoever asks may be making a model without memory, or evaluating one.
-            with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+            with (
+                whole_construction(),
+                torch.device("cpu"),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
                 _HEADS[key] = _discover(config)
         except (Unusual, MakesNone) as reason:
             _HEADS[key] = reason
@@ -135,7 +141,7 @@ def reads_values(config: PreTrainedConfig) -> bool:
 
 
 def _runs_without_memory(cls: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
-    with torch.device("meta"):
+    with whole_construction(), torch.device("meta"):
         try:
             model = cls(config).eval()
             compute_without_values(model)
@@ -165,7 +171,7 @@ _POSITIONS: dict[tuple[type[PreTrainedConfig], str], int | None] = {}
 def _padding_position(config: PreTrainedConfig) -> int | None:
     small, _ = _copies(config)[0]
     small.pad_token_id = own = 3  # unlike any that a class has by itself
-    with torch.device("meta"):
+    with whole_construction(), torch.device("meta"):
         body = MODEL_MAPPING[type(config)](small)
     for name, module in body.named_modules():
         # I-BERT has a class of its own for embeddings.

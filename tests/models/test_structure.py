@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GraniteForCausalLM
 
 from dskd.batch import SAME, LogitMap
+from dskd.engine.zero import is_sharded, sharded_construction
 from dskd.errors import ConfigError
 from dskd.models import reaching, structure
 from dskd.models.build import build, check_model
@@ -23,10 +24,11 @@ from dskd.models.generate import Decoding, continuations
 from dskd.models.structure import language_head, language_objective, padding_position
 from dskd.models.writing import export
 from dskd.settings.model import Model
+from dskd.system import dist
 from launch.bench import families
 from launch.bench.families import FAMILIES, KINDS
 from launch.bench.families import config_of as tiny_config
-from tests.models.tiny import tokenizer
+from tests.models.tiny import tokenizer, zero3
 from tests.ranks import run_ranks
 
 CLOSE = 1e-5
@@ -359,3 +361,26 @@ def test_what_no_logit_needs_is_not_trained():
     model = _built(_settings("esm"), "masked")
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"esm.contact_head.regression.weight", "esm.contact_head.regression.bias"}
+
+
+def _within_a_sharded_construction(rank):
+    """What is found there by a process that never asked before; and what is made after it."""
+    del rank
+    config = AutoConfig.for_model("roberta", hidden_size=32, num_attention_heads=4)
+    for known in (structure._HEADS, structure._POSITIONS, structure._READS_VALUES):
+        known.clear()
+    with sharded_construction(zero3(dist.world())):
+        found = (
+            language_head(config, "model").projection,
+            padding_position(config),
+            structure.reads_values(config),
+        )
+        after = torch.nn.Linear(4, 4)
+    outside = torch.nn.Linear(4, 4)
+    return found, is_sharded(after.weight), is_sharded(outside.weight)
+
+
+def test_what_is_found_within_a_sharded_construction():
+    """A student's compactors are made in one, by a process that may not have asked before."""
+    found = ("lm_head.decoder", 1, False)
+    assert run_ranks(_within_a_sharded_construction) == [(found, True, False)] * 2

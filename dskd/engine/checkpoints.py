@@ -141,7 +141,7 @@ class Checkpoints:
         return newest
 
     def best(self) -> Saved:
-        """The kept checkpoint with the best score (the latest of equals), checked; the newest where
+        """The kept checkpoint with the best score (the first of equals), checked; the newest where
         no score selects or none has one."""
         return self._open(dist.on_rank0(self._best_name))
 
@@ -174,8 +174,8 @@ class Checkpoints:
         selection = self._selection
         if selection is None:
             return names[-1]
-        scores = {name: score_of(self._manifest(name)) for name in reversed(names)}
-        # How bad each is; min takes the first of equals, here the latest.
+        scores = {name: score_of(self._manifest(name)) for name in names}
+        # How bad each is; min takes the first of equals, as an end by patience counts them.
         sign = -1.0 if selection.higher_is_better else 1.0
         losses = {name: sign * score.value for name, score in scores.items() if score}
         return min(losses, key=losses.__getitem__) if losses else names[-1]

@@ -50,12 +50,12 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     assert (latest.step, latest.folder) == (8, tmp_path / "step-00000008")
 
 
-def test_the_best_of_equals_is_the_latest_and_one_without_evaluation_never(tmp_path):
+def test_the_best_of_equals_is_the_first_and_one_without_evaluation_never(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1, selection=LOSS)
     for step, nll in [(1, 3.0), (2, 3.0), (3, None)]:
         save(checkpoints, step, nll)
-    assert steps(tmp_path) == [2, 3]
-    assert checkpoints.best().step == 2
+    assert steps(tmp_path) == [1, 3]
+    assert checkpoints.best().step == 1
     assert checkpoints.latest().score is None
 
 
@@ -75,9 +75,9 @@ def test_a_score_may_be_better_the_higher_it_is(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1, selection=selection)
     for step, value in enumerate([0.5, 0.7, 0.6, 0.7, 0.2, None], 1):
         save(checkpoints, step, value, selection)
-    assert steps(tmp_path) == [4, 6]
+    assert steps(tmp_path) == [2, 6]
     assert checkpoints.best().score == Score("eval_accuracy", 0.7, higher_is_better=True)
-    assert checkpoints.manifests()[4]["score"] == asdict(checkpoints.best().score)
+    assert checkpoints.manifests()[2]["score"] == asdict(checkpoints.best().score)
 
 
 def test_none_and_leftovers(tmp_path):

@@ -87,7 +87,7 @@ def test_a_run_that_gets_no_better_ends(stopped):
     assert len(losses(stopped)) == 6 and len(evaluations(stopped)) == 3
     assert saved(stopped) == [4, 6]
     summary = json.loads((stopped / "train" / "summary.json").read_text())
-    assert (summary["steps"], summary["best_step"]) == (6, 6)  # of equals the last
+    assert (summary["steps"], summary["best_step"]) == (6, 4)  # of equals the first
     metrics = (stopped / "train" / "metrics.jsonl").read_bytes()
     forked(2, str(stopped / "config.yaml"))  # nothing more to do
     assert (stopped / "train" / "metrics.jsonl").read_bytes() == metrics

@@ -14,6 +14,7 @@ import torch
 
 from dskd.errors import DskdError
 from dskd.system.device import on_gpu
+from dskd.system.launcher import STARTED_BY
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -81,6 +82,7 @@ def run_all(children: Sequence[Child], at_once: int, say: Callable[[str], None])
 
 def _started(child: Child, place: int, at_once: int) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS}
+    environment[STARTED_BY] = str(os.getpid())
     paths = [str(_ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if on_gpu():

@@ -1,13 +1,14 @@
 """Grids of trials on small tasks: what is learnt, resumed, refused and told."""
 
 import json
-import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -388,10 +389,10 @@ def test_a_recipe_names_the_models_of_its_runs(tmp_path, capsys):
     assert capsys.readouterr().out == f"its section downstream: dskd downstream {path}\n"
 
 
-@pytest.mark.parametrize("name", ["glue", "small"])
+@pytest.mark.parametrize("name", ["glue", "quickstart", "small"])
 def test_shipped_grids_are_read(name):
     found = read(ROOT / f"launch/downstream/{name}.yaml")
-    assert len(found.downstream.tasks) == {"glue": 8, "small": 5}[name] and not found.runs
+    assert len(found.downstream.tasks) == (8 if name == "glue" else 5) and not found.runs
 
 
 def test_metrics_of_two_classes_are_refused_of_more(tmp_path, model):
@@ -463,9 +464,15 @@ def test_children_run_some_at_a_time_and_a_failed_one_is_told(tmp_path):
     assert time.monotonic() - begun < 30 and "sleeps" not in ended
 
 
-def test_children_end_with_the_process_that_started_them(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_children_end_with_the_process_that_started_them(tmp_path, number):
+    """Also where that has no moment left to end them."""
     sleeper = tmp_path / "sleeper.py"
-    sleeper.write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    sleeper.write_text(
+        "import os, time\n"
+        "from dskd.system.launcher import stop_with_launcher\n"
+        "stop_with_launcher(75); print(os.getpid(), flush=True); time.sleep(60)"
+    )
     program = (
         "import signal, sys; from pathlib import Path\n"
         "from dskd.downstream.processes import Child, run_all\n"
@@ -478,10 +485,14 @@ def test_children_end_with_the_process_that_started_them(tmp_path):
     while not (log.exists() and log.read_text().strip()):
         assert time.monotonic() < until and parent.poll() is None
         time.sleep(0.1)
-    parent.terminate()
-    assert parent.wait(timeout=30) == 75
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(log.read_text()), 0)
+    parent.send_signal(number)
+    assert parent.wait(timeout=30) == (75 if number == signal.SIGTERM else -number)
+    child = int(log.read_text().split()[0])
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    said = "what started this process has died; it stops" in log.read_text()
+    assert said == (number == signal.SIGKILL)
 
 
 @pytest.mark.launch

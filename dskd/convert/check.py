@@ -81,6 +81,19 @@ def text_of(path: Path | None) -> str:
     return line
 
 
+def refuse_short(
+    text: str, tokenizer: PreTrainedTokenizerBase | None, objective: ObjectiveName
+) -> None:
+    """Refuse a text that :func:`report` could not score, before anything is written.
+
+    Raises:
+        DataError: it has a single token, or none.
+    """
+    scored = tokenizer is not None and objective != "classification"
+    if scored and len(_ids(tokenizer, text)) < 2:
+        raise DataError("--text: too few tokens to score")
+
+
 def report(
     folder: Path, objective: ObjectiveName, text: str, source: Path | None, written: bool
 ) -> list[str]:
@@ -93,7 +106,6 @@ def report(
 
     Raises:
         ConfigError: it cannot be read again.
-        DataError: the text is of a single token.
     """
     tokenizer = stored_tokenizer(str(folder), str(folder)) if written else None
     model = reloaded(folder, objective, tokenizer)
@@ -135,13 +147,9 @@ def loss_on(
     """Mean loss of a text in nats, how many tokens it is over, how many of them are unknown.
 
     A masked LM predicts every token once, with one in seven masked at a time, the same ones in
-    every call; a causal LM every token but the first of each row.
-
-    Raises:
-        DataError: the text has a single token, or none.
+    every call; a causal LM every token but the first of each row. The text has two or more.
     """
-    backend = encoder(tokenizer, "--text")
-    ids = backend.encode(text.strip(), add_special_tokens=False).ids[:_MOST]
+    ids = _ids(tokenizer, text)
     total, count = 0.0, 0
     with evaluating(model), torch.no_grad():
         for ids_BT, labels_BT in _rows(ids, model, tokenizer, objective):
@@ -150,9 +158,11 @@ def loss_on(
                 positions.logits_NV.double(), positions.labels_N, reduction="none"
             )
             total, count = total + float(losses_N.sum()), count + len(losses_N)
-    if not count:
-        raise DataError("--text: too few tokens to score")
     return total / count, count, ids.count(tokenizer.unk_token_id)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return encoder(tokenizer, "--text").encode(text.strip(), add_special_tokens=False).ids[:_MOST]
 
 
 def _rows(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dskd.convert import fairseq, gpt2, uer
-from dskd.convert.check import report, text_of
+from dskd.convert.check import refuse_short, report, text_of
 from dskd.convert.converted import Converted, refuse_existing, write
 from dskd.system.device import DTYPES
 
@@ -24,6 +24,7 @@ def main(words: Sequence[str]) -> int:
     refuse_existing(options.out)
     text = text_of(options.text)
     source, converted = options.convert(options)
+    refuse_short(text, converted.tokenizer, converted.objective)
     write(converted, options.kind, source, options.out)
     print(f"{options.out}: converted from {source}")
     objective, written = converted.objective, converted.tokenizer is not None

@@ -112,6 +112,15 @@ def test_a_text_that_cannot_be_scored_comes_before_any_work(tmp_path, capsys, co
     assert not (tmp_path / "out").exists()
 
 
+def test_a_text_of_one_token_leaves_nothing_behind(tmp_path, source, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("a\n")
+    words = ["--dict", DICT, "--bpe", BPE, "--text", text]
+    convert("fairseq", source, tmp_path / "out", *words, status=2)
+    assert "--text: too few tokens to score" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_tokenizer_nothing_is_claimed(tmp_path, capsys):
     convert("fairseq", LAST, tmp_path / "out")
     said = capsys.readouterr().out

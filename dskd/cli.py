@@ -121,6 +121,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> int:
     from dskd.settings.checks import check_settings
+    from dskd.settings.downstream import downstream_tree
     from dskd.settings.recipe import SINGLE, dump_run, read
     from dskd.settings.yaml_tree import dump
 
@@ -146,7 +147,7 @@ def _settings(arguments: argparse.Namespace) -> int:
         print(heading + dump_run(whole), end="")
     if recipe.downstream is not None:
         tree = {} if recipe.runs else {"out": str(recipe.out)}
-        tree["downstream"] = recipe.downstream.model_dump(mode="json")
+        tree["downstream"] = downstream_tree(recipe.downstream)
         print(f"--- # of dskd downstream\n{dump(tree)}", end="")
     return 0
 

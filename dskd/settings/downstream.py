@@ -18,6 +18,7 @@ from dskd.settings.labels import GlueTask, Labels
 from dskd.settings.parsing import Problem
 from dskd.settings.run import Warmup
 from dskd.settings.teachers import Precision
+from dskd.settings.yaml_tree import Tree
 
 GLUE_TASKS: tuple[str, ...] = get_args(GlueTask)
 
@@ -184,6 +185,11 @@ def _places(task: DownstreamTask) -> Iterator[tuple[str, str]]:
 
 def _idle(task: DownstreamTask) -> Iterator[str]:
     """Settings that are given and play no part in a task of this kind."""
+    return (name for name in _without_part(task) if name in task.model_fields_set)
+
+
+def _without_part(task: DownstreamTask) -> Iterator[str]:
+    """Settings that play no part in a task of this kind."""
     of = {"within_word": not task.trains}
     own_files = task.task in ("classification", "regression")
     of |= dict.fromkeys(("text", "label"), own_files and task.train is None)
@@ -191,6 +197,13 @@ def _idle(task: DownstreamTask) -> Iterator[str]:
     of |= dict.fromkeys(("metric", "further_metrics", "holdout"), task.trains)
     of["on_bad_rows"] = task.trains and task.train is None
     of["labels"] = task.trains and task.task not in ("regression", "stsb")
-    for name, used in of.items():
-        if not used and name in task.model_fields_set:
-            yield name
+    return (name for name, used in of.items() if not used)
+
+
+def downstream_tree(section: Downstream) -> Tree:
+    """The section with its defaults, as a file may have it: of each task what plays a part."""
+    tree = section.model_dump(mode="json")
+    for task, own in zip(section.tasks, tree["tasks"], strict=True):
+        for name in _without_part(task):
+            del own[name]
+    return tree

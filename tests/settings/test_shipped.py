@@ -13,9 +13,11 @@ from dskd.narrowing.layouts import layout_of, widths_of
 from dskd.narrowing.widths import Family, Target, Widths, student_widths
 from dskd.runs.plan import CONTROL, check
 from dskd.settings.compare import differences
+from dskd.settings.downstream import downstream_tree
 from dskd.settings.model import Model
 from dskd.settings.recipe import Recipe, read
 from dskd.settings.teachers import CachedTeacher, PanelTeacher
+from dskd.settings.yaml_tree import dump
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 RECIPES = sorted(
@@ -50,6 +52,37 @@ def test_a_recipe_is_accepted_on_any_power_of_two_of_ranks(path, world, tmp_path
     check(recipe, methods(recipe), world=world)
     controls = {"self_evolution": "random", "muki": "supervised", "l2kd": "multitask"}
     assert controls.get(path.parent.name, CONTROL) in recipe.runs
+
+
+WORTH = [
+    path
+    for path in RECIPES
+    if path.parent.name in ("ki", "wid", "self_evolution")
+    and path.stem not in ("quickstart", "debug")
+]
+
+
+@pytest.mark.parametrize("path", WORTH, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipe_says_on_which_tasks_its_models_are_compared(path):
+    """GLUE where the models are as large as its papers'; each against others of the recipe."""
+    recipe = read(path)
+    section = recipe.downstream
+    exports = {str(run.out / "export") for run in recipe.runs.values()}
+    own = [model for model in section.models.values() if model.path in exports]
+    assert len(own) >= 2 and len(section.seeds) >= 3
+    tasks = {task.task for task in section.tasks}
+    assert (len(tasks) == 8) == (path.stem in ("paper_roberta", "bert_dim", "bert_head"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*WORTH, *sorted((LAUNCH / "downstream").glob("*.yaml"))],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_a_section_that_is_shown_can_be_read_back(path, tmp_path):
+    section, file = read(path).downstream, tmp_path / "shown.yaml"
+    file.write_text(dump({"out": "x", "downstream": downstream_tree(section)}))
+    assert read(file).downstream == section
 
 
 @pytest.mark.parametrize("path", [None, *RECIPES], ids=lambda path: path.stem if path else "toy")

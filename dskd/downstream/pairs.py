@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dskd.batch import IGNORE, Batch
 from dskd.data.foreign import raised_as
 from dskd.data.json_files import checked_text, json_rows, row_value
-from dskd.data.tokenizers import continues_word, encoder, end_id, first_of, start_id
+from dskd.data.tokenizers import encoder, end_id, first_of, start_id
 from dskd.errors import ConfigError, DataError
 from dskd.models.families import is_causal, longest_row, positions_of
 from dskd.models.frozen import evaluating
@@ -66,10 +66,13 @@ class EncodedSentences(NamedTuple):
 
     Attributes:
         rows: of each sentence int64, with the special tokens around it.
-        before, behind: how many of those there are, the same for all.
+        words: of each sentence, for each of its own tokens, of which word it is, by a number; as
+            the tokenizer splits a text before it looks for tokens: punctuation is a word.
+        before, behind: how many special tokens there are, the same for all.
     """
 
     rows: list[NDArray[np.int64]]
+    words: list[list[int | None]]
     before: int
     behind: int
 
@@ -103,7 +106,7 @@ def encoded(
         if not each.ids:
             raise DataError(f"{place}: the tokenizer makes no token of a sentence")
     rows = [np.array([*before, *each.ids, *behind], dtype=np.int64) for each in found]
-    return EncodedSentences(rows, len(before), len(behind))
+    return EncodedSentences(rows, [each.word_ids for each in found], len(before), len(behind))
 
 
 class _Row(NamedTuple):
@@ -138,7 +141,7 @@ def log_probabilities(
         progress: told of rows done, of all.
 
     Raises:
-        ConfigError: ``within_word`` of a tokenizer that does not mark where words begin.
+        ConfigError: ``within_word`` of a tokenizer that does not split a text into words.
     """
     causal = is_causal(model.config.model_type)
     made = _causal_rows(sentences) if causal else _masked_rows(sentences, tokenizer, within_word)
@@ -174,19 +177,25 @@ def _causal_rows(sentences: EncodedSentences) -> Iterator[_Row]:
 def _masked_rows(
     sentences: EncodedSentences, tokenizer: PreTrainedTokenizerBase, within_word: bool
 ) -> Iterator[_Row]:
-    continues_V = continues_word(tokenizer, "pairs: --within-word") if within_word else None
+    if within_word:
+        _refuse_without_words(tokenizer)
     for sentence in _in_order(sentences):
-        whole_T = sentences.rows[sentence]
-        end = len(whole_T) - sentences.behind
-        for place in range(sentences.before, end):
+        whole_T, words = sentences.rows[sentence], sentences.words[sentence]
+        for number, word in enumerate(words):
+            place = sentences.before + number
             until = place + 1
-            while continues_V is not None and until < end and continues_V[whole_T[until]]:
-                until += 1
+            if within_word:
+                until += sum(other == word for other in words[number + 1 :])
             ids_T = torch.from_numpy(whole_T.copy())
             ids_T[place:until] = tokenizer.mask_token_id
             labels_T = torch.full_like(ids_T, IGNORE)
             labels_T[place] = int(whole_T[place])
             yield _Row(sentence, ids_T, labels_T)
+
+
+def _refuse_without_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.backend_tokenizer.pre_tokenizer is None:
+        raise ConfigError("pairs: --within-word: this tokenizer does not split a text into words")
 
 
 def _batch(rows: Sequence[_Row], pad: int) -> Batch:

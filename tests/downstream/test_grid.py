@@ -464,6 +464,18 @@ def test_children_run_some_at_a_time_and_a_failed_one_is_told(tmp_path):
     assert time.monotonic() - begun < 30 and "sleeps" not in ended
 
 
+def test_many_children_leave_nothing_in_memory(tmp_path):
+    """20 trials one after the other: the process that starts them grows by less than 5 per cent."""
+    own = psutil.Process()
+
+    def run(names: range) -> int:
+        run_all([Child(f"{n}", ["-c", "pass"], tmp_path / "log", int) for n in names], 1, str)
+        return own.memory_info().rss
+
+    first = run(range(1))
+    assert run(range(20)) < 1.05 * first
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_children_end_with_the_process_that_started_them(tmp_path, number):
     """Also where that has no moment left to end them."""

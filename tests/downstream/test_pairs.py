@@ -126,6 +126,25 @@ def test_within_a_word_the_later_pieces_are_masked_too(tmp_path):
     assert np.all(plain[:2] != found[:2])
 
 
+def test_punctuation_is_a_word_of_its_own_for_every_kind_of_tokenizer(tmp_path):
+    """Also where no mark of a token says so: byte-level ones mark spaces only."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+    vocab = {token: n for n, token in enumerate([*specials.values(), *letters])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, **specials)
+    sentences = pairs.encoded(["no dog."], ["x:1"], tok, False)
+    assert sentences.words == [[0, 0, 1, 1, 1, 1, 2]]
+    masked = [row.ids_T.tolist().count(2) for row in pairs._masked_rows(sentences, tok, True)]
+    assert masked == [2, 1, 4, 3, 2, 1, 1]
+    backend.pre_tokenizer = None
+    whole = PreTrainedTokenizerFast(tokenizer_object=backend, **specials)
+    told = "^pairs: --within-word: this tokenizer does not split a text into words$"
+    with pytest.raises(ConfigError, match=told):
+        list(pairs._masked_rows(sentences, whole, True))
+
+
 def test_the_mean_is_over_paradigms_and_a_tie_is_wrong():
     every = [Pair("g", "b", name, "") for name in ("x", "x", "x", "y")]
     sums = np.array([-1.0, -2.0, -2.0, -1.0, -3.0, -3.0, -1.0, -9.0])
@@ -214,7 +233,6 @@ def test_a_classifier_is_no_language_model(tmp_path):
     ("model_type", "words", "told"),
     [
         ("gpt2", ["--within-word"], "pairs: --within-word: of masked LMs; a causal LM masks no"),
-        ("bert", ["--within-word"], "pairs: --within-word: this tokenizer does not mark where wo"),
         ("gpt2", ["--rows", "0"], "pairs: --rows 0; at least 1"),
     ],
 )

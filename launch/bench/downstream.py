@@ -4,9 +4,9 @@
 models are made for: the whole of a file, or so many rows of it by a hash of their texts (the files
 are sorted by class). FOLDER has ``banking77/``, ``citation_intent/`` and ``chemprot/``, each with
 ``train.jsonl.gz``, maybe ``dev.jsonl.gz``, and ``test.jsonl.gz``, ``{"text", "label"}`` a line, and
-``blimp/sample.jsonl.gz``. ``table DATA OUT RESULT.json ...`` scores TF-IDF and a logistic
-regression on the rows of DATA, and writes them and what ``dskd downstream`` found as OUT.md and
-OUT.json.
+``blimp/sample.jsonl.gz``. ``table DATA OUT NAME=RESULT.json ...`` scores TF-IDF and a logistic
+regression on the rows of DATA, and writes them, and what ``dskd downstream`` found of the models
+NAME, as OUT.md and OUT.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import gzip
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,37 +118,37 @@ def _headings(task: Mapping[str, Any]) -> list[str]:
     return [task["headline"], *others]
 
 
-def table(bags: Mapping[str, Mapping[str, float]], results: Sequence[Mapping[str, Any]]) -> str:
+def table(bags: Mapping[str, Mapping[str, float]], results: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: by task the scores of each model, its seeds and rate, then the differences."""
     lines = ["| task | model | mean (seeds), rate | besides |", "|---|---|---|---|"]
     for name, bag in bags.items():
         most = f"largest class {bag['largest_class']:.3f}"
         both = f"accuracy {bag['accuracy']:.3f}, macro-F1 {bag['macro_f1']:.3f}"
         lines.append(f"| {name} | bag of words | {both} | {most} |")
-        for result in results:
+        for of, result in results.items():
             task = result["tasks"][name]
             headline, *others = _headings(task)
             for model, told in task["models"].items():
                 besides = [f"{n} {told['scores'][n]['mean']:.3f}" for n in others]
                 cell = f"{headline} {_cell(told, headline)}"
-                lines.append(f"| {name} | {model} | {cell} | {'; '.join(besides)} |")
+                lines.append(f"| {name} | {of}: {model} | {cell} | {'; '.join(besides)} |")
     lines += ["", "| task | difference | mean (seeds) |", "|---|---|---|"]
-    for result in results:
+    for of, result in results.items():
         for name, task in result["tasks"].items():
             for pair in task["comparisons"]:
                 values = ", ".join(f"{value:+.3f}" for value in pair["differences"])
-                which = f"{pair['first']} - {pair['second']}"
+                which = f"{of}: {pair['first']} - {pair['second']}"
                 lines.append(f"| {name} | {which} | **{pair['mean']:+.3f}** ({values}) |")
     lines += [
         "",
         "| pairs | model | accuracy | the same with random weights |",
         "|---|---|---|---|",
     ]
-    for result in results:
+    for of, result in results.items():
         for name, models in result["pairs"].items():
             for model, told in models.items():
                 own = f"{told['accuracy']:.3f} | {told['random']:.3f}"
-                lines.append(f"| {name}, {told['pairs']} | {model} | {own} |")
+                lines.append(f"| {name}, {told['pairs']} | {of}: {model} | {own} |")
     return "\n".join(lines) + "\n"
 
 
@@ -159,7 +159,8 @@ def main(words: list[str]) -> None:
         sample(Path(rest[0]), Path(rest[1]))
     elif command == "table":
         bags = anchors(Path(rest[0]))
-        results = [json.loads(Path(name).read_text(encoding="utf-8")) for name in rest[2:]]
+        named = dict(word.split("=", 1) for word in rest[2:])
+        results = {of: json.loads(Path(file).read_text("utf-8")) for of, file in named.items()}
         text = table(bags, results)
         Path(f"{rest[1]}.md").write_text(text, encoding="utf-8")
         whole = json.dumps({"bags_of_words": bags, "results": results}, indent=1)

@@ -18,4 +18,4 @@ dskd downstream launch/downstream/quickstart.yaml
 dskd downstream launch/wid/compare.yaml
 python launch/bench/downstream.py table runs/downstream/data \
     "launch/bench/results/$(date +%F)-downstream" \
-    runs/downstream/quickstart/downstream.json runs/wid_compare/downstream.json
+    quickstart=runs/downstream/quickstart/downstream.json wid=runs/wid_compare/downstream.json

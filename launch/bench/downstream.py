@@ -111,11 +111,10 @@ def _cell(told: Mapping[str, Any], score: str) -> str:
 
 def _headings(task: Mapping[str, Any]) -> list[str]:
     """The score that models are compared by, then those that are shown besides."""
-    split, _, metric = task["headline"].partition("_")
-    first = next(iter(task["models"].values()))["scores"]
-    others = [n for n in first if n.startswith(split) and n != task["headline"]]
-    assert metric
-    return [task["headline"], *others]
+    headline = task["headline"]
+    split = headline.split("_")[0]
+    names = next(iter(task["models"].values()))["scores"]
+    return [headline, *(n for n in names if n.startswith(split) and n != headline)]
 
 
 def table(bags: Mapping[str, Mapping[str, float]], results: Mapping[str, Mapping[str, Any]]) -> str:
